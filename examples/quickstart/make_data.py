@@ -1,0 +1,177 @@
+"""Write the quickstart's data, with nothing but the standard library.
+
+    python make_data.py OUT_DIR [--seed 0]
+
+The quickstart must run offline on a small CPU, so its data are made here instead of downloaded:
+
+- train.jsonl, validation.jsonl, test.jsonl: {"prompt", "completion"} records, one-step addition and
+  subtraction word problems answered by the bare number. The wording is deliberately narrow and the numbers
+  are small, so that a small model can pick the task up from a short run.
+- calibration.jsonl, {"text"} records, and heldout.txt: Python's own language reference, as it ships in
+  `pydoc_data.topics`. It is real English prose, on every machine that has Python: the first is to calibrate
+  pruning and quantization, the second to take perplexity on.
+
+How the splits are kept apart:
+
+- Every (operation, unordered pair of numbers) belongs to exactly one split, by a seeded shuffle, so no sum or
+  difference of the test split was ever trained on, not even with its numbers swapped. The names of the people
+  come from one list per split. No prompt is written twice.
+- A topic is either calibration or held out, by a seeded shuffle. Topics quote each other, so a paragraph that
+  calibration shares with the held-out text is dropped from calibration.
+
+The same seed gives the same bytes. The word problems do not depend on the version of Python; the language
+reference does, since each version ships its own.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Mapping
+from itertools import combinations, combinations_with_replacement, cycle
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TypeVar
+
+SIZES = {"train": 2400, "validation": 128, "test": 204}
+# The shares of the number pairs kept from training, which takes the others.
+PAIR_SHARES = {"validation": 0.1, "test": 0.15}
+NAMES = {
+    "train": ["Tom", "Anna", "Ben", "Mary", "Jack", "Lucy", "Sam", "Emma", "Max", "Kate", "Paul", "Rose"],
+    "validation": ["Dan", "Amy", "Peter", "Ella", "Oscar", "Ruth"],
+    "test": ["John", "Alice", "Leo", "Nina", "David", "Helen", "Eric", "Julia"],
+}
+ITEMS = ["apples", "books", "cards", "coins", "marbles", "pencils", "shells", "stamps"]
+# Widen this for a harder task: there are then more pairs to learn, each seen less often.
+NUMBERS = range(10, 51)
+
+# Sums always ask for "in all" and differences for what is "left", so the wording makes the operation clear.
+TEMPLATES = {
+    "+": (
+        "{name} has {a} {items} and buys {b} more. How many {items} does {name} have in all?",
+        "{name} finds {a} {items} on Monday and {b} on Tuesday. How many {items} does {name} find in all?",
+        "There are {a} {items} in a box. {name} adds {b} more. How many {items} are there in all?",
+    ),
+    "-": (
+        "{name} has {a} {items} and gives away {b}. How many {items} does {name} have left?",
+        "{name} has {a} {items} and loses {b}. How many {items} does {name} have left?",
+        "There are {a} {items} in a box. {name} takes out {b}. How many {items} are left?",
+    ),
+}
+
+# Enough for 8k tokens of perplexity, from short topics only, so that no single one makes up most of the text.
+HELDOUT_CHARS = 45_000
+HELDOUT_TOPIC_CHARS = 10_000
+# Shorter paragraphs (headings, "See also:") recur everywhere and leak nothing.
+SHARED_CHARS = 80
+
+T = TypeVar("T")
+Record = dict[str, str]
+Pair = tuple[int, int]
+
+
+def shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
+    # Of random's methods only random() is promised to give the same numbers on every version of Python.
+    return sorted(items, key=lambda _: rng.random())
+
+
+def pick(items: list[T], rng: random.Random) -> T:
+    return items[int(rng.random() * len(items))]
+
+
+def split_pairs(rng: random.Random) -> dict[str, dict[str, list[Pair]]]:
+    """For each split and operation, its pairs of numbers, smaller first."""
+    splits: dict[str, dict[str, list[Pair]]] = {split: {} for split in SIZES}
+    all_pairs = {"+": combinations_with_replacement(NUMBERS, 2), "-": combinations(NUMBERS, 2)}
+    for operation, pairs in all_pairs.items():
+        left = shuffled(pairs, rng)
+        total = len(left)
+        for split, share in PAIR_SHARES.items():
+            count = int(share * total)
+            splits[split][operation], left = left[:count], left[count:]
+        splits["train"][operation] = left
+    return splits
+
+
+def word_problems(split: str, pairs: Mapping[str, list[Pair]], rng: random.Random) -> list[Record]:
+    # Templates and pairs take turns instead of being drawn, so all of them are used equally often.
+    turns = cycle((operation, template) for operation in TEMPLATES for template in TEMPLATES[operation])
+    next_pair = {operation: cycle(pairs[operation]) for operation in TEMPLATES}
+    answers: dict[str, int] = {}  # by prompt, so that a repeated prompt counts once
+    while len(answers) < SIZES[split]:
+        operation, template = next(turns)
+        b, a = next(next_pair[operation])
+        if operation == "+" and rng.random() < 0.5:
+            a, b = b, a
+        question = template.format(name=pick(NAMES[split], rng), items=pick(ITEMS, rng), a=a, b=b)
+        answers[f"Question: {question}\nAnswer:"] = a + b if operation == "+" else a - b
+    return [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in answers.items()]
+
+
+def paragraphs(text: str) -> list[str]:
+    return text.split("\n\n")
+
+
+def without_shared(text: str, heldout: list[str]) -> str:
+    """`text` less its paragraphs that contain, or are part of, a long held-out one, however wrapped."""
+
+    def is_shared(paragraph: str) -> bool:
+        words = " ".join(paragraph.split())
+        return any(other in words or (len(words) >= SHARED_CHARS and words in other) for other in heldout)
+
+    return "\n\n".join(paragraph for paragraph in paragraphs(text) if not is_shared(paragraph))
+
+
+def split_topics(rng: random.Random) -> tuple[list[Record], str]:
+    """The calibration records, one for each topic, and the held-out text."""
+    heldout: list[str] = []
+    calibration: list[str] = []
+    size = 0
+    for name in shuffled(sorted(topics), rng):
+        text = topics[name]
+        if size < HELDOUT_CHARS and len(text) <= HELDOUT_TOPIC_CHARS:
+            heldout.append(text)
+            size += len(text)
+        else:
+            calibration.append(text)
+    heldout_text = "\n\n".join(heldout)
+    long = [
+        " ".join(paragraph.split())
+        for paragraph in paragraphs(heldout_text)
+        if len(paragraph.strip()) >= SHARED_CHARS
+    ]
+    kept = (without_shared(text, long) for text in calibration)
+    return [{"text": text} for text in kept if text.strip()], heldout_text
+
+
+def write(path: Path, text: str) -> None:
+    # Through a temporary file, so that an interrupted run never leaves a truncated one to train on.
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text.encode())
+    temporary.replace(path)
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    write(path, "".join(json.dumps(record) + "\n" for record in records))
+    print(f"{path.name}: {len(records)} records")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the quickstart's data.")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+
+    # One generator for each source: the language reference changes with Python, the word problems must not.
+    rng = random.Random(f"word problems {args.seed}")
+    for split, pairs in split_pairs(rng).items():
+        write_records(args.out_dir / f"{split}.jsonl", word_problems(split, pairs, rng))
+
+    calibration, heldout = split_topics(random.Random(f"topics {args.seed}"))
+    write_records(args.out_dir / "calibration.jsonl", calibration)
+    write(args.out_dir / "heldout.txt", heldout)
+    print(f"heldout.txt: {len(heldout)} characters")
+
+
+if __name__ == "__main__":
+    main()

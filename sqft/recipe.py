@@ -1,0 +1,368 @@
+"""The recipe: what is wanted, in the user's words.
+
+Frozen, every key known, every number in a range. It names components and files and knows no
+plugin: the options of a component stay raw here, and the plan validates them against the class
+that the registry has for the name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from sqft.errors import Problem, RecipeError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+DTYPES = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ComponentRef(Section):
+    """A component by name, with its options still as the user wrote them."""
+
+    name: str = Field(pattern=r"^([A-Za-z0-9._-]+/)?[a-z][a-z0-9-]*$", description='a name, or "plugin/name"')
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _short(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Named = Annotated[ComponentRef, BeforeValidator(_short, json_schema_input_type=str | ComponentRef)]
+"""A component: "wanda" is short for {"name": "wanda", "options": {}}."""
+
+
+class Model(Section):
+    """Where the pre-trained causal language model comes from."""
+
+    path: str = Field(description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id")
+    dtype: DTYPES = Field("float32", description="the precision weights are loaded and stored in")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    trust_remote_code: bool = Field(False, description="run Python code that the model's folder brings")
+
+
+class Calibration(Section):
+    """Text whose activations the scorers and quantizers see."""
+
+    data: str = Field(description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file")
+    samples: Count = Field(128, description="windows")
+    length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens a window")
+
+
+class Sparsify(Section):
+    """Which weights stay."""
+
+    scorer: Named = Field(description="how a weight is scored")
+    allocator: Named = Field(ComponentRef(name="uniform"), description="how much sparsity each layer gets")
+    sparsity: Fraction = Field(0.5, description="fraction of weights set to zero")
+    pattern: str = Field(
+        "row",
+        pattern=r"^(row|layer|[1-9][0-9]*:[1-9][0-9]*)$",
+        description='which entries are compared: "row", "layer", or N:M (N kept of every M along a row)',
+    )
+    include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to prune")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave dense")
+
+    @model_validator(mode="after")
+    def _pattern_agrees(self) -> Sparsify:
+        if ":" in self.pattern:
+            kept, of = map(int, self.pattern.split(":"))
+            if kept > of:
+                raise ValueError(f"pattern '{self.pattern}' keeps more than it has; write N:M with N <= M")
+            if abs((1 - kept / of) - self.sparsity) > 1e-9:
+                raise ValueError(
+                    f"pattern '{self.pattern}' is a sparsity of {1 - kept / of:g}, not {self.sparsity:g}; "
+                    f'set "sparsity": {1 - kept / of:g}'
+                )
+        return self
+
+
+class Quantize(Section):
+    """On which grid the weights lie."""
+
+    quantizer: Named
+
+
+class Data(Section):
+    """Records of {prompt, completion}, {messages} or {text}, one JSON object a line."""
+
+    path: str
+    limit: Count | None = Field(None, description="take only the first so many records")
+
+
+def _short_data(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
+
+
+class Finetune(Section):
+    """How a low-rank delta is trained, and which merger defines the effective weight."""
+
+    adapter: Named
+    merger: Named
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="last names, or glob patterns of full names, of the linear layers to adapt",
+    )
+    data: DataRef
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
+    batch_size: Count = 16
+    gradient_accumulation: Count = Field(1, description="batches a step")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens; longer examples are cut at the left")
+    loss_on: Literal["completion", "all"] = "completion"
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
+    save_every: Count = Field(50, description="optimizer steps between checkpoints")
+
+
+class Search(Section):
+    """Which sub-adapter is kept."""
+
+    searcher: Named = ComponentRef(name="heuristic")
+    data: DataRef | None = Field(None, description="validation records; needed by searchers that evaluate")
+    metric: Literal["exact_match", "loss"] = "exact_match"
+    max_new_tokens: Count = 8
+    answer: Literal["text", "first_number", "last_number"] = "text"
+    batch_size: Count = 64
+
+
+class Merge(Section):
+    """Fold the chosen sub-adapter into the base. The merger is the one trained with."""
+
+
+class Export(Section):
+    """Write the finished model for a runtime."""
+
+    exporter: Named
+
+
+class Perplexity(Section):
+    """Perplexity of a text, in windows that do not overlap."""
+
+    text: str
+    tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="take only the first so many tokens")
+    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens a window")
+
+
+class ExactMatch(Section):
+    """Greedy generation from each prompt, compared with its completion."""
+
+    data: DataRef
+    max_new_tokens: Count = 8
+    answer: Literal["text", "first_number", "last_number"] = Field(
+        "text", description="what of the generation is compared: all of it, or a number in it"
+    )
+    batch_size: Count = 64
+
+
+class Evaluate(Section):
+    """What is measured, and of which configurations."""
+
+    of: tuple[str, ...] = Field(
+        ("merge",),
+        min_length=1,
+        description='"model", "sparsify", "finetune:NAME" (a searcher that needs no evaluation), "search", "merge"',
+    )
+    perplexity: Perplexity | None = None
+    exact_match: ExactMatch | None = None
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks by name")
+    include_path: str | None = Field(None, description="folder of lm-eval task files")
+    limit: Count | None = Field(None, description="documents of each lm-eval task")
+    batch_size: Count = Field(8, description="lm-eval's batch size")
+
+
+class Recipe(Section):
+    """A whole recipe. Sections that are left out are steps that are not taken."""
+
+    schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe's words")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: Model
+    calibration: Calibration | None = None
+    sparsify: Sparsify | None = None
+    quantize: Quantize | None = None
+    finetune: Finetune | None = None
+    search: Search | None = None
+    merge: Merge | None = None
+    export: tuple[Export, ...] = ()
+    evaluate: Evaluate | None = None
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _source: str = PrivateAttr(default="recipe")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths are resolved against: the recipe's own."""
+        return self._folder
+
+    @property
+    def source(self) -> str:
+        """The recipe's file, for messages."""
+        return self._source
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe as a path of this machine."""
+        return (self._folder / Path(path).expanduser()).resolve()
+
+    @classmethod
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file; each change is "path=value" with dots ("sparsify.sparsity=0.6").
+
+        Raises:
+            RecipeError: with every mistake and its path in the file.
+        """
+        path = Path(path)
+        raw = read_json(path)
+        for change in changes:
+            _apply(raw, change, str(path))
+        return cls.parse(raw, folder=path.resolve().parent, source=str(path))
+
+    @classmethod
+    def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            RecipeError: with every mistake and its path.
+        """
+        if not isinstance(raw, dict):
+            raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            raise RecipeError(problems_of(error, cls), source) from None
+        recipe._folder = (folder or Path.cwd()).resolve()
+        recipe._source = source
+        return recipe
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, strictly: no duplicate keys, no NaN.
+
+    Raises:
+        RecipeError: naming the file and the place in it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except OSError as error:
+        raise RecipeError([Problem("", f"cannot be read: {error.strerror}")], str(path)) from None
+    except UnicodeDecodeError:
+        raise RecipeError([Problem("", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise RecipeError([Problem(place, f"not valid JSON: {error.msg}")], str(path)) from None
+    except ValueError as error:
+        raise RecipeError([Problem("", str(error))], str(path)) from None
+    except RecursionError:
+        raise RecipeError([Problem("", "nested too deeply to be a recipe")], str(path)) from None
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """pydantic's mistakes as ours: a dotted path and a sentence, unknown keys with a suggestion."""
+    problems = []
+    for item in error.errors(include_url=False):
+        place = ".".join(filter(None, [prefix, *map(str, item["loc"])]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = _unknown_key(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
+        elif item["type"] == "missing":
+            message = "is missing"
+        elif item["type"] not in ("value_error",):
+            message = f"{message[0].lower()}{message[1:]}, found {_brief(item['input'])}"
+        problems.append(Problem(place, message))
+    return problems
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    message = f"unknown key; known here: {', '.join(known) or 'none'}."
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"{message} Did you mean '{close[0]}'?" if close else message
+
+
+def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The keys of the model nested at a place of another."""
+    for part in place:
+        if isinstance(part, int):
+            continue
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _model_in(inner):
+            return found
+    return None
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
+        seen[key] = value
+    return seen
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a number JSON has; write a finite number")
+
+
+def _apply(raw: Any, change: str, source: str) -> None:
+    """Put one `--set path=value` into plain data; the value is JSON, or else text."""
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise RecipeError([Problem("", f"--set takes path=value, found {change!r}")], source)
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except ValueError:
+        value = text
+    *parents, last = path.split(".")
+    here = raw
+    for depth, part in enumerate(parents):
+        try:
+            if isinstance(here, list):
+                here = here[int(part)]
+                continue
+            if isinstance(here.get(part), str):  # "wanda" grows into {"name": "wanda"} to take options
+                here[part] = {"name": here[part]}
+            here = here.setdefault(part, {})
+        except (AttributeError, IndexError, ValueError):
+            where = ".".join(parents[: depth + 1])
+            raise RecipeError([Problem(where, f"--set {change}: there is no such place")], source) from None
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise RecipeError([Problem(path, f"--set {change}: there is no such place")], source)

@@ -1,0 +1,123 @@
+"""The quickstart's data: right answers, splits that share nothing, the same bytes for the same seed."""
+
+import json
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "make_data.py"
+SPLITS = ("train", "validation", "test")
+FILES = {"train.jsonl", "validation.jsonl", "test.jsonl", "calibration.jsonl", "heldout.txt"}
+NOT_NAMES = {"Question", "Answer", "How", "There", "Monday", "Tuesday"}
+
+
+def make(out_dir: Path, *options: str) -> str:
+    command = [sys.executable, str(SCRIPT), str(out_dir), *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def records(directory: Path, name: str) -> list[dict[str, str]]:
+    lines = (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def numbers(prompt: str) -> tuple[int, int]:
+    a, b = map(int, re.findall(r"\d+", prompt))
+    return a, b
+
+
+def operation(prompt: str) -> str:
+    """What the wording asks for, which must be exactly one of the two."""
+    adds = bool(re.search(r"\b(buys|finds|adds)\b", prompt)) and prompt.endswith(" in all?\nAnswer:")
+    subtracts = bool(re.search(r"\b(gives away|loses|takes out)\b", prompt)) and "left?\nAnswer:" in prompt
+    assert adds != subtracts, prompt
+    return "+" if adds else "-"
+
+
+def names(prompt: str) -> set[str]:
+    return set(re.findall(r"\b[A-Z][a-z]+\b", prompt)) - NOT_NAMES
+
+
+def sums(prompts: list[str]) -> set[tuple[str, frozenset[int]]]:
+    return {(operation(prompt), frozenset(numbers(prompt))) for prompt in prompts}
+
+
+def long_paragraphs(text: str) -> list[str]:
+    stripped = (paragraph.strip() for paragraph in re.split(r"\n\s*\n", text))
+    return [paragraph for paragraph in stripped if len(paragraph) >= 80]
+
+
+# Another seed too: the splits must be disjoint by construction, not by the luck of seed 0.
+@pytest.fixture(scope="module", params=["0", "1"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("data")
+    make(out_dir, "--seed", request.param)
+    return out_dir
+
+
+def test_seed_decides_every_byte(tmp_path: Path) -> None:
+    printed = make(tmp_path / "default")
+    make(tmp_path / "same", "--seed", "0")
+    make(tmp_path / "other", "--seed", "1")
+    default, same, other = (contents(tmp_path / name) for name in ("default", "same", "other"))
+    assert set(default) == FILES  # and no temporary file
+    assert default == same
+    assert all(default[name] != other[name] for name in FILES)
+    assert len(printed.splitlines()) == len(FILES)
+    assert {line.split(":")[0] for line in printed.splitlines()} == FILES
+
+
+def test_sizes(data: Path) -> None:
+    assert len(records(data, "train")) == 2400
+    assert len(records(data, "validation")) == 128
+    assert 200 <= len(records(data, "test")) <= 220
+    assert 40_000 <= len((data / "heldout.txt").read_text(encoding="utf-8")) <= 60_000
+    assert sum(len(record["text"]) for record in records(data, "calibration")) >= 200_000
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_are_right_and_prompts_short(data: Path, split: str) -> None:
+    for record in records(data, split):
+        assert set(record) == {"prompt", "completion"}
+        prompt = record["prompt"]
+        assert re.fullmatch(r"Question: [^\n]+\?\nAnswer:", prompt)
+        assert len(prompt.split()) <= 30
+        assert len(names(prompt)) == 1, prompt
+        a, b = numbers(prompt)
+        answer = a + b if operation(prompt) == "+" else a - b
+        assert record["completion"] == f" {answer}"
+        assert min(a, b) >= 10 and max(a, b) <= 99 and 0 <= answer <= 198
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_template_is_used_and_no_prompt_repeated(data: Path, split: str) -> None:
+    prompts = [record["prompt"] for record in records(data, split)]
+    assert len(set(prompts)) == len(prompts)
+    verbs = re.findall(r"buys|finds|adds|gives away|loses|takes out", "\n".join(prompts))
+    counts = [verbs.count(verb) for verb in set(verbs)]
+    assert len(counts) == 6 and min(counts) >= len(prompts) // 8
+
+
+def test_names_and_number_pairs_are_disjoint(data: Path) -> None:
+    prompts = {split: [record["prompt"] for record in records(data, split)] for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        assert names("\n".join(prompts[one])).isdisjoint(names("\n".join(prompts[other])))
+        assert sums(prompts[one]).isdisjoint(sums(prompts[other]))
+
+
+def test_no_heldout_paragraph_in_calibration(data: Path) -> None:
+    heldout = long_paragraphs((data / "heldout.txt").read_text(encoding="utf-8"))
+    calibration = "\n\n".join(record["text"] for record in records(data, "calibration"))
+    assert len(heldout) > 50
+    assert [paragraph for paragraph in heldout if paragraph in calibration] == []
+    # Nor under another indentation or wrapping.
+    unwrapped = " ".join(calibration.split())
+    assert [paragraph for paragraph in heldout if " ".join(paragraph.split()) in unwrapped] == []
