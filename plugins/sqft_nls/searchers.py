@@ -1,0 +1,132 @@
+"""Searchers over the ranks of an elastic adapter (paper §2.2 and Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice, product
+from random import Random
+
+from pydantic import Field
+
+from sqft.api import Choice, Evaluate, Searcher, SearchSpace
+
+Indices = tuple[int, ...]
+"""A configuration as a position in each group's list of ranks."""
+
+
+def median(space: SearchSpace) -> Indices:
+    """The paper's reference: index (n − 1) // 2 of each descending list."""
+    return tuple((len(group.ranks) - 1) // 2 for group in space.groups)
+
+
+class Heuristic(Searcher):
+    """The median rank of every group; no evaluation."""
+
+    name = "heuristic"
+    evaluates = False
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+        return space.choice(median(space))
+
+
+class Maximal(Searcher):
+    """The largest rank of every group; no evaluation."""
+
+    name = "maximal"
+    evaluates = False
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+        return Choice(tuple(max(group.ranks) for group in space.groups))
+
+
+class Minimal(Searcher):
+    """The smallest rank of every group; no evaluation."""
+
+    name = "minimal"
+    evaluates = False
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+        return Choice(tuple(min(group.ranks) for group in space.groups))
+
+
+class RandomSearch(Searcher):
+    """The best of the heuristic and of configurations drawn uniformly."""
+
+    name = "random"
+    trials: int = Field(8, ge=1, description="configurations evaluated, the heuristic included")
+    samples: int | None = Field(64, ge=1, description="validation records; null takes all")
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+        tried = [median(space)]
+        for _ in range(100 * self.trials):  # a small space may not hold so many different ones
+            if len(tried) == self.trials:
+                break
+            drawn = tuple(rng.randrange(len(group.ranks)) for group in space.groups)
+            if drawn not in tried:
+                tried.append(drawn)
+        return max(map(space.choice, tried), key=lambda choice: evaluate(choice, self.samples))
+
+
+class HillClimbing(Searcher):
+    """Algorithm 1: from the heuristic, go to the best of some unvisited neighbours while that helps.
+
+    A neighbour differs from the anchor in one or more groups, each moved by at most `step` positions
+    in its list. How many groups move is drawn uniformly from 1 to all that can, then which, then each
+    one's move uniformly from its non-zero ones. Each turn draws up to `neighbors` that were never
+    visited; where drawing finds none, the neighbourhood is listed. When none is left the search ends.
+    The anchor moves only to a strictly better neighbour, the first drawn among equals.
+    """
+
+    name = "hill-climbing"
+    turns: int = Field(3, ge=1, description="T of Algorithm 1")
+    neighbors: int = Field(4, ge=1, description="N of Algorithm 1, evaluated each turn")
+    step: int = Field(1, ge=1, description="S of Algorithm 1: the largest move, in positions of the rank list")
+    samples: int | None = Field(64, ge=1, description="M of Algorithm 1: validation records; null takes all")
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+        def accuracy(indices: Indices) -> float:
+            return evaluate(space.choice(indices), self.samples)
+
+        anchor = median(space)
+        visited = {anchor}
+        best = accuracy(anchor)
+        for _ in range(self.turns):
+            neighbours = self._draw(space, anchor, visited, rng)
+            if not neighbours:
+                break
+            values = [accuracy(neighbour) for neighbour in neighbours]
+            if max(values) > best:
+                best = max(values)
+                anchor = neighbours[values.index(best)]
+        return space.choice(anchor)
+
+    def _draw(self, space: SearchSpace, anchor: Indices, visited: set[Indices], rng: Random) -> list[Indices]:
+        """Up to `neighbors` unvisited neighbours, marked as visited."""
+        moves = [self._moves(index, len(group.ranks)) for index, group in zip(anchor, space.groups, strict=True)]
+        movable = [position for position, moved in enumerate(moves) if moved]
+        drawn: list[Indices] = []
+
+        def take(candidates: Callable[[], Iterator[Indices]]) -> None:
+            fresh = (c for c in candidates() if c not in visited)
+            while len(drawn) < self.neighbors and (found := next(fresh, None)):
+                visited.add(found)
+                drawn.append(found)
+
+        def at_random() -> Iterator[Indices]:
+            for _ in range(64 * self.neighbors):
+                moving = set(rng.sample(movable, rng.randint(1, len(movable))))
+                yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
+
+        def listed() -> Iterator[Indices]:
+            options = [(index, *moved) for index, moved in zip(anchor, moves, strict=True)]
+            # Enough to find what is unvisited: everything before it in the list has been visited.
+            yield from islice(product(*options), len(visited) + self.neighbors + 1)
+
+        if movable:
+            take(at_random)
+            take(listed)
+        return drawn
+
+    def _moves(self, index: int, length: int) -> list[int]:
+        low, high = max(0, index - self.step), min(length - 1, index + self.step)
+        return [other for other in range(low, high + 1) if other != index]

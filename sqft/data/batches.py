@@ -1,0 +1,77 @@
+"""Tokens become tensors: padded batches, calibration windows, windows of held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqft.data.prompts import IGNORED, encode, read_records
+from sqft.errors import DataError
+
+
+class Collator:
+    """Examples as right-padded tensors [batch, tokens]."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+
+        def padded(rows: list[Any], value: int) -> Tensor:
+            return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+        return {
+            "input_ids": padded([e["input_ids"] for e in examples], self.pad_id),
+            "attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0),
+            "labels": padded([e["labels"] for e in examples], IGNORED),
+        }
+
+
+def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
+    """`samples` windows [samples, length] that do not overlap, drawn from a file by `seed`.
+
+    A .jsonl file holds records, anything else is plain text. Documents follow one another with an
+    end-of-sequence token between.
+
+    Raises:
+        DataError: when the file is too short, saying how many windows it holds.
+    """
+    stream = torch.tensor(_stream(path, tokenizer))
+    there = len(stream) // length
+    if there < samples:
+        raise DataError(
+            f"{path} has {len(stream)} tokens, and {samples} windows of {length} need {samples * length}; "
+            f"set calibration.samples to at most {there}, shorten calibration.length, or give more text"
+        )
+    picks = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples]
+    return stream[: there * length].reshape(there, length)[picks]
+
+
+def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) -> list[Tensor]:
+    """A text as windows of at most `length` tokens that do not overlap; a last one of under 2 is dropped.
+
+    Raises:
+        DataError: when there are not 2 tokens.
+    """
+    stream = torch.tensor(_stream(path, tokenizer)[:tokens])
+    windows = [window for window in stream.split(length) if len(window) >= 2]
+    if not windows:
+        raise DataError(f"{path} has fewer than 2 tokens, so its perplexity cannot be taken")
+    return windows
+
+
+def _stream(path: Path, tokenizer: Any) -> list[int]:
+    if path.suffix == ".jsonl":
+        records = read_records(path)
+        return list(chain.from_iterable(encode(r, tokenizer, 1 << 30, "all")[0].input_ids for r in records))
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    return list(tokenizer(text, verbose=False)["input_ids"])

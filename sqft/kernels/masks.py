@@ -1,0 +1,49 @@
+"""Which entries are kept, given their scores; and masks as bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_mask(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
+    """A bool mask [out, in], true where the weight stays, for scores [out, in].
+
+    `pattern` "row" prunes the lowest round(sparsity · in) of each row (Wanda's comparison group,
+    paper §2.1), "layer" the lowest round(sparsity · out · in) of the matrix, "N:M" keeps the N
+    highest of every M along a row, whatever `sparsity` says. Of equal scores the earlier is pruned.
+
+    Raises:
+        ValueError: when M does not divide the inputs.
+    """
+    rows, columns = scores.shape
+    if pattern == "row":
+        groups, pruned = scores, round(sparsity * columns)
+    elif pattern == "layer":
+        groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)
+    else:
+        kept, block = map(int, pattern.split(":"))
+        if columns % block:
+            raise ValueError(f"{columns} inputs are not a multiple of {block}")
+        groups, pruned = scores.reshape(-1, block), block - kept
+    order = groups.argsort(dim=1, stable=True)  # lowest first, the earlier first among equals
+    mask = torch.ones_like(groups, dtype=torch.bool)
+    mask.scatter_(1, order[:, :pruned], False)
+    return mask.reshape(rows, columns)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A bool mask of any shape as uint8 [ceil(n / 8)], little bit order."""
+    flat = mask.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
+    return (padded.to(torch.uint8) << _bits(mask)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `pack_mask`: bool [shape]."""
+    bits = (packed[:, None] >> _bits(packed)) & 1
+    return bits.bool().reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+
+
+def _bits(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,38 @@
+"""A causal language model as a list of decoder blocks and the linear layers in them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sqft.contracts import LinearShape
+from sqft.errors import StageError
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's decoder blocks by full name, in order: its longest list of like modules.
+
+    Raises:
+        StageError: when the model has no such list.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
+            if best is None or len(module) > len(best[1]):
+                best = (name, module)
+    if best is None:
+        raise StageError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
+    return {f"{best[0]}.{index}": block for index, block in enumerate(best[1])}
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer inside the decoder blocks, by full name, in order."""
+    return {
+        f"{block_name}.{name}": module
+        for block_name, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def shape_of(name: str, linear: nn.Linear) -> LinearShape:
+    return LinearShape(name, linear.out_features, linear.in_features)

@@ -1,0 +1,177 @@
+"""The calibration walk: block after block, each seeing the outputs of the already compressed ones.
+
+A block's call is captured whole, (args, kwargs), and replayed; no argument is named. One real
+forward finds which of them carries the hidden states: the one that *is* the block before's output.
+On an accelerator one block at a time lives there, with one window's activations; the captured
+hidden states of all windows stay on the CPU, in the model's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sqft.contracts import LinearStats, Statistic
+from sqft.errors import StageError
+from sqft.kernels.statistics import InputStatistics
+from sqft.modeling.blocks import decoder_blocks
+from sqft.progress import Track
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Slot = int | str
+"""Where in a block's call the hidden states stand: a position, or a keyword."""
+
+
+def walk(
+    model: PreTrainedModel,
+    windows: Tensor,
+    chosen: set[str],
+    needs: frozenset[Statistic],
+    compress: Callable[[str, nn.Linear, LinearStats], None],
+    device: str,
+    track: Track,
+) -> None:
+    """Feed `windows` [samples, length] through the model and call `compress` for each chosen linear.
+
+    `compress(name, linear, stats)` edits the linear's weight in place; the block is then run again, so
+    that later blocks see what it became. `model` stays on the CPU.
+
+    Raises:
+        StageError: when the blocks cannot be replayed, or an activation is not finite.
+    """
+    blocks = decoder_blocks(model)
+    calls, hidden, slot = _capture(model, blocks, windows)
+    for name, block in track(blocks.items(), "calibrating", len(blocks)):
+        block.to(device)
+        layers = {
+            f"{name}.{inner}": module
+            for inner, module in block.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen
+        }
+        if layers and needs:
+            with _observed(layers, needs) as observed:
+                for call, state in zip(calls[name], hidden, strict=True):
+                    _replay(block, call, slot, state, device)
+            for layer, linear in layers.items():
+                compress(layer, linear, observed[layer].result(layer))
+        elif layers:
+            for layer, linear in layers.items():
+                compress(layer, linear, LinearStats(tokens=0))
+        for index, call in enumerate(calls[name]):
+            hidden[index] = _replay(block, call, slot, hidden[index], device)
+        calls[name] = []
+        block.to("cpu")
+
+
+def _capture(
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor
+) -> tuple[dict[str, list[Call]], list[Tensor], Slot]:
+    """Every block's calls with the hidden states taken out, the first block's hidden states, their slot."""
+    slot, is_tuple = _probe(model, blocks, windows[:1])
+    calls: dict[str, list[Call]] = {name: [] for name in blocks}
+    hidden: list[Tensor] = []
+    first = next(iter(blocks))
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            state, call = _take(args, kwargs, slot)
+            calls[name].append(call)
+            if name == first:
+                hidden.append(state.detach())
+            return (state,) if is_tuple else state  # nothing is computed: what follows is thrown away
+
+        return record
+
+    originals = {name: block.forward for name, block in blocks.items()}
+    try:
+        for name, block in blocks.items():
+            block.forward = recorder(name)
+        for window in windows:
+            _forward(model, window[None])
+    finally:
+        for name, block in blocks.items():
+            block.forward = originals[name]
+            vars(block).pop("forward", None)  # the class's own again
+    return calls, hidden, slot
+
+
+def _probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tensor) -> tuple[Slot, bool]:
+    """Run one window for real and see where one block's output enters the next."""
+    outputs: list[Any] = []
+    inputs: list[Call] = []
+    hooks = []
+    for block in blocks.values():
+        hooks.append(block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
+    try:
+        _forward(model, window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    is_tuple = isinstance(outputs[0], tuple)
+    if len(blocks) == 1:
+        return (0 if inputs[0][0] else next(iter(inputs[0][1]))), is_tuple
+    produced = outputs[0][0] if is_tuple else outputs[0]
+    args, kwargs = inputs[1]
+    candidates: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
+    for slot, value in candidates:
+        if value is produced:
+            return slot, is_tuple
+    raise StageError(f"{type(model).__name__}'s blocks do not pass their output on, so they cannot be walked one by one")
+
+
+def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Tensor, Call]:
+    if isinstance(slot, int):
+        return args[slot], ((*args[:slot], None, *args[slot + 1 :]), kwargs)
+    return kwargs[slot], (args, {**kwargs, slot: None})
+
+
+@torch.no_grad()
+def _replay(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: str) -> Tensor:
+    args, kwargs = call
+    if isinstance(slot, int):
+        args = (*args[:slot], state, *args[slot + 1 :])
+    else:
+        kwargs = {**kwargs, slot: state}
+    output = block(*_on(args, device), **_on(kwargs, device))
+    result: Tensor = (output[0] if isinstance(output, tuple) else output).to("cpu")
+    if not result.isfinite().all():
+        raise StageError("calibration met activations that are not finite; use float32 or other calibration text")
+    return result
+
+
+def _on(value: Any, device: str) -> Any:
+    """Nested arguments with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_on(inner, device) for inner in value)
+    if isinstance(value, dict):
+        return {key: _on(inner, device) for key, inner in value.items()}
+    return value
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, window: Tensor) -> None:
+    model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted
+
+
+@contextmanager
+def _observed(layers: Mapping[str, nn.Linear], needs: frozenset[Statistic]) -> Iterator[dict[str, InputStatistics]]:
+    """Collect statistics of each layer's input while it runs."""
+    observed = {name: InputStatistics(needs) for name in layers}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args: observed[name].add(args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield observed
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,163 @@
+"""Models and tokenizers in and out, as published: a folder, a GGUF file, a Hugging Face id."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sqft.errors import ArtifactError, StageError
+from sqft.source import ModelSource
+from sqft.store import write_json
+
+transformers_logging.disable_progress_bar()
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def load_source(
+    source: ModelSource, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model and tokenizer a recipe names, on the CPU, in evaluation mode.
+
+    Raises:
+        StageError: when transformers cannot make a causal language model of it.
+    """
+    if source.kind == "gguf":
+        where: dict[str, Any] = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
+    else:
+        where = {"pretrained_model_name_or_path": source.path}
+    return _load(where, dtype, trust_remote_code, str(source.path))
+
+
+def load_folder(
+    folder: Path, dtype: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder that sqft wrote, in its own precision unless told."""
+    return _load({"pretrained_model_name_or_path": folder}, dtype or "auto", trust_remote_code, str(folder))
+
+
+def _load(
+    where: dict[str, Any], dtype: str, trust_remote_code: bool, place: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    wanted = getattr(torch, dtype) if dtype != "auto" else "auto"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StageError(f"transformers cannot load {place}: {reason}") from error
+    _forget_quantization(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A dequantized GGUF model is an ordinary one; without its traces it can be saved."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    del model.config.quantization_config
+    for trace, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+        if hasattr(model, trace):
+            setattr(model, trace, value)
+
+
+def skeleton(source: ModelSource, trust_remote_code: bool = False) -> nn.Module | None:
+    """The module tree on the meta device: no weight is read. None for GGUF, whose config needs its file."""
+    if source.kind == "gguf":
+        return None
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return model
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StageError(f"{source.path} is no causal language model transformers knows: {error}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder that stock transformers, 4.x included, loads: weights, tokenizer,
+    chat template, generation config."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    _speak_to_older_transformers(folder)
+
+
+def _speak_to_older_transformers(folder: Path) -> None:
+    """transformers 5 writes `rope_parameters` and `dtype`; 4.x reads `rope_theta` and `torch_dtype`."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    write_json(folder / "config.json", config)
+    place = folder / "tokenizer_config.json"
+    if place.is_file():
+        tokenizer = json.loads(place.read_text())
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+            write_json(place, tokenizer)
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """A model folder's tensors, read one at a time from its safetensors files.
+
+    Raises:
+        ArtifactError: when a file is damaged or a tensor is missing; the message names it.
+    """
+
+    folder: Path
+
+    def names(self) -> Sequence[str]:
+        return sorted(self._places())
+
+    def tensor(self, name: str) -> Tensor:
+        place = self._places().get(name)
+        if place is None:
+            raise ArtifactError(f"{self.folder} has no tensor {name}")
+        with _open(place) as stream:
+            tensor: Tensor = stream.get_tensor(name)
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        with ExitStack() as stack:
+            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._places().values()))}
+            for name, file in sorted(self._places().items()):
+                yield name, streams[file].get_tensor(name)
+
+    def _places(self) -> dict[str, Path]:
+        found = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with _open(file) as stream:
+                found.update(dict.fromkeys(stream.keys(), file))
+        return found
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is no whole safetensors file: {error}") from None

@@ -1,0 +1,167 @@
+"""A base model with its trained deltas: built, stored, read back, and set to one configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft import checks
+from sqft.contracts import Adapter, BaseKind, Choice, Merger, RankGroup, SearchSpace
+from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.modeling.adapted import AdaptedLinear, attach, choose
+from sqft.modeling.blocks import linears, shape_of
+from sqft.modeling.load import load_folder, load_source
+from sqft.plan import Plan, selected
+from sqft.recipe import Finetune
+from sqft.store import write_json
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The adapted model of one `finetune` step."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapted: dict[str, AdaptedLinear]
+    space: SearchSpace
+
+    def choose(self, choice: Choice) -> None:
+        """Set every layer's rank."""
+        choose(self.adapted, self.space.ranks_by_linear(choice))
+
+    def deltas(self) -> dict[str, Tensor]:
+        """What trains, by name."""
+        return {
+            f"{name}.{key}": value.detach().contiguous()
+            for name, layer in self.adapted.items()
+            for key, value in cast(nn.Module, layer.delta).state_dict().items()
+        }
+
+    @property
+    def trainable(self) -> int:
+        return sum(tensor.numel() for tensor in self.deltas().values())
+
+
+def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base under the adapters: a sparse model's folder, or else the recipe's own model."""
+    remote = plan.recipe.model.trust_remote_code
+    return load_folder(folder, None, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
+
+
+def base_kind(folder: Path | None) -> BaseKind:
+    return BaseKind.DENSE if folder is None else BaseKind.SPARSE
+
+
+def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
+    """Load the base and attach untrained deltas.
+
+    Raises:
+        ContractError: when the adapter's space or deltas break its contract.
+    """
+    step = plan.step("finetune")
+    section = cast(Finetune, step.section)
+    adapter, merger = cast(Adapter, step.parts["adapter"].component), cast(Merger, step.parts["merger"].component)
+    who = str(step.parts["adapter"].entry)
+    model, tokenizer = base_model(plan, folder)
+    shapes = [shape_of(n, linear) for n, linear in linears(model).items() if selected(n, section.targets, ())]
+    if not shapes:
+        raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
+    space = adapter.space(shapes)
+    checks.check_space(who, shapes, space)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for shape in shapes:
+        deltas[shape.name] = adapter.delta(shape, generator)
+        checks.check_delta(who, shape, deltas[shape.name])
+    dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
+    adapted = attach(model, deltas, merger, base_kind(folder) is BaseKind.SPARSE, dropout)
+    model.to(device)
+    return Tuned(model, tokenizer, adapted, space)
+
+
+def restore(plan: Plan, folder: Path | None, trained: Path, device: str) -> Tuned:
+    """Load the base and the deltas that a finetune artifact stored.
+
+    Raises:
+        ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
+    """
+    tuned = build(plan, folder, 0, device)
+    stored = load_file(trained / "deltas.safetensors")
+    expected = tuned.deltas()
+    if stored.keys() != expected.keys():
+        odd = sorted(stored.keys() ^ expected.keys())[0]
+        raise ArtifactError(f"{trained / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
+    for name, layer in tuned.adapted.items():
+        delta = cast(nn.Module, layer.delta)
+        own = {key: stored[f"{name}.{key}"] for key in delta.state_dict()}
+        for key, value in own.items():
+            if value.shape != expected[f"{name}.{key}"].shape or not value.isfinite().all():
+                raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
+        delta.load_state_dict(own)
+    if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
+        raise ContractError(f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training")
+    return tuned
+
+
+def store_deltas(tuned: Tuned, folder: Path) -> None:
+    save_file({name: value.cpu() for name, value in tuned.deltas().items()}, folder / "deltas.safetensors")
+    write_json(folder / "space.json", asdict(tuned.space))
+
+
+def space_from(content: Any) -> SearchSpace:
+    return SearchSpace(
+        tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"])
+    )
+
+
+def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folder: Path) -> None:
+    """Write the sub-adapter of a configuration.
+
+    For `unmerged` it is a stock PEFT checkpoint: `rank_pattern` and `alpha_pattern` together give
+    stock PEFT the same function. A masked adapter is no LoRA, and stock PEFT would compute W + BA
+    for it without a word; it gets names that PEFT refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = tuned.space.ranks_by_linear(choice)
+    factors = {name: layer.delta.factors(ranks[name]) for name, layer in tuned.adapted.items()}
+    scales = {name: scale for name, (_, _, scale) in factors.items()}
+    if merger.merges:
+        tensors = {f"{n}.{k}": t for n, (b, a, _) in factors.items() for k, t in (("lora_B", b), ("lora_A", a))}
+        _save(tensors, folder / "adapter.safetensors")
+        content = {"merger": merger.name, "base_model": base, "ranks": ranks, "scales": scales}
+        write_json(folder / "sqft_adapter.json", content)
+        return
+    from peft import LoraConfig, TaskType
+
+    top = max(ranks.values())
+    alphas = {name: scales[name] * rank for name, rank in ranks.items()}
+    LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        r=top,
+        lora_alpha=max(alphas.values()),  # type: ignore[arg-type]  # PEFT divides it, and takes any number
+        target_modules=sorted(ranks),
+        rank_pattern=dict(ranks),
+        alpha_pattern=alphas,  # type: ignore[arg-type]
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    peft_names = {
+        f"base_model.model.{name}.{which}.weight": tensor
+        for name, (b, a, _) in factors.items()
+        for which, tensor in (("lora_A", a), ("lora_B", b))
+    }
+    _save(peft_names, folder / "adapter_model.safetensors")
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+
+

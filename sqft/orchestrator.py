@@ -1,0 +1,287 @@
+"""The door from Python: plan a recipe, then for each step reuse its artifact or make it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqft
+from sqft.errors import StageError
+from sqft.plan import Plan, Step, human, make_plan
+from sqft.progress import Track, silent
+from sqft.recipe import Recipe
+from sqft.registry import Registry
+from sqft.report import make_report, report_markdown
+from sqft.store import Artifact, Store, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("sqft")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step and the artifact it left."""
+
+    step: Step
+    artifact: Artifact
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.artifact.report
+
+    @property
+    def folder(self) -> Path:
+        return self.artifact.folder
+
+    def load_model(self) -> PreTrainedModel:
+        """The model this step wrote.
+
+        Raises:
+            StageError: when the step wrote none (an adapter, a choice, a measurement).
+        """
+        from sqft.modeling.load import load_folder
+
+        if not (self.folder / "model").is_dir():
+            raise StageError(f"step '{self.step.name}' holds no model; sparsify, merge and export do")
+        return load_folder(self.folder / "model")[0]
+
+
+@dataclass(frozen=True)
+class Run(Mapping[str, Outcome]):
+    """What a run left, by step: `run["merge"].load_model()`."""
+
+    plan: Plan
+    folder: Path
+    outcomes: dict[str, Outcome]
+    report: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Outcome:
+        return self.outcomes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def result(self) -> Path | None:
+        """The folder a user came for: exported, merged, adapter, or sparse model; the last there is."""
+        places = [
+            outcome.folder / name
+            for outcome in self.outcomes.values()
+            for name in ("model", "adapter")
+            if (outcome.folder / name).is_dir() and not (name == "adapter" and "merge" in self.outcomes)
+        ]
+        return places[-1] if places else None
+
+
+class Orchestrator:
+    """Plans recipes against a registry and runs them in a store."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        store: str | Path = "store",
+        device: str = "cpu",
+        track: Track = silent,
+    ) -> None:
+        self.registry, self.store, self.device, self.track = registry, Store(store), device, track
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What a recipe will do here, and which of it is done already. Loads no model.
+
+        Raises:
+            RecipeError: with every mistake at once.
+            ArtifactError: when a stored artifact is damaged.
+        """
+        plan = make_plan(recipe, self.registry, self.store.digests)
+        done = [step.name for step in plan.steps if self.store.find(step.stage, step.fingerprint)]
+        return dataclasses.replace(plan, reused=frozenset(done))
+
+    def run(self, plan: Plan, until: str | None = None, fresh: str | None = None) -> Run:
+        """Run a plan, reusing what the store has.
+
+        `until` stops after a stage; `fresh` makes a stage and all that follows from it again.
+
+        Raises:
+            SqftError: when something is the user's to mend. Finished steps stay, a killed one resumes.
+        """
+        steps = self._until(plan, until)
+        if fresh:
+            self._discard(plan, fresh)
+        self._check_disk(steps)
+        self._check_device()
+        folder = self._run_folder(plan)
+        outcomes: dict[str, Outcome] = {}
+        with _log_file(folder / "run.log"):
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            for number, step in enumerate(steps, 1):
+                inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
+                artifact = self._obtain(plan, step, inputs, f"[{number}/{len(steps)}] {step.name}")
+                outcomes[step.name] = Outcome(step, artifact)
+                self._notify("sqft_stage_finished", step=step, artifact=artifact)
+            report = make_report(plan, {name: outcome.artifact for name, outcome in outcomes.items()})
+            write_json(folder / "report.json", report)
+            (folder / "report.md").write_text(report_markdown(report))
+            links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
+            finished = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(
+                folder / "run.json",
+                {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
+            )
+        return Run(plan, folder, outcomes, report)
+
+    def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
+        """The step's artifact: found, or made, proved and committed."""
+        with self.store.begin(step.stage, step.fingerprint) as scratch:
+            found = self.store.find(step.stage, step.fingerprint)
+            if found:
+                self.store.verify(found)
+                log.info("%s: reused %s", label, found.folder.name)
+                return found
+            from sqft.stages.base import Context
+
+            log.info("%s", label)
+            self._notify("sqft_stage_started", step=step)
+            stage = importlib.import_module(f"sqft.stages.{step.stage}")
+            context = Context(plan, step, inputs, scratch, self.device, self.track)
+            start = time.monotonic()
+            with _peak_memory() as peak:
+                report = stage.run(context)
+            seconds = time.monotonic() - start
+            stage.prove(context)
+            proof = time.monotonic() - start - seconds
+            artifact = self.store.commit(
+                scratch,
+                {
+                    "stage": step.stage,
+                    "step": step.name,
+                    "fingerprint": step.fingerprint,
+                    "inputs": {role: plan.step(name).fingerprint for role, name in step.inputs.items()},
+                    "components": {kind: part.identity for kind, part in step.parts.items()},
+                    "versions": versions(),
+                    "device": self.device,
+                    "seconds": seconds,
+                    "proof_seconds": proof,
+                    "peak_memory": peak[0],
+                    "report": report,
+                },
+            )
+            log.info("%s: done in %.0f s, peak %s", label, seconds, human(peak[0]))
+            return artifact
+
+    def _until(self, plan: Plan, until: str | None) -> list[Step]:
+        if until is None:
+            return list(plan.steps)
+        self._check_stage(plan, until)
+        last = max(index for index, step in enumerate(plan.steps) if until in (step.stage, step.name))
+        return list(plan.steps[: last + 1])
+
+    def _discard(self, plan: Plan, fresh: str) -> None:
+        """Forget a stage's artifacts and those of every step that builds on them."""
+        self._check_stage(plan, fresh)
+        stale: set[str] = set()
+        for step in plan.steps:
+            if fresh in (step.stage, step.name) or stale & set(step.inputs.values()):
+                stale.add(step.name)
+                self.store.discard(step.stage, step.fingerprint)
+
+    def _check_stage(self, plan: Plan, name: str) -> None:
+        known = {step.stage for step in plan.steps} | {step.name for step in plan.steps}
+        if name not in known:
+            raise StageError(f"this recipe has no stage '{name}'; it has {', '.join(sorted(known))}")
+
+    def _check_disk(self, steps: list[Step]) -> None:
+        missing = [step for step in steps if self.store.find(step.stage, step.fingerprint) is None]
+        needed = sum(step.estimate.storage for step in missing)
+        place = next(parent for parent in (self.store.root.resolve(), *self.store.root.resolve().parents) if parent.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise StageError(
+                f"the store {self.store.root} needs about {human(needed)} and {place} has {human(free)} free; "
+                "make room, or name another store with --store"
+            )
+
+    def _check_device(self) -> None:
+        if self.device == "cpu":
+            return
+        import torch
+
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise StageError(f"device '{self.device}' cannot be used: {str(error).splitlines()[0]}") from None
+
+    def _run_folder(self, plan: Plan) -> Path:
+        """`runs/NAME-xxxxxxxx`: another recipe of the same name has another fingerprint, and so a folder."""
+        folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "recipe.json", plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
+            write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
+        except OSError as error:
+            raise StageError(f"the store {self.store.root} cannot be written: {error.strerror}") from None
+        return folder
+
+    def _notify(self, hook: str, **arguments: object) -> None:
+        for plugin, error in self.registry.notify(hook, **arguments):
+            log.warning("plugin '%s' raised in %s: %s: %s", plugin, hook, type(error).__name__, error)
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "fingerprint": step.fingerprint,
+        "inputs": dict(step.inputs),
+        "components": {kind: part.identity for kind, part in step.parts.items()},
+        "estimate": dataclasses.asdict(step.estimate),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions a result was made with."""
+    return {"sqft": sqft.__version__} | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("sqft")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """This process's peak resident memory in bytes, of the block alone where the system can say so."""
+    peak = [0]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    yield peak
+    try:
+        status = Path("/proc/self/status").read_text()
+        peak[0] = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+

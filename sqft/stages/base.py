@@ -1,0 +1,52 @@
+"""What a stage is given, and how it opens its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from sqft.contracts import Component
+from sqft.plan import Plan, Step
+from sqft.progress import Track
+from sqft.store import Artifact
+
+log = logging.getLogger("sqft")
+C = TypeVar("C", bound=Component)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One step's surroundings. `folder` is its scratch folder; it may hold what an earlier try left."""
+
+    plan: Plan
+    step: Step
+    inputs: Mapping[str, Artifact]
+    folder: Path
+    device: str
+    track: Track
+
+    @property
+    def seed(self) -> int:
+        return self.plan.recipe.seed
+
+    def seed_for(self, *names: object) -> int:
+        """A seed of 63 bits for one use: a pure function of the recipe's seed and these names."""
+        text = "/".join(map(str, (self.seed, *names)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def component(self, kind: type[C], step: Step | None = None) -> C:
+        """This step's component of a kind (or another step's)."""
+        return cast(C, (step or self.step).parts[kind.kind].component)
+
+    def who(self, kind: type[Component], step: Step | None = None) -> str:
+        """That component as error messages name it."""
+        return str((step or self.step).parts[kind.kind].entry)
+
+    def model_folder(self) -> Path | None:
+        """The folder of the base model this step works on; None means the recipe's own model."""
+        base = self.inputs.get("base")
+        return base.folder / "model" if base else None

@@ -1,0 +1,96 @@
+"""Measure one configuration: the dense model, a stage's model, or an adapted one at named ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft import checks
+from sqft.contracts import Choice, Searcher
+from sqft.data.batches import text_windows
+from sqft.data.prompts import read_records
+from sqft.errors import StageError
+from sqft.modeling.adapted import AdaptedLinear, frozen
+from sqft.modeling.blocks import decoder_blocks
+from sqft.modeling.measure import exact_match, lm_eval_tasks, perplexity
+from sqft.modeling.tuning import base_model, restore
+from sqft.recipe import Evaluate
+from sqft.stages.base import Context
+from sqft.store import write_json
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `results.json`, outcomes of single items included."""
+    section = cast(Evaluate, context.step.section)
+    results: dict[str, Any] = {}
+    with _subject(context) as (model, tokenizer, facts):
+        if section.perplexity:
+            windows = text_windows(
+                context.step.files["perplexity"], tokenizer, section.perplexity.tokens, section.perplexity.length
+            )
+            results["perplexity"] = perplexity(model, windows, context.track)
+        if section.exact_match:
+            match = section.exact_match
+            records = read_records(context.step.files["exact_match"], match.data.limit)
+            results["exact_match"] = exact_match(
+                model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, context.track
+            )
+        if section.tasks:
+            folder = context.step.files.get("include_path")
+            results["tasks"] = lm_eval_tasks(
+                model, tokenizer, list(section.tasks), folder, section.limit, section.batch_size
+            )
+    write_json(context.folder / "results.json", results)
+    summary = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in results.items()}
+    return {**summary, **facts}
+
+
+def prove(context: Context) -> None:
+    """Measurements are promises to nobody; `run` has checked that they are finite by writing JSON."""
+
+
+@contextmanager
+def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]]:
+    """The model to measure, on its device, and its facts: sparsity and parameters that train."""
+    plan = context.plan
+    if "finetune" not in context.inputs:
+        merged = context.inputs.get("merge")
+        model, tokenizer = base_model(plan, merged.folder / "model" if merged else context.model_folder())
+        yield model.to(context.device), tokenizer, _facts(model)
+        return
+    tuned = restore(plan, context.model_folder(), context.inputs["finetune"].folder, context.device)
+    if "search" in context.inputs:
+        choice = Choice(tuple(context.inputs["search"].read_json("choice.json")["ranks"]))
+    else:
+        searcher = context.component(Searcher)
+        choice = searcher.search(tuned.space, _no_evaluation, Random(context.seed_for("search")))
+    checks.check_choice("the chosen configuration", tuned.space, choice)
+    tuned.choose(choice)
+    ranks = tuned.space.ranks_by_linear(choice)
+    trained = sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in tuned.adapted.items())
+    facts = _facts(tuned.model) | {"trainable": trained}
+    with frozen(tuned.adapted):
+        yield tuned.model, tuned.tokenizer, facts
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Zeros in the weights of the decoder blocks' linear layers, as they act: adapted ones with their deltas."""
+    zeros = total = 0
+    for block in decoder_blocks(model).values():
+        for module in block.modules():
+            weight = getattr(module, "weight", None)
+            if weight is None or weight.dim() != 2:
+                continue
+            if isinstance(module, AdaptedLinear) and module.merger.merges:
+                weight = module.effective()
+            zeros += int((weight == 0).sum())
+            total += weight.numel()
+    return {"sparsity": zeros / total, "zeros": zeros, "weights": total}
+
+
+def _no_evaluation(choice: Choice, samples: int | None = None) -> float:
+    raise StageError("evaluate.of takes only searchers that need no evaluation")

@@ -1,0 +1,222 @@
+"""Train elastic low-rank deltas with transformers' Trainer (paper §2.2 to §2.4)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from sqft import checks
+from sqft.contracts import Adapter, BaseWeight, Merger
+from sqft.data.batches import Collator
+from sqft.data.prompts import encode_all, read_records
+from sqft.errors import ArtifactError, StageError
+from sqft.modeling.loss import CompletionLoss
+from sqft.modeling.tuning import Tuned, build, restore, store_deltas
+from sqft.recipe import Finetune
+from sqft.source import Digests
+from sqft.stages.base import Context, log
+from sqft.store import write_json
+
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
+    section = cast(Finetune, context.step.section)
+    tuned = build(context.plan, context.model_folder(), context.seed_for("adapter"), context.device)
+    records = read_records(context.step.files["data"], section.data.limit)
+    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
+    if encoded.truncated:
+        log.warning("%d of %d examples were cut to %d tokens", encoded.truncated, len(records), section.max_length)
+    if section.gradient_checkpointing:
+        tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
+    _check_first_combine(context, tuned)
+    examples = _Examples([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples])
+    model = CompletionLoss(tuned.model)
+    checkpoints = context.folder / "checkpoints"
+    trainer = Trainer(
+        model=model,
+        args=_arguments(context, section, checkpoints),
+        train_dataset=examples,
+        data_collator=Collator(tuned.tokenizer.pad_token_id),
+        callbacks=[_RankSampler(context, tuned), _Progress(context), _Checkpoints()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    newest = _newest_complete(checkpoints)
+    if newest:
+        log.info("resuming fine-tuning from %s", newest.name)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    bad = next((entry for entry in losses if not math.isfinite(entry["loss"])), None)
+    if bad:
+        raise StageError(f"the loss is not finite at step {bad['step']}; lower finetune.learning_rate or use float32")
+    store_deltas(tuned, context.folder)
+    with (context.folder / "log.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(entry) + "\n" for entry in losses)
+    shutil.rmtree(checkpoints)
+    tail = losses[-10:]
+    return {
+        "trainable": tuned.trainable,
+        "steps": trainer.state.global_step,
+        "examples": len(examples),
+        "truncated": encoded.truncated,
+        "tokens_cut": encoded.tokens_cut,
+        "loss_first": losses[0]["loss"],
+        "loss_last": sum(entry["loss"] for entry in tail) / len(tail),
+        "resumed_from": newest.name if newest else None,
+    }
+
+
+def prove(context: Context) -> None:
+    """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
+    tuned = restore(context.plan, context.model_folder(), context.folder, "cpu")
+    merger, who = context.component(Merger), context.who(Merger)
+    for name, layer in tuned.adapted.items():
+        B, A, scale = layer.delta.factors(layer.rank)
+        delta = scale * (B.float() @ A.float())
+        if not delta.any():
+            raise ArtifactError(f"finetune: {name} did not train: its delta is still zero")
+        if merger.merges:
+            weight = layer.weight.detach()
+            base = BaseWeight(weight.float(), weight != 0 if layer.sparse else None)
+            checks.check_effective(who, name, base, layer.effective(), merger.keeps_mask)
+
+
+def _check_first_combine(context: Context, tuned: Tuned) -> None:
+    """The core's check of a merger's result, once before training: every forward would cost the speed."""
+    merger = context.component(Merger)
+    if not merger.merges:
+        return
+    name, layer = next(iter(tuned.adapted.items()))
+    weight = layer.weight.detach()
+    base = BaseWeight(weight.float(), weight != 0 if layer.sparse else None)
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.float().std()
+    result = merger.combine(base, delta)
+    checks.check_effective(context.who(Merger), name, base, result, merger.keeps_mask)
+
+
+def _arguments(context: Context, section: Finetune, checkpoints: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=section.epochs,
+        max_steps=section.steps or -1,
+        per_device_train_batch_size=section.batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.schedule,
+        warmup_steps=section.warmup_steps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        bf16=section.precision == "bfloat16",
+        use_cpu=context.device == "cpu",
+        seed=context.seed,
+        data_seed=context.seed,
+        optim="adamw_torch",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=section.save_every,
+        save_total_limit=2,  # the newest may be cut off while it is written; the one before it is whole
+        dataloader_pin_memory=False,
+    )
+
+
+class _Examples(Dataset[dict[str, Any]]):
+    def __init__(self, items: list[dict[str, Any]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+class _RankSampler(TrainerCallback):
+    """One configuration for each optimizer step: a pure function of the seed and the global step.
+
+    Nothing is drawn inside a forward, so gradient checkpointing recomputes with the same ranks, and a
+    resumed run trains the ranks that an uninterrupted one would have.
+    """
+
+    def __init__(self, context: Context, tuned: Tuned) -> None:
+        self.context, self.tuned = context, tuned
+        self.adapter, self.who = context.component(Adapter), context.who(Adapter)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rng = Random(self.context.seed_for("ranks", state.global_step))
+        choice = self.adapter.sample(self.tuned.space, rng)
+        checks.check_choice(self.who, self.tuned.space, choice)
+        self.tuned.choose(choice)
+
+
+class _Checkpoints(TrainerCallback):
+    """Seal each checkpoint once it is whole."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that nothing reads
+        _seal(folder)
+
+
+class _Progress(TrainerCallback):
+    """Trainer's steps on sqft's own display."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = state.max_steps - state.global_step
+        self.bar = self.context.track(range(left), "fine-tuning", left)
+        next(self.bar, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        next(self.bar, None)
+
+
+def _seal(folder: Path) -> None:
+    digests = Digests()
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    write_json(folder / COMPLETE, {f.name: digests.file(f) for f in sorted(folder.iterdir()) if f.name != COMPLETE})
+
+
+def _newest_complete(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose every file is as it was sealed; all others are deleted."""
+    newest = None
+    folders = [folder for folder in checkpoints.glob("checkpoint-*") if folder.is_dir()]
+    for folder in sorted(folders, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True):
+        if newest is None and _is_complete(folder):
+            newest = folder
+        elif newest is None:
+            log.warning("%s was cut off while it was written and is not used", folder.name)
+            shutil.rmtree(folder)
+    return newest
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sealed: dict[str, str] = json.loads((folder / COMPLETE).read_text())
+        digests = Digests()
+        return all(digests.file(folder / name) == digest for name, digest in sealed.items())
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,129 @@
+"""Choose a sub-adapter. Every answer is remembered on disk, so a killed search asks and pays once."""
+
+from __future__ import annotations
+
+import json
+import math
+from random import Random
+from typing import Any, cast
+
+from safetensors.torch import load_file
+
+from sqft import checks
+from sqft.contracts import Choice, Merger, Searcher
+from sqft.data.prompts import encode_all, read_records
+from sqft.errors import ArtifactError, StageError
+from sqft.modeling.adapted import frozen
+from sqft.modeling.measure import exact_match, mean_loss
+from sqft.modeling.tuning import Tuned, restore, store_adapter
+from sqft.progress import silent
+from sqft.recipe import Finetune, Search
+from sqft.stages.base import Context, log
+from sqft.store import write_json
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
+    searcher, who = context.component(Searcher), context.who(Searcher)
+    tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, context.device)
+    evaluate = _Remembered(context, tuned)
+    choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
+    checks.check_choice(who, tuned.space, choice)
+    write_json(context.folder / "choice.json", {"ranks": list(choice.ranks)})
+    merger = cast(Merger, context.plan.step("finetune").parts["merger"].component)
+    base = str(context.model_folder() or context.plan.source.path)
+    store_adapter(tuned, choice, merger, base, context.folder / "adapter")
+    ranks = tuned.space.ranks_by_linear(choice)
+    trained = sum(
+        ranks[name] * (layer.in_features + layer.out_features) for name, layer in tuned.adapted.items()
+    )
+    return {
+        "searcher": searcher.name,
+        "trials": len(evaluate.known),
+        "value": evaluate.best(choice),
+        "mean_rank": sum(ranks.values()) / len(ranks),
+        "trainable": trained,
+    }
+
+
+def prove(context: Context) -> None:
+    """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
+    tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, "cpu")
+    choice = Choice(tuple(json.loads((context.folder / "choice.json").read_text())["ranks"]))
+    checks.check_choice(context.who(Searcher), tuned.space, choice)
+    (file,) = (context.folder / "adapter").glob("*.safetensors")
+    stored = load_file(file)
+    ranks = tuned.space.ranks_by_linear(choice)
+    for name, layer in tuned.adapted.items():
+        B, A, _ = layer.delta.factors(ranks[name])
+        for which, tensor in (("lora_B", B), ("lora_A", A)):
+            found = next((stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None)
+            if found is None or not found.equal(tensor.detach()):
+                raise ArtifactError(f"search: {which} of {name} as stored is not the trained one")
+
+
+class _Remembered:
+    """`Evaluate` over a validation set in one seeded order, each trial written down before it is answered."""
+
+    def __init__(self, context: Context, tuned: Tuned) -> None:
+        self.context, self.tuned = context, tuned
+        self.section = cast(Search, context.step.section)
+        self.file = context.folder / "trials.jsonl"
+        self.known: dict[tuple[Choice, int], float] = {}
+        self.records: list[dict[str, Any]] = []
+        if "data" in context.step.files:
+            assert self.section.data is not None
+            self.records = read_records(context.step.files["data"], self.section.data.limit)
+            Random(context.seed_for("proxy")).shuffle(self.records)
+        self._recall()
+
+    def __call__(self, choice: Choice, samples: int | None = None) -> float:
+        searcher = self.context.who(Searcher)
+        checks.check_choice(searcher, self.tuned.space, choice)
+        if not self.records:
+            raise StageError(f"{searcher} asked for an evaluation, but search.data is not given")
+        count = min(samples or len(self.records), len(self.records))
+        key = (choice, count)
+        if key not in self.known:
+            value = self._measure(choice, self.records[:count])
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"ranks": choice.ranks, "samples": count, "value": value}) + "\n")
+            self.known[key] = value
+            log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
+        return self.known[key]
+
+    def best(self, choice: Choice) -> float | None:
+        """The chosen configuration's value on the most samples it was tried on."""
+        values = {count: value for (tried, count), value in self.known.items() if tried == choice}
+        return values[max(values)] if values else None
+
+    def _measure(self, choice: Choice, records: list[dict[str, Any]]) -> float:
+        self.tuned.choose(choice)
+        section, model, tokenizer = self.section, self.tuned.model, self.tuned.tokenizer
+        with frozen(self.tuned.adapted):
+            if section.metric == "exact_match":
+                result = exact_match(
+                    model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent
+                )
+                value = float(result["accuracy"])
+            else:
+                tuning = cast(Finetune, self.context.plan.step("finetune").section)
+                encoded = encode_all(records, tokenizer, tuning.max_length, tuning.loss_on)
+                pad = cast(int, tokenizer.pad_token_id)
+                value = -mean_loss(model, encoded.examples, section.batch_size, pad, silent)
+        if not math.isfinite(value):
+            raise StageError(f"the {section.metric} of ranks {choice.ranks} is not finite")
+        return value
+
+    def _recall(self) -> None:
+        """Read an earlier try's trials; a last line that a kill cut short is dropped."""
+        if not self.file.is_file():
+            return
+        for line in self.file.read_text().splitlines():
+            try:
+                trial = json.loads(line)
+                self.known[Choice(tuple(trial["ranks"])), trial["samples"]] = trial["value"]
+            except (ValueError, KeyError, TypeError):
+                break
+        lines = [json.dumps({"ranks": c.ranks, "samples": n, "value": v}) + "\n" for (c, n), v in self.known.items()]
+        self.file.write_text("".join(lines))
