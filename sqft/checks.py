@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sqft.contracts import BaseWeight, Choice, DeltaModule, LinearShape, Quantized, SearchSpace
+from sqft.contracts import BaseWeight, DeltaModule, LinearShape, Quantized, SearchSpace
 from sqft.errors import ContractError
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def check_quantized(who: str, place: str, quantized: object, weight: Tensor, mas
         raise ContractError(f"{who} returned {type(quantized).__name__} for {place}, expected Quantized")
     codes, grid = quantized.codes, quantized.grid
     if codes.shape != weight.shape or codes.is_floating_point():
-        raise ContractError(f"{who} returned codes of shape {list(codes.shape)} for {place}, expected integers {list(weight.shape)}")
+        raise ContractError(
+            f"{who} returned codes of shape {list(codes.shape)} for {place}, expected integers {list(weight.shape)}"
+        )
     top = 2**grid.bits - 1
     for label, values in (("codes", codes), ("zero points", grid.zero)):
         if values.numel() and (values.min() < 0 or values.max() > top):
@@ -65,7 +67,9 @@ def check_space(who: str, linears: Sequence[LinearShape], space: object) -> None
         raise ContractError(f"{who} returned a search space that does not hold every layer exactly once")
     for group in space.groups:
         if not group.ranks or min(group.ranks) < 1 or list(group.ranks) != sorted(set(group.ranks), reverse=True):
-            raise ContractError(f"{who} gave group {group.name} the ranks {list(group.ranks)}, expected them descending")
+            raise ContractError(
+                f"{who} gave group {group.name} the ranks {list(group.ranks)}, expected them descending"
+            )
 
 
 def check_choice(who: str, space: SearchSpace, choice: object) -> None:

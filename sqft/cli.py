@@ -46,11 +46,18 @@ def explained(command: F) -> F:
 
 disable_option = click.option("--disable", multiple=True, metavar="PLUGIN", help="Skip a plugin (repeatable).")
 store_option = click.option(
-    "--store", type=click.Path(file_okay=False, path_type=Path), default=Path("store"), show_default=True,
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("store"),
+    show_default=True,
     help="Folder of artifacts and runs.",
 )
 set_option = click.option(
-    "--set", "changes", multiple=True, metavar="PATH=VALUE", help="Change the recipe (repeatable): sparsify.sparsity=0.6"
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change the recipe (repeatable): sparsify.sparsity=0.6",
 )
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 

@@ -162,7 +162,8 @@ class Evaluate(Protocol):
 class ModelReader(Protocol):
     """A model as an exporter sees it: its files and, one at a time, its tensors."""
 
-    folder: Path
+    @property
+    def folder(self) -> Path: ...
 
     def names(self) -> Sequence[str]: ...
 
@@ -295,4 +296,3 @@ KINDS: dict[str, type[Component]] = {
     cls.kind: cls for cls in (Scorer, Allocator, Quantizer, Adapter, Searcher, Merger, Exporter)
 }
 """Every kind of component by the word recipes and messages use for it."""
-

@@ -207,7 +207,9 @@ class Orchestrator:
     def _check_disk(self, steps: list[Step]) -> None:
         missing = [step for step in steps if self.store.find(step.stage, step.fingerprint) is None]
         needed = sum(step.estimate.storage for step in missing)
-        place = next(parent for parent in (self.store.root.resolve(), *self.store.root.resolve().parents) if parent.exists())
+        place = next(
+            parent for parent in (self.store.root.resolve(), *self.store.root.resolve().parents) if parent.exists()
+        )
         free = shutil.disk_usage(place).free
         if needed > free:
             raise StageError(
@@ -284,4 +286,3 @@ def _peak_memory() -> Iterator[list[int]]:
         peak[0] = int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-

@@ -134,7 +134,8 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
     planner = _Planner(recipe, registry, digests)
     plan = planner.plan()
     if planner.problems:
-        raise RecipeError(planner.problems, recipe.source)
+        broken = [Problem("", line.strip()) for line in planner.broken]
+        raise RecipeError([*planner.problems, *broken], recipe.source)
     assert plan is not None
     return plan
 
@@ -145,6 +146,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
         self.recipe, self.registry, self.digests = recipe, registry, digests
         self.problems: list[Problem] = []
+        self.broken: dict[str, None] = {}
         self.steps: dict[str, Step] = {}
         self.source: ModelSource | None = None
 
@@ -229,7 +231,7 @@ class _Planner:
             except SqftError as error:
                 self._problem("finetune.adapter", str(error))
         files = {"data": self._file(section.data.path, "finetune.data.path")}
-        weights, size = self._weights()
+        _, size = self._weights()
         memory = size + 16 * trained + self._activations(section) + (1 << 29)
         self._add(
             "finetune",
@@ -242,7 +244,7 @@ class _Planner:
         return merger
 
     def _search(self, base: str | None) -> str:
-        section = self.recipe.search or Search()
+        section = self.recipe.search or Search.model_validate({})
         searcher = self._part("searcher", section.searcher, "search.searcher")
         files = {}
         if searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates:
@@ -253,7 +255,7 @@ class _Planner:
         elif section.data is not None:
             section = section.model_copy(update={"data": None})
         inputs = {"finetune": "finetune"} | ({"base": base} if base else {})
-        weights, size = self._weights()
+        _, size = self._weights()
         trained = self.steps["finetune"].estimate.storage if "finetune" in self.steps else 0
         return self._add(
             "search",
@@ -280,9 +282,7 @@ class _Planner:
         assert chosen is not None
         weights, size = self._weights()
         inputs = {"search": chosen, "finetune": "finetune"} | ({"base": base} if base else {})
-        self._add(
-            "merge", section, {}, inputs, {}, Estimate(weights, size, 2 * size + (1 << 29)), self._tuning_code()
-        )
+        self._add("merge", section, {}, inputs, {}, Estimate(weights, size, 2 * size + (1 << 29)), self._tuning_code())
 
     def _export(self, base: str | None) -> None:
         if not self.recipe.export:
@@ -333,9 +333,7 @@ class _Planner:
                 name=f"evaluate:{what}",
             )
 
-    def _subject(
-        self, what: str, place: str, base: str | None
-    ) -> tuple[dict[str, str] | None, dict[str, Part | None]]:
+    def _subject(self, what: str, place: str, base: str | None) -> tuple[dict[str, str] | None, dict[str, Part | None]]:
         """The inputs and parts of one entry of `evaluate.of`."""
         stage, _, name = what.partition(":")
         below = {"base": base} if base else {}
@@ -354,7 +352,7 @@ class _Planner:
                 part = None
             return ({"finetune": "finetune", **below} if part else None), {"searcher": part}
         known = ["model", "sparsify", "finetune:NAME", "search", "merge"]
-        if what in known or stage == "finetune" and name:
+        if what in known or (stage == "finetune" and name):
             self._problem(place, f"'{what}' is not made by this recipe; add its section or remove it here")
         else:
             self._problem(place, f"'{what}' is none of {', '.join(known)}")
@@ -419,7 +417,8 @@ class _Planner:
         for index, target in enumerate(section.targets):
             if not any(selected(linear.name, [target], ()) for linear in chosen):
                 self._problem(
-                    f"finetune.targets.{index}", f"'{target}' matches no linear layer; the model has {self._last_names()}"
+                    f"finetune.targets.{index}",
+                    f"'{target}' matches no linear layer; the model has {self._last_names()}",
                 )
         return chosen
 
@@ -434,7 +433,10 @@ class _Planner:
         try:
             entry = self.registry.get(kind, ref.name)
         except SqftError as error:
-            self._problem(place, str(error))
+            # Which plugins are broken may explain several problems; it is said once, at the end.
+            reason, *broken = str(error).splitlines()
+            self._problem(place, reason)
+            self.broken |= dict.fromkeys(broken)
             return None
         try:
             return Part(entry, entry.component.model_validate(ref.options))

@@ -112,7 +112,7 @@ class Registry:
             PluginError: when it, or a component it offers, breaks the rules for plugins.
         """
         known = len(self._broken)
-        self._register(plugin, Provider(name or getattr(plugin, "__name__", repr(plugin)), source))
+        self._register(plugin, Provider(name or str(getattr(plugin, "__name__", repr(plugin))), source))
         if failures := self._broken[known:]:
             raise PluginError("\n".join(map(str, failures)))
 
@@ -260,9 +260,9 @@ def _version_mismatch(distribution: metadata.Distribution) -> str | None:
         except InvalidRequirement:
             continue
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name == "sqft" and applies and distribution.name != "sqft":
-            if not requirement.specifier.contains(sqft.__version__, prereleases=True):
-                return f"needs sqft{requirement.specifier}, this is sqft {sqft.__version__}"
+        ours = requirement.name == "sqft" and applies and distribution.name != "sqft"
+        if ours and not requirement.specifier.contains(sqft.__version__, prereleases=True):
+            return f"needs sqft{requirement.specifier}, this is sqft {sqft.__version__}"
     return None
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sqft.contracts import KINDS, Component
+from sqft.contracts import Component
 from sqft.recipe import Recipe
 from sqft.registry import Registry
 
@@ -61,6 +61,3 @@ def option_lines(component: type[Component]) -> Iterator[str]:
             kind = "one of " + ", ".join(map(json.dumps, words["enum"]))
         default = f"default {json.dumps(words['default'])}" if "default" in words else "required"
         yield ", ".join(filter(None, [f"{name}: {kind}", *ranges, default, words.get("description", "")]))
-
-
-

@@ -129,7 +129,7 @@ def _folder(path: Path, digests: Digests) -> ModelSource:
 
 def _hub(name: str, revision: str | None, digests: Digests) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))

@@ -135,9 +135,7 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
             calibration.append(text)
     heldout_text = "\n\n".join(heldout)
     long = [
-        " ".join(paragraph.split())
-        for paragraph in paragraphs(heldout_text)
-        if len(paragraph.strip()) >= SHARED_CHARS
+        " ".join(paragraph.split()) for paragraph in paragraphs(heldout_text) if len(paragraph.strip()) >= SHARED_CHARS
     ]
     kept = (without_shared(text, long) for text in calibration)
     return [{"text": text} for text in kept if text.strip()], heldout_text

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
+
 from sqft.api import LinearStats, Scorer, hookimpl
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def _name(shards: list[list[str]], folder: Path, total: int) -> None:
     if len(shards) == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / file)

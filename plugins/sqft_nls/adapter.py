@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,7 @@ class Nls(_LowRank):
     @field_validator("ranks")
     @classmethod
     def _descending(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if any(high <= low for high, low in zip(ranks, ranks[1:], strict=False)):
+        if any(high <= low for high, low in pairwise(ranks)):
             raise ValueError(f"ranks go from large to small without repeats, found {list(ranks)}")
         return ranks
 

@@ -60,7 +60,7 @@ def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) ->
         DataError: when there are not 2 tokens.
     """
     stream = torch.tensor(_stream(path, tokenizer)[:tokens])
-    windows = [window for window in stream.split(length) if len(window) >= 2]
+    windows = [window for window in torch.split(stream, length) if len(window) >= 2]
     if not windows:
         raise DataError(f"{path} has fewer than 2 tokens, so its perplexity cannot be taken")
     return windows

@@ -73,7 +73,8 @@ def _mistake(record: Any) -> str | None:
     if "messages" in record:
         messages = record["messages"]
         whole = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
         )
         if not whole or not any(m["role"] == "assistant" for m in messages):
             return "'messages' must be a list of {role, content} with at least one assistant turn"
@@ -168,7 +169,9 @@ def _template(messages: Sequence[dict[str, str]], tokenizer: Any, generation: bo
     if not tokenizer.chat_template:
         raise DataError("the model's tokenizer has no chat template; use {prompt, completion} records")
     return list(
-        tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False)
+        tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False
+        )
     )
 
 
@@ -181,6 +184,8 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int]
             before = _template(messages[:index], tokenizer, True)
             after = _template(messages[: index + 1], tokenizer, False)
             if after[: len(before)] != before or ids[: len(after)] != after:
-                raise DataError("the chat template rewrites earlier turns, so the assistant's turns cannot be told apart")
+                raise DataError(
+                    "the chat template rewrites earlier turns, so the assistant's turns cannot be told apart"
+                )
             labels[len(before) : len(after)] = after[len(before) :]
     return ids, labels

@@ -134,10 +134,13 @@ class AdaptedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and self.dropout.p > 0:
             dropped = self.dropout(x)
-            whole: Tensor = _Effective.apply(dropped, self.weight, None, B, A, scale, self.merger, self.sparse)
-            return F.linear(x, self.weight, self.bias) + whole - F.linear(dropped, self.weight)
-        result: Tensor = _Effective.apply(x, self.weight, self.bias, B, A, scale, self.merger, self.sparse)
-        return result
+            side = self._through(dropped, None, B, A, scale) - F.linear(dropped, self.weight)
+            return F.linear(x, self.weight, self.bias) + side
+        return self._through(x, self.bias, B, A, scale)
+
+    def _through(self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float) -> Tensor:
+        y: Tensor = _Effective.apply(x, self.weight, bias, B, A, scale, self.merger, self.sparse)  # type: ignore[no-untyped-call]
+        return y
 
 
 def attach(

@@ -16,9 +16,10 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
-            if best is None or len(module) > len(best[1]):
-                best = (name, module)
+        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
+            continue
+        if best is None or len(module) > len(best[1]):
+            best = (name, module)
     if best is None:
         raise StageError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
     return {f"{best[0]}.{index}": block for index, block in enumerate(best[1])}

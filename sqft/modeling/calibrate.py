@@ -106,7 +106,9 @@ def _probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tens
     inputs: list[Call] = []
     hooks = []
     for block in blocks.values():
-        hooks.append(block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True))
+        hooks.append(
+            block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+        )
         hooks.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
     try:
         _forward(model, window)
@@ -122,7 +124,9 @@ def _probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tens
     for slot, value in candidates:
         if value is produced:
             return slot, is_tuple
-    raise StageError(f"{type(model).__name__}'s blocks do not pass their output on, so they cannot be walked one by one")
+    raise StageError(
+        f"{type(model).__name__}'s blocks do not pass their output on, so they cannot be walked one by one"
+    )
 
 
 def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Tensor, Call]:

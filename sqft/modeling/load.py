@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     wanted = getattr(torch, dtype) if dtype != "auto" else "auto"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +70,13 @@ def _load(
             raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' GGUF reader draws a bar of its own; sqft's log and display say what goes on."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

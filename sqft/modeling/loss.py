@@ -46,7 +46,7 @@ class CompletionLoss(nn.Module):
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
         return {"loss": total / count}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name in trained}

@@ -107,7 +107,9 @@ def restore(plan: Plan, folder: Path | None, trained: Path, device: str) -> Tune
                 raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
         delta.load_state_dict(own)
     if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
-        raise ContractError(f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training")
+        raise ContractError(
+            f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training"
+        )
     return tuned
 
 
@@ -117,9 +119,7 @@ def store_deltas(tuned: Tuned, folder: Path) -> None:
 
 
 def space_from(content: Any) -> SearchSpace:
-    return SearchSpace(
-        tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"])
-    )
+    return SearchSpace(tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"]))
 
 
 def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folder: Path) -> None:
@@ -147,10 +147,10 @@ def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folde
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
         r=top,
-        lora_alpha=max(alphas.values()),  # type: ignore[arg-type]  # PEFT divides it, and takes any number
+        lora_alpha=max(alphas.values()),
         target_modules=sorted(ranks),
         rank_pattern=dict(ranks),
-        alpha_pattern=alphas,  # type: ignore[arg-type]
+        alpha_pattern=alphas,
         inference_mode=True,
     ).save_pretrained(str(folder))
     peft_names = {
@@ -163,5 +163,3 @@ def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folde
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
-
-

@@ -11,7 +11,6 @@ from random import Random
 from typing import Any, cast
 
 import torch
-
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 

@@ -34,9 +34,7 @@ def run(context: Context) -> dict[str, Any]:
     base = str(context.model_folder() or context.plan.source.path)
     store_adapter(tuned, choice, merger, base, context.folder / "adapter")
     ranks = tuned.space.ranks_by_linear(choice)
-    trained = sum(
-        ranks[name] * (layer.in_features + layer.out_features) for name, layer in tuned.adapted.items()
-    )
+    trained = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in tuned.adapted.items())
     return {
         "searcher": searcher.name,
         "trials": len(evaluate.known),
@@ -57,7 +55,9 @@ def prove(context: Context) -> None:
     for name, layer in tuned.adapted.items():
         B, A, _ = layer.delta.factors(ranks[name])
         for which, tensor in (("lora_B", B), ("lora_A", A)):
-            found = next((stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None)
+            found = next(
+                (stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None
+            )
             if found is None or not found.equal(tensor.detach()):
                 raise ArtifactError(f"search: {which} of {name} as stored is not the trained one")
 

@@ -100,4 +100,6 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"sparsify ({who}): {name} as stored holds values that are not finite")
         if stored.dtype != expected.dtype or not torch.equal(stored, expected):
             wrong = int((stored != expected).sum())
-            raise ArtifactError(f"sparsify ({who}): {name} as stored is not the masked original ({wrong} entries differ)")
+            raise ArtifactError(
+                f"sparsify ({who}): {name} as stored is not the masked original ({wrong} entries differ)"
+            )
