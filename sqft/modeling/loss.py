@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -50,3 +51,12 @@ class CompletionLoss(nn.Module):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what trains; the frozen rest is not in a checkpoint and so not missing from it."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
+        if strict and (result.missing_keys or result.unexpected_keys):
+            raise RuntimeError(f"the checkpoint does not fit: {result}")
+        return result

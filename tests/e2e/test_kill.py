@@ -1,0 +1,106 @@
+"""SIGKILL while training, while a checkpoint is written, and while searching: the rerun ends bit for bit alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from sqft import Orchestrator, Recipe, Registry
+import sqft.stages.finetune as finetune, sqft.stages.search as search
+
+where, at = sys.argv[3], int(sys.argv[4])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if where == "step":
+    original = finetune._RankSampler.on_step_begin
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == at: die()
+        original(self, args, state, control, **kwargs)
+    finetune._RankSampler.on_step_begin = on_step_begin
+elif where == "checkpoint":  # written, but not sealed, and one file cut short as a full page cache would leave it
+    def seal(folder):
+        if folder.name == f"checkpoint-{at}":
+            file = folder / "optimizer.pt"
+            file.write_bytes(file.read_bytes()[:100])
+            die()
+        sealed(folder)
+    sealed = finetune._seal
+    finetune._seal = seal
+elif where == "trial":
+    original = search._Remembered._measure
+    def measure(self, choice, records):
+        if len(self.known) == at: die()
+        return original(self, choice, records)
+    search._Remembered._measure = measure
+orchestrator = Orchestrator(Registry.discover(), sys.argv[2])
+orchestrator.run(orchestrator.plan(Recipe.load(sys.argv[1])))
+"""
+
+
+def drive(recipe: Path, store: Path, where: str = "nowhere", at: int = 0) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, str(recipe), str(store), where, str(at)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def only(store: Path, stage: str) -> Path:
+    (folder,) = (store / "artifacts").glob(f"{stage}-*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"store": tmp_path_factory.mktemp("whole")}
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "resumed"), [("step", 3, "checkpoint-2"), ("checkpoint", 4, "checkpoint-2"), ("trial", 2, None)]
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    raw: dict[str, Any], uninterrupted: dict[str, Path], tmp_path: Path, where: str, at: int, resumed: str | None
+) -> None:
+    raw.pop("evaluate")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    whole = uninterrupted["store"]
+    if not list(whole.iterdir()):
+        assert drive(recipe, whole) == 0
+    store = tmp_path / "store"
+    assert drive(recipe, store, where, at) == -signal.SIGKILL
+    stage = "search" if where == "trial" else "finetune"
+    assert not list((store / "artifacts").glob(f"{stage}-*"))
+    assert drive(recipe, store) == 0
+    for stage, file in (("finetune", "deltas.safetensors"), ("merge", "model/model.safetensors")):
+        expected, found = load_file(only(whole, stage) / file), load_file(only(store, stage) / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (only(whole, "search") / "trials.jsonl").read_text() == (only(store, "search") / "trials.jsonl").read_text()
+    report = json.loads((only(store, "finetune") / "manifest.json").read_text())["report"]
+    assert report["resumed_from"] == resumed
+
+
+def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw.pop("evaluate")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    drive(recipe, tmp_path / "store", "step", 3)
+    (checkpoint,) = (tmp_path / "store" / "artifacts").glob(".partial-finetune-*/checkpoints/checkpoint-2")
+    names = set(load_file(checkpoint / "model.safetensors"))
+    assert names and all(".delta." in name for name in names)
+    assert not (checkpoint / "training_args.bin").exists()

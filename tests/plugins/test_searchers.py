@@ -1,0 +1,112 @@
+"""Hill-climbing is Algorithm 1; plateaus, ties and exhausted neighbourhoods end well."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqft_nls.searchers import Heuristic, HillClimbing, Maximal, Minimal, RandomSearch
+
+from sqft.api import Choice, RankGroup, SearchSpace
+
+
+def space_of(*lengths: int) -> SearchSpace:
+    return SearchSpace(tuple(RankGroup(f"g{i}", tuple(range(n, 0, -1)), (f"l{i}",)) for i, n in enumerate(lengths)))
+
+
+class Recorder:
+    """An `Evaluate` over a function, remembering what it was asked."""
+
+    def __init__(self, value: object = None) -> None:
+        self.value, self.asked = value, list[Choice]()
+        self.samples: set[int | None] = set()
+
+    def __call__(self, choice: Choice, samples: int | None = None) -> float:
+        self.asked.append(choice)
+        self.samples.add(samples)
+        return float(self.value(choice)) if callable(self.value) else 0.0
+
+
+def test_the_fixed_ones() -> None:
+    space = space_of(3, 4, 1)
+    nothing = Recorder()
+    assert Heuristic().search(space, nothing, Random(0)) == Choice((2, 3, 1))
+    assert Maximal().search(space, nothing, Random(0)) == Choice((3, 4, 1))
+    assert Minimal().search(space, nothing, Random(0)) == Choice((1, 1, 1))
+    assert nothing.asked == []
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 99), st.integers(1, 4), st.integers(1, 3))
+def test_algorithm_1(lengths: list[int], seed: int, neighbors: int, step: int) -> None:
+    """Replay the questions: each turn's are unvisited neighbours of the anchor Algorithm 1 would hold."""
+    space = space_of(*lengths)
+    noise = Random(seed)
+    table: dict[Choice, float] = {}
+    recorder = Recorder(lambda choice: table.setdefault(choice, noise.randrange(4)))
+    turns = 4
+    searcher = HillClimbing(turns=turns, neighbors=neighbors, step=step, samples=7)
+    found = searcher.search(space, recorder, Random(seed))
+    asked = recorder.asked
+    assert asked[0] == Heuristic().search(space, recorder, Random(0))
+    assert len(asked) == len(set(asked)) <= 1 + turns * neighbors
+    assert recorder.samples == {7}
+    anchor, rest = asked[0], asked[1:]
+    for _ in range(turns):
+        reach = [[r for r in g.ranks if abs(r - a) <= step] for g, a in zip(space.groups, anchor.ranks, strict=True)]
+        total = 1
+        for options in reach:
+            total *= len(options)
+        visited = asked[: len(asked) - len(rest)]
+        free = total - sum(all(r in o for r, o in zip(v.ranks, reach, strict=True)) for v in visited)
+        turn, rest = rest[: min(neighbors, free)], rest[min(neighbors, free) :]
+        for choice in turn:
+            assert choice != anchor
+            assert all(r in options for r, options in zip(choice.ranks, reach, strict=True))
+        if not turn:
+            break
+        best = max(turn, key=lambda choice: table[choice])
+        if table[best] > table[anchor]:
+            anchor = best
+    assert rest == []
+    assert found == anchor
+
+
+def test_a_plateau_stays_at_the_heuristic() -> None:
+    space = space_of(3, 3, 3)
+    recorder = Recorder(lambda choice: 0.5)
+    assert HillClimbing(turns=3, neighbors=4).search(space, recorder, Random(1)) == Choice((2, 2, 2))
+    assert len(recorder.asked) == 13
+
+
+def test_an_exhausted_neighbourhood_ends_the_search() -> None:
+    recorder = Recorder(lambda choice: 0.5)
+    assert HillClimbing(turns=9, neighbors=5).search(space_of(3), recorder, Random(1)) == Choice((2,))
+    assert len(recorder.asked) == 3
+    recorder = Recorder(lambda choice: 0.5)
+    HillClimbing(turns=9, neighbors=5).search(space_of(1, 1), recorder, Random(1))
+    assert len(recorder.asked) == 1
+
+
+def test_ties_go_to_the_first_drawn() -> None:
+    recorder = Recorder(lambda choice: choice.ranks != (2, 2, 2))
+    found = HillClimbing(turns=1, neighbors=4).search(space_of(3, 3, 3), recorder, Random(3))
+    assert found == recorder.asked[1]
+
+
+def test_it_climbs() -> None:
+    space = space_of(*[3] * 6)
+    found = HillClimbing(turns=30, neighbors=8).search(space, Recorder(lambda c: sum(c.ranks)), Random(0))
+    assert sum(found.ranks) > 12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_returns_the_best_it_asked(seed: int) -> None:
+    recorder = Recorder(lambda choice: -sum(choice.ranks))
+    found = RandomSearch(trials=6).search(space_of(3, 3, 3), recorder, Random(seed))
+    assert found == min(recorder.asked, key=lambda choice: sum(choice.ranks))
+    assert len(recorder.asked) == 6
+    few = Recorder()
+    RandomSearch(trials=6).search(space_of(2), few, Random(seed))
+    assert len(few.asked) == 2

@@ -1,0 +1,140 @@
+"""Every mistake of a recipe is one message with its place; nothing is loaded before."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import RecipeError, SqftError
+
+
+def change(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(raw)
+    *parents, last = path.split(".")
+    here: Any = changed
+    for part in parents:
+        here = here[int(part)] if isinstance(here, list) else here[part]
+    if value is DELETE:
+        del here[last]
+    else:
+        here[last] = value
+    return changed
+
+
+DELETE = object()
+CASES = [
+    ("name", DELETE, "name: is missing"),
+    ("name", "../x", "name: string should match"),
+    ("schema", 2, "schema: input should be 1"),
+    ("finetun", {}, "finetun: unknown key.*Did you mean 'finetune'"),
+    ("seed", -1, "seed: input should be greater than or equal to 0, found -1"),
+    ("model.path", "nowhere", "model.path: no file or folder"),
+    ("model.dtype", "int8", "model.dtype: input should be 'float32'"),
+    ("calibration", DELETE, "calibration: is missing: scorer 'wanda' needs input-norm"),
+    ("calibration.data", "no.jsonl", "calibration.data: there is no file"),
+    ("calibration.length", 4096, "calibration.length: 4096 tokens, but the model's window is 256"),
+    ("sparsify.sparsity", 1.0, "sparsify.sparsity: input should be less than 1"),
+    ("sparsify.pattern", "4:2", "sparsify: pattern '4:2' keeps more than it has"),
+    ("sparsify.pattern", "1:4", "sparsify: pattern '1:4' is a sparsity of 0.75, not 0.5"),
+    ("sparsify.include", ["nope"], "sparsify.include: matches no linear layer of the model; it has down_proj"),
+    ("sparsify.scorer", "wnda", "sparsify.scorer: no scorer named 'wnda'; installed: .*wanda.*Did you mean 'wanda'"),
+    ("sparsify.scorer", {"name": "wanda", "options": {"power": 1}}, "sparsify.scorer.options.power: unknown key"),
+    ("sparsify.allocator", "owl", "sparsify.allocator: no allocator named 'owl'"),
+    ("quantize", {"quantizer": "gptq"}, "quantize.quantizer: no quantizer named 'gptq'; installed: none"),
+    ("finetune.adapter.options.ranks", [4, 8], "finetune.adapter.options.ranks: ranks go from large to small"),
+    ("finetune.adapter.options.alpha", 0, "finetune.adapter.options.alpha: input should be greater than 0"),
+    ("finetune.merger", "sparspeft", "finetune.merger: no merger named 'sparspeft'.*Did you mean 'sparsepeft'"),
+    ("finetune.merger", "unmerged", "merge: merger 'unmerged' leaves the adapter beside the base.*sparsepeft"),
+    ("finetune.targets", ["q_prj"], "finetune.targets.0: 'q_prj' matches no linear layer"),
+    ("finetune.data", "no.jsonl", "finetune.data.path: there is no file"),
+    ("finetune.steps", 0, "finetune.steps: input should be greater than or equal to 1"),
+    ("search.data", DELETE, "search.data: is missing: searcher 'hill-climbing' evaluates on it"),
+    ("search.metric", "bleu", "search.metric: input should be 'exact_match' or 'loss'"),
+    ("finetune", DELETE, "search: needs a finetune section"),
+    ("export", [{"exporter": "gguf"}], "export.0.exporter: no exporter named 'gguf'"),
+    ("evaluate.of", ["merged"], "evaluate.of.0: 'merged' is none of model, sparsify"),
+    ("evaluate.of", ["merge", "merge"], "evaluate.of.1: 'merge' stands twice"),
+    ("evaluate.of", ["finetune:hill-climbing"], "evaluate.of.0: searcher 'hill-climbing' needs evaluations"),
+    ("evaluate.of", [], "evaluate.of: tuple should have at least 1 item"),
+    ("evaluate.perplexity.text", "no.txt", "evaluate.perplexity.text: there is no file"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+def test_mistakes(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){message}"):
+        Orchestrator(registry, tmp_path).plan(Recipe.parse(change(raw, path, value)))
+
+
+def test_all_mistakes_at_once(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["sparsify"]["scorer"] = "wnda"
+    raw["finetune"]["data"] = "no.jsonl"
+    raw["evaluate"]["of"] = ["nothing"]
+    with pytest.raises(RecipeError) as caught:
+        Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    assert [p.place for p in caught.value.problems] == ["sparsify.scorer", "finetune.data.path", "evaluate.of.0"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1, column 2: not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"name": "a", "name": "b"}', "the key 'name' stands twice"),
+        ('{"seed": NaN}', "NaN is not a number"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(file)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.json")
+    (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"}')
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        Recipe.load(tmp_path / "latin.json")
+
+
+def test_set(raw: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    changes = ["sparsify.sparsity=0.25", "name=other", "sparsify.scorer.options.x=[1]", "evaluate.of.0=merge"]
+    recipe = Recipe.load(file, changes)
+    assert recipe.sparsify and recipe.evaluate
+    assert (recipe.sparsify.sparsity, recipe.name, recipe.evaluate.of[0]) == (0.25, "other", "merge")
+    assert recipe.sparsify.scorer.model_dump() == {"name": "wanda", "options": {"x": [1]}}
+    for wrong in ("sparsify", "=1", "seed.x.y=1", "evaluate.of.9=merge"):
+        with pytest.raises(RecipeError, match="--set"):
+            Recipe.load(file, [wrong])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=10,
+)
+keys = st.sampled_from([*Recipe.model_fields, "schema"])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(keys, json_values, max_size=6))
+def test_no_data_makes_a_traceback(content: dict[str, Any]) -> None:
+    try:
+        Recipe.parse(content)
+    except SqftError:
+        pass
