@@ -21,7 +21,9 @@ def install(site: Path, name: str, version: str, code: str, entry: str, requires
     (site / f"{module}.py").write_text(code)
     info = site / f"{module}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: {requires}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: {requires}\n"
+    )
     (info / "entry_points.txt").write_text(f"[sqft]\n{entry} = {module}\n")
 
 
@@ -78,8 +80,7 @@ def test_a_plugin_is_found_and_can_be_disabled(site: Path, monkeypatch: pytest.M
             "offers 'int' through sqft_scorers, which takes classes derived from Scorer",
         ),
         (
-            "from sqft.api import *\n@hookimpl\ndef sqft_scorers():\n"
-            "  class A(Scorer): name = 'a'\n  return [A]",
+            "from sqft.api import *\n@hookimpl\ndef sqft_scorers():\n  class A(Scorer): name = 'a'\n  return [A]",
             "offers scorer 'a', which does not define score()",
         ),
         (

@@ -1,0 +1,94 @@
+"""The shape of the house: who may import what, how large a module may be, what starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASIC = {"errors", "contracts"}
+PLANNING = BASIC | {"hookspecs", "registry", "recipe", "source", "plan", "store", "progress", "report"}
+DEEP = PLANNING | {"kernels", "data", "modeling", "checks"}
+MAY: dict[str, set[str]] = {
+    "errors": set(),
+    "contracts": set(),
+    "progress": set(),
+    "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
+    "api": {"contracts", "errors", "hookspecs"},
+    "registry": BASIC | {"hookspecs", ""},
+    "recipe": {"errors"},
+    "source": BASIC,
+    "plan": BASIC | {"recipe", "registry", "source"},
+    "store": {"errors", "source"},
+    "report": {"plan", "store"},
+    "schema": {"contracts", "recipe", "registry"},
+    "checks": BASIC,
+    "testing": BASIC | {"checks"},
+    "kernels": BASIC,
+    "data": {"errors"} | {"data"},
+    "modeling": DEEP,
+    "stages": DEEP | {"stages", ""},
+    "orchestrator": PLANNING | {"stages", "modeling", ""},
+    "__main__": {"cli"},
+    "cli": PLANNING | {"orchestrator", "schema", ""},
+    "": {"orchestrator", "recipe", "registry"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"sqft.{alias.name}" for alias in node.names if (ROOT / "sqft" / f"{alias.name}.py").is_file()}
+            found |= names if node.module == "sqft" and names else {node.module}
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sqft").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_core_imports(file: Path) -> None:
+    parts = file.relative_to(ROOT / "sqft").with_suffix("").parts
+    here = "" if parts == ("__init__",) else parts[0]
+    ours = {room(name) for name in imports(file) if name.split(".")[0] == "sqft"}
+    assert ours <= MAY[here] | {here}, f"{file} imports {ours - MAY[here]}"
+    assert not {name for name in imports(file) if name.startswith("sqft_")}, "core imports a plugin"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "plugins").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_plugin_imports(file: Path) -> None:
+    allowed = {"sqft.api", "sqft.kernels"}
+    ours = {name for name in imports(file) if name.split(".")[0] == "sqft"}
+    assert all(any(name == a or name.startswith(f"{a}.") for a in allowed) for name in ours)
+    others = {name.split(".")[0] for name in imports(file) if name.startswith("sqft_")}
+    assert others <= {file.parent.name}
+
+
+@pytest.mark.parametrize("file", sorted([*ROOT.glob("sqft/**/*.py"), *ROOT.glob("plugins/**/*.py")]), ids=str)
+def test_sizes(file: Path) -> None:
+    limit = 560 if file.name == "plan.py" else 400
+    assert len(file.read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["plugins"], ["schema"], ["show", "scorer", "wanda"], ["plan", "RECIPE"]], ids=str
+)
+def test_light_commands_import_no_torch(command: list[str], tmp_path: Path, model_folder: Path) -> None:
+    recipe = tmp_path / "r.json"
+    recipe.write_text(f'{{"name": "x", "model": {{"path": "{model_folder}"}}, "sparsify": {{"scorer": "magnitude"}}}}')
+    code = (
+        "import sys; from sqft.cli import main\n"
+        f"main({[str(recipe) if c == 'RECIPE' else c for c in command]!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
