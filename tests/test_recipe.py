@@ -117,7 +117,7 @@ def test_set(raw: dict[str, Any], tmp_path: Path) -> None:
     assert (recipe.sparsify.sparsity, recipe.name, recipe.evaluate.of[0]) == (0.25, "other", "merge")
     assert recipe.sparsify.scorer.model_dump() == {"name": "wanda", "options": {"x": [1]}}
     for wrong in ("sparsify", "=1", "seed.x.y=1", "evaluate.of.9=merge"):
-        with pytest.raises(RecipeError, match="recipe.json: 1 problem"):
+        with pytest.raises(RecipeError, match=r"recipe\.json: 1 problem"):
             Recipe.load(file, [wrong])
 
 

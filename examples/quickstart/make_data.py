@@ -34,7 +34,7 @@ from typing import TypeVar
 
 SIZES = {"train": 2400, "validation": 128, "test": 204}
 # The shares of the number pairs kept from training, which takes the others.
-PAIR_SHARES = {"validation": 0.1, "test": 0.15}
+PAIR_SHARES = {"validation": 0.15, "test": 0.2}
 NAMES = {
     "train": ["Tom", "Anna", "Ben", "Mary", "Jack", "Lucy", "Sam", "Emma", "Max", "Kate", "Paul", "Rose"],
     "validation": ["Dan", "Amy", "Peter", "Ella", "Oscar", "Ruth"],
@@ -42,19 +42,20 @@ NAMES = {
 }
 ITEMS = ["apples", "books", "cards", "coins", "marbles", "pencils", "shells", "stamps"]
 # Widen this for a harder task: there are then more pairs to learn, each seen less often.
-NUMBERS = range(10, 51)
+NUMBERS = range(2, 21)
 
-# Sums always ask for "in all" and differences for what is "left", so the wording makes the operation clear.
+# Sums always ask for the "Total" and differences for what is "Left", so the wording makes the operation clear.
+# Every word costs training time on a small CPU, so there are few of them.
 TEMPLATES = {
     "+": (
-        "{name} has {a} {items} and buys {b} more. How many {items} does {name} have in all?",
-        "{name} finds {a} {items} on Monday and {b} on Tuesday. How many {items} does {name} find in all?",
-        "There are {a} {items} in a box. {name} adds {b} more. How many {items} are there in all?",
+        "{name} has {a} {items} and buys {b} more. Total:",
+        "{name} finds {a} {items}, then {b} more. Total:",
+        "A box has {a} {items}. {name} adds {b}. Total:",
     ),
     "-": (
-        "{name} has {a} {items} and gives away {b}. How many {items} does {name} have left?",
-        "{name} has {a} {items} and loses {b}. How many {items} does {name} have left?",
-        "There are {a} {items} in a box. {name} takes out {b}. How many {items} are left?",
+        "{name} has {a} {items} and loses {b}. Left:",
+        "{name} has {a} {items} and sells {b}. Left:",
+        "A box has {a} {items}. {name} takes {b}. Left:",
     ),
 }
 
@@ -102,8 +103,8 @@ def word_problems(split: str, pairs: Mapping[str, list[Pair]], rng: random.Rando
         b, a = next(next_pair[operation])
         if operation == "+" and rng.random() < 0.5:
             a, b = b, a
-        question = template.format(name=pick(NAMES[split], rng), items=pick(ITEMS, rng), a=a, b=b)
-        answers[f"Question: {question}\nAnswer:"] = a + b if operation == "+" else a - b
+        prompt = template.format(name=pick(NAMES[split], rng), items=pick(ITEMS, rng), a=a, b=b)
+        answers[prompt] = a + b if operation == "+" else a - b
     return [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in answers.items()]
 
 

@@ -105,7 +105,7 @@ def test_other_breaches_are_caught() -> None:
             evaluate(choice)
             return choice
 
-    with pytest.raises(ContractError, match="where 0.5 was asked for"):
+    with pytest.raises(ContractError, match=r"where 0\.5 was asked for"):
         check(Greedy())
     with pytest.raises(ContractError, match="no docstring"):
         check(Silent())

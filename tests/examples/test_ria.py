@@ -1,0 +1,66 @@
+"""A stranger's scorer: really installed, named in a recipe, uninstalled, and then missed with the right words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "sqft-ria"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A throw-away environment that sees the packages of this one."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    return folder / "bin" / "python"
+
+
+def call(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *arguments], capture_output=True, text=True)
+
+
+def test_install_use_uninstall(environment: Path, raw: dict[str, Any], tmp_path: Path) -> None:
+    for section in ("finetune", "search", "merge", "evaluate"):
+        raw.pop(section)
+    raw["sparsify"]["scorer"] = {"name": "ria", "options": {"power": 0.25}}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    source = tmp_path / "sqft-ria"  # pip leaves build folders behind
+    source.mkdir()
+    for file in ("pyproject.toml", "sqft_ria.py"):
+        (source / file).write_text((EXAMPLE / file).read_text())
+    command = ["-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "store")]
+    # A fresh environment may bring a setuptools older than the one it should see.
+    call(environment, "-m", "pip", "uninstall", "-y", "-q", "setuptools")
+    installed = call(environment, "-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source))
+    assert installed.returncode == 0, installed.stderr
+    assert "sqft-ria 0.3" in call(environment, "-m", "sqft", "plugins").stdout
+    used = call(environment, *command)
+    assert used.returncode == 0, used.stderr
+    (manifest,) = (tmp_path / "store" / "artifacts").glob("sparsify-*/manifest.json")
+    scorer = json.loads(manifest.read_text())["components"]["scorer"]
+    assert scorer["provider"] == "sqft-ria 0.3" and scorer["options"] == {"power": 0.25}
+    removed = call(environment, "-m", "pip", "uninstall", "-y", "sqft-ria")
+    assert removed.returncode == 0, removed.stderr
+    missed = call(environment, *command)
+    assert missed.returncode == 2
+    assert "sparsify.scorer: no scorer named 'ria'; installed: magnitude, random, wanda." in missed.stderr
+
+
+def test_it_is_small_and_keeps_the_contract() -> None:
+    lines = [line for file in ("pyproject.toml", "sqft_ria.py") for line in (EXAMPLE / file).read_text().splitlines()]
+    assert len(lines) < 60
+    code = "from sqft_ria import Ria; from sqft.testing import check_scorer; check_scorer(Ria())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

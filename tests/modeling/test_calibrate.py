@@ -1,0 +1,102 @@
+"""The walk sees what a plain forward sees, and each block sees the compressed ones before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.contracts import Statistic
+from sqft.data.batches import calibration_windows
+from sqft.kernels.masks import unpack_mask
+from sqft.modeling.blocks import decoder_blocks, linears
+from sqft.modeling.calibrate import walk
+from sqft.progress import silent
+
+BOTH = frozenset({Statistic.INPUT_NORM, Statistic.HESSIAN})
+
+
+def inputs_of(model: nn.Module, name: str, windows: Tensor) -> Tensor:
+    """Every input of one layer in plain forwards, float64 [tokens, in]."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
+
+
+def test_statistics_are_those_of_the_compressed_prefix(model: LlamaForCausalLM) -> None:
+    windows = torch.randint(2, 200, (3, 16))
+    stats: dict[str, Any] = {}
+
+    def compress(name: str, linear: nn.Linear, found: Any) -> None:
+        stats[name] = found
+        linear.weight.data.mul_(0.5)
+
+    walk(model, windows, set(linears(model)), BOTH, compress, "cpu", silent)
+    assert list(stats) == list(linears(model))
+    last = "model.layers.1.self_attn.q_proj"  # the first layer of block 1 sees all of block 0 compressed
+    x = inputs_of(model, last, windows)
+    assert stats[last].tokens == len(x) == 48
+    torch.testing.assert_close(stats[last].input_sq_sum.double(), x.square().sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats[last].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def others() -> Iterator[nn.Module]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16}
+    yield OPTForCausalLM(OPTConfig(vocab_size=99, num_hidden_layers=2, num_attention_heads=2, **sizes))
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1))
+
+
+@pytest.mark.parametrize("other", others(), ids=lambda m: type(m).__name__)
+def test_replaying_other_architectures_changes_nothing(other: Any) -> None:
+    other.eval()
+    windows = torch.randint(2, 90, (2, 8))
+    before = other(windows).logits
+    seen: list[str] = []
+    walk(other, windows, set(linears(other)), BOTH, lambda name, *_: seen.append(name), "cpu", silent)
+    assert torch.equal(other(windows).logits, before)
+    assert len(decoder_blocks(other)) == 2 and seen == list(linears(other))
+
+
+def test_wandas_masks_equal_brute_force(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """Block 0 in float64, one row at a time, from plain forwards of the dense model."""
+    orchestrator = Orchestrator(registry, tmp_path)
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="sparsify")
+    check_wanda(run["sparsify"].folder, Path(raw["model"]["path"]), run, 7)
+
+
+def check_wanda(folder: Path, source: Path, run: Any, layers: int) -> None:
+    from sqft.modeling.load import load_source
+    from sqft.stages.base import Context
+
+    plan, step = run.plan, run["sparsify"].step
+    model, tokenizer = load_source(plan.source, "float32")
+    seed = Context(plan, step, {}, folder, "cpu", silent).seed_for("calibration")
+    calibration = plan.recipe.calibration
+    windows = calibration_windows(step.files["calibration"], tokenizer, calibration.samples, calibration.length, seed)
+    packed, checked = load_file(folder / "masks.safetensors"), 0
+    # q, k and v of block 0 see inputs that no pruning has touched yet; so do all of block 0's layers, since a
+    # block's statistics are taken before any of its layers is pruned.
+    for name in [n for n in linears(model) if n.startswith("model.layers.0.")]:
+        weight = model.get_submodule(name).weight.detach()
+        norm = inputs_of(model, name, windows).square().sum(0).sqrt()
+        mask = unpack_mask(packed[name], (weight.shape[0], weight.shape[1]))
+        pruned = round(0.5 * weight.shape[1])
+        for row in range(weight.shape[0]):
+            order = sorted(range(weight.shape[1]), key=lambda j: abs(float(weight[row, j])) * float(norm[j]))
+            expected = torch.ones(weight.shape[1], dtype=torch.bool)
+            expected[order[:pruned]] = False
+            assert torch.equal(mask[row], expected), f"{name} row {row}"
+        checked += 1
+    assert checked == layers
