@@ -195,8 +195,8 @@ class Recipe(Section):
     """A whole recipe. Sections that are left out are steps that are not taken."""
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe's words")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder, nothing else")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="all randomness comes from it")
     model: Model
     calibration: Calibration | None = None
     sparsify: Sparsify | None = None

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ArtifactError, StageError
@@ -87,19 +87,6 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     for trace, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
         if hasattr(model, trace):
             setattr(model, trace, value)
-
-
-def skeleton(source: ModelSource, trust_remote_code: bool = False) -> nn.Module | None:
-    """The module tree on the meta device: no weight is read. None for GGUF, whose config needs its file."""
-    if source.kind == "gguf":
-        return None
-    try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return model
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StageError(f"{source.path} is no causal language model transformers knows: {error}") from error
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

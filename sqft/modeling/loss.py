@@ -20,6 +20,9 @@ class CompletionLoss(nn.Module):
     Trainer's checkpoints.
     """
 
+    accepts_loss_kwargs = True
+    """Trainer's word for: pass `num_items_in_batch`, so that accumulated batches weigh by their labels."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

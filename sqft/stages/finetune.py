@@ -38,6 +38,9 @@ def run(context: Context) -> dict[str, Any]:
     encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
     if encoded.truncated:
         log.warning("%d of %d examples were cut to %d tokens", encoded.truncated, len(records), section.max_length)
+    layer = next(iter(tuned.adapted.values()))
+    if layer.merger.merges and layer.dropout.p > 0:
+        log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
     if section.gradient_checkpointing:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_first_combine(context, tuned)

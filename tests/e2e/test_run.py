@@ -153,6 +153,30 @@ def test_checkpointed_training_samples_the_same_ranks(raw: dict[str, Any], regis
         torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
 
 
+def test_accumulated_batches_are_one_batch(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    whole = run(raw, registry, tmp_path, until="finetune")
+    raw["finetune"] |= {"batch_size": 2, "gradient_accumulation": 2}
+    halves = run(raw, registry, tmp_path, until="finetune")
+    left, right = (load_file(r["finetune"].folder / "deltas.safetensors") for r in (whole, halves))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_dropout_and_no_sparsity(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """The merge proves itself in another precision, with dropout, and on a dense base."""
+    raw["model"]["dtype"] = "bfloat16"
+    raw["finetune"]["adapter"] = {"name": "lora", "options": {"rank": 4, "dropout": 0.1}}
+    raw["search"] = {}
+    raw["evaluate"]["of"] = ["search", "merge"]
+    sparse = run(raw, registry, tmp_path)
+    assert sparse["merge"].load_model().dtype == torch.bfloat16
+    raw.pop("sparsify")
+    dense = run(raw, registry, tmp_path)
+    for finished in (sparse, dense):
+        searched, merged = finished.report["rows"]
+        assert searched["perplexity"] == merged["perplexity"]
+
+
 def test_a_damaged_artifact_is_named(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     finished = run(raw, registry, tmp_path, until="sparsify")
     file = finished["sparsify"].folder / "model" / "model.safetensors"

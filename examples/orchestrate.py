@@ -1,0 +1,42 @@
+"""The quickstart from Python, with a scorer of one's own that is not installed.
+
+python examples/orchestrate.py        (after `make quickstart`, which fetches model and data)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.api import LinearStats, Scorer, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Squared(Scorer):
+    """Squared weight times squared input norm: the same masks as wanda's, from other numbers."""
+
+    name = "squared"
+
+    def score(self, weight: Tensor, stats: LinearStats) -> Tensor:
+        return weight.square() * stats.input_sq_sum
+
+
+@hookimpl
+def sqft_scorers() -> Iterator[type[Scorer]]:
+    yield Squared
+
+
+if __name__ == "__main__":
+    recipe = Path(__file__).parent / "recipes" / "quickstart.json"
+    registry = Registry.discover()
+    registry.add(sys.modules[__name__], name="orchestrate")
+    orchestrator = Orchestrator(registry, store="store", device="cpu")
+    plan = orchestrator.plan(Recipe.load(recipe, ["sparsify.scorer=squared", "name=from-python"]))
+    print(plan)
+    run = orchestrator.run(plan, until="sparsify")
+    print(run["sparsify"].report["sparsity"], run["sparsify"].load_model().num_parameters())
