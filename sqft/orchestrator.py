@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqft
-from sqft.errors import StageError
+from sqft.errors import ArtifactError, StageError
 from sqft.plan import Plan, Step, human, make_plan
 from sqft.progress import Track, silent
 from sqft.recipe import Recipe
@@ -105,11 +105,16 @@ class Orchestrator:
 
         Raises:
             RecipeError: with every mistake at once.
-            ArtifactError: when a stored artifact is damaged.
         """
         plan = make_plan(recipe, self.registry, self.store.digests)
-        done = [step.name for step in plan.steps if self.store.find(step.stage, step.fingerprint)]
-        return dataclasses.replace(plan, reused=frozenset(done))
+        return dataclasses.replace(plan, reused=frozenset(step.name for step in plan.steps if self._is_done(step)))
+
+    def _is_done(self, step: Step) -> bool:
+        """Whether the store has a step's artifact whole. A damaged one is `run`'s to report, or to make afresh."""
+        try:
+            return self.store.find(step.stage, step.fingerprint) is not None
+        except ArtifactError:
+            return False
 
     def run(self, plan: Plan, until: str | None = None, fresh: str | None = None) -> Run:
         """Run a plan, reusing what the store has.

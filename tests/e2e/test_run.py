@@ -188,6 +188,8 @@ def test_a_damaged_artifact_is_named(raw: dict[str, Any], registry: Registry, tm
     file.write_bytes(content[:-8])
     with pytest.raises(ArtifactError, match="not the file that was stored"):
         run(raw, registry, tmp_path, until="sparsify")
+    mended = run(raw, registry, tmp_path, until="sparsify", fresh="sparsify")
+    assert mended["sparsify"].load_model().num_parameters() > 0
 
 
 def test_a_merger_that_breaks_its_promise_is_named(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
