@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
     command = [sys.executable, "-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "s")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    # Tests started in the background inherit an ignored SIGINT, and so would the command.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(
         (tmp_path / "s").glob("artifacts/.partial-finetune-*/checkpoints/*")

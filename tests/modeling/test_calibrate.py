@@ -92,9 +92,9 @@ def check_wanda(folder: Path, source: Path, run: Any, layers: int) -> None:
         weight = model.get_submodule(name).weight.detach()
         norm = inputs_of(model, name, windows).square().sum(0).sqrt()
         mask = unpack_mask(packed[name], (weight.shape[0], weight.shape[1]))
-        pruned = round(0.5 * weight.shape[1])
-        for row in range(weight.shape[0]):
-            order = sorted(range(weight.shape[1]), key=lambda j: abs(float(weight[row, j])) * float(norm[j]))
+        pruned, norms, rows = round(0.5 * weight.shape[1]), norm.tolist(), weight.double().tolist()
+        for row, values in enumerate(rows):
+            order = sorted(range(len(values)), key=lambda j: abs(values[j]) * norms[j])
             expected = torch.ones(weight.shape[1], dtype=torch.bool)
             expected[order[:pruned]] = False
             assert torch.equal(mask[row], expected), f"{name} row {row}"
