@@ -17,7 +17,7 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
     rows = []
     for name, artifact in artifacts.items():
         if artifact.manifest["stage"] == "evaluate":
-            rows.append(_row(plan, name.partition(":")[2], artifact, artifacts))
+            rows.append(_row(name.partition(":")[2], artifact, artifacts))
     steps = [
         {
             "step": name,
@@ -32,7 +32,7 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
     return {"recipe": plan.recipe.name, "seed": plan.recipe.seed, "rows": rows, "steps": steps}
 
 
-def _row(plan: Plan, what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+def _row(what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     maker = "finetune" if what.startswith("finetune:") else MAKER[what]
     made = artifacts.get(maker) if maker else None
     measured = artifact.report

@@ -112,6 +112,10 @@ class AdaptedLinear(nn.Module):
         self.rank = delta.rank
         self.cached: Tensor | None = None
 
+    def base(self) -> BaseWeight:
+        """The frozen weight and its mask [out, in], as a merger sees them."""
+        return _base(self.weight.detach(), self.sparse, slice(None))
+
     def effective(self) -> Tensor:
         """The effective weight [out, in] at the current rank, in the base's dtype.
 

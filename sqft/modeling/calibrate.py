@@ -53,15 +53,12 @@ def walk(
             for inner, module in block.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen
         }
-        if layers and needs:
+        if layers:
             with _observed(layers, needs) as observed:
                 for call, state in zip(calls[name], hidden, strict=True):
                     _replay(block, call, slot, state, device)
             for layer, linear in layers.items():
                 compress(layer, linear, observed[layer].result(layer))
-        elif layers:
-            for layer, linear in layers.items():
-                compress(layer, linear, LinearStats(tokens=0))
         for index, call in enumerate(calls[name]):
             hidden[index] = _replay(block, call, slot, hidden[index], device)
         calls[name] = []
@@ -87,15 +84,13 @@ def _capture(
 
         return record
 
-    originals = {name: block.forward for name, block in blocks.items()}
     try:
         for name, block in blocks.items():
             block.forward = recorder(name)
         for window in windows:
             _forward(model, window[None])
     finally:
-        for name, block in blocks.items():
-            block.forward = originals[name]
+        for block in blocks.values():
             vars(block).pop("forward", None)  # the class's own again
     return calls, hidden, slot
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,10 @@ class FolderReader:
     folder: Path
 
     def names(self) -> Sequence[str]:
-        return sorted(self._places())
+        return sorted(self._places)
 
     def tensor(self, name: str) -> Tensor:
-        place = self._places().get(name)
+        place = self._places.get(name)
         if place is None:
             raise ArtifactError(f"{self.folder} has no tensor {name}")
         with _open(place) as stream:
@@ -139,11 +140,13 @@ class FolderReader:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         with ExitStack() as stack:
-            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._places().values()))}
-            for name, file in sorted(self._places().items()):
+            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._places.values()))}
+            for name, file in sorted(self._places.items()):
                 yield name, streams[file].get_tensor(name)
 
+    @cached_property
     def _places(self) -> dict[str, Path]:
+        """The file of each tensor; a reader lists its folder once."""
         found = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             with _open(file) as stream:

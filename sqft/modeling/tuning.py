@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft import checks
-from sqft.contracts import Adapter, BaseKind, Choice, Merger, RankGroup, SearchSpace
+from sqft.contracts import Adapter, Choice, Merger, RankGroup, SearchSpace
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import linears, shape_of
@@ -37,6 +37,11 @@ class Tuned:
         """Set every layer's rank."""
         choose(self.adapted, self.space.ranks_by_linear(choice))
 
+    def trained(self, choice: Choice) -> int:
+        """Parameters of the sub-adapter of a configuration."""
+        ranks = self.space.ranks_by_linear(choice)
+        return sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in self.adapted.items())
+
     def deltas(self) -> dict[str, Tensor]:
         """What trains, by name."""
         return {
@@ -54,10 +59,6 @@ def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTra
     """The base under the adapters: a sparse model's folder, or else the recipe's own model."""
     remote = plan.recipe.model.trust_remote_code
     return load_folder(folder, None, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
-
-
-def base_kind(folder: Path | None) -> BaseKind:
-    return BaseKind.DENSE if folder is None else BaseKind.SPARSE
 
 
 def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
@@ -82,7 +83,7 @@ def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
         deltas[shape.name] = adapter.delta(shape, generator)
         checks.check_delta(who, shape, deltas[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
-    adapted = attach(model, deltas, merger, base_kind(folder) is BaseKind.SPARSE, dropout)
+    adapted = attach(model, deltas, merger, folder is not None, dropout)
     model.to(device)
     return Tuned(model, tokenizer, adapted, space)
 
@@ -120,6 +121,15 @@ def store_deltas(tuned: Tuned, folder: Path) -> None:
 
 def space_from(content: Any) -> SearchSpace:
     return SearchSpace(tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"]))
+
+
+def store_choice(choice: Choice, folder: Path) -> None:
+    write_json(folder / "choice.json", {"ranks": list(choice.ranks)})
+
+
+def read_choice(folder: Path) -> Choice:
+    """The configuration a search artifact stored."""
+    return Choice(tuple(json.loads((folder / "choice.json").read_text())["ranks"]))
 
 
 def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folder: Path) -> None:

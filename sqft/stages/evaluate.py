@@ -17,7 +17,7 @@ from sqft.errors import StageError
 from sqft.modeling.adapted import AdaptedLinear, frozen
 from sqft.modeling.blocks import decoder_blocks
 from sqft.modeling.measure import exact_match, lm_eval_tasks, perplexity
-from sqft.modeling.tuning import base_model, restore
+from sqft.modeling.tuning import base_model, read_choice, restore
 from sqft.recipe import Evaluate
 from sqft.stages.base import Context
 from sqft.store import write_json
@@ -50,7 +50,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def prove(context: Context) -> None:
-    """Measurements are promises to nobody; `run` has checked that they are finite by writing JSON."""
+    """Measurements promise nothing of a model; a perplexity that is not finite was refused when it was taken."""
 
 
 @contextmanager
@@ -64,15 +64,13 @@ def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedToke
         return
     tuned = restore(plan, context.model_folder(), context.inputs["finetune"].folder, context.device)
     if "search" in context.inputs:
-        choice = Choice(tuple(context.inputs["search"].read_json("choice.json")["ranks"]))
+        choice = read_choice(context.inputs["search"].folder)
     else:
         searcher = context.component(Searcher)
         choice = searcher.search(tuned.space, _no_evaluation, Random(context.seed_for("search")))
     checks.check_choice("the chosen configuration", tuned.space, choice)
     tuned.choose(choice)
-    ranks = tuned.space.ranks_by_linear(choice)
-    trained = sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in tuned.adapted.items())
-    facts = _facts(tuned.model) | {"trainable": trained}
+    facts = _facts(tuned.model) | {"trainable": tuned.trained(choice)}
     with frozen(tuned.adapted):
         yield tuned.model, tuned.tokenizer, facts
 

@@ -11,11 +11,10 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sqft import checks
-from sqft.contracts import Adapter, BaseWeight, Merger
+from sqft.contracts import Adapter, Merger
 from sqft.data.batches import Collator
 from sqft.data.prompts import encode_all, read_records
 from sqft.errors import ArtifactError, StageError
@@ -44,7 +43,7 @@ def run(context: Context) -> dict[str, Any]:
     if section.gradient_checkpointing:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_first_combine(context, tuned)
-    examples = _Examples([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples])
+    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples]
     model = CompletionLoss(tuned.model)
     checkpoints = context.folder / "checkpoints"
     trainer = Trainer(
@@ -90,9 +89,7 @@ def prove(context: Context) -> None:
         if not delta.any():
             raise ArtifactError(f"finetune: {name} did not train: its delta is still zero")
         if merger.merges:
-            weight = layer.weight.detach()
-            base = BaseWeight(weight.float(), weight != 0 if layer.sparse else None)
-            checks.check_effective(who, name, base, layer.effective(), merger.keeps_mask)
+            checks.check_effective(who, name, layer.base(), layer.effective(), merger.keeps_mask)
 
 
 def _check_first_combine(context: Context, tuned: Tuned) -> None:
@@ -101,10 +98,9 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     if not merger.merges:
         return
     name, layer = next(iter(tuned.adapted.items()))
-    weight = layer.weight.detach()
-    base = BaseWeight(weight.float(), weight != 0 if layer.sparse else None)
+    base = layer.base()
     generator = torch.Generator().manual_seed(0)
-    delta = torch.randn(weight.shape, generator=generator).to(weight.device) * weight.float().std()
+    delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
     result = merger.combine(base, delta)
     checks.check_effective(context.who(Merger), name, base, result, merger.keeps_mask)
 
@@ -137,17 +133,6 @@ def _arguments(context: Context, section: Finetune, checkpoints: Path) -> Traini
         save_total_limit=2,  # the newest may be cut off while it is written; the one before it is whole
         dataloader_pin_memory=False,
     )
-
-
-class _Examples(Dataset[dict[str, Any]]):
-    def __init__(self, items: list[dict[str, Any]]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
 
 
 class _RankSampler(TrainerCallback):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqft.contracts import Choice, Merger
+from sqft.contracts import Merger
 from sqft.errors import ArtifactError
 from sqft.modeling.load import FolderReader, save_model
-from sqft.modeling.tuning import Tuned, base_model, restore
+from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
 from sqft.stages.base import Context
 
 
@@ -39,8 +39,8 @@ def prove(context: Context) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
     effective = _effective(context)
     base, _ = base_model(context.plan, context.model_folder())
-    merger = cast(Merger, context.plan.step("finetune").parts["merger"].component)
-    who = context.plan.step("finetune").parts["merger"].entry
+    finetune = context.plan.step("finetune")
+    merger, who = context.component(Merger, finetune), context.who(Merger, finetune)
     for name, stored in FolderReader(context.folder / "model").tensors():
         original = base.get_parameter(name).detach()
         layer = name.removesuffix(".weight")
@@ -59,5 +59,5 @@ def prove(context: Context) -> None:
 def _effective(context: Context) -> dict[str, Tensor]:
     """Every adapted layer's effective weight under the chosen configuration, on the CPU."""
     tuned: Tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, "cpu")
-    tuned.choose(Choice(tuple(context.inputs["search"].read_json("choice.json")["ranks"])))
+    tuned.choose(read_choice(context.inputs["search"].folder))
     return {name: layer.effective() for name, layer in tuned.adapted.items()}

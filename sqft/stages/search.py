@@ -15,11 +15,10 @@ from sqft.data.prompts import encode_all, read_records
 from sqft.errors import ArtifactError, StageError
 from sqft.modeling.adapted import frozen
 from sqft.modeling.measure import exact_match, mean_loss
-from sqft.modeling.tuning import Tuned, restore, store_adapter
+from sqft.modeling.tuning import Tuned, read_choice, restore, store_adapter, store_choice
 from sqft.progress import silent
 from sqft.recipe import Finetune, Search
 from sqft.stages.base import Context, log
-from sqft.store import write_json
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -29,25 +28,24 @@ def run(context: Context) -> dict[str, Any]:
     evaluate = _Remembered(context, tuned)
     choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
     checks.check_choice(who, tuned.space, choice)
-    write_json(context.folder / "choice.json", {"ranks": list(choice.ranks)})
-    merger = cast(Merger, context.plan.step("finetune").parts["merger"].component)
+    store_choice(choice, context.folder)
+    merger = context.component(Merger, context.plan.step("finetune"))
     base = str(context.model_folder() or context.plan.source.path)
     store_adapter(tuned, choice, merger, base, context.folder / "adapter")
     ranks = tuned.space.ranks_by_linear(choice)
-    trained = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in tuned.adapted.items())
     return {
         "searcher": searcher.name,
         "trials": len(evaluate.known),
         "value": evaluate.best(choice),
         "mean_rank": sum(ranks.values()) / len(ranks),
-        "trainable": trained,
+        "trainable": tuned.trained(choice),
     }
 
 
 def prove(context: Context) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
     tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, "cpu")
-    choice = Choice(tuple(json.loads((context.folder / "choice.json").read_text())["ranks"]))
+    choice = read_choice(context.folder)
     checks.check_choice(context.who(Searcher), tuned.space, choice)
     (file,) = (context.folder / "adapter").glob("*.safetensors")
     stored = load_file(file)
