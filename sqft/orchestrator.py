@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import sqft
 from sqft.errors import ArtifactError, StageError
-from sqft.plan import Plan, Step, human, make_plan
+from sqft.plan import Plan, Step, human
+from sqft.planner import make_plan
 from sqft.progress import Track, silent
 from sqft.recipe import Recipe
 from sqft.registry import Registry

@@ -1,44 +1,21 @@
 """What will happen: a recipe and a registry make a list of steps, each with a fingerprint.
 
-Pure data, no torch. Everything that can be checked without loading a model is checked here, all at
-once. A step's fingerprint covers what its result depends on: the settings, components and their
-code, the content of models and data, the inputs' fingerprints and the seed. It leaves out what the
-result does not depend on: the recipe's name, paths, device, logging.
+Pure data, no torch; `sqft.planner` makes it.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from sqft.contracts import (
-    Adapter,
-    BaseKind,
-    Component,
-    LinearShape,
-    Merger,
-    Quantizer,
-    Scorer,
-    Searcher,
-    SearchSpace,
-)
-from sqft.errors import Problem, RecipeError, SqftError
-from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify, problems_of
-from sqft.registry import Entry, Registry, digest_files
-from sqft.source import Digests, ModelSource, find_model
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-WITHOUT_EFFECT = {"save_every"}
-"""Settings that change when work is saved, not what comes out."""
+from sqft.contracts import Component
+from sqft.recipe import Finetune, Recipe, Section
+from sqft.registry import Entry
+from sqft.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -116,6 +93,17 @@ class Plan:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def activation_bytes(source: ModelSource, section: Finetune) -> int:
+    """Bytes kept for backward: an upper bound, for every example as long as max_length."""
+    size = source.size
+    hidden, layers = size("hidden_size"), size("num_hidden_layers", default=1)
+    inner = size("intermediate_size", default=4 * hidden)
+    tokens = section.batch_size * section.max_length
+    kept = (hidden if section.gradient_checkpointing else 14 * hidden + 4 * inner) * layers
+    logits = size("vocab_size") * 3 * (tokens if section.loss_on == "all" else tokens // 4)
+    return 4 * (tokens * kept + logits)
+
+
 def human(size: float) -> str:
     """A number of bytes as people read it."""
     for unit in ("B", "KiB", "MiB"):
@@ -123,396 +111,6 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
-
-
-def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
-    """Resolve a recipe against what is installed.
-
-    Raises:
-        RecipeError: with every mistake at once, each with its path in the file.
-    """
-    planner = _Planner(recipe, registry, digests)
-    plan = planner.plan()
-    if planner.problems:
-        broken = [Problem("", line.strip()) for line in planner.broken]
-        raise RecipeError([*planner.problems, *broken], recipe.source)
-    assert plan is not None
-    return plan
-
-
-class _Planner:
-    """Collects steps and problems while it walks the recipe's sections in the paper's order."""
-
-    def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
-        self.recipe, self.registry, self.digests = recipe, registry, digests
-        self.problems: list[Problem] = []
-        self.broken: dict[str, None] = {}
-        self.steps: dict[str, Step] = {}
-        self.source: ModelSource | None = None
-
-    def plan(self) -> Plan | None:
-        recipe = self.recipe
-        self._model()
-        base = self._sparsify() if recipe.sparsify else None
-        if recipe.quantize:
-            self._quantize()
-        merger = self._finetune(base) if recipe.finetune else None
-        chosen = self._search(base) if recipe.finetune else None
-        self._without_finetune()
-        if recipe.merge is not None and recipe.finetune:
-            self._merge(base, chosen, merger)
-        self._export(base)
-        if recipe.evaluate:
-            self._evaluate(recipe.evaluate, base)
-        if not (self.steps or self.problems):
-            self._problem("", "asks for nothing; add a section such as sparsify, finetune or evaluate")
-        return Plan(recipe, self.source, tuple(self.steps.values())) if self.source else None
-
-    # -- sections, in the paper's order ---------------------------------------------------------
-
-    def _model(self) -> None:
-        model = self.recipe.model
-        try:
-            self.source = find_model(model.path, self.recipe.resolve, model.revision, self.digests)
-        except SqftError as error:
-            self._problem("model.path", str(error))
-
-    def _sparsify(self) -> str:
-        section = self.recipe.sparsify
-        assert section is not None
-        scorer = self._part("scorer", section.scorer, "sparsify.scorer")
-        allocator = self._part("allocator", section.allocator, "sparsify.allocator")
-        needs = scorer.component.needs if scorer and isinstance(scorer.component, Scorer) else frozenset()
-        calibration = self.recipe.calibration if needs else None
-        if needs and calibration is None:
-            self._problem(
-                "calibration",
-                f"is missing: scorer '{section.scorer.name}' needs {', '.join(sorted(needs))}; "
-                'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
-            )
-        files = {"calibration": self._file(calibration.data, "calibration.data")} if calibration else {}
-        self._window(calibration)
-        pruned = self._chosen(section.include, section.exclude, "sparsify.include")
-        self._n_m(section, pruned)
-        weights, size = self._weights()
-        seen = calibration.samples * calibration.length if calibration else 0
-        hidden = self.source.size("hidden_size") if self.source else 0
-        mask = sum(linear.out_features * linear.in_features for linear in pruned) // 8
-        return self._add(
-            "sparsify",
-            section,
-            {"scorer": scorer, "allocator": allocator},
-            {},
-            files,
-            Estimate(weights, size + mask, size + 3 * seen * hidden * 4 + (1 << 29)),
-            {"calibration": calibration and calibration.model_dump(exclude={"data"})},
-        )
-
-    def _quantize(self) -> None:
-        section = self.recipe.quantize
-        assert section is not None
-        part = self._part("quantizer", section.quantizer, "quantize.quantizer")
-        if part and isinstance(part.component, Quantizer) and find_spec("sqft.stages.quantize") is None:
-            self._problem("quantize", "this version of sqft has no quantize stage; remove the section")
-
-    def _finetune(self, base: str | None) -> Part | None:
-        section = self.recipe.finetune
-        assert section is not None
-        adapter = self._part("adapter", section.adapter, "finetune.adapter")
-        merger = self._part("merger", section.merger, "finetune.merger")
-        self._base_fits(merger)
-        targets = self._targets(section, adapter)
-        trained = 0
-        if adapter and targets:
-            try:
-                space = adapter.component.space(targets) if isinstance(adapter.component, Adapter) else SearchSpace(())
-                top = {member: max(group.ranks) for group in space.groups for member in group.members}
-                trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
-            except SqftError as error:
-                self._problem("finetune.adapter", str(error))
-        files = {"data": self._file(section.data.path, "finetune.data.path")}
-        _, size = self._weights()
-        memory = size + 16 * trained + self._activations(section) + (1 << 29)
-        self._add(
-            "finetune",
-            section,
-            {"adapter": adapter, "merger": merger},
-            {"base": base} if base else {},
-            files,
-            Estimate(trained, 4 * trained, memory),
-        )
-        return merger
-
-    def _search(self, base: str | None) -> str:
-        section = self.recipe.search or Search.model_validate({})
-        searcher = self._part("searcher", section.searcher, "search.searcher")
-        files = {}
-        if searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates:
-            if section.data is None:
-                self._problem("search.data", f"is missing: searcher '{section.searcher.name}' evaluates on it")
-            else:
-                files = {"data": self._file(section.data.path, "search.data.path")}
-        elif section.data is not None:
-            section = section.model_copy(update={"data": None})
-        inputs = {"finetune": "finetune"} | ({"base": base} if base else {})
-        _, size = self._weights()
-        trained = self.steps["finetune"].estimate.storage if "finetune" in self.steps else 0
-        return self._add(
-            "search",
-            section,
-            {"searcher": searcher},
-            inputs,
-            files,
-            Estimate(0, trained, 2 * size + trained + (1 << 29)),
-            self._tuning_code(),
-        )
-
-    def _merge(self, base: str | None, chosen: str | None, merger: Part | None) -> None:
-        section = self.recipe.merge
-        assert section is not None
-        if merger and isinstance(merger.component, Merger) and not merger.component.merges:
-            mergers = [e.component for e in self.registry.entries() if e.component.kind == "merger"]
-            names = sorted(c.name for c in mergers if issubclass(c, Merger) and c.merges)
-            self._problem(
-                "merge",
-                f"merger '{merger.component.name}' leaves the adapter beside the base, so there is nothing to merge; "
-                f'remove "merge", or set finetune.merger to one that merges: {", ".join(names) or "none installed"}',
-            )
-            return
-        assert chosen is not None
-        weights, size = self._weights()
-        inputs = {"search": chosen, "finetune": "finetune"} | ({"base": base} if base else {})
-        self._add("merge", section, {}, inputs, {}, Estimate(weights, size, 2 * size + (1 << 29)), self._tuning_code())
-
-    def _export(self, base: str | None) -> None:
-        if not self.recipe.export:
-            return
-        if self.recipe.finetune and self.recipe.merge is None:
-            self._problem("export", 'exports a whole model, and the adapter is not merged; add "merge": {}')
-            return
-        if self.recipe.finetune is None and base is None:
-            self._problem("export", "has nothing to export; add sparsify, or finetune and merge")
-            return
-        role = {"merge": "merge"} if self.recipe.finetune else {"base": base or ""}
-        weights, size = self._weights()
-        for index, section in enumerate(self.recipe.export):
-            part = self._part("exporter", section.exporter, f"export.{index}.exporter")
-            name = "export" if len(self.recipe.export) == 1 else f"export:{section.exporter.name}-{index}"
-            self._add(
-                "export", section, {"exporter": part}, role, {}, Estimate(weights, size, size + (1 << 29)), name=name
-            )
-
-    def _evaluate(self, section: Evaluate, base: str | None) -> None:
-        if not (section.perplexity or section.exact_match or section.tasks):
-            self._problem("evaluate", "measures nothing; add perplexity, exact_match or tasks")
-        files = {}
-        if section.perplexity:
-            files["perplexity"] = self._file(section.perplexity.text, "evaluate.perplexity.text")
-        if section.exact_match:
-            files["exact_match"] = self._file(section.exact_match.data.path, "evaluate.exact_match.data.path")
-        if section.include_path:
-            files["include_path"] = self._file(section.include_path, "evaluate.include_path", folder=True)
-        weights, size = self._weights()
-        for index, what in enumerate(section.of):
-            place = f"evaluate.of.{index}"
-            inputs, parts = self._subject(what, place, base)
-            if inputs is None:
-                continue
-            if f"evaluate:{what}" in self.steps:
-                self._problem(place, f"'{what}' stands twice")
-                continue
-            # `of` is no part of a row's fingerprint, so that asking for one more re-does no other.
-            self._add(
-                "evaluate",
-                section.model_copy(update={"of": (what,)}),
-                parts,
-                inputs,
-                files,
-                Estimate(weights, 1 << 16, 2 * size + (1 << 30)),
-                self._tuning_code() if "finetune" in inputs else {},
-                name=f"evaluate:{what}",
-            )
-
-    def _subject(self, what: str, place: str, base: str | None) -> tuple[dict[str, str] | None, dict[str, Part | None]]:
-        """The inputs and parts of one entry of `evaluate.of`."""
-        stage, _, name = what.partition(":")
-        below = {"base": base} if base else {}
-        if what == "model":
-            return {}, {}
-        if what == "sparsify" and base:
-            return below, {}
-        if what == "search" and "search" in self.steps:
-            return {"search": "search", "finetune": "finetune", **below}, {}
-        if what == "merge" and self.recipe.merge is not None:
-            return ({"merge": "merge"} if "merge" in self.steps else None), {}
-        if stage == "finetune" and name and "finetune" in self.steps:
-            part = self._part("searcher", ComponentRef(name=name), place)
-            if part and isinstance(part.component, Searcher) and part.component.evaluates:
-                self._problem(place, f"searcher '{name}' needs evaluations; name one that does not (heuristic, …)")
-                part = None
-            return ({"finetune": "finetune", **below} if part else None), {"searcher": part}
-        known = ["model", "sparsify", "finetune:NAME", "search", "merge"]
-        if what in known or (stage == "finetune" and name):
-            self._problem(place, f"'{what}' is not made by this recipe; add its section or remove it here")
-        else:
-            self._problem(place, f"'{what}' is none of {', '.join(known)}")
-        return None, {}
-
-    def _without_finetune(self) -> None:
-        if self.recipe.finetune is None:
-            for name in ("search", "merge"):
-                if getattr(self.recipe, name) is not None:
-                    self._problem(name, "needs a finetune section; add one or remove this")
-
-    # -- checks ---------------------------------------------------------------------------------
-
-    def _base_fits(self, merger: Part | None) -> None:
-        if merger is None or not isinstance(merger.component, Merger):
-            return
-        recipe = self.recipe
-        kind = BaseKind.QUANTIZED if recipe.quantize else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
-        if kind in merger.component.bases:
-            return
-        fitting = sorted(
-            entry.component.name
-            for entry in self.registry.entries()
-            if issubclass(entry.component, Merger) and kind in entry.component.bases
-        )
-        works = " or ".join(sorted(merger.component.bases))
-        self._problem(
-            "finetune.merger",
-            f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
-            f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
-        )
-
-    def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
-        if ":" not in section.pattern:
-            return
-        block = int(section.pattern.partition(":")[2])
-        odd = [linear for linear in pruned if linear.in_features % block]
-        if odd:
-            self._problem(
-                "sparsify.pattern",
-                f"'{section.pattern}' needs layers whose inputs are a multiple of {block}; {odd[0].name} has "
-                f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
-            )
-
-    def _window(self, calibration: Calibration | None) -> None:
-        window = self.source.size("max_position_embeddings") if self.source else 0
-        if calibration and window and calibration.length > window:
-            self._problem("calibration.length", f"{calibration.length} tokens, but the model's window is {window}")
-
-    def _chosen(self, include: Iterable[str], exclude: Iterable[str], place: str) -> list[LinearShape]:
-        if self.source is None:
-            return []
-        chosen = [linear for linear in self.source.linears if selected(linear.name, include, exclude)]
-        if not chosen:
-            self._problem(place, f"matches no linear layer of the model; it has {self._last_names()}")
-        return chosen
-
-    def _targets(self, section: Finetune, adapter: Part | None) -> list[LinearShape]:
-        if self.source is None:
-            return []
-        chosen = [linear for linear in self.source.linears if selected(linear.name, section.targets, ())]
-        for index, target in enumerate(section.targets):
-            if not any(selected(linear.name, [target], ()) for linear in chosen):
-                self._problem(
-                    f"finetune.targets.{index}",
-                    f"'{target}' matches no linear layer; the model has {self._last_names()}",
-                )
-        return chosen
-
-    def _last_names(self) -> str:
-        names = {linear.name.rpartition(".")[2] for linear in self.source.linears} if self.source else set()
-        return ", ".join(sorted(names)) or "none in numbered blocks"
-
-    # -- pieces ---------------------------------------------------------------------------------
-
-    def _part(self, kind: str, ref: ComponentRef, place: str) -> Part | None:
-        """The component a recipe names, with its options validated against its own fields."""
-        try:
-            entry = self.registry.get(kind, ref.name)
-        except SqftError as error:
-            # Which plugins are broken may explain several problems; it is said once, at the end.
-            reason, *broken = str(error).splitlines()
-            self._problem(place, reason)
-            self.broken |= dict.fromkeys(broken)
-            return None
-        try:
-            return Part(entry, entry.component.model_validate(ref.options))
-        except ValidationError as error:
-            self.problems += problems_of(error, entry.component, f"{place}.options")
-            return None
-
-    def _file(self, path: str, place: str, folder: bool = False) -> Path:
-        resolved = self.recipe.resolve(path)
-        if not (resolved.is_dir() if folder else resolved.is_file()):
-            self._problem(place, f"there is no {'folder' if folder else 'file'} {resolved}")
-        elif not folder and resolved.stat().st_size == 0:
-            self._problem(place, f"{resolved} is empty")
-        return resolved
-
-    def _weights(self) -> tuple[int, int]:
-        """Parameters of the model and their bytes in the recipe's precision."""
-        parameters = self.source.parameters if self.source else 0
-        return parameters, parameters * BYTES[self.recipe.model.dtype]
-
-    def _activations(self, section: Finetune) -> int:
-        """Bytes kept for backward: an upper bound, for every example as long as max_length."""
-        if self.source is None:
-            return 0
-        size = self.source.size
-        hidden, layers = size("hidden_size"), size("num_hidden_layers", default=1)
-        inner = size("intermediate_size", default=4 * hidden)
-        tokens = section.batch_size * section.max_length
-        kept = (hidden if section.gradient_checkpointing else 14 * hidden + 4 * inner) * layers
-        logits = size("vocab_size") * 3 * (tokens if section.loss_on == "all" else tokens // 4)
-        return 4 * (tokens * kept + logits)
-
-    def _tuning_code(self) -> dict[str, Any]:
-        """Later stages run the adapter's and the merger's code again: an edit re-does them too."""
-        step = self.steps.get("finetune")
-        return {"tuning": {kind: part.entry.code for kind, part in step.parts.items()}} if step else {}
-
-    def _add(
-        self,
-        stage: str,
-        section: Section,
-        parts: Mapping[str, Part | None],
-        inputs: Mapping[str, str],
-        files: Mapping[str, Path],
-        estimate: Estimate,
-        more: Mapping[str, Any] | None = None,
-        name: str | None = None,
-    ) -> str:
-        whole = {kind: part for kind, part in parts.items() if part is not None}
-        name = name or stage
-        if self.problems:  # no fingerprint can be had of a recipe with mistakes, and none is needed
-            fingerprint = ""
-        else:
-            assert self.source is not None
-            content = {
-                "stage": stage,
-                "settings": _settings(section),
-                "parts": {kind: part.identity for kind, part in whole.items()},
-                "inputs": {role: self.steps[step].fingerprint for role, step in inputs.items()},
-                "files": {role: self._content(path) for role, path in files.items()},
-                "model": [self.source.digest, self.recipe.model.dtype, self.recipe.model.trust_remote_code],
-                "seed": self.recipe.seed,
-                "code": core_digest(stage),
-                "more": more,
-            }
-            fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-        self.steps[name] = Step(name, stage, section, whole, dict(inputs), fingerprint, estimate, dict(files))
-        return name
-
-    def _content(self, path: Path) -> str:
-        if path.is_dir():
-            return "".join(self.digests.file(file) for file in sorted(path.rglob("*")) if file.is_file())
-        return self.digests.file(path)
-
-    def _problem(self, place: str, message: str) -> None:
-        self.problems.append(Problem(place, message))
 
 
 def selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
@@ -523,27 +121,3 @@ def selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(last, p) for p in patterns)
 
     return hit(include) and not hit(exclude)
-
-
-def _settings(section: Section) -> dict[str, Any]:
-    """A section without its components (they enter as parts), its paths (as content) and what has no effect."""
-    settings = section.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    for name in [name for name in type(section).model_fields if isinstance(getattr(section, name), ComponentRef)]:
-        settings.pop(name)
-    return {name: _without_paths(value) for name, value in settings.items() if name not in ("of", "include_path")}
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items() if key not in ("path", "text")}
-    return value
-
-
-@cache
-def core_digest(stage: str) -> str:
-    """Digest of the core's own code that a stage's result depends on."""
-    root = Path(__file__).parent
-    files = [root / "stages" / f"{stage}.py", root / "stages" / "base.py", root / "checks.py"]
-    for room in ("kernels", "modeling", "data"):
-        files += sorted((root / room).rglob("*.py"))
-    return digest_files([file for file in files if file.is_file()], root)

@@ -57,6 +57,12 @@ class Digests:
             self._remember()
         return self._known[key]
 
+    def path(self, path: Path) -> str:
+        """The digest of a file, or of every file below a folder."""
+        if path.is_dir():
+            return "".join(self.file(file) for file in sorted(path.rglob("*")) if file.is_file())
+        return self.file(path)
+
     def _remember(self) -> None:
         if self._memory is None or not self._memory.parent.is_dir():
             return

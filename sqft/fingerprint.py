@@ -1,0 +1,49 @@
+"""What a step's result depends on, as data to take a digest of.
+
+Settings, components and their code, the content of models and data, the inputs' fingerprints and the
+seed. Left out is what the result does not depend on: the recipe's name, paths, device, logging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sqft.recipe import ComponentRef, Section
+from sqft.registry import digest_files
+
+WITHOUT_EFFECT = {"save_every"}
+"""Settings that change when work is saved, not what comes out."""
+
+
+def fingerprint_of(stage: str, section: Section, **content: Any) -> str:
+    """A step's fingerprint, hexadecimal: SHA-256 of its settings, the core's code, and `content`."""
+    whole = {"stage": stage, "settings": _settings(section), "code": core_digest(stage), **content}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _settings(section: Section) -> dict[str, Any]:
+    """A section without its components (they enter as parts), its paths (as content) and what has no effect."""
+    settings = section.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    for name in [name for name in type(section).model_fields if isinstance(getattr(section, name), ComponentRef)]:
+        settings.pop(name)
+    return {name: _without_paths(value) for name, value in settings.items() if name not in ("of", "include_path")}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items() if key not in ("path", "text")}
+    return value
+
+
+@cache
+def core_digest(stage: str) -> str:
+    """Digest of the core's own code that a stage's result depends on."""
+    root = Path(__file__).parent
+    files = [root / "stages" / f"{stage}.py", root / "stages" / "base.py", root / "checks.py"]
+    for room in ("kernels", "modeling", "data"):
+        files += sorted((root / room).rglob("*.py"))
+    return digest_files([file for file in files if file.is_file()], root)
