@@ -94,7 +94,6 @@ def run(
 
     from sqft.orchestrator import Orchestrator
     from sqft.progress import tracker
-    from sqft.recipe import Recipe
     from sqft.registry import Registry
     from sqft.report import table
 
@@ -104,7 +103,7 @@ def run(
     _log_to(console.print)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
-    finished = orchestrator.run(orchestrator.plan(Recipe.load(recipe, changes)), until, fresh)
+    finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
     heads, cells = table(finished.report)
     if cells:
         shown = Table(*heads)
@@ -131,10 +130,9 @@ def run(
 def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str, ...]) -> None:
     """Check RECIPE and print its steps: what runs, what is reused, estimates. Loads no model."""
     from sqft.orchestrator import Orchestrator
-    from sqft.recipe import Recipe
     from sqft.registry import Registry
 
-    click.echo(str(Orchestrator(Registry.discover(disable), store).plan(Recipe.load(recipe, changes))))
+    click.echo(str(Orchestrator(Registry.discover(disable), store).load(recipe, changes)))
 
 
 @main.command()

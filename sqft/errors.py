@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class SqftError(Exception):
@@ -28,9 +29,11 @@ class Problem:
 class RecipeError(SqftError):
     """Everything that is wrong with a recipe, collected, each with its path in the file."""
 
-    def __init__(self, problems: Sequence[Problem], source: str = "recipe") -> None:
+    def __init__(self, problems: Sequence[Problem], source: str = "recipe", rest: Any = None) -> None:
         self.problems = tuple(problems)
         self.source = source
+        self.rest = rest
+        """The recipe without these mistakes, when enough is left of it to look for others."""
         count = len(self.problems)
         head = f"{source}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))

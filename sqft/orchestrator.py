@@ -8,7 +8,7 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqft
-from sqft.errors import ArtifactError, StageError
+from sqft.blame import blaming
+from sqft.errors import ArtifactError, Problem, RecipeError, StageError
+from sqft.mistakes import related
 from sqft.plan import Plan, Step, human
 from sqft.planner import make_plan
 from sqft.progress import Track, silent
@@ -110,6 +112,30 @@ class Orchestrator:
         plan = make_plan(recipe, self.registry, self.store.digests)
         return dataclasses.replace(plan, reused=frozenset(step.name for step in plan.steps if self._is_done(step)))
 
+    def load(self, path: str | Path, changes: Sequence[str] = ()) -> Plan:
+        """Read a recipe file with changes ("sparsify.sparsity=0.6") and plan it.
+
+        Raises:
+            RecipeError: with every mistake at once: the recipe's own, and those that only the registry,
+                the model's headers and the files on disk bring to light.
+        """
+        try:
+            recipe = Recipe.load(path, changes)
+        except RecipeError as error:
+            raise RecipeError([*error.problems, *self._more(error)], error.source) from None
+        return self.plan(recipe)
+
+    def _more(self, error: RecipeError) -> list[Problem]:
+        """What planning the rest of a faulty recipe finds, away from the mistakes that are known."""
+        if error.rest is None:
+            return []
+        try:
+            self.plan(error.rest)
+        except RecipeError as more:
+            known = [problem.place for problem in error.problems]
+            return [p for p in more.problems if not (p.place and any(related(p.place, place) for place in known))]
+        return []
+
     def _is_done(self, step: Step) -> bool:
         """Whether the store has a step's artifact whole. A damaged one is `run`'s to report, or to make afresh."""
         try:
@@ -132,7 +158,8 @@ class Orchestrator:
         self._check_device()
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
-        with _log_file(folder / "run.log"):
+        entries = [part.entry for step in plan.steps for part in step.parts.values()]
+        with blaming(entries, folder / "run.log"), _log_file(folder / "run.log"):
             started = datetime.now(UTC).isoformat(timespec="seconds")
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
@@ -273,6 +300,10 @@ def _log_file(path: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     try:
         yield
+    except Exception as error:  # the screen shows a message; the file keeps where it came from
+        where = (type(error), error, error.__traceback__)
+        handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Scorer, Searcher, SearchSpace
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
+from sqft.mistakes import problems_of
 from sqft.plan import Estimate, Part, Plan, Step, activation_bytes, selected
-from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify, problems_of
+from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
 from sqft.registry import Registry
 from sqft.source import Digests, ModelSource, find_model
 
@@ -129,8 +130,9 @@ class _Planner:
                 space = adapter.component.space(targets) if isinstance(adapter.component, Adapter) else SearchSpace(())
                 top = {member: max(group.ranks) for group in space.groups for member in group.members}
                 trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
-            except SqftError as error:
-                self._problem("finetune.adapter", str(error))
+            except Exception as error:  # a plugin's code: whatever it raises is a mistake to report with the others
+                said = str(error) if isinstance(error, SqftError) else f"{type(error).__name__}: {error}"
+                self._problem("finetune.adapter", f"{adapter.entry} refuses these layers: {said}")
         files = {"data": self._file(section.data.path, "finetune.data.path")}
         _, size = self._weights()
         memory = size + 16 * trained + (activation_bytes(self.source, section) if self.source else 0) + (1 << 29)
@@ -338,7 +340,9 @@ class _Planner:
             return Part(entry, entry.component.model_validate(ref.options))
         except ValidationError as error:
             self.problems += problems_of(error, entry.component, f"{place}.options")
-            return None
+        except Exception as error:  # a validator of the plugin's own
+            self._problem(f"{place}.options", f"{entry} raised {type(error).__name__}: {error}")
+        return None
 
     def _file(self, path: str, place: str, folder: bool = False) -> Path:
         resolved = self.recipe.resolve(path)

@@ -7,15 +7,24 @@ that the registry has for the name.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from sqft.errors import Problem, RecipeError
+from sqft.mistakes import problems_of, without_mistakes
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -74,18 +83,20 @@ class Sparsify(Section):
     include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to prune")
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave dense")
 
-    @model_validator(mode="after")
-    def _pattern_agrees(self) -> Sparsify:
-        if ":" in self.pattern:
-            kept, of = map(int, self.pattern.split(":"))
+    @field_validator("pattern")
+    @classmethod
+    def _agrees_with_sparsity(cls, pattern: str, info: ValidationInfo) -> str:
+        if ":" in pattern:
+            kept, of = map(int, pattern.split(":"))
             if kept > of:
-                raise ValueError(f"pattern '{self.pattern}' keeps more than it has; write N:M with N <= M")
-            if abs((1 - kept / of) - self.sparsity) > 1e-9:
+                raise ValueError(f"'{pattern}' keeps more than it has; write N:M with N <= M")
+            sparsity = info.data.get("sparsity")  # absent when it is itself a mistake
+            if sparsity is not None and abs((1 - kept / of) - sparsity) > 1e-9:
                 raise ValueError(
-                    f"pattern '{self.pattern}' is a sparsity of {1 - kept / of:g}, not {self.sparsity:g}; "
+                    f"'{pattern}' is a sparsity of {1 - kept / of:g}, not {sparsity:g}; "
                     f'set "sparsity": {1 - kept / of:g}'
                 )
-        return self
+        return pattern
 
 
 class Quantize(Section):
@@ -247,12 +258,15 @@ class Recipe(Section):
         if not isinstance(raw, dict):
             raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
         try:
-            recipe = cls.model_validate(raw)
+            return cls.model_validate(raw)._at(folder, source)
         except ValidationError as error:
-            raise RecipeError(problems_of(error, cls), source) from None
-        recipe._folder = (folder or Path.cwd()).resolve()
-        recipe._source = source
-        return recipe
+            rest = without_mistakes(cls, raw)
+            raise RecipeError(problems_of(error, cls), source, rest and rest._at(folder, source)) from None
+
+    def _at(self, folder: Path | None, source: str) -> Recipe:
+        self._folder = (folder or Path.cwd()).resolve()
+        self._source = source
+        return self
 
 
 def read_json(path: Path) -> Any:
@@ -274,55 +288,6 @@ def read_json(path: Path) -> Any:
         raise RecipeError([Problem("", str(error))], str(path)) from None
     except RecursionError:
         raise RecipeError([Problem("", "nested too deeply to be a recipe")], str(path)) from None
-
-
-def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
-    """pydantic's mistakes as ours: a dotted path and a sentence, unknown keys with a suggestion."""
-    problems = []
-    for item in error.errors(include_url=False):
-        place = ".".join(filter(None, [prefix, *map(str, item["loc"])]))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = _unknown_key(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
-        elif item["type"] == "missing":
-            message = "is missing"
-        elif item["type"] not in ("value_error",):
-            message = f"{message[0].lower()}{message[1:]}, found {_brief(item['input'])}"
-        problems.append(Problem(place, message))
-    return problems
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    message = f"unknown key; known here: {', '.join(known) or 'none'}."
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"{message} Did you mean '{close[0]}'?" if close else message
-
-
-def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
-    """The keys of the model nested at a place of another."""
-    for part in place:
-        if isinstance(part, int):
-            continue
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        inner = _model_in(field.annotation) if field else None
-        if inner is None:
-            return []
-        model = inner
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if found := _model_in(inner):
-            return found
-    return None
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

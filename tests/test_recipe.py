@@ -41,8 +41,8 @@ CASES = [
     ("calibration.data", "no.jsonl", "calibration.data: there is no file"),
     ("calibration.length", 4096, "calibration.length: 4096 tokens, but the model's window is 256"),
     ("sparsify.sparsity", 1.0, "sparsify.sparsity: input should be less than 1"),
-    ("sparsify.pattern", "4:2", "sparsify: pattern '4:2' keeps more than it has"),
-    ("sparsify.pattern", "1:4", "sparsify: pattern '1:4' is a sparsity of 0.75, not 0.5"),
+    ("sparsify.pattern", "4:2", "sparsify.pattern: '4:2' keeps more than it has"),
+    ("sparsify.pattern", "1:4", "sparsify.pattern: '1:4' is a sparsity of 0.75, not 0.5"),
     ("sparsify.include", ["nope"], "sparsify.include: matches no linear layer of the model; it has down_proj"),
     ("sparsify.scorer", "wnda", "sparsify.scorer: no scorer named 'wnda'; installed: .*wanda.*Did you mean 'wanda'"),
     ("sparsify.scorer", {"name": "wanda", "options": {"power": 1}}, "sparsify.scorer.options.power: unknown key"),
@@ -81,6 +81,50 @@ def test_all_mistakes_at_once(raw: dict[str, Any], registry: Registry, tmp_path:
         Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
     assert [p.place for p in caught.value.problems] == ["sparsify.scorer", "finetune.data.path", "evaluate.of.0"]
     assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_of_shape_hide_no_others(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """Both passes report together, and what follows only from a mistake is not reported."""
+    raw["sparsify"] = {"scorer": "wnda", "sparsity": 2, "pattern": "2:4"}
+    raw["finetune"]["steps"] = 0
+    raw["finetune"].pop("merger")
+    raw["finetune"]["adapter"]["options"]["alpha"] = 0
+    raw["evaluate"]["of"] = []
+    raw["evaluate"]["perplexity"]["text"] = "no.txt"
+    raw["surch"] = raw.pop("search")
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(RecipeError) as caught:
+        Orchestrator(registry, tmp_path / "store").load(file)
+    assert [problem.place for problem in caught.value.problems] == [
+        "sparsify.sparsity", "finetune.merger", "finetune.steps", "evaluate.of", "surch",
+        "sparsify.scorer", "finetune.adapter.options.alpha", "evaluate.perplexity.text",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "others"),
+    [
+        ("finetune", 3, False),  # without the section, search and merge would seem out of place
+        ("model", DELETE, True),
+        ("model.path", 5, True),
+        ("sparsify.scorer", {"nam": "wanda"}, True),
+        ("evaluate.of", ["model", 7, "merge", 8], True),
+        ("export", [{}, 5], True),
+        ("name", "a b", True),
+        ("search.data", [], True),
+    ],
+)
+def test_what_is_left_of_a_faulty_recipe(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, path: str, value: Any, others: bool
+) -> None:
+    file = tmp_path / "recipe.json"
+    raw["evaluate"]["exact_match"]["data"] = "no.jsonl"
+    file.write_text(json.dumps(change(raw, path, value)))
+    with pytest.raises(RecipeError) as caught:
+        Orchestrator(registry, tmp_path / "store").load(file)
+    elsewhere = [p.place for p in caught.value.problems if not p.place.startswith(path)]
+    assert elsewhere == (["evaluate.exact_match.data.path"] if others else [])
 
 
 @pytest.mark.parametrize(
@@ -134,5 +178,5 @@ keys = st.sampled_from([*Recipe.model_fields, "schema"])
 def test_no_data_makes_a_traceback(content: dict[str, Any]) -> None:
     try:
         Recipe.parse(content)
-    except SqftError:
-        pass
+    except SqftError as error:
+        assert isinstance(getattr(error, "rest", None), Recipe | None)
