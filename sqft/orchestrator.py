@@ -156,6 +156,7 @@ class Orchestrator:
             self._discard(plan, fresh)
         self._check_disk(steps)
         self._check_device()
+        self._check_model(plan, steps)
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
@@ -259,6 +260,13 @@ class Orchestrator:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise StageError(f"device '{self.device}' cannot be used: {str(error).splitlines()[0]}") from None
+
+    def _check_model(self, plan: Plan, steps: list[Step]) -> None:
+        """Hold the plan against the model's own modules, when there is anything left to do."""
+        if not all(map(self._is_done, steps)):
+            from sqft.modeling.fit import check_fit
+
+            check_fit(plan)
 
     def _run_folder(self, plan: Plan) -> Path:
         """`runs/NAME-xxxxxxxx`: another recipe of the same name has another fingerprint, and so a folder."""

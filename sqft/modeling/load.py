@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ArtifactError, StageError
@@ -35,11 +35,35 @@ def load_source(
     Raises:
         StageError: when transformers cannot make a causal language model of it.
     """
+    return _load(_where(source), dtype, trust_remote_code, str(source.path))
+
+
+def skeleton(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules on the meta device: no weight is read.
+
+    Raises:
+        StageError: when transformers has no causal language model for its config.
+    """
+    try:
+        with warnings.catch_warnings(), _quiet(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise StageError(
+            f"transformers cannot make a causal language model of {source.path}: {_first(error)}"
+        ) from error
+
+
+def _where(source: ModelSource) -> dict[str, Any]:
     if source.kind == "gguf":
-        where: dict[str, Any] = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    else:
-        where = {"pretrained_model_name_or_path": source.path}
-    return _load(where, dtype, trust_remote_code, str(source.path))
+        return {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
+    return {"pretrained_model_name_or_path": source.path}
+
+
+def _first(error: Exception) -> str:
+    """The first line of what it says, or its name when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_folder(
@@ -61,8 +85,7 @@ def _load(
                 **where, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StageError(f"transformers cannot load {place}: {reason}") from error
+        raise StageError(f"transformers cannot load {place}: {_first(error)}") from error
     _forget_quantization(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,65 @@
+"""What the headers cannot tell is found before a weight is read, with names and shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import StageError
+
+
+def test_a_model_of_other_layers_is_refused_before_its_weights_are_read(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, tokenizer: Any
+) -> None:
+    folder = tmp_path / "gpt2"
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=len(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    raw["model"]["path"] = str(folder)
+    raw = {key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])  # the plan has read its header; nobody may want more
+    with pytest.raises(StageError) as caught:
+        orchestrator.run(plan)
+    said = str(caught.value)
+    assert r"sparsify.include: transformer.h.0.attn.c_attn [32, 96] is Conv1D in GPT2LMHeadModel" in said.replace(
+        "include: h.", "include: transformer.h."
+    )
+    assert "… and" in said
+    assert not list((tmp_path / "store").glob("artifacts/*"))
+
+
+def test_an_architecture_transformers_does_not_know(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "lama"'))
+    raw["model"]["path"] = str(folder)
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    with pytest.raises(StageError, match=r"cannot make a causal language model of .*odd: .*lama"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+
+
+def test_a_config_that_disagrees_with_the_weights(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
+) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 128'))
+    raw["model"]["path"] = str(folder)
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    with pytest.raises(StageError, match=r"gate_proj \[64, 32\] is a linear layer \[128, 32\] in LlamaForCausalLM"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
