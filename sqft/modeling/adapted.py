@@ -33,22 +33,27 @@ def _base(weight: Tensor, sparse: bool, rows: slice) -> BaseWeight:
     return BaseWeight(block, block != 0 if sparse else None)
 
 
-def effective_weight(merger: Merger, weight: Tensor, sparse: bool, B: Tensor, A: Tensor, scale: float) -> Tensor:
+def effective_weight(
+    merger: Merger, weight: Tensor, sparse: bool, B: Tensor, A: Tensor, scale: float, less_base: bool = False
+) -> Tensor:
     """W_eff [out, in] = combine(W, scale · B A) in the weight's dtype (paper eq. 1–2 for `sparsepeft`).
 
     `weight` [out, in], `B` [out, r], `A` [r, in]. Computed in float32 with autocast off, whatever the
-    dtypes; not differentiable, see `_Effective`.
+    dtypes; not differentiable, see `_Effective`. `less_base` gives W_eff − W, subtracted before it is
+    rounded to the weight's dtype.
     """
     result = torch.empty_like(weight)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         right = A.float() * scale
         for rows in _blocks(weight):
-            result[rows] = merger.combine(_base(weight, sparse, rows), B[rows].float() @ right)
+            base = _base(weight, sparse, rows)
+            block = merger.combine(base, B[rows].float() @ right)
+            result[rows] = block - base.weight if less_base else block
     return result
 
 
 class _Effective(torch.autograd.Function):
-    """y = x W_effᵀ + b. Keeps x, W, A and B only; backward makes W_eff again, block by block."""
+    """y = x W_effᵀ + b, or x (W_eff − W)ᵀ. Keeps x, W, A and B only; backward makes W_eff again, block by block."""
 
     @staticmethod
     def forward(
@@ -61,11 +66,12 @@ class _Effective(torch.autograd.Function):
         scale: float,
         merger: Merger,
         sparse: bool,
+        less_base: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B, A)
-        ctx.scale, ctx.merger, ctx.sparse = scale, merger, sparse
+        ctx.scale, ctx.merger, ctx.sparse, ctx.less_base = scale, merger, sparse, less_base
         with torch.autocast(x.device.type, enabled=False):
-            merged = effective_weight(merger, weight, sparse, B, A, scale).to(x.dtype)
+            merged = effective_weight(merger, weight, sparse, B, A, scale, less_base).to(x.dtype)
             return F.linear(x, merged, bias.to(x.dtype) if bias is not None else None)
 
     @staticmethod
@@ -83,13 +89,14 @@ class _Effective(torch.autograd.Function):
                 base, left = _base(weight, ctx.sparse, rows), B[rows].float()
                 delta = left @ right
                 if merged is not None:
-                    merged[rows] = ctx.merger.combine(base, delta)
+                    block = ctx.merger.combine(base, delta)
+                    merged[rows] = block - base.weight if ctx.less_base else block
                 grad_delta = ctx.merger.derivative(base, delta, grad_weight[rows].float())
                 grad_B[rows] = grad_delta @ right.T
                 grad_A.addmm_(left.T, grad_delta, alpha=ctx.scale)
             del grad_weight
             grad_x = (grad @ merged.to(grad.dtype)).reshape(x.shape) if merged is not None else None
-        return grad_x, None, None, grad_B.to(B.dtype), grad_A.to(A.dtype), None, None, None
+        return grad_x, None, None, grad_B.to(B.dtype), grad_A.to(A.dtype), None, None, None, None
 
 
 class AdaptedLinear(nn.Module):
@@ -137,13 +144,15 @@ class AdaptedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and self.dropout.p > 0:
-            dropped = self.dropout(x)
-            side = self._through(dropped, None, B, A, scale) - F.linear(dropped, self.weight)
+            # Not the difference of two outputs: in bfloat16 that would lose a small delta's digits.
+            side = self._through(self.dropout(x), None, B, A, scale, less_base=True)
             return F.linear(x, self.weight, self.bias) + side
         return self._through(x, self.bias, B, A, scale)
 
-    def _through(self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float) -> Tensor:
-        y: Tensor = _Effective.apply(x, self.weight, bias, B, A, scale, self.merger, self.sparse)  # type: ignore[no-untyped-call]
+    def _through(
+        self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, less_base: bool = False
+    ) -> Tensor:
+        y: Tensor = _Effective.apply(x, self.weight, bias, B, A, scale, self.merger, self.sparse, less_base)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -40,16 +40,8 @@ def check_fit(plan: Plan) -> None:
             wrong.append(f"{place}: {layer.name} {_size(layer)} is {found} in {model_type}")
     if wrong:
         more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        raise StageError(
-            "\n  ".join(
-                [
-                    "sqft works on the torch.nn.Linear layers inside decoder blocks, and this model has others where the "
-                    "recipe names them; exclude them or use another model:",
-                    *wrong[:SHOWN],
-                    *more,
-                ]
-            )
-        )
+        head = "sqft works on torch.nn.Linear layers inside decoder blocks; exclude what this recipe names besides:"
+        raise StageError("\n  ".join([head, *wrong[:SHOWN], *more]))
 
 
 def _size(layer: LinearShape) -> str:

@@ -152,6 +152,22 @@ def test_dropout_touches_only_the_adapter() -> None:
     torch.testing.assert_close(adapted(x).double(), oracle(adapted, x), rtol=1e-5, atol=1e-5)
 
 
+def test_dropouts_side_path_keeps_a_small_deltas_digits_in_bfloat16() -> None:
+    """x (W_eff − W)ᵀ and its gradients against float64, where W is 10⁵ times the delta."""
+    adapted = layer(SparsePEFT(), 32, 48, bias=False)
+    adapted.weight.data = (adapted.weight.data * 1000).to(torch.bfloat16)
+    adapted.delta.B.data *= 1e-2  # type: ignore[attr-defined]
+    x, probe = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(8, 32)
+    B, A, scale = adapted.delta.factors(adapted.rank)
+    side = adapted._through(x, None, B, A, scale, less_base=True)
+    low = scale * (B.double() @ A.double()) * (adapted.weight != 0)
+    expected = x.double() @ low.T
+    found = [side, *torch.autograd.grad((side.float() * probe).sum(), [B, A])]
+    wanted = [expected, *torch.autograd.grad((expected * probe).sum(), [B, A])]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.double() - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
 def test_attach_freezes_all_but_the_deltas() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Sequential(nn.Linear(3, 2))})
     generator = torch.Generator()
