@@ -1,0 +1,111 @@
+"""A Hugging Face id: fetched from a hub, which here is a server on loopback that speaks its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository at one commit, from a folder; what was asked for is written down."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        files = {file.name: file for file in self.folder.iterdir()}
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith(f"/api/models/{REPO}/revision/"):
+            siblings = [{"rfilename": name} for name in sorted(files)]
+            content = json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings}).encode()
+        elif self.path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
+            listed = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": hashlib.sha1(name.encode()).hexdigest()}
+                for name, file in sorted(files.items())
+            ]
+            content = json.dumps(listed).encode()
+        elif self.path.startswith(f"/{REPO}/resolve/") and name in files:
+            content = files[name].read_bytes()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(model_folder: Path, tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Its address, the folder it serves, what it was asked for."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody may fetch")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit('code that nobody may run')")
+    asked: list[str] = []
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": asked})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder, asked
+        server.shutdown()
+
+
+def test_a_model_from_the_hub(hub: tuple[str, Path, list[str]], raw: dict[str, Any], tmp_path: Path) -> None:
+    address, _, asked = hub
+    raw["model"] = {"path": REPO, "revision": "main"}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}))
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+
+    def run(command: str, offline: str) -> subprocess.CompletedProcess[str]:
+        switches = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), offline)
+        words = [sys.executable, "-m", "sqft", command, str(recipe), "--store", str(tmp_path / "store")]
+        return subprocess.run(words, env=environment | switches, capture_output=True, text=True)
+
+    done = run("run", offline="0")
+    assert done.returncode == 0, done.stderr
+    (artifact,) = (tmp_path / "store" / "artifacts").glob("sparsify-*")
+    assert (artifact / "model" / "tokenizer.json").is_file()
+    assert any("model.safetensors" in path for path in asked)
+    assert not any(name in path for path in asked for name in ("pytorch_model.bin", "modeling_tiny.py"))
+    cached = run("plan", offline="1")  # what was fetched once is enough
+    assert cached.returncode == 0 and "reuse" in cached.stdout, cached.stderr
+
+
+def test_an_id_that_cannot_be_had(hub: tuple[str, Path, list[str]], raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["model"] = {"path": "someone/else"}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    environment = {**os.environ, "HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "sqft", "plan", str(recipe), "--store", str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "model.path: the Hugging Face model 'someone/else' cannot be had" in done.stderr
