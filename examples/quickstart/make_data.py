@@ -6,7 +6,8 @@ The quickstart must run offline on a small CPU, so its data are made here instea
 
 - train.jsonl, validation.jsonl, test.jsonl: {"prompt", "completion"} records, one-step addition and
   subtraction word problems answered by the bare number. The wording is deliberately narrow and the numbers
-  are small, so that a small model can pick the task up from a short run.
+  are small, so that a small model can pick the task up from a short run. One record in eight of train.jsonl
+  is instead a short piece of the calibration text, {"text"}: without it the model forgets prose.
 - calibration.jsonl, {"text"} records, and heldout.txt: Python's own language reference, as it ships in
   `pydoc_data.topics`. It is real English prose, on every machine that has Python: the first is to calibrate
   pruning and quantization, the second to take perplexity on.
@@ -20,7 +21,7 @@ How the splits are kept apart:
   calibration shares with the held-out text is dropped from calibration.
 
 The same seed gives the same bytes. The word problems do not depend on the version of Python; the language
-reference does, since each version ships its own.
+reference, and with it the prose among them, does, since each version ships its own.
 """
 
 import argparse
@@ -62,6 +63,9 @@ TEMPLATES = {
 # Enough for 8k tokens of perplexity, from short topics only, so that no single one makes up most of the text.
 HELDOUT_CHARS = 45_000
 HELDOUT_TOPIC_CHARS = 10_000
+# One piece of prose for so many word problems, about as long as a problem: a batch is as long as its longest.
+PROBLEMS_PER_PIECE = 7
+PIECE_CHARS = 70
 # Shorter paragraphs (headings, "See also:") recur everywhere and leak nothing.
 SHARED_CHARS = 80
 
@@ -142,6 +146,21 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
     return [{"text": text} for text in kept if text.strip()], heldout_text
 
 
+def pieces(texts: Iterable[str], count: int, rng: random.Random) -> list[Record]:
+    """`count` runs of words of at least PIECE_CHARS characters, none taken twice and none across paragraphs."""
+    found: list[str] = []
+    for text in texts:
+        for paragraph in paragraphs(text):
+            piece = ""
+            for word in paragraph.split():
+                piece = f"{piece} {word}".strip()
+                if len(piece) >= PIECE_CHARS:
+                    if sum(c.isalpha() or c == " " for c in piece) >= 0.85 * len(piece):  # prose, not a table
+                        found.append(piece)
+                    piece = ""
+    return [{"text": piece} for piece in shuffled(dict.fromkeys(found), rng)[:count]]
+
+
 def write(path: Path, text: str) -> None:
     # Through a temporary file, so that an interrupted run never leaves a truncated one to train on.
     temporary = path.with_name(path.name + ".tmp")
@@ -163,10 +182,13 @@ def main() -> None:
 
     # One generator for each source: the language reference changes with Python, the word problems must not.
     rng = random.Random(f"word problems {args.seed}")
-    for split, pairs in split_pairs(rng).items():
-        write_records(args.out_dir / f"{split}.jsonl", word_problems(split, pairs, rng))
-
+    problems = {split: word_problems(split, pairs, rng) for split, pairs in split_pairs(rng).items()}
     calibration, heldout = split_topics(random.Random(f"topics {args.seed}"))
+    mixing = random.Random(f"mix {args.seed}")
+    prose = pieces((record["text"] for record in calibration), len(problems["train"]) // PROBLEMS_PER_PIECE, mixing)
+    problems["train"] = shuffled([*problems["train"], *prose], mixing)
+    for split, records in problems.items():
+        write_records(args.out_dir / f"{split}.jsonl", records)
     write_records(args.out_dir / "calibration.jsonl", calibration)
     write(args.out_dir / "heldout.txt", heldout)
     print(f"heldout.txt: {len(heldout)} characters")

@@ -29,6 +29,10 @@ def records(directory: Path, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
+def problems(directory: Path, name: str) -> list[dict[str, str]]:
+    return [record for record in records(directory, name) if "prompt" in record]
+
+
 def numbers(prompt: str) -> tuple[int, int]:
     a, b = map(int, re.findall(r"\d+", prompt))
     return a, b
@@ -76,8 +80,8 @@ def test_seed_decides_every_byte(tmp_path: Path) -> None:
 
 
 def test_sizes(data: Path) -> None:
-    assert len(records(data, "train")) == 2400
-    assert len(records(data, "validation")) == 128
+    assert len(problems(data, "train")) == 2400
+    assert len(problems(data, "validation")) == len(records(data, "validation")) == 128
     assert 200 <= len(records(data, "test")) <= 220
     assert 40_000 <= len((data / "heldout.txt").read_text(encoding="utf-8")) <= 60_000
     assert sum(len(record["text"]) for record in records(data, "calibration")) >= 200_000
@@ -85,7 +89,7 @@ def test_sizes(data: Path) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_are_right_and_prompts_short(data: Path, split: str) -> None:
-    for record in records(data, split):
+    for record in problems(data, split):
         assert set(record) == {"prompt", "completion"}
         prompt = record["prompt"]
         assert len(prompt.split()) <= 30
@@ -98,7 +102,7 @@ def test_answers_are_right_and_prompts_short(data: Path, split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_template_is_used_and_no_prompt_repeated(data: Path, split: str) -> None:
-    prompts = [record["prompt"] for record in records(data, split)]
+    prompts = [record["prompt"] for record in problems(data, split)]
     assert len(set(prompts)) == len(prompts)
     verbs = re.findall(r"buys|finds|adds|loses|sells|takes", "\n".join(prompts))
     counts = [verbs.count(verb) for verb in set(verbs)]
@@ -106,7 +110,7 @@ def test_every_template_is_used_and_no_prompt_repeated(data: Path, split: str) -
 
 
 def test_names_and_number_pairs_are_disjoint(data: Path) -> None:
-    prompts = {split: [record["prompt"] for record in records(data, split)] for split in SPLITS}
+    prompts = {split: [record["prompt"] for record in problems(data, split)] for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         assert names("\n".join(prompts[one])).isdisjoint(names("\n".join(prompts[other])))
         assert sums(prompts[one]).isdisjoint(sums(prompts[other]))
@@ -120,3 +124,13 @@ def test_no_heldout_paragraph_in_calibration(data: Path) -> None:
     # Nor under another indentation or wrapping.
     unwrapped = " ".join(calibration.split())
     assert [paragraph for paragraph in heldout if " ".join(paragraph.split()) in unwrapped] == []
+
+
+def test_the_prose_among_the_problems_is_calibration_text(data: Path) -> None:
+    prose = [record["text"] for record in records(data, "train") if "text" in record]
+    calibration = " ".join(" ".join(record["text"].split()) for record in records(data, "calibration"))
+    heldout = " ".join((data / "heldout.txt").read_text(encoding="utf-8").split())
+    assert len(prose) == 2400 // 7
+    assert all(piece in calibration for piece in prose)
+    assert sum(piece in heldout for piece in prose) <= len(prose) // 50  # a stock phrase may recur
+    assert max(map(len, prose)) <= 110
