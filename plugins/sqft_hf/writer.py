@@ -12,18 +12,19 @@ from torch import Tensor
 
 from sqft.api import ModelReader
 
-SHARD = 5 * 10**9  # bytes
+CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".py", ".md"}
+"""Suffixes of what lies beside the weights: configs, tokenizer, chat templates, custom code, the model's card."""
+BARE = {"LICENSE", "NOTICE"}
 
 
-def write(model: ModelReader, folder: Path, dtype: str | None) -> None:
-    """Write `model` into `folder`; every floating tensor as `dtype`, or as it is."""
-    for file in model.folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
-            shutil.copy2(file, folder)
+def write(model: ModelReader, folder: Path, dtype: str | None, limit: int) -> None:
+    """Write `model` into `folder`; every floating tensor as `dtype`, or as it is; no file over `limit` bytes
+    of tensors, but for a tensor that is larger alone."""
+    _carry(model.folder, folder)
     if dtype:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         config["dtype"] = config["torch_dtype"] = dtype
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = size = 0
@@ -31,7 +32,7 @@ def write(model: ModelReader, folder: Path, dtype: str | None) -> None:
         tensor = model.tensor(name)
         if dtype and tensor.is_floating_point():
             tensor = tensor.to(getattr(torch, dtype))
-        if shard and size + tensor.nbytes > SHARD:
+        if shard and size + tensor.nbytes > limit:
             shards.append(_store(shard, folder, len(shards)))
             size = 0
         shard[name] = tensor
@@ -39,6 +40,16 @@ def write(model: ModelReader, folder: Path, dtype: str | None) -> None:
         total += tensor.nbytes
     shards.append(_store(shard, folder, len(shards)))
     _name(shards, folder, total)
+
+
+def _carry(source: Path, folder: Path) -> None:
+    """Copy what is no weight and no index of weights: theirs are written anew, and old ones would be loaded."""
+    for file in [*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]:
+        known = file.suffix in CARRIED or file.stem in BARE
+        if known and file.is_file() and not file.name.endswith(".index.json"):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)  # not its mode: a read-only config could not be rewritten
 
 
 def _store(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
@@ -59,4 +70,4 @@ def _name(shards: list[list[str]], folder: Path, total: int) -> None:
         (folder / f"part-{number}.safetensors").rename(folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
