@@ -7,6 +7,7 @@ import json
 import os
 import re
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,10 @@ from sqft.contracts import LinearShape
 from sqft.errors import ArtifactError, SqftError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-"""What is fetched of a Hugging Face id: never a pickle."""
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+"""What is fetched of a Hugging Face id, and what a folder's digest is of: never a pickle. Code runs only when the
+recipe trusts it, and then it makes the result."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF_LINEARS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -29,10 +32,17 @@ GGUF_LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's names of a Llama block's linear layers, as transformers calls them."""
+IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
+"""A weight below a number, and no table of embeddings (DeepSeek's last block has one)."""
+SETTLED = 2 * 10**9  # nanoseconds: the coarsest clock of a file system in use, FAT's
 
 
 class Digests:
-    """SHA-256 of files, remembered by (path, size, mtime_ns, inode) in `memory` when it can be written."""
+    """SHA-256 of files, remembered in `memory` when it can be written.
+
+    A file is known again by path, size, times and inode. One that changed within `SETTLED` is read again: a change
+    within one tick of the file system's clock would not show.
+    """
 
     def __init__(self, memory: Path | None = None) -> None:
         self._memory = memory
@@ -41,27 +51,43 @@ class Digests:
     def _known(self) -> dict[str, str]:
         try:
             assert self._memory is not None
-            known = json.loads(self._memory.read_text())
-            return known if isinstance(known, dict) else {}
-        except (AssertionError, OSError, ValueError):
+            known = json.loads(self._memory.read_text("utf-8"))
+            return {key: digest for key, digest in known.items() if isinstance(digest, str)}
+        except (AssertionError, AttributeError, OSError, ValueError):
             return {}
 
     def file(self, path: Path) -> str:
         """The hexadecimal digest of one file's content."""
         path = path.resolve()
         state = path.stat()
-        key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
-        if key not in self._known:
-            with path.open("rb") as stream:
-                self._known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}|{state.st_ino}"
+        settled = time.time_ns() - state.st_ctime_ns >= SETTLED
+        if settled and key in self._known:
+            return self._known[key]
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if settled:
+            self._known[key] = digest
             self._remember()
-        return self._known[key]
+        return digest
 
     def path(self, path: Path) -> str:
-        """The digest of a file, or of every file below a folder."""
-        if path.is_dir():
-            return "".join(self.file(file) for file in sorted(path.rglob("*")) if file.is_file())
-        return self.file(path)
+        """The digest of a file, or of every file below a folder by its name there.
+
+        Raises:
+            SqftError: when something cannot be read.
+        """
+        try:
+            if not path.is_dir():
+                return self.file(path)
+            total = hashlib.sha256()
+            for file in sorted(path.rglob("*")):
+                name = file.relative_to(path)
+                if file.is_file() and "__pycache__" not in name.parts:  # running a task's code writes it
+                    total.update(f"{name.as_posix()}\0{self.file(file)}\0".encode())
+            return total.hexdigest()
+        except OSError as error:
+            raise _unreadable(error, path) from None
 
     def _remember(self) -> None:
         if self._memory is None or not self._memory.parent.is_dir():
@@ -91,8 +117,9 @@ class ModelSource:
         return sum(_product(shape) for shape in self.shapes.values())
 
     def size(self, *names: str, default: int = 0) -> int:
-        """The first of these numbers that the config has ("hidden_size", …)."""
-        return next((int(self.config[name]) for name in names if self.config.get(name)), default)
+        """The first of these numbers that the config has ("hidden_size", …); one that differs by layer is none."""
+        found = (self.config.get(name) for name in names)
+        return next((value for value in found if isinstance(value, int) and value), default)
 
 
 def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests) -> ModelSource:
@@ -102,38 +129,60 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
         SqftError: saying what was looked for and how to mend it.
     """
     place = resolve(path)
-    if place.is_file() and place.suffix == ".gguf":
-        return _gguf(place, digests)
-    if place.is_dir():
-        return _folder(place, digests)
-    if place.exists():
-        raise SqftError(f"{place} is neither a folder nor a .gguf file")
-    if HUB_ID.fullmatch(path):
-        return _hub(path, revision, digests)
+    try:
+        if place.is_file() and place.suffix == ".gguf":
+            return _gguf(place, digests)
+        if place.is_dir():
+            return _folder(place, digests)
+        if place.exists():
+            raise SqftError(f"{place} is neither a folder nor a .gguf file")
+        if HUB_ID.fullmatch(path):
+            return _hub(path, revision, digests, place)
+    except OSError as error:
+        raise _unreadable(error, place) from None
     raise SqftError(f"no file or folder {place}, and '{path}' is no Hugging Face id (owner/name)")
 
 
 def _folder(path: Path, digests: Digests) -> ModelSource:
     config = _json(path / "config.json")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise SqftError(
-                f"{path} holds its weights as pickles ({pickles[0]}), which can run code when read and are "
-                "refused; convert them to safetensors with save_pretrained"
-            )
-        raise SqftError(f"{path} holds no .safetensors file; a model folder has config.json and weights")
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes.update(safetensors_header(file))
+    for file, promised in _weights(path).items():
+        header = safetensors_header(file)
+        if lacking := sorted(promised - header.keys()):
+            raise ArtifactError(f"{file} lacks {lacking[0]}, which {path / INDEX} promises; copy the model again")
+        shapes.update(header)
     total = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if any(p.match(pattern) for pattern in HUB_FILES)):
+    for file in sorted(p for p in path.iterdir() if p.is_file() and any(map(p.match, HUB_FILES))):
         total.update(f"{file.name}\0{digests.file(file)}".encode())
     return ModelSource("folder", path, total.hexdigest(), config, shapes, _linears(shapes))
 
 
-def _hub(name: str, revision: str | None, digests: Digests) -> ModelSource:
+def _weights(path: Path) -> dict[Path, set[str]]:
+    """The files that transformers reads a folder's weights from, and the tensors that an index puts there."""
+    if (path / WEIGHTS).is_file():
+        return {path / WEIGHTS: set()}
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    if INDEX in names:
+        places = _json(path / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+            raise ArtifactError(f"{path / INDEX} has no weight_map of tensors to files; copy the model again")
+        if missing := sorted(set(places.values()) - set(names)):
+            raise ArtifactError(f"{path} lacks {missing[0]}, which {INDEX} names; copy the model again")
+        promised: dict[Path, set[str]] = {}
+        for tensor, file in places.items():
+            promised.setdefault(path / file, set()).add(tensor)
+        return promised
+    if other := [name for name in names if name.endswith(".safetensors")]:
+        raise SqftError(f"{path} holds {other[0]}, but neither {WEIGHTS} nor {INDEX}, which transformers looks for")
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        raise SqftError(
+            f"{path} holds its weights as pickles ({pickles[0]}), which can run code when read and are "
+            "refused; convert them to safetensors with save_pretrained"
+        )
+    raise SqftError(f"{path} holds no .safetensors file; a model folder has config.json and weights")
+
+
+def _hub(name: str, revision: str | None, digests: Digests, place: Path) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -141,7 +190,10 @@ def _hub(name: str, revision: str | None, digests: Digests) -> ModelSource:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SqftError(f"the Hugging Face model '{name}' cannot be had, here or from the hub: {reason}") from None
+        raise SqftError(
+            f"there is no folder {place}, and the Hugging Face model '{name}' cannot be had, "
+            f"here or from the hub: {reason}"
+        ) from None
     return _folder(folder, digests)
 
 
@@ -150,25 +202,27 @@ def _gguf(path: Path, digests: Digests) -> ModelSource:
         from gguf import GGUFReader
     except ImportError:
         raise SqftError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise SqftError(f"{path} is no readable GGUF file: {error}") from None
-    shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
 
     def value(key: str) -> Any:
         field = reader.get_field(key)
         return field.contents() if field is not None else None
 
-    family = value("general.architecture")
-    config = {
-        "model_type": family,
-        "hidden_size": value(f"{family}.embedding_length"),
-        "intermediate_size": value(f"{family}.feed_forward_length"),
-        "num_hidden_layers": value(f"{family}.block_count"),
-        "max_position_embeddings": value(f"{family}.context_length"),
-        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
-    }
+    try:
+        reader = GGUFReader(path)
+        shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        family = value("general.architecture")
+        config = {
+            "model_type": family,
+            "hidden_size": value(f"{family}.embedding_length"),
+            "intermediate_size": value(f"{family}.feed_forward_length"),
+            "num_hidden_layers": value(f"{family}.block_count"),
+            "max_position_embeddings": value(f"{family}.context_length"),
+            "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        }
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None
+    if not shapes:
+        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
     named: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -182,9 +236,14 @@ def _linears(shapes: dict[str, tuple[int, ...]]) -> tuple[LinearShape, ...]:
     found = [
         LinearShape(name.removesuffix(".weight"), shape[0], shape[1])
         for name, shape in shapes.items()
-        if len(shape) == 2 and re.search(r"\.\d+\..*\.weight$", name)
+        if len(shape) == 2 and IN_A_BLOCK.search(name)
     ]
-    return tuple(sorted(found, key=lambda linear: [int(t) if t.isdigit() else t for t in linear.name.split(".")]))
+    return tuple(sorted(found, key=_in_order))
+
+
+def _in_order(linear: LinearShape) -> list[tuple[int, str]]:
+    """Layer 10 after layer 9, and names among them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in linear.name.split(".")]
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -196,7 +255,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > path.stat().st_size:
+            if 8 + length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
@@ -204,20 +263,24 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         if path.stat().st_size < 8 + length + end:
             raise ValueError("the file is shorter than its header says; it was cut off")
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ArtifactError(f"{path} is no whole safetensors file: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise ArtifactError(f"{path} is no whole safetensors file: {error}; copy it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise SqftError(f"{path} cannot be read: {error.strerror}; a model folder has a config.json") from None
+    except FileNotFoundError:
+        raise SqftError(f"{path.parent} has no {path.name}; a model folder has config.json and weights") from None
     except ValueError as error:
         raise SqftError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise SqftError(f"{path} is not a JSON object")
     return content
+
+
+def _unreadable(error: OSError, path: Path) -> SqftError:
+    return SqftError(f"{error.filename or path} cannot be read: {error.strerror or error}")
 
 
 def _product(shape: tuple[int, ...]) -> int:
