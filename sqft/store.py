@@ -1,24 +1,28 @@
 """What has been done: content-addressed artifacts that exist whole or not at all.
 
-An artifact is written into `.partial-…`, its manifest last, and then renamed. Nothing else in the
-store is ever trusted. A lock for each artifact lets two runs share one store.
+An artifact is written into `.partial-…`, its manifest last, and then renamed; all of it reaches the
+disk before the rename does. Nothing else in the store is ever trusted. A lock for each artifact
+lets two runs share one store.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import ArtifactError, StageError
+from sqft.errors import ArtifactError, SqftError, StageError
 from sqft.source import Digests
 
+log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
@@ -61,7 +65,7 @@ class Store:
         """The artifact with that fingerprint, or None when it was never finished.
 
         Raises:
-            ArtifactError: when it is there but damaged (a file missing or of another size).
+            ArtifactError: when it is there but damaged (a file missing, of another size, or elsewhere).
         """
         folder = self.folder(stage, fingerprint)
         if not folder.is_dir():
@@ -71,16 +75,20 @@ class Store:
     def _open(self, folder: Path, fingerprint: str) -> Artifact:
         remedy = f"delete that folder, or run with --fresh {folder.name.rpartition('-')[0]}"
         try:
+            root = folder.resolve()
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
             if manifest["schema"] != SCHEMA:
                 raise ArtifactError(f"{folder} is of schema {manifest['schema']}, this sqft reads {SCHEMA}; {remedy}")
             if manifest["fingerprint"] != fingerprint:
                 raise ArtifactError(f"{folder} belongs to another fingerprint; {remedy}")
             for name, entry in manifest["files"].items():
-                if (folder / name).stat().st_size != entry["size"]:
+                file = root / name
+                if not file.is_relative_to(root) or file.resolve() != file:  # "..", an absolute path, a link
+                    raise ArtifactError(f"{folder} is damaged ({name} leads out of it, or is a link); {remedy}")
+                if file.stat().st_size != entry["size"]:
                     raise ArtifactError(f"{folder / name} is not the file that was stored (size); {remedy}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{folder} is damaged ({error}); {remedy}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ArtifactError(f"{folder} is damaged ({_reason(error)}); {remedy}") from None
         return Artifact(folder, manifest)
 
     def verify(self, artifact: Artifact) -> None:
@@ -90,7 +98,7 @@ class Store:
             ArtifactError: naming the file that changed.
         """
         for name, entry in artifact.manifest["files"].items():
-            if self.digests.file(artifact.folder / name) != entry["sha256"]:
+            if self.digests.file(artifact.folder / name) != entry.get("sha256"):
                 stage = artifact.manifest["stage"]
                 raise ArtifactError(
                     f"{artifact.folder / name} has changed since it was stored (checksum); "
@@ -98,45 +106,101 @@ class Store:
                 )
 
     def discard(self, stage: str, fingerprint: str) -> None:
-        """Forget an artifact and whatever was begun of it."""
-        for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Forget an artifact and whatever was begun of it; waits while another run makes it."""
+        if not self.artifacts.is_dir():
+            return
+        with self._locked(stage, fingerprint), self._writing():
+            for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
+                if folder.exists():
+                    shutil.rmtree(folder)
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
         """The scratch folder of an artifact in the making, kept from an earlier try if there was one.
 
         Held under a lock: a second run that wants the same artifact waits here, and then finds it.
+
+        Raises:
+            StageError: when the store cannot be written, or its disk is full before the work is done.
         """
         partial = self._partial(stage, fingerprint)
-        lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}"
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            stream = lock.open("w")
-        except OSError as error:
-            raise StageError(f"the store {self.root} cannot be written: {error.strerror}") from None
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with self._locked(stage, fingerprint):
             if not self.folder(stage, fingerprint).exists():
-                partial.mkdir(exist_ok=True)
-            yield partial
+                with self._writing():
+                    partial.mkdir(exist_ok=True)
+            try:
+                yield partial
+            except SqftError:
+                raise
+            except Exception as error:
+                if not self._is_full(error):
+                    raise
+                raise StageError(
+                    f"{stage}: there is no room left to write in ({_reason(error)}); make room for the store "
+                    f"{self.root}, or name another with --store, and repeat the command: what is done stays done"
+                ) from error
 
     def commit(self, partial: Path, manifest: dict[str, Any]) -> Artifact:
-        """Make a scratch folder an artifact: sizes and checksums, manifest last, then one rename."""
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
-        entries = {}
-        for file in files:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-            entries[file.relative_to(partial).as_posix()] = {
-                "size": file.stat().st_size,
-                "sha256": self.digests.file(file),
-            }
+        """Make a scratch folder an artifact: sizes and checksums, manifest last, then one rename.
+
+        Raises:
+            ArtifactError: when the stage left a link, which would lead out of the artifact one day.
+        """
+        for unfinished in list(partial.rglob(".*.tmp")):  # of a `write_json` that was killed in an earlier try
+            unfinished.unlink()
+        entries, readable = {}, partial.stat().st_mode & 0o444
+        places = sorted(partial.rglob("*"))
+        for place in places:
+            if place.is_symlink():
+                raise ArtifactError(
+                    f"{place} is a link; an artifact must hold its files itself: write or copy the file"
+                )
+            if place.is_dir() or place == partial / MANIFEST:
+                continue
+            if missing := readable & ~place.stat().st_mode:  # safetensors gives its files to their owner alone
+                place.chmod(place.stat().st_mode | missing)
+            _sync(place)
+            name = place.relative_to(partial).as_posix()
+            entries[name] = {"size": place.stat().st_size, "sha256": self.digests.file(place)}
         manifest = {"schema": SCHEMA, **manifest, "files": entries}
         write_json(partial / MANIFEST, manifest)
+        for folder in (*filter(Path.is_dir, places), partial):
+            _sync(folder)
         folder = self.folder(manifest["stage"], manifest["fingerprint"])
         os.replace(partial, folder)
+        _sync(self.artifacts)
         return Artifact(folder, manifest)
+
+    @contextmanager
+    def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:
+        lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}"
+        with self._writing():
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stream = lock.open("w")
+        with stream:
+            with self._writing():
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("another run works on %s; waiting for it", lock.name)
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StageError(
+                f"the store {self.root} cannot be written: {_reason(error)}; mend that, or name another with --store"
+            ) from None
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether a full disk is behind an error. Only Python says so by number: safetensors says it in words, and
+        torch leaves no more than a disk without room."""
+        if isinstance(error, OSError):
+            return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < 1 << 20
 
     def _partial(self, stage: str, fingerprint: str) -> Path:
         return self.artifacts / f".partial-{stage}-{fingerprint[:12]}"
@@ -144,10 +208,34 @@ class Store:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs of one recipe write the same files
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk: a power cut leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line: the system's words and the file, or its own."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error).partition("\n")[0] or type(error).__name__
