@@ -23,7 +23,7 @@ def tracker(console: Console) -> Track:
 
     def bars(iterable: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -40,7 +40,7 @@ def tracker(console: Console) -> Track:
             now = time.monotonic()
             if done and now - last > LINE_EVERY:
                 left = f", {(now - start) / done * (total - done):.0f} s left" if total else ""
-                console.print(f"  {label}: {done}/{total or '?'}{left}", highlight=False)
+                console.print(f"  {label}: {done}/{total or '?'}{left}", highlight=False, markup=False)
                 last = now
             yield item
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqft.plan import Plan, human
@@ -84,19 +85,26 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     heads, cells = table(report)
     lines = [f"# {report['recipe']} (seed {report['seed']})", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join(lines) + "\n"
+    lines += [_line(heads), "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *map(_line, cells)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; what names hold of Markdown stands for itself."""
+    return "| " + " | ".join(re.sub(r"([\\|`*<\[])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"
 
 
 def _text(value: float | None, form: str) -> str:
     return form.format(value) if value is not None else "–"
 
 
-def _task(metrics: Mapping[str, Any]) -> str:
-    """The first metric of a task with its standard error."""
+def _task(metrics: Mapping[str, float]) -> str:
+    """A task's metrics by name, each with its standard error where it has one."""
+    shown = []
     for name, value in metrics.items():
-        if not name.endswith("_stderr"):
-            error = metrics.get(f"{name}_stderr")
-            return f"{value:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
-    return "–"
+        metric, _, way = name.partition(",")  # lm-eval's filter, as in "exact_match,strict-match"
+        if metric.endswith("_stderr") or metric == "sample_len":  # lm-eval puts a count among its metrics
+            continue
+        error = metrics.get(f"{metric}_stderr,{way}" if way else f"{metric}_stderr")
+        shown.append(f"{name} {value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+    return ", ".join(shown) or "–"
