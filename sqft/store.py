@@ -25,6 +25,8 @@ from sqft.source import Digests
 log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
+UNFINISHED = (".*.tmp", ".tmp??????")
+"""Files that an earlier try was killed in: names that `write_json` and safetensors give until a file is whole."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,9 @@ class Store:
         Raises:
             ArtifactError: when the stage left a link, which would lead out of the artifact one day.
         """
-        for unfinished in list(partial.rglob(".*.tmp")):  # of a `write_json` that was killed in an earlier try
-            unfinished.unlink()
+        for pattern in UNFINISHED:
+            for file in list(partial.rglob(pattern)):
+                file.unlink()
         entries, readable = {}, partial.stat().st_mode & 0o444
         places = sorted(partial.rglob("*"))
         for place in places:

@@ -195,6 +195,17 @@ def test_a_file_named_as_the_manifest_deeper_down_is_a_file_like_others(store: S
     assert "model/manifest.json" in artifact.manifest["files"]
 
 
+def test_what_a_killed_try_left_half_written_is_no_part_of_it(store: Store) -> None:
+    with store.begin("merge", PRINT) as scratch:
+        fill(scratch)
+        (scratch / "model" / ".tmp8dY5Vm").write_bytes(b"safetensors wrote this much")
+        (scratch / ".choice.json.123.tmp").write_text("{")
+        (scratch / "model" / ".keep").write_text("")
+        artifact = store.commit(scratch, MANIFEST)
+    assert artifact.manifest["files"].keys() == {"model/weights.bin", "choice.json", "model/.keep"}
+    assert {file.name for file in artifact.folder.rglob(".*")} == {".keep"}
+
+
 def test_files_are_as_readable_as_their_folder(store: Store) -> None:
     with store.begin("merge", PRINT) as scratch:
         scratch.chmod(0o750)
