@@ -90,12 +90,10 @@ def run(
 ) -> None:
     """Run RECIPE: reuse what is done, do what is not, print what was gained."""
     from rich.console import Console
-    from rich.table import Table
 
     from sqft.orchestrator import Orchestrator
     from sqft.progress import tracker
     from sqft.registry import Registry
-    from sqft.report import table
 
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
@@ -104,12 +102,7 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
-    heads, cells = table(finished.report)
-    if cells:
-        shown = Table(*heads)
-        for row in cells:
-            shown.add_row(*row)
-        console.print(shown)
+    _show_table(console, finished.report)
     console.print(f"report: {finished.folder / 'report.md'}", highlight=False)
     result = finished.result()
     if result is None:
@@ -227,6 +220,24 @@ def _how_to_load(result: Path) -> str:
         "from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'
     )
+
+
+def _show_table(console: Any, report: dict[str, Any]) -> None:
+    """The report's table: drawn on a terminal, folded where that is narrow, and Markdown anywhere else."""
+    from rich.table import Column, Table
+
+    from sqft.report import report_markdown, table
+
+    heads, cells = table(report)
+    if not cells:
+        return
+    if not console.is_terminal:
+        console.print(f"\n{report_markdown(report)}", highlight=False, markup=False)
+        return
+    shown = Table(*(Column(head, overflow="fold") for head in heads))
+    for row in cells:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _log_to(echo: Callable[..., None]) -> None:

@@ -53,6 +53,7 @@ def test_run_prints_a_table_and_how_to_load(recipe: Path, tmp_path: Path) -> Non
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert "AutoModelForCausalLM.from_pretrained" in done.output
+    assert "| merge | " in done.output  # whole lines where there is no terminal
     assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
     (folder,) = (tmp_path / "s" / "runs").iterdir()
     names = {"recipe.json", "plan.json", "run.json", "report.json", "report.md", "run.log"}
