@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
+
+N_M = re.compile(r"([0-9]+):([0-9]+)")
 
 
 def keep_mask(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
@@ -14,15 +18,20 @@ def keep_mask(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
     highest of every M along a row, whatever `sparsity` says. Of equal scores the earlier is pruned.
 
     Raises:
-        ValueError: when M does not divide the inputs.
+        ValueError: when `sparsity` is not in [0, 1), `pattern` is none of these, or M does not divide the inputs.
     """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
     rows, columns = scores.shape
     if pattern == "row":
         groups, pruned = scores, round(sparsity * columns)
     elif pattern == "layer":
         groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)
     else:
-        kept, block = map(int, pattern.split(":"))
+        found = N_M.fullmatch(pattern)
+        kept, block = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= kept <= block:
+            raise ValueError(f"pattern {pattern!r} is none of 'row', 'layer' and 'N:M' with 1 <= N <= M")
         if columns % block:
             raise ValueError(f"{columns} inputs are not a multiple of {block}")
         groups, pruned = scores.reshape(-1, block), block - kept

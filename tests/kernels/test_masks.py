@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,9 +51,24 @@ def test_n_m_equals_brute_force(shape: tuple[int, int], seed: int, ties: bool, p
             assert found[start : start + block] == brute_force(row[start : start + block], block - kept)
 
 
-def test_n_m_must_divide() -> None:
-    with pytest.raises(ValueError, match="not a multiple of 4"):
-        keep_mask(torch.rand(2, 6), 0.5, "2:4")
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "message"),
+    [
+        (0.5, "2:4", "6 inputs are not a multiple of 4"),
+        *(
+            (0.5, odd, re.escape(f"pattern {odd!r}"))
+            for odd in ("5:4", "0:4", "0:0", "2:0", "-1:3", "2:3:3", "2:", "rows", "")
+        ),
+        *(
+            (odd, pattern, f"sparsity {odd}")
+            for odd in (1.0, -0.1, 50, math.nan)
+            for pattern in ("row", "layer", "1:2")
+        ),
+    ],
+)
+def test_what_makes_no_mask(sparsity: float, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        keep_mask(torch.rand(2, 6), sparsity, pattern)
 
 
 @given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 99))
