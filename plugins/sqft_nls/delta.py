@@ -11,15 +11,18 @@ from sqft.api import LinearShape
 
 
 class LowRankDelta(nn.Module):
-    """B [out, r] zeros, A [r, in] Kaiming-uniform as LoRA has it, float32: the delta is 0 at start."""
+    """B [out, r] zeros, A [r, in] Kaiming-uniform as LoRA has it: the delta is 0 at start.
+
+    Float32 on the CPU, whatever torch's defaults are when it is made.
+    """
 
     def __init__(self, linear: LinearShape, rank: int, scale: float, generator: Generator) -> None:
         super().__init__()
         self.rank, self.scale = rank, scale
         bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = √5
-        A = torch.rand(rank, linear.in_features, generator=generator) * (2 * bound) - bound
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        A = torch.rand(rank, linear.in_features, generator=generator, dtype=torch.float32, device="cpu")
+        self.A = nn.Parameter(A * (2 * bound) - bound)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device="cpu"))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
         return self.B[:, :rank], self.A[:rank], self.scale
