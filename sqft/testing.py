@@ -3,21 +3,24 @@
 >>> from sqft.testing import check
 >>> check(MyScorer())            # or check_scorer(MyScorer())
 
-Each raises `ContractError` saying what was promised and not kept. Exporters write files of models
-and are checked by running them; see `check_exporter`.
+Each raises `ContractError` saying what was promised and not kept. A component is given what the core
+would give it and no more: the statistics it `needs`, the bases it lists. Exporters write files of
+models and are checked by running them; see `check_exporter`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft import checks
 from sqft.contracts import (
     Adapter,
     Allocator,
+    BaseKind,
     BaseWeight,
     Choice,
     Component,
@@ -31,8 +34,12 @@ from sqft.contracts import (
     Scorer,
     Searcher,
     SearchSpace,
+    Statistic,
 )
 from sqft.errors import ContractError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHAPES = ((8, 8), (16, 32), (24, 8))
 LINEARS = tuple(
@@ -40,7 +47,16 @@ LINEARS = tuple(
     for block in (0, 1)
     for name, out, inputs in (("self_attn.q_proj", 8, 8), ("self_attn.k_proj", 4, 8), ("mlp.up_proj", 16, 8))
 )
-SPACE = SearchSpace(tuple(RankGroup(f"g{i}", (8, 6, 4, 2)[: 1 + i % 4], (f"l{i}",)) for i in range(6)))
+PLACE = "a test layer"
+
+
+def _space(*lengths: int) -> SearchSpace:
+    groups = (RankGroup(f"g{i}", tuple(range(2 * n, 0, -2)), (f"l{i}",)) for i, n in enumerate(lengths))
+    return SearchSpace(tuple(groups))
+
+
+SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
+"""A mixed one, one without a choice to make, and one far too large to list."""
 
 
 def check(component: Component) -> None:
@@ -62,17 +78,35 @@ def check(component: Component) -> None:
 
 
 def check_scorer(scorer: Scorer) -> None:
-    """Finite scores of the weight's shape, the same twice, arguments untouched; dead inputs and zero weights too."""
+    """Finite scores [out, in], the same twice, arguments untouched; dead inputs and zero weights too.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
+    import torch
+
     _check_options(scorer)
     who = _who(scorer)
     for shape in SHAPES:
-        weight, stats = _weight(shape), _stats
-        for case in (weight, weight.clone().fill_(0)):
-            before, first = case.clone(), scorer.score(case, stats(shape[1]))
-            checks.check_unchanged(who, "a test layer", before, case)
-            checks.check_scores(who, "a test layer", case, first)
-            if not scorer.score(case, stats(shape[1])).equal(first):
+        for weight in (_weight(shape), torch.zeros(shape)):
+            first, again = (_score(who, scorer, weight) for _ in range(2))
+            if not again.equal(first):
                 raise ContractError(f"{who} gave other scores for the same weight, statistics and generator")
+
+
+def _score(who: str, scorer: Scorer, weight: Tensor) -> Tensor:
+    before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
+    try:
+        scores = scorer.score(weight, stats)
+    except Exception as error:
+        given = ", ".join(sorted(scorer.needs)) or "nothing"
+        raise ContractError(
+            f"{who} raised {error!r}; of the statistics it was given {given}, as `needs` says"
+        ) from error
+    checks.check_unchanged(who, PLACE, before, weight)
+    _check_stats_unchanged(who, scorer.needs, stats, weight.shape[1])
+    checks.check_scores(who, PLACE, weight, scores)
+    return scores
 
 
 def check_allocator(allocator: Allocator) -> None:
@@ -88,26 +122,39 @@ def check_allocator(allocator: Allocator) -> None:
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Codes on a grid, in range, pruned entries exactly zero, arguments untouched."""
+    """Codes on a grid, in range, the same twice, pruned entries exactly zero, arguments untouched.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
     _check_options(quantizer)
     who = _who(quantizer)
     for shape in ((16, 128), (32, 256)):
         weight = _weight(shape)
         mask = weight.abs() > weight.abs().median()
-        pruned = weight * mask
-        before = pruned.clone()
-        for given in (mask, None):
-            result = quantizer.quantize(pruned, given, _stats(shape[1], hessian=True))
-            checks.check_unchanged(who, "a test layer", before, pruned)
-            checks.check_quantized(who, "a test layer", result, pruned, given)
+        mask[0] = False  # a row with nothing left
+        for pruned, given in ((weight * mask, mask), (weight, None)):
+            before, stats = (pruned.clone(), mask.clone()), _stats(shape[1], quantizer.needs)
+            result = quantizer.quantize(pruned, given, stats)
+            checks.check_unchanged(who, PLACE, before[0], pruned)
+            checks.check_unchanged(who, PLACE, before[1], mask, "the mask")
+            _check_stats_unchanged(who, quantizer.needs, stats, shape[1])
+            checks.check_quantized(who, PLACE, result, pruned, given)
+            again = quantizer.quantize(pruned, given, _stats(shape[1], quantizer.needs))
+            if not again.codes.equal(result.codes):
+                raise ContractError(f"{who} gave other codes for the same weight and statistics")
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """A space that holds every layer once, samples inside it, deltas that fit, start at zero and are seeded."""
-    import torch
+    """A space that holds every layer once, samples inside it, and deltas as `_check_delta` wants them.
 
+    Raises:
+        ContractError: saying which promise is broken.
+    """
     _check_options(adapter)
     who = _who(adapter)
+    if adapter.input_dropout is not None and adapter.input_dropout not in type(adapter).model_fields:
+        raise ContractError(f"{who} has input_dropout = '{adapter.input_dropout}', which is none of its options")
     space = adapter.space(LINEARS)
     checks.check_space(who, LINEARS, space)
     for seed in range(8):
@@ -117,58 +164,123 @@ def check_adapter(adapter: Adapter) -> None:
             raise ContractError(f"{who} sampled other ranks from the same random state")
     ranks = {member: group.ranks for group in space.groups for member in group.members}
     for linear in LINEARS:
-        one, other = (adapter.delta(linear, torch.Generator().manual_seed(3)) for _ in range(2))
-        checks.check_delta(who, linear, one, ranks[linear.name])
-        pairs = zip(one.factors(one.rank)[:2], other.factors(other.rank)[:2], strict=True)
-        if not all(a.equal(b) for a, b in pairs):
+        _check_delta(who, adapter, linear, ranks[linear.name])
+
+
+def _check_delta(who: str, adapter: Adapter, linear: LinearShape, ranks: tuple[int, ...]) -> None:
+    """One layer's factors: seeded, float32 whatever torch's default, trainable, smaller ranks slices of the largest."""
+    import torch
+
+    delta: Any = adapter.delta(linear, torch.Generator().manual_seed(3))
+    checks.check_delta(who, linear, delta, ranks)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = adapter.delta(linear, torch.Generator().manual_seed(3))
+    finally:
+        torch.set_default_dtype(default)
+    checks.check_delta(who, linear, again, ranks)
+    for one, other in zip(delta.factors(ranks[0])[:2], again.factors(ranks[0])[:2], strict=True):
+        if not one.equal(other):
             raise ContractError(f"{who} drew other factors from the same generator state")
+    # At the start B is zero, so that slices of it are alike and A has no gradient: go on from elsewhere.
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(_weight(tuple(parameter.shape)))
+    B, A, _ = delta.factors(ranks[0])
+    for rank in ranks:
+        left, right, _ = delta.factors(rank)
+        if not (left.equal(B[:, :rank]) and right.equal(A[:rank])):
+            raise ContractError(f"{who} does not slice rank {rank} of {linear.name} out of its largest rank")
+    parameters = [parameter for parameter in delta.parameters() if parameter.requires_grad]
+    loss = (B @ A).square().sum()
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+    if not grads or any(grad is None or not grad.any() for grad in grads):
+        raise ContractError(f"{who} returned factors for {linear.name} through which no gradient reaches a parameter")
 
 
 def check_searcher(searcher: Searcher) -> None:
-    """A configuration of the space, asked only about the space, deterministic, and silent if it says so."""
+    """A configuration of the space, asked only about the space, deterministic, and silent if it says so.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
     _check_options(searcher)
     who = _who(searcher)
-    for seed in range(4):
-        asked: list[list[Choice]] = []
-        found = []
-        for _ in range(2):
-            questions: list[Choice] = []
-            asked.append(questions)
-
-            def evaluate(choice: Choice, samples: int | None = None, questions: list[Choice] = questions) -> float:
-                checks.check_choice(who, SPACE, choice)
-                questions.append(choice)
-                return Random(str(choice.ranks)).random()
-
-            found.append(searcher.search(SPACE, evaluate, Random(seed)))
-            checks.check_choice(who, SPACE, found[-1])
-        if found[0] != found[1] or asked[0] != asked[1]:
+    for space, seed in product(SPACES, range(3)):
+        (found, asked), again = (_search(who, searcher, space, seed) for _ in range(2))
+        if (found, asked) != again:
             raise ContractError(f"{who} is not deterministic in its random state and answers, so it cannot resume")
-        if not searcher.evaluates and asked[0]:
+        if not searcher.evaluates and asked:
             raise ContractError(f"{who} evaluates, but says `evaluates = False`")
 
 
+def _search(
+    who: str, searcher: Searcher, space: SearchSpace, seed: int
+) -> tuple[Choice, list[tuple[Choice, int | None]]]:
+    """What it found on a rugged landscape, and what it asked, in order."""
+    asked: list[tuple[Choice, int | None]] = []
+
+    def evaluate(choice: Choice, samples: int | None = None) -> float:
+        checks.check_choice(who, space, choice)
+        if samples is not None and samples < 1:
+            raise ContractError(f"{who} evaluated on {samples} samples, expected 1 or more, or None")
+        asked.append((choice, samples))
+        return Random(str(choice.ranks)).random()
+
+    found = searcher.search(space, evaluate, Random(seed))
+    checks.check_choice(who, space, found)
+    return found, asked
+
+
 def check_merger(merger: Merger) -> None:
-    """An elementwise law: shape, finite, mask kept, blocks of rows alike, derivative as autograd has it."""
+    """An elementwise law on every kind of base it lists, with the derivative autograd finds.
+
+    Float32 [rows, in], finite, mask kept, a block of rows as in the whole, arguments untouched.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
+    _check_options(merger)
+    for shape in SHAPES:
+        weight = _weight(shape)
+        mask = weight > 0
+        if merger.bases & {BaseKind.SPARSE, BaseKind.QUANTIZED}:
+            _check_merger_on(merger, BaseWeight(weight * mask, mask))
+        if merger.bases & {BaseKind.DENSE, BaseKind.QUANTIZED}:
+            _check_merger_on(merger, BaseWeight(weight))
+
+
+def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
     import torch
 
-    _check_options(merger)
-    who = _who(merger)
-    for shape in SHAPES:
-        weight, delta, grad = (_weight(shape, seed) for seed in range(3))
-        mask = weight > 0
-        for base in (BaseWeight(weight * mask, mask), BaseWeight(weight)):
-            kept = base.weight.clone(), delta.clone()
-            result = merger.combine(base, delta)
-            checks.check_unchanged(who, "a test layer", kept[0], base.weight)
-            checks.check_unchanged(who, "a test layer", kept[1], delta)
-            checks.check_effective(who, "a test layer", base, result, merger.keeps_mask)
-            rows = BaseWeight(base.weight[2:5], base.mask[2:5] if base.mask is not None else None)
-            if not merger.combine(rows, delta[2:5]).equal(result[2:5]):
-                raise ContractError(f"{who} gives a block of rows another weight than the whole matrix")
-            own, default = merger.derivative(base, delta, grad), Merger.derivative(merger, base, delta, grad)
-            if not torch.allclose(own, default, rtol=1e-5, atol=1e-6):
-                raise ContractError(f"{who} has a derivative that is not the one of its combine")
+    who, shape = _who(merger), tuple(base.weight.shape)
+    delta, grad = _weight(shape, 1), _weight(shape, 2)
+    arguments = {"the weight": base.weight, "the delta": delta, "the gradient": grad}
+    if base.mask is not None:
+        arguments["the mask"] = base.mask
+    before = {what: tensor.clone() for what, tensor in arguments.items()}
+
+    def check_arguments() -> None:
+        for what, tensor in arguments.items():
+            checks.check_unchanged(who, PLACE, before[what], tensor, what)
+
+    result = merger.combine(base, delta)
+    check_arguments()
+    checks.check_effective(who, PLACE, base, result, merger.keeps_mask)
+    if result.dtype != torch.float32:
+        raise ContractError(f"{who} returned an effective weight of {result.dtype}, expected float32")
+    rows = BaseWeight(base.weight[2:5], base.mask[2:5] if base.mask is not None else None)
+    if not merger.combine(rows, delta[2:5]).equal(result[2:5]):
+        raise ContractError(f"{who} gives a block of rows another weight than the whole matrix")
+    moved = _weight(shape, 3) > 0
+    if not merger.combine(base, delta + moved)[~moved].equal(result[~moved]):
+        raise ContractError(f"{who} is not elementwise: one entry's delta changes another entry's weight")
+    for at in (delta, torch.zeros(shape)):  # training starts from zero
+        own, default = merger.derivative(base, at, grad), Merger.derivative(merger, base, at, grad)
+        check_arguments()
+        if own.dtype != torch.float32 or own.shape != shape or not torch.allclose(own, default, rtol=1e-5, atol=1e-6):
+            raise ContractError(f"{who} has a derivative that is not the one of its combine")
 
 
 def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None:
@@ -183,10 +295,12 @@ def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None
 
 
 def _check_options(component: Component) -> None:
-    """Options survive the trip through a recipe, and the component explains itself."""
+    """Options survive the trip through a recipe, nothing else is kept, and the component explains itself."""
     cls = type(component)
     if cls.model_validate(component.model_dump(mode="json")) != component:
         raise ContractError(f"{_who(component)} is not the same after its options went through JSON")
+    if not cls.model_config.get("frozen") or cls.__private_attributes__:
+        raise ContractError(f"{_who(component)} can hold state; a component is frozen and has options only")
     if not (cls.__doc__ or "").strip():
         raise ContractError(f"{_who(component)} has no docstring, which is its help")
 
@@ -195,16 +309,28 @@ def _who(component: Component) -> str:
     return f"{component.kind} '{component.name}'"
 
 
-def _weight(shape: tuple[int, int], seed: int = 0) -> Any:
+def _weight(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     import torch
 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _stats(inputs: int, hessian: bool = False) -> LinearStats:
+def _stats(inputs: int, needs: frozenset[Statistic]) -> LinearStats:
+    """What the core collects for these needs; without any it does not calibrate and saw no token."""
     import torch
 
     x = _weight((64, inputs), 9)
     x[:, 0] = 0  # a dead input
-    squares = x.square().sum(0)
-    return LinearStats(64, squares, x.T @ x if hessian else None, torch.Generator().manual_seed(5))
+    return LinearStats(
+        tokens=64 if needs else 0,
+        input_sq_sum=x.square().sum(0) if Statistic.INPUT_NORM in needs else None,
+        hessian=x.T @ x if Statistic.HESSIAN in needs else None,
+        generator=torch.Generator().manual_seed(5),
+    )
+
+
+def _check_stats_unchanged(who: str, needs: frozenset[Statistic], stats: LinearStats, inputs: int) -> None:
+    fresh = _stats(inputs, needs)
+    for field in ("input_sq_sum", "hessian"):
+        if (before := getattr(fresh, field)) is not None:
+            checks.check_unchanged(who, PLACE, before, getattr(stats, field), f"the statistics ({field})")
