@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice, product
+from collections.abc import Iterable, Iterator
+from itertools import product
 from random import Random
 
 from pydantic import Field
@@ -106,8 +106,8 @@ class HillClimbing(Searcher):
         movable = [position for position, moved in enumerate(moves) if moved]
         drawn: list[Indices] = []
 
-        def take(candidates: Callable[[], Iterator[Indices]]) -> None:
-            fresh = (c for c in candidates() if c not in visited)
+        def take(candidates: Iterable[Indices]) -> None:
+            fresh = (candidate for candidate in candidates if candidate not in visited)
             while len(drawn) < self.neighbors and (found := next(fresh, None)):
                 visited.add(found)
                 drawn.append(found)
@@ -117,14 +117,10 @@ class HillClimbing(Searcher):
                 moving = set(rng.sample(movable, rng.randint(1, len(movable))))
                 yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
 
-        def listed() -> Iterator[Indices]:
-            options = [(index, *moved) for index, moved in zip(anchor, moves, strict=True)]
-            # Enough to find what is unvisited: everything before it in the list has been visited.
-            yield from islice(product(*options), len(visited) + self.neighbors + 1)
-
         if movable:
-            take(at_random)
-            take(listed)
+            take(at_random())
+            # However long the list, it is left early: all that `take` passes over has been visited.
+            take(product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True))))
         return drawn
 
     def _moves(self, index: int, length: int) -> list[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from itertools import product
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqft_nls.searchers import Heuristic, HillClimbing, Maximal, Minimal, RandomSearch
 
@@ -38,14 +41,20 @@ def test_the_fixed_ones() -> None:
     assert nothing.asked == []
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 99), st.integers(1, 4), st.integers(1, 3))
-def test_algorithm_1(lengths: list[int], seed: int, neighbors: int, step: int) -> None:
-    """Replay the questions: each turn's are unvisited neighbours of the anchor Algorithm 1 would hold."""
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.integers(0, 99),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 30),
+)
+def test_algorithm_1(lengths: list[int], seed: int, neighbors: int, step: int, turns: int) -> None:
+    """Replay the questions: each turn's are unvisited neighbours of the anchor of Algorithm 1, N if there are."""
     space = space_of(*lengths)
     noise = Random(seed)
     table: dict[Choice, float] = {}
     recorder = Recorder(lambda choice: table.setdefault(choice, noise.randrange(4)))
-    turns = 4
     searcher = HillClimbing(turns=turns, neighbors=neighbors, step=step, samples=7)
     found = searcher.search(space, recorder, Random(seed))
     asked = recorder.asked
@@ -87,6 +96,40 @@ def test_an_exhausted_neighbourhood_ends_the_search() -> None:
     recorder = Recorder(lambda choice: 0.5)
     HillClimbing(turns=9, neighbors=5).search(space_of(1, 1), recorder, Random(1))
     assert len(recorder.asked) == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 50), st.integers(0, 99))
+def test_every_neighbour_is_found_once(lengths: list[int], step: int, neighbors: int, seed: int) -> None:
+    """On a plateau the anchor stays, and turn after turn the whole neighbourhood is asked about."""
+    recorder = Recorder(lambda choice: 0.5)
+    searcher = HillClimbing(turns=6**3, neighbors=neighbors, step=step)
+    found = searcher.search(space_of(*lengths), recorder, Random(seed))
+    every = product(*(range(1, length + 1) for length in lengths))
+    near = [Choice(r) for r in every if all(abs(a - b) <= step for a, b in zip(r, found.ranks, strict=True))]
+    assert sorted(recorder.asked, key=str) == sorted(near, key=str)
+
+
+def test_what_drawing_misses_is_listed() -> None:
+    """The last few of 3⁶ neighbours are drawn too rarely to be met by chance, here after the anchor has moved."""
+    recorder = Recorder(lambda choice: choice.ranks.count(1))
+    HillClimbing(turns=1000, neighbors=1, step=2).search(space_of(*[3] * 6), recorder, Random(0))
+    assert len(recorder.asked) == len(set(recorder.asked)) == 3**6
+
+
+def test_how_many_groups_move_is_drawn_uniformly() -> None:
+    """Then which of them, and then each one's move: here of 4 groups with two moves each."""
+    moved, where, draws = Counter[int](), Counter[tuple[int, int]](), 4000
+    for seed in range(draws):
+        recorder = Recorder()
+        HillClimbing(turns=1, neighbors=1).search(space_of(3, 3, 1, 3, 3), recorder, Random(seed))
+        changes = [(i, b) for i, (a, b) in enumerate(zip(*(c.ranks for c in recorder.asked), strict=True)) if a != b]
+        moved[len(changes)] += 1
+        where.update((i, rank) for i, rank in changes)
+    assert set(moved) == {1, 2, 3, 4} and len(where) == 8
+    # Within five standard deviations: each count has probability 1/4, each place and move 5/8 · 1/2.
+    assert all(abs(n - draws / 4) < 5 * math.sqrt(draws * 3 / 16) for n in moved.values())
+    assert all(abs(n - draws * 5 / 16) < 5 * math.sqrt(draws * 5 / 16 * 11 / 16) for n in where.values())
 
 
 def test_ties_go_to_the_first_drawn() -> None:
