@@ -14,7 +14,11 @@ from sqft.errors import DataError
 IGNORED = -100
 """The label of a token that carries no loss."""
 SHAPES = "'prompt' and 'completion', or 'messages', or 'text'"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(
+    r"(?:(?<![\w)])([-−])[$€£]?)?"  # a minus, which the hyphen of "10-5", "2024-05" or "GPT-4" is not
+    r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"  # commas only between thousands: "1,2" is two numbers
+    r"(?:\.(\d+))?"
+)
 Answer = Literal["text", "first_number", "last_number"]
 
 
@@ -153,10 +157,11 @@ def answer_of(text: str, mode: Answer) -> str:
     found = NUMBER.findall(text)
     if not found:
         return ""
-    number: str = found[0 if mode == "first_number" else -1].replace(",", "")
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-    return "0" if number in ("-0", "") else number
+    minus, whole, fraction = found[0 if mode == "first_number" else -1]
+    number = whole.replace(",", "").lstrip("0") or "0"
+    if fraction := fraction.rstrip("0"):
+        number = f"{number}.{fraction}"
+    return f"-{number}" if minus and number != "0" else number
 
 
 def _prompt(text: str, tokenizer: Any) -> list[int]:
