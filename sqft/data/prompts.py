@@ -19,7 +19,14 @@ NUMBER = re.compile(
     r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"  # commas only between thousands: "1,2" is two numbers
     r"(?:\.(\d+))?"
 )
+SURROGATE = re.compile("[\ud800-\udfff]")
 Answer = Literal["text", "first_number", "last_number"]
+
+
+class Record(dict[str, Any]):
+    """A record of a file; `place` is the file and the line it came from."""
+
+    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class Encoded:
 
 
 def read_records(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file.
+    """The records of a JSON Lines file, each a `Record`; lines after the first `limit` records are not read.
 
     Raises:
         DataError: naming the file and the first bad lines, or saying that there is no record.
@@ -48,21 +55,16 @@ def read_records(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     wrong: list[str] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (limit is not None and len(records) >= limit):
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            wrong.append(f"{path}:{number}: not valid JSON: {error}")
-            continue
-        if mistake := _mistake(record):
-            wrong.append(f"{path}:{number}: {mistake}")
-        else:
-            records.append(record)
+        with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
+            for number, line in enumerate(stream, 1):
+                if len(records) == limit:
+                    break
+                try:
+                    records += _records_of(line, f"{path}:{number}")
+                except DataError as error:
+                    wrong.append(str(error))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
     if wrong:
         more = f"\n… and {len(wrong) - 5} more lines" if len(wrong) > 5 else ""
         raise DataError("\n".join(wrong[:5]) + more)
@@ -71,23 +73,45 @@ def read_records(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return records
 
 
+def _records_of(line: bytes, place: str) -> list[Record]:
+    """One record, or none of a blank line."""
+    try:
+        text = line.decode("utf-8-sig")
+        content: Any = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from None
+    if not text.strip():
+        return []
+    if mistake := _mistake(content):
+        raise DataError(f"{place}: {mistake}")
+    record = Record(content)
+    record.place = place
+    return [record]
+
+
 def _mistake(record: Any) -> str | None:
     if not isinstance(record, dict):
         return f"expected a JSON object with {SHAPES}, found {type(record).__name__}"
     if "messages" in record:
         messages = record["messages"]
         whole = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
+            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
         )
         if not whole or not any(m["role"] == "assistant" for m in messages):
             return "'messages' must be a list of {role, content} with at least one assistant turn"
         return None
     keys = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
     for key in keys:
-        if not isinstance(record.get(key), str):
+        if not _is_text(record.get(key)):
             return f"expected {SHAPES}; '{key}' is {'not text' if key in record else 'missing'}"
     return None
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be tokenized: JSON can also spell half of a surrogate pair."""
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 def encode_all(records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, loss_on: str) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def test_text_and_nothing_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
         ('{"prompt": "a", "completion": 4}', "'completion' is not text"),
         ('{"question": "a"}', "'text' is missing"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "at least one assistant turn"),
+        ('{"text": "half a character: \\ud83d"}', "'text' is not text"),
+        ("[" * 100_000, "d.jsonl:2: not valid JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -78,6 +81,20 @@ def test_empty_and_limited_files(tmp_path: Path) -> None:
         read_records(file)
     file.write_text('{"text": "a"}\n{"text": "b"}\n')
     assert read_records(file, 1) == [{"text": "a"}]
+    file.write_bytes(b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n{\n\xff\n')
+    assert read_records(file, 2) == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(DataError, match=r"d\.jsonl:4: not valid JSON(.|\n)*d\.jsonl:5: not UTF-8"):
+        read_records(file, 3)
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read"):
+        read_records(tmp_path / "gone.jsonl")
+
+
+def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0cb\x0bc\x1cd"]
+    file = tmp_path / "d.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes("\ufeff".encode() + "\n".join(lines).encode())
+    assert [record["text"] for record in read_records(file)] == texts
 
 
 @pytest.mark.parametrize(
