@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqft.data.prompts import IGNORED, encode, read_records
+from sqft.data.prompts import IGNORED, encode, named, read_records
 from sqft.errors import DataError
 
 
@@ -68,10 +67,13 @@ def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) ->
 
 def _stream(path: Path, tokenizer: Any) -> list[int]:
     if path.suffix == ".jsonl":
-        records = read_records(path)
-        return list(chain.from_iterable(encode(r, tokenizer, 1 << 30, "all")[0].input_ids for r in records))
+        stream: list[int] = []
+        for number, record in enumerate(read_records(path), 1):
+            with named(record, number):
+                stream += encode(record, tokenizer, 1 << 30, "all")[0].input_ids
+        return stream
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
     return list(tokenizer(text, verbose=False)["input_ids"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from sqft.errors import DataError
 
@@ -114,17 +117,27 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not SURROGATE.search(value)
 
 
+@contextmanager
+def named(record: dict[str, Any], number: int) -> Iterator[None]:
+    """A DataError raised inside says whose it is: the record's file and line, else its number."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{getattr(record, 'place', f'record {number}')}: {error}") from None
+
+
 def encode_all(records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, loss_on: str) -> Encoded:
     """Encode every record.
 
     Raises:
-        DataError: when a record leaves no token to learn from.
+        DataError: naming a record that leaves no token to learn from or that the chat template refuses.
     """
     examples, truncated, cut_in_all = [], 0, 0
     for number, record in enumerate(records, 1):
-        example, cut = encode(record, tokenizer, max_length, loss_on)
-        if all(label == IGNORED for label in example.labels[1:]):
-            raise DataError(f"record {number} has no token to learn from (an empty completion?)")
+        with named(record, number):
+            example, cut = encode(record, tokenizer, max_length, loss_on)
+            if all(label == IGNORED for label in example.labels[1:]):
+                raise DataError("there is no token to learn from (an empty completion?)")
         examples.append(example)
         truncated += cut > 0
         cut_in_all += cut
@@ -135,35 +148,50 @@ def encode(record: dict[str, Any], tokenizer: Any, max_length: int, loss_on: str
     """One record as an example, and how many tokens were cut.
 
     Prompt and completion are tokenized apart, so that evaluation's prompt is training's prefix. A
-    long example is cut at the left; a completion longer than `max_length` at its right.
+    long example is cut at the left. Where only completions carry loss, a last completion that is
+    longer than `max_length` keeps its beginning, and the token that predicts it.
+
+    Raises:
+        DataError: when the chat template refuses the conversation or hides where a turn begins.
     """
     if "messages" in record:
-        ids, labels = _chat(record["messages"], tokenizer)
-    elif "text" in record:
-        ids = [*tokenizer(record["text"])["input_ids"], tokenizer.eos_token_id]
-        labels = list(ids)
-    else:
+        ids = _template(record["messages"], tokenizer, False)
+        labels = ids if loss_on == "all" else _turns(record["messages"], ids, tokenizer)
+    elif "prompt" in record:
         prompt = _prompt(record["prompt"], tokenizer)
         completion = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
         # An empty completion teaches nothing: no end of sequence stands in for it.
-        completion = [*completion, tokenizer.eos_token_id] if completion else []
+        completion = _ended(completion, tokenizer) if completion else []
         ids = prompt + completion
-        labels = [IGNORED] * len(prompt) + completion
-    if loss_on == "all":
-        labels = list(ids)
+        labels = ids if loss_on == "all" else [IGNORED] * len(prompt) + completion
+    else:
+        ids = labels = _ended(_open(record["text"], tokenizer), tokenizer)
     cut = max(0, len(ids) - max_length)
     if cut:
-        first = next((i for i, label in enumerate(labels) if label != IGNORED), 0)
-        start = min(cut, max(first - 1, 0))
+        begins = [i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
+        start = min(cut, begins[-1] - 1) if begins else cut
         ids, labels = ids[start : start + max_length], labels[start : start + max_length]
     return Example(tuple(ids), tuple(labels)), cut
 
 
-def prompt_ids(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """What generation starts from, and the completion it is compared with.
+def prompts_of(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], str]]:
+    """`prompt_ids` of every record.
 
     Raises:
-        DataError: for a {text} record, which has no completion.
+        DataError: naming a record that has no prompt or no completion.
+    """
+    prompts = []
+    for number, record in enumerate(records, 1):
+        with named(record, number):
+            prompts.append(prompt_ids(record, tokenizer))
+    return prompts
+
+
+def prompt_ids(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
+    """What generation starts from, at least one token, and the completion it is compared with.
+
+    Raises:
+        DataError: for a {text} record, which has no completion, or a conversation that has no prompt.
     """
     if "messages" in record:
         messages = record["messages"]
@@ -171,7 +199,7 @@ def prompt_ids(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
         return _template(messages[:last], tokenizer, True), messages[last]["content"]
     if "prompt" not in record:
         raise DataError("a {text} record has no completion to compare with; use {prompt, completion} or {messages}")
-    return _prompt(record["prompt"], tokenizer), record["completion"]
+    return _prompt(record["prompt"], tokenizer), record["completion"].removesuffix(tokenizer.eos_token or "")
 
 
 def answer_of(text: str, mode: Answer) -> str:
@@ -188,25 +216,45 @@ def answer_of(text: str, mode: Answer) -> str:
     return f"-{number}" if minus and number != "0" else number
 
 
+def _open(text: str, tokenizer: Any) -> list[int]:
+    """A text with the tokenizer's own special tokens, save an end of sequence that it appends itself."""
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    return ids[:-1] if ids and added[-1] and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def _prompt(text: str, tokenizer: Any) -> list[int]:
-    """A prompt with the tokenizer's own special tokens, but never an end of sequence."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    """A prompt's tokens; with none, generation starts from the token that begins a sequence."""
+    if ids := _open(text, tokenizer):
+        return ids
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise DataError("the prompt is empty, and the tokenizer has no token to start from; give a prompt")
+    return [start]
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """Tokens with an end of sequence: the user's own, or else one more."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def _template(messages: Sequence[dict[str, str]], tokenizer: Any, generation: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError("the model's tokenizer has no chat template; use {prompt, completion} records")
-    return list(
-        tokenizer.apply_chat_template(
+    if not messages:
+        raise DataError("the assistant speaks first, so there is no prompt; put a user's turn before it")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
             list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False
         )
-    )
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the conversation: {error}") from None
+    return ids
 
 
-def _chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """A conversation; the assistant's turns are found as what each adds to the one before."""
-    ids = _template(messages, tokenizer, False)
+def _turns(messages: Sequence[dict[str, str]], ids: list[int], tokenizer: Any) -> list[int]:
+    """Labels of a conversation's tokens; the assistant's turns are found as what each adds to the one before."""
     labels = [IGNORED] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -217,4 +265,4 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int]
                     "the chat template rewrites earlier turns, so the assistant's turns cannot be told apart"
                 )
             labels[len(before) : len(after)] = after[len(before) :]
-    return ids, labels
+    return labels

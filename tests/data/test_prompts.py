@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from sqft.data.batches import Collator, calibration_windows, text_windows
-from sqft.data.prompts import IGNORED, answer_of, encode, encode_all, prompt_ids, read_records
+from sqft.data.batches import text_windows
+from sqft.data.prompts import IGNORED, answer_of, encode, encode_all, prompt_ids, prompts_of, read_records
 from sqft.errors import DataError
 
 
@@ -30,9 +31,24 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
     assert cut == 5 and tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>"
     example, cut = encode({"prompt": "ab", "completion": "0123456789"}, tokenizer, 8, "completion")
     assert tokenizer.decode(example.input_ids) == "b0123456" and cut == 5
+    example, _ = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "all")
+    assert tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>" and example.labels == example.input_ids
+    for loss_on in ("completion", "all"):
+        example, cut = encode({"text": "abcdefghij"}, tokenizer, 8, loss_on)
+        assert cut == 3 and tokenizer.decode(example.input_ids) == "defghij<|im_end|>"
     records = [{"prompt": "a", "completion": "b"}, {"prompt": "abcdefghij", "completion": "XY"}]
     encoded = encode_all(records, tokenizer, 8, "completion")
     assert (encoded.truncated, encoded.tokens_cut) == (1, 5)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_long_conversations_keep_their_last_answer(tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    example, _ = encode(record, tokenizer, 20, loss_on)
+    assert tokenizer.decode(example.input_ids).endswith("|>assistant\nno<|im_end|>\n")
+    example, _ = encode(record, tokenizer, 3, "completion")
+    assert tokenizer.decode(example.input_ids) == "\nno" and example.labels[1:] == example.input_ids[1:]
 
 
 def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -48,7 +64,7 @@ def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast
 def test_text_and_nothing_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
     example, _ = encode({"text": "ab"}, tokenizer, 8, "completion")
     assert example.labels == example.input_ids and len(example.labels) == 3
-    with pytest.raises(DataError, match="record 1 has no token to learn from"):
+    with pytest.raises(DataError, match=r"^record 1: there is no token to learn from"):
         encode_all([{"prompt": "a", "completion": ""}], tokenizer, 8, "completion")
     with pytest.raises(DataError, match="no completion"):
         prompt_ids({"text": "a"}, tokenizer)
@@ -97,6 +113,12 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     assert [record["text"] for record in read_records(file)] == texts
 
 
+def test_the_keys_that_were_checked_are_the_ones_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "2+2=", "completion": "4", "text": null}\n')
+    assert tokenizer.decode(encode(read_records(file)[0], tokenizer, 32, "all")[0].input_ids) == "2+2=4<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "answer"),
     [
@@ -129,19 +151,75 @@ def test_answers(text: str, mode: Any, answer: str) -> None:
     assert answer_of(text, mode) == answer
 
 
-def test_batches_are_padded_right() -> None:
-    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+def adding(tokenizer: PreTrainedTokenizerFast, form: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, with special tokens of its own around a text."""
+    changed = copy.deepcopy(tokenizer)
+    specials = [("<|im_start|>", 0), ("<|im_end|>", 1)]
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=specials)
+    return changed
 
 
-def test_windows(tokenizer: PreTrainedTokenizerFast, data: Path) -> None:
-    one, same = (calibration_windows(data / "calibration.jsonl", tokenizer, 4, 32, 7) for _ in range(2))
-    assert one.shape == (4, 32) and torch.equal(one, same)
-    assert not torch.equal(one, calibration_windows(data / "calibration.jsonl", tokenizer, 4, 32, 8))
-    with pytest.raises(DataError, match=r"999 windows of 32 need 31968; set calibration\.samples to at most \d+"):
-        calibration_windows(data / "calibration.jsonl", tokenizer, 999, 32, 7)
-    windows = text_windows(data / "heldout.txt", tokenizer, 70, 32)
-    assert [len(window) for window in windows] == [32, 32, 6]
-    assert len(text_windows(data / "heldout.txt", tokenizer, 65, 32)) == 2
+@pytest.mark.parametrize("form", ["$A", "$A <|im_end|>", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
+def test_one_end_of_sequence_ends_an_example(tokenizer: PreTrainedTokenizerFast, form: str) -> None:
+    """Whether the tokenizer, the user or sqft writes it; and a prompt keeps one that the user wrote."""
+    adds = adding(tokenizer, form)
+    begin = "<|im_start|>" if form.startswith("<") else ""
+    for text in ("ab", "ab<|im_end|>"):
+        example, _ = encode({"text": text}, adds, 32, "completion")
+        assert adds.decode(example.input_ids) == f"{begin}ab<|im_end|>"
+        example, _ = encode({"prompt": text, "completion": "c"}, adds, 32, "completion")
+        assert adds.decode(example.input_ids) == f"{begin}{text}c<|im_end|>"
+        example, _ = encode({"prompt": "c", "completion": text}, adds, 32, "completion")
+        assert adds.decode(example.input_ids) == f"{begin}cab<|im_end|>"
+        assert prompt_ids({"prompt": "c", "completion": text}, adds)[1] == "ab"  # what a generation can equal
+
+
+@pytest.mark.parametrize("form", ["$A", "$A <|im_end|>", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
+def test_an_empty_prompt_starts_from_the_token_that_begins_a_sequence(
+    tokenizer: PreTrainedTokenizerFast, form: str
+) -> None:
+    adds = adding(tokenizer, form)
+    record = {"prompt": "", "completion": "4"}
+    assert prompt_ids(record, adds)[0] == ([0] if form.startswith("<") else [1])  # no bos is known: the eos
+    assert list(encode(record, adds, 32, "completion")[0].input_ids[:1]) == prompt_ids(record, adds)[0]
+    adds.bos_token = "<|im_start|>"
+    assert prompt_ids(record, adds)[0] == [0]
+    if form == "$A":
+        adds.bos_token = adds.eos_token = None
+        assert len(encode({"text": "ab"}, adds, 32, "completion")[0].input_ids) == 2
+        with pytest.raises(DataError, match=r"^record 1: the prompt is empty"):
+            prompts_of([record], adds)
+
+
+def test_errors_name_the_line_wherever_the_record_went(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    system = [{"role": "system", "content": "be brief"}]
+    asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    records = [{"prompt": "a", "completion": "b"}, {"text": "a"}, {"messages": system + asked}, {"messages": asked[1:]}]
+    file = tmp_path / "d.jsonl"
+    file.write_text("\n" + "".join(json.dumps(record) + "\n" for record in records))
+    fine, text, refused, first = read_records(file)
+    strict = copy.deepcopy(tokenizer)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    strict.chat_template = refusal + str(tokenizer.chat_template)
+    with pytest.raises(DataError, match=r"d\.jsonl:3: a {text} record has no completion"):
+        prompts_of([fine, text], strict)
+    for use in (prompts_of, lambda records, tokenizer: encode_all(records, tokenizer, 99, "completion")):
+        with pytest.raises(DataError, match=r"d\.jsonl:4: the chat template refuses .*: no system, please"):
+            use([refused, fine], strict)
+        with pytest.raises(DataError, match=r"d\.jsonl:5: the assistant speaks first"):
+            use([first, fine], strict)
+        with pytest.raises(DataError, match="record 2: the assistant speaks first"):
+            use([fine, dict(first)], strict)
+    with pytest.raises(DataError, match=r"d\.jsonl:4: the chat template refuses"):
+        text_windows(file, strict, None, 8)
+
+
+def test_loss_on_all_needs_no_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A template may rewrite earlier turns where nobody asks which tokens are the assistant's."""
+    rewrites = copy.deepcopy(tokenizer)
+    rewrites.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    with pytest.raises(DataError, match="record 1: the chat template rewrites earlier turns"):
+        encode_all([record], rewrites, 500, "completion")
+    example, _ = encode(record, rewrites, 500, "all")
+    assert example.labels == example.input_ids
