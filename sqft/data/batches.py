@@ -14,7 +14,10 @@ from sqft.errors import DataError
 
 
 class Collator:
-    """Examples as right-padded tensors [batch, tokens]."""
+    """Examples as right-padded tensors [batch, tokens].
+
+    No row has a label in its first place: nothing predicts it, and Trainer counts every label it sees.
+    """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -28,7 +31,7 @@ class Collator:
         return {
             "input_ids": padded([e["input_ids"] for e in examples], self.pad_id),
             "attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0),
-            "labels": padded([e["labels"] for e in examples], IGNORED),
+            "labels": padded([[IGNORED, *e["labels"][1:]] for e in examples], IGNORED),
         }
 
 

@@ -89,9 +89,9 @@ def test_windows_of_text_tile_its_first_tokens(tokenizer: PreTrainedTokenizerFas
     assert torch.cat(windows).tolist() == start
 
 
-def test_batches_are_padded_right() -> None:
+def test_batches_are_padded_right_and_no_row_starts_with_a_label() -> None:
     batch = Collator(9)([{"input_ids": (1, 2, 3), "labels": (-100, 2, 3)}, {"input_ids": (4, 5), "labels": (4, 5)}])
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [4, 5, -100]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
