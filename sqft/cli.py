@@ -103,14 +103,14 @@ def run(
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
     _show_table(console, finished.report)
-    console.print(f"report: {finished.folder / 'report.md'}", highlight=False)
+    console.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
     result = finished.result()
     if result is None:
         return
     if output:
         _copy(result, output)
         result = output
-    console.print(f"result: {result}", highlight=False)
+    console.print(f"result: {result}", highlight=False, markup=False)
     console.print(_how_to_load(result), highlight=False, markup=False)
 
 
@@ -199,12 +199,17 @@ def _summary(component: type[Any]) -> str:
 def _copy(result: Path, output: Path) -> None:
     """Copy whole or not at all."""
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(result, partial)
-    if output.is_dir():
-        output.rmdir()
-    os.replace(partial, output)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(result, partial)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise SqftError(f"--output {output} cannot be written: {reason}; the result stays in {result}") from None
 
 
 def _how_to_load(result: Path) -> str:
@@ -224,6 +229,7 @@ def _how_to_load(result: Path) -> str:
 
 def _show_table(console: Any, report: dict[str, Any]) -> None:
     """The report's table: drawn on a terminal, folded where that is narrow, and Markdown anywhere else."""
+    from rich.markup import escape
     from rich.table import Column, Table
 
     from sqft.report import report_markdown, table
@@ -236,7 +242,7 @@ def _show_table(console: Any, report: dict[str, Any]) -> None:
         return
     shown = Table(*(Column(head, overflow="fold") for head in heads))
     for row in cells:
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     console.print(shown)
 
 

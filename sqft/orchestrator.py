@@ -168,14 +168,15 @@ class Orchestrator:
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, {name: outcome.artifact for name, outcome in outcomes.items()})
-            write_json(folder / "report.json", report)
-            (folder / "report.md").write_text(report_markdown(report))
             links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
             finished = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(
-                folder / "run.json",
-                {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
-            )
+            with self.store.writing():
+                write_json(folder / "report.json", report)
+                (folder / "report.md").write_text(report_markdown(report), "utf-8")
+                write_json(
+                    folder / "run.json",
+                    {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
+                )
         return Run(plan, folder, outcomes, report)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
@@ -271,12 +272,10 @@ class Orchestrator:
     def _run_folder(self, plan: Plan) -> Path:
         """`runs/NAME-xxxxxxxx`: another recipe of the same name has another fingerprint, and so a folder."""
         folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
-        try:
+        with self.store.writing():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "recipe.json", plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
             write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
-        except OSError as error:
-            raise StageError(f"the store {self.store.root} cannot be written: {error.strerror}") from None
         return folder
 
     def _notify(self, hook: str, **arguments: object) -> None:

@@ -5,6 +5,7 @@ No torch: everything that can be checked without loading a model is checked here
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -348,6 +349,8 @@ class _Planner:
         resolved = self.recipe.resolve(path)
         if not (resolved.is_dir() if folder else resolved.is_file()):
             self._problem(place, f"there is no {'folder' if folder else 'file'} {resolved}")
+        elif not os.access(resolved, os.R_OK):
+            self._problem(place, f"{resolved} may not be read; change its permissions")
         elif not folder and resolved.stat().st_size == 0:
             self._problem(place, f"{resolved} is empty")
         return resolved

@@ -103,7 +103,7 @@ def _task(metrics: Mapping[str, float]) -> str:
     shown = []
     for name, value in metrics.items():
         metric, _, way = name.partition(",")  # lm-eval's filter, as in "exact_match,strict-match"
-        if metric.endswith("_stderr") or metric == "sample_len":  # lm-eval puts a count among its metrics
+        if metric.endswith("_stderr"):
             continue
         error = metrics.get(f"{metric}_stderr,{way}" if way else f"{metric}_stderr")
         shown.append(f"{name} {value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))

@@ -111,7 +111,7 @@ class Store:
         """Forget an artifact and whatever was begun of it; waits while another run makes it."""
         if not self.artifacts.is_dir():
             return
-        with self._locked(stage, fingerprint), self._writing():
+        with self._locked(stage, fingerprint), self.writing():
             for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -128,7 +128,7 @@ class Store:
         partial = self._partial(stage, fingerprint)
         with self._locked(stage, fingerprint):
             if not self.folder(stage, fingerprint).exists():
-                with self._writing():
+                with self.writing():
                     partial.mkdir(exist_ok=True)
             try:
                 yield partial
@@ -177,11 +177,11 @@ class Store:
     @contextmanager
     def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:
         lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}"
-        with self._writing():
+        with self.writing():
             lock.parent.mkdir(parents=True, exist_ok=True)
             stream = lock.open("w")
         with stream:
-            with self._writing():
+            with self.writing():
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -190,7 +190,8 @@ class Store:
             yield
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """What the system refuses inside becomes a StageError that says what to do."""
         try:
             yield
         except OSError as error:

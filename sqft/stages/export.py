@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from sqft.contracts import Exporter
@@ -13,6 +14,7 @@ from sqft.stages.base import Context
 def run(context: Context) -> dict[str, Any]:
     """Write `model/` as the exporter's runtime wants it."""
     folder = context.folder / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed try left
     folder.mkdir()
     context.component(Exporter).export(FolderReader(_source(context)), folder)
     return {"exporter": context.component(Exporter).name}
@@ -27,7 +29,9 @@ def prove(context: Context) -> None:
     known = set(source.names())
     for name, tensor in written.tensors():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ArtifactError(f"export ({who}): {name} holds values that are not finite")
+            raise ArtifactError(
+                f"export ({who}): {name} holds values that are not finite as {tensor.dtype}; export a wider precision"
+            )
         if name in known and tensor.shape == (original := source.tensor(name)).shape:
             lost = int(((original == 0) & (tensor != 0)).sum())
             if lost:
