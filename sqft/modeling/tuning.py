@@ -83,7 +83,8 @@ def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
         deltas[shape.name] = adapter.delta(shape, generator)
         checks.check_delta(who, shape, deltas[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
-    adapted = attach(model, deltas, merger, folder is not None, dropout)
+    # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
+    adapted = attach(model, deltas, merger, merger.keeps_mask or folder is not None, dropout)
     model.to(device)
     return Tuned(model, tokenizer, adapted, space)
 

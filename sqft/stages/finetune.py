@@ -11,13 +11,15 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from sqft import checks
 from sqft.contracts import Adapter, Merger
 from sqft.data.batches import Collator
 from sqft.data.prompts import encode_all, read_records
-from sqft.errors import ArtifactError, StageError
+from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.loss import CompletionLoss
 from sqft.modeling.tuning import Tuned, build, restore, store_deltas
 from sqft.recipe import Finetune
@@ -25,6 +27,7 @@ from sqft.source import Digests
 from sqft.stages.base import Context, log
 from sqft.store import write_json
 
+CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
 
@@ -45,31 +48,29 @@ def run(context: Context) -> dict[str, Any]:
     _check_first_combine(context, tuned)
     examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples]
     model = CompletionLoss(tuned.model)
-    checkpoints = context.folder / "checkpoints"
+    checkpoints = context.folder / CHECKPOINTS
     trainer = Trainer(
         model=model,
         args=_arguments(context, section, checkpoints),
         train_dataset=examples,
         data_collator=Collator(tuned.tokenizer.pad_token_id),
-        callbacks=[_RankSampler(context, tuned), _Progress(context), _Checkpoints()],
+        callbacks=[_RankSampler(context, tuned), _Progress(context), _FiniteLoss(), _Checkpoints()],
     )
     trainer.remove_callback(PrinterCallback)
     newest = _newest_complete(checkpoints)
-    if newest:
-        log.info("resuming fine-tuning from %s", newest.name)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    bad = next((entry for entry in losses if not math.isfinite(entry["loss"])), None)
-    if bad:
-        raise StageError(f"the loss is not finite at step {bad['step']}; lower finetune.learning_rate or use float32")
+    frozen = {name: _checksum(layer.weight) for name, layer in tuned.adapted.items()}
+    state = _resume(trainer, newest)
+    for name, layer in tuned.adapted.items():
+        if _checksum(layer.weight) != frozen[name]:
+            raise ContractError(f"{context.who(Merger)} edited the frozen weight of {name} in place while training")
+    losses = [entry for entry in state.log_history if "loss" in entry]
     store_deltas(tuned, context.folder)
     with (context.folder / "log.jsonl").open("w") as stream:
         stream.writelines(json.dumps(entry) + "\n" for entry in losses)
-    shutil.rmtree(checkpoints)
     tail = losses[-10:]
     return {
         "trainable": tuned.trainable,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "examples": len(examples),
         "truncated": encoded.truncated,
         "tokens_cut": encoded.tokens_cut,
@@ -90,6 +91,28 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"finetune: {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(who, name, layer.base(), layer.effective(), merger.keeps_mask)
+    shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)  # until here, a kill loses nothing
+
+
+def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:
+    """Train from the newest checkpoint to the end; what Trainer then knows of the run.
+
+    A checkpoint of the last step is only read: Trainer would take one step more from it.
+    """
+    if newest:
+        log.info("resuming fine-tuning from %s", newest.name)
+        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer.model.load_state_dict(load_file(newest / "model.safetensors"))
+            return state
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    return trainer.state
+
+
+def _checksum(weight: Tensor) -> int:
+    """A sum over the weight's bits, which an edit in place does not leave alone."""
+    bits = {4: torch.int32, 2: torch.int16}[weight.element_size()]
+    return int(weight.detach().contiguous().view(bits).sum(dtype=torch.int64))
 
 
 def _check_first_combine(context: Context, tuned: Tuned) -> None:
@@ -101,7 +124,11 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     base = layer.base()
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
+    kept = base.weight.clone(), delta.clone()
     result = merger.combine(base, delta)
+    merger.derivative(base, delta, torch.ones_like(delta))
+    checks.check_unchanged(context.who(Merger), name, kept[0], base.weight)
+    checks.check_unchanged(context.who(Merger), name, kept[1], delta, "the delta")
     checks.check_effective(context.who(Merger), name, base, result, merger.keeps_mask)
 
 
@@ -151,6 +178,17 @@ class _RankSampler(TrainerCallback):
         choice = self.adapter.sample(self.tuned.space, rng)
         checks.check_choice(self.who, self.tuned.space, choice)
         self.tuned.choose(choice)
+
+
+class _FiniteLoss(TrainerCallback):
+    """Stop at the first loss that is not finite, before a checkpoint is made of it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise StageError(
+                f"the loss is not finite at step {state.global_step}; lower finetune.learning_rate or use float32"
+            )
 
 
 class _Checkpoints(TrainerCallback):

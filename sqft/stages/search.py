@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sqft import checks
 from sqft.contracts import Choice, Merger, Searcher
 from sqft.data.prompts import encode_all, read_records
-from sqft.errors import ArtifactError, StageError
+from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapted import frozen
 from sqft.modeling.measure import exact_match, mean_loss
 from sqft.modeling.tuning import Tuned, read_choice, restore, store_adapter, store_choice
@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     checks.check_choice(who, tuned.space, choice)
     store_choice(choice, context.folder)
     merger = context.component(Merger, context.plan.step("finetune"))
-    base = str(context.model_folder() or context.plan.source.path)
+    base = str((context.model_folder() or context.plan.source.path).resolve())
     store_adapter(tuned, choice, merger, base, context.folder / "adapter")
     ranks = tuned.space.ranks_by_linear(choice)
     return {
@@ -78,6 +78,10 @@ class _Remembered:
     def __call__(self, choice: Choice, samples: int | None = None) -> float:
         searcher = self.context.who(Searcher)
         checks.check_choice(searcher, self.tuned.space, choice)
+        if samples is not None and (type(samples) is not int or samples < 1):
+            raise ContractError(
+                f"{searcher} asked for an evaluation on {samples!r} samples, expected 1 or more, or None"
+            )
         if not self.records:
             raise StageError(f"{searcher} asked for an evaluation, but search.data is not given")
         count = min(samples or len(self.records), len(self.records))

@@ -89,7 +89,13 @@ def prove(context: Context) -> None:
     original, _ = load_source(context.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
     packed = load_file(context.folder / "masks.safetensors")
     reader, who = FolderReader(context.folder / "model"), context.who(Scorer)
-    weights = dict(original.named_parameters())
+    weights: dict[str, Tensor] = original.state_dict()
+    stored_names, parameters = set(reader.names()), dict(original.named_parameters())
+    if odd := sorted((stored_names - weights.keys()) | (parameters.keys() - stored_names)):
+        raise StageError(
+            f"{type(original).__name__} stores its weights under other names than its modules have ({odd[0]}); "
+            "such architectures are not handled yet"
+        )
     for name, stored in reader.tensors():
         expected = weights[name].detach()
         layer = name.removesuffix(".weight")

@@ -40,6 +40,8 @@ elif where == "checkpoint":  # written, but not sealed, and one file cut short a
         sealed(folder)
     sealed = finetune._seal
     finetune._seal = seal
+elif where == "proof":  # trained to the end, not yet an artifact
+    finetune.prove = lambda context: die()
 elif where == "trial":
     original = search._Remembered._measure
     def measure(self, choice, records):
@@ -70,12 +72,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("where", "at", "resumed"), [("step", 3, "checkpoint-2"), ("checkpoint", 4, "checkpoint-2"), ("trial", 2, None)]
+    ("where", "at", "resumed"),
+    [("step", 3, "checkpoint-2"), ("checkpoint", 4, "checkpoint-2"), ("proof", 0, "checkpoint-7"), ("trial", 2, None)],
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(
     raw: dict[str, Any], uninterrupted: dict[str, Path], tmp_path: Path, where: str, at: int, resumed: str | None
 ) -> None:
     raw.pop("evaluate")
+    raw["finetune"] |= {"schedule": "constant", "steps": 7}  # one step too many would show; none is saved at 7 by rule
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
     whole = uninterrupted["store"]
@@ -92,7 +96,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert (only(whole, "search") / "trials.jsonl").read_text() == (only(store, "search") / "trials.jsonl").read_text()
     report = json.loads((only(store, "finetune") / "manifest.json").read_text())["report"]
-    assert report["resumed_from"] == resumed
+    assert report["resumed_from"] == resumed and report["steps"] == 7
 
 
 def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], tmp_path: Path) -> None:

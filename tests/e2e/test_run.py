@@ -192,6 +192,26 @@ def test_a_damaged_artifact_is_named(raw: dict[str, Any], registry: Registry, tm
     assert mended["sparsify"].load_model().num_parameters() > 0
 
 
+def test_a_model_that_came_sparse_keeps_its_zeros(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """No sparsify section: the zeros are the model's own, and the merger has promised to keep them."""
+    sparse = run(raw, registry, tmp_path / "one", until="sparsify")
+    raw["model"]["path"] = str(sparse["sparsify"].folder / "model")
+    raw.pop("sparsify"), raw.pop("evaluate")
+    finished = run(raw, registry, tmp_path / "two")
+    before, after = (
+        load_file(f / "model" / "model.safetensors") for f in (sparse["sparsify"].folder, finished["merge"].folder)
+    )
+    assert not any(((before[name] == 0) & (after[name] != 0)).any() for name in before)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == 10
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["finetune"] |= {"learning_rate": 1e30, "steps": 50, "max_grad_norm": 0}
+    with pytest.raises(StageError, match=r"not finite at step [2-5];"):
+        run(raw, registry, tmp_path, until="finetune")
+    assert len(list(tmp_path.glob("artifacts/.partial-finetune-*/checkpoints/*"))) <= 2
+
+
 def test_a_merger_that_breaks_its_promise_is_named(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     from sqft_sparsepeft import SparsePEFT
 
