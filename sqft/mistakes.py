@@ -29,7 +29,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
         elif item["type"] == "missing":
             message = "is missing"
         elif item["type"] not in ("value_error",):
-            message = f"{message[0].lower()}{message[1:]}, found {_brief(item['input'])}"
+            message = f"{message[0].lower()}{message[1:]}, found {brief(item['input'])}"
         problems.append(Problem(place, message))
     return problems
 
@@ -62,7 +62,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """A value as JSON, cut to a line."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

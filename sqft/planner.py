@@ -5,24 +5,20 @@ No torch: everything that can be checked without loading a model is checked here
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Scorer, Searcher, SearchSpace
+from sqft.checks import check_space
+from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Scorer, Searcher
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
-from sqft.mistakes import problems_of
 from sqft.plan import Estimate, Part, Plan, Step, activation_bytes, selected
-from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
+from sqft.recipe import ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
 from sqft.registry import Registry
-from sqft.source import Digests, ModelSource, find_model
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from sqft.resolver import Resolver
+from sqft.source import Digests
 
 
 def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
@@ -40,16 +36,13 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
     return plan
 
 
-class _Planner:
-    """Collects steps and problems while it walks the recipe's sections in the paper's order."""
+class _Planner(Resolver):
+    """Walks the recipe's sections in the paper's order and makes steps of them."""
 
     def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
-        self.recipe, self.registry, self.digests = recipe, registry, digests
-        self.problems: list[Problem] = []
-        self.broken: dict[str, None] = {}
+        super().__init__(recipe, registry, digests)
         self.steps: dict[str, Step] = {}
         self.base: dict[str, str] = {}  # the role and the step of the sparse base, when the recipe makes one
-        self.source: ModelSource | None = None
 
     def plan(self) -> Plan | None:
         recipe = self.recipe
@@ -73,13 +66,6 @@ class _Planner:
 
     # -- sections, in the paper's order ---------------------------------------------------------
 
-    def _model(self) -> None:
-        model = self.recipe.model
-        try:
-            self.source = find_model(model.path, self.recipe.resolve, model.revision, self.digests)
-        except SqftError as error:
-            self._problem("model.path", str(error))
-
     def _sparsify(self) -> str:
         section = self.recipe.sparsify
         assert section is not None
@@ -93,8 +79,10 @@ class _Planner:
                 f"is missing: scorer '{section.scorer.name}' needs {', '.join(sorted(needs))}; "
                 'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
             )
-        files = {"calibration": self._file(calibration.data, "calibration.data")} if calibration else {}
-        self._window(calibration)
+        files = {}
+        if calibration:
+            self._window(calibration.length, "calibration.length")
+            files["calibration"] = self._file(calibration.data, "calibration.data")
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
         weights, size = self._weights()
@@ -127,14 +115,19 @@ class _Planner:
         targets = self._targets(section)
         trained = 0
         if adapter and targets:
+            assert isinstance(adapter.component, Adapter)
             try:
-                space = adapter.component.space(targets) if isinstance(adapter.component, Adapter) else SearchSpace(())
+                space = adapter.component.space(targets)
+                check_space(str(adapter.entry), targets, space)
                 top = {member: max(group.ranks) for group in space.groups for member in group.members}
                 trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
             except Exception as error:  # a plugin's code: whatever it raises is a mistake to report with the others
                 said = str(error) if isinstance(error, SqftError) else f"{type(error).__name__}: {error}"
                 self._problem("finetune.adapter", f"{adapter.entry} refuses these layers: {said}")
-        files = {"data": self._file(section.data.path, "finetune.data.path")}
+        files = {"data": self._records(section.data, "finetune.data")}
+        self._window(section.max_length, "finetune.max_length")
+        if section.steps and section.warmup_steps >= section.steps:
+            self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
         _, size = self._weights()
         memory = size + 16 * trained + (activation_bytes(self.source, section) if self.source else 0) + (1 << 29)
         self._add(
@@ -155,7 +148,7 @@ class _Planner:
             if section.data is None:
                 self._problem("search.data", f"is missing: searcher '{section.searcher.name}' evaluates on it")
             else:
-                files = {"data": self._file(section.data.path, "search.data.path")}
+                files = {"data": self._records(section.data, "search.data", section.metric == "exact_match")}
         elif section.data is not None:
             section = section.model_copy(update={"data": None})
         _, size = self._weights()
@@ -209,8 +202,9 @@ class _Planner:
         files = {}
         if section.perplexity:
             files["perplexity"] = self._file(section.perplexity.text, "evaluate.perplexity.text")
+            self._window(section.perplexity.length, "evaluate.perplexity.length")
         if section.exact_match:
-            files["exact_match"] = self._file(section.exact_match.data.path, "evaluate.exact_match.data.path")
+            files["exact_match"] = self._records(section.exact_match.data, "evaluate.exact_match.data", answered=True)
         if section.include_path:
             files["include_path"] = self._file(section.include_path, "evaluate.include_path", folder=True)
         weights, size = self._weights()
@@ -246,7 +240,7 @@ class _Planner:
         if what == "merge" and self.recipe.merge is not None:
             return ({"merge": "merge"} if "merge" in self.steps else None), {}
         if stage == "finetune" and name and "finetune" in self.steps:
-            part = self._part("searcher", ComponentRef(name=name), place)
+            part = self._part("searcher", ComponentRef.model_construct(name=name, options={}), place)
             if part and isinstance(part.component, Searcher) and part.component.evaluates:
                 self._problem(place, f"searcher '{name}' needs evaluations; name one that does not (heuristic, …)")
                 part = None
@@ -296,19 +290,6 @@ class _Planner:
                 f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
             )
 
-    def _window(self, calibration: Calibration | None) -> None:
-        window = self.source.size("max_position_embeddings") if self.source else 0
-        if calibration and window and calibration.length > window:
-            self._problem("calibration.length", f"{calibration.length} tokens, but the model's window is {window}")
-
-    def _chosen(self, include: Iterable[str], exclude: Iterable[str], place: str) -> list[LinearShape]:
-        if self.source is None:
-            return []
-        chosen = [linear for linear in self.source.linears if selected(linear.name, include, exclude)]
-        if not chosen:
-            self._problem(place, f"matches no linear layer of the model; it has {self._last_names()}")
-        return chosen
-
     def _targets(self, section: Finetune) -> list[LinearShape]:
         if self.source is None:
             return []
@@ -321,44 +302,7 @@ class _Planner:
                 )
         return chosen
 
-    def _last_names(self) -> str:
-        names = {linear.name.rpartition(".")[2] for linear in self.source.linears} if self.source else set()
-        return ", ".join(sorted(names)) or "none in numbered blocks"
-
     # -- pieces ---------------------------------------------------------------------------------
-
-    def _part(self, kind: str, ref: ComponentRef, place: str) -> Part | None:
-        """The component a recipe names, with its options validated against its own fields."""
-        try:
-            entry = self.registry.get(kind, ref.name)
-        except SqftError as error:
-            # Which plugins are broken may explain several problems; it is said once, at the end.
-            reason, *broken = str(error).splitlines()
-            self._problem(place, reason)
-            self.broken |= dict.fromkeys(broken)
-            return None
-        try:
-            return Part(entry, entry.component.model_validate(ref.options))
-        except ValidationError as error:
-            self.problems += problems_of(error, entry.component, f"{place}.options")
-        except Exception as error:  # a validator of the plugin's own
-            self._problem(f"{place}.options", f"{entry} raised {type(error).__name__}: {error}")
-        return None
-
-    def _file(self, path: str, place: str, folder: bool = False) -> Path:
-        resolved = self.recipe.resolve(path)
-        if not (resolved.is_dir() if folder else resolved.is_file()):
-            self._problem(place, f"there is no {'folder' if folder else 'file'} {resolved}")
-        elif not os.access(resolved, os.R_OK):
-            self._problem(place, f"{resolved} may not be read; change its permissions")
-        elif not folder and resolved.stat().st_size == 0:
-            self._problem(place, f"{resolved} is empty")
-        return resolved
-
-    def _weights(self) -> tuple[int, int]:
-        """Parameters of the model and their bytes in the recipe's precision."""
-        parameters = self.source.parameters if self.source else 0
-        return parameters, parameters * BYTES[self.recipe.model.dtype]
 
     def _tuning_code(self) -> dict[str, Any]:
         """Later stages run the adapter's and the merger's code again: an edit re-does them too."""
@@ -394,6 +338,3 @@ class _Planner:
             )
         self.steps[name] = Step(name, stage, section, whole, dict(inputs), fingerprint, estimate, dict(files))
         return name
-
-    def _problem(self, place: str, message: str) -> None:
-        self.problems.append(Problem(place, message))

@@ -23,8 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from sqft.errors import Problem, RecipeError
-from sqft.mistakes import problems_of, without_mistakes
+from sqft.errors import Problem, RecipeError, SqftError
+from sqft.mistakes import brief, problems_of, without_mistakes
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -91,7 +91,7 @@ class Sparsify(Section):
             if kept > of:
                 raise ValueError(f"'{pattern}' keeps more than it has; write N:M with N <= M")
             sparsity = info.data.get("sparsity")  # absent when it is itself a mistake
-            if sparsity is not None and abs((1 - kept / of) - sparsity) > 1e-9:
+            if sparsity is not None and abs((1 - kept / of) - sparsity) > 1e-4:
                 raise ValueError(
                     f"'{pattern}' is a sparsity of {1 - kept / of:g}, not {sparsity:g}; "
                     f'set "sparsity": {1 - kept / of:g}'
@@ -137,7 +137,7 @@ class Finetune(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens; longer examples are cut at the left")
@@ -197,6 +197,14 @@ class Evaluate(Section):
     perplexity: Perplexity | None = None
     exact_match: ExactMatch | None = None
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks by name")
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [task for index, task in enumerate(tasks) if task in tasks[:index]]:
+            raise ValueError(f"'{twice[0]}' stands twice")
+        return tasks
+
     include_path: str | None = Field(None, description="folder of lm-eval task files")
     limit: Count | None = Field(None, description="documents of each lm-eval task")
     batch_size: Count = Field(8, description="lm-eval's batch size")
@@ -206,6 +214,7 @@ class Recipe(Section):
     """A whole recipe. Sections that are left out are steps that are not taken."""
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe's words")
+    json_schema: str | None = Field(None, alias="$schema", description="where `sqft schema` was stored, for editors")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder, nothing else")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="all randomness comes from it")
     model: Model
@@ -232,8 +241,17 @@ class Recipe(Section):
         return self._source
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe as a path of this machine."""
-        return (self._folder / Path(path).expanduser()).resolve()
+        """A path of the recipe as a path of this machine.
+
+        Raises:
+            SqftError: when no path can be made of it (a NUL, the home of a user who is none, a name too long).
+        """
+        try:
+            whole = (self._folder / Path(path).expanduser()).resolve()
+            whole.exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SqftError(f"{brief(path)} is no path on this machine: {error}") from None
+        return whole
 
     @classmethod
     def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -319,8 +337,8 @@ def _apply(raw: Any, change: str, source: str) -> None:
             if isinstance(here, list):
                 here = here[int(part)]
                 continue
-            if isinstance(here.get(part), str):  # "wanda" grows into {"name": "wanda"} to take options
-                here[part] = {"name": here[part]}
+            if isinstance(here.get(part), str):  # the short forms grow into what they are short for
+                here[part] = {"path" if part == "data" else "name": here[part]}
             here = here.setdefault(part, {})
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])

@@ -12,11 +12,13 @@ import hashlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -24,7 +26,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 import sqft
 from sqft import hookspecs
-from sqft.contracts import KINDS, Component
+from sqft.contracts import KINDS, BaseKind, Component, Statistic
 from sqft.errors import PluginError
 
 GROUP = "sqft"
@@ -54,12 +56,15 @@ class Entry:
     def code(self) -> str:
         """Digest of every .py file of the component's top-level package, so that edits are noticed.
 
-        A class typed into a script or notebook enters by its own source, or, where even that cannot
-        be had, by a random word: what it made is then never taken for something newer.
+        A class of a script enters by the whole script, one typed into a notebook by its own source, or, where
+        even that cannot be had, by a random word: what it made is then never taken for something newer.
         """
         package = self.component.__module__.partition(".")[0]
         if package != "__main__" and (digest := package_digest(package)):
             return digest
+        script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
+        if package == "__main__" and script.is_file():
+            return digest_files([script], script.parent)
         try:
             return hashlib.sha256(inspect.getsource(self.component).encode()).hexdigest()
         except (OSError, TypeError):
@@ -106,14 +111,23 @@ class Registry:
         return registry
 
     def add(self, plugin: object, name: str | None = None, source: str = INSTALL_FREE) -> None:
-        """Add a module or object with hook implementations.
+        """Add a module or object with hook implementations, or a component class by itself.
 
         Raises:
-            PluginError: when it, or a component it offers, breaks the rules for plugins.
+            PluginError: when it, or a component it offers, breaks the rules for plugins. Nothing of it is then added.
         """
-        known = len(self._broken)
-        self._register(plugin, Provider(name or str(getattr(plugin, "__name__", repr(plugin))), source))
+        known, label = len(self._broken), str(getattr(plugin, "__name__", repr(plugin)))
+        if inspect.isclass(plugin) and issubclass(plugin, Component) and getattr(plugin, "kind", None) in KINDS:
+            offer = hookspecs.hookimpl(lambda component=plugin: [component])
+            plugin = SimpleNamespace(**{hookspecs.COMPONENT_HOOKS[plugin.kind]: offer})
+        provider = Provider(name or label, source)
+        self._register(plugin, provider)
         if failures := self._broken[known:]:
+            del self._broken[known:]
+            if self._manager.get_plugin(provider.plugin) is plugin:
+                self._manager.unregister(name=provider.plugin)
+                for found in self._entries.values():
+                    found[:] = [entry for entry in found if entry.provider != provider]
             raise PluginError("\n".join(map(str, failures)))
 
     def get(self, kind: str, name: str) -> Entry:
@@ -146,12 +160,12 @@ class Registry:
         """What could not be used, and why."""
         return list(self._broken)
 
-    def notify(self, hook: str, **arguments: object) -> Iterator[tuple[str, Exception]]:
+    def notify(self, hook: str, **arguments: object) -> Iterator[tuple[str, BaseException]]:
         """Call a notification on every plugin; yield (plugin, error) for those that raised."""
         for impl in getattr(self._manager.hook, hook).get_hookimpls():
             try:
                 impl.function(**{name: arguments[name] for name in impl.argnames})
-            except Exception as error:  # a tracker must never stop a run
+            except (Exception, SystemExit) as error:  # a tracker must never stop a run
                 yield impl.plugin_name, error
 
     def _missing(self, kind: str, name: str) -> str:
@@ -190,14 +204,18 @@ class Registry:
             self._collect(kind, hook, plugin, provider)
 
     def _check_hook_names(self, plugin: object) -> None:
-        """Refuse a marked function that is no hook of ours: a misspelt hook would be ignored."""
+        """Refuse what would be ignored: a marked function that is no hook of ours, a hook that is not marked, none."""
         hooks = [name for name in vars(hookspecs) if name.startswith("sqft_")]
-        for name in dir(plugin):
-            marked = self._manager.parse_hookimpl_opts(plugin, name) is not None
-            if marked and name not in hooks:
+        marked = [name for name in dir(plugin) if self._manager.parse_hookimpl_opts(plugin, name) is not None]
+        for name in marked:
+            if name not in hooks:
                 close = difflib.get_close_matches(name, hooks, n=1)
                 hint = f" Did you mean '{close[0]}'?" if close else f" Hooks: {', '.join(hooks)}."
                 raise PluginError(f"there is no hook '{name}'.{hint}")
+        if bare := [name for name in hooks if name not in marked and inspect.isroutine(getattr(plugin, name, None))]:
+            raise PluginError(f"{bare[0]} is not marked; write @hookimpl (from sqft.api) above it")
+        if not marked:
+            raise PluginError(f"it implements none of {', '.join(hooks)}")
 
     def _collect(self, kind: str, hook: str, plugin: object, provider: Provider) -> None:
         """Ask one plugin for one kind, and take what keeps the rules."""
@@ -206,7 +224,7 @@ class Registry:
                 continue
             try:
                 offered = list(impl.function() or ())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._break(provider, f"failed in {hook}: {type(error).__name__}: {error}")
                 continue
             for component in offered:
@@ -227,6 +245,8 @@ def _component_mistake(kind: str, hook: str, component: Any) -> str | None:
     if not inspect.isclass(component) or not issubclass(component, base):
         return f"offers {label!r} through {hook}, which takes classes derived from {base.__name__}"
     name = getattr(component, "name", None)
+    if "name" in component.model_fields:
+        return f'offers {label}, whose name is a field; write name = "…" without an annotation'
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return f"offers {label}, whose name is {name!r}; a name is lower-case letters, digits and dashes"
     abstract = [verb for verb, method in vars(base).items() if _is_stub(method)]
@@ -235,6 +255,15 @@ def _component_mistake(kind: str, hook: str, component: Any) -> str | None:
         return f"offers {kind} '{name}', which does not define {', '.join(f'{verb}()' for verb in missing)}"
     if kind == "merger" and not hasattr(component, "bases"):
         return f"offers merger '{name}', which does not say which `bases` it works on"
+    for attribute, member in (("needs", Statistic), ("bases", BaseKind)):
+        words: Any = getattr(component, attribute, frozenset())
+        if not isinstance(words, frozenset) or not all(isinstance(word, member) for word in words):
+            expected = f"a frozenset of {member.__name__}"
+            return f"offers {kind} '{name}', whose `{attribute}` is {words!r}, expected {expected}"
+    try:
+        component.model_json_schema()
+    except Exception as error:
+        return f"offers {kind} '{name}', with an option that JSON cannot hold: {str(error).splitlines()[0]}"
     return None
 
 
@@ -266,7 +295,6 @@ def _version_mismatch(distribution: metadata.Distribution) -> str | None:
     return None
 
 
-@cache
 def package_digest(package: str) -> str:
     """Digest of every .py file of an importable top-level package or module; "" when it has no files."""
     try:
@@ -277,7 +305,14 @@ def package_digest(package: str) -> str:
         return ""
     origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    return digest_files(files, origin.parent)
+    states = [file.stat() for file in files]
+    return _digest(tuple(zip(files, (s.st_mtime_ns for s in states), (s.st_size for s in states), strict=True)), origin)
+
+
+@cache
+def _digest(states: tuple[tuple[Path, int, int], ...], origin: Path) -> str:
+    """Files are read once for each state they are seen in: a module edited and reloaded is another."""
+    return digest_files([file for file, _, _ in states], origin.parent)
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqft.contracts import Component
 from sqft.recipe import Recipe
-from sqft.registry import Registry
+from sqft.registry import Entry, Registry
 
 PLACES = {
     "scorer": ("Sparsify", "scorer"),
@@ -26,17 +26,21 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe with the installed components' options."""
     schema = Recipe.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["$schema"] = {"type": "string", "description": "where this schema lies, for editors"}
     for kind, (section, key) in PLACES.items():
-        components = [entry.component for entry in registry.entries() if entry.component.kind == kind]
-        choices: list[dict[str, Any]] = [{"enum": sorted(c.name for c in components)}]
-        for component in components:
+        entries = [entry for entry in registry.entries() if entry.component.kind == kind]
+        names = {name for entry in entries for name in _names(entry)}
+        choices: list[dict[str, Any]] = [{"enum": sorted(names)}]
+        for entry in entries:
+            options, definitions = _options(entry)
+            schema["$defs"] |= definitions
             choices.append(
                 {
                     "type": "object",
-                    "properties": {"name": {"const": component.name}, "options": _options(component)},
+                    "properties": {"name": {"enum": _names(entry)}, "options": options},
                     "required": ["name"],
                     "additionalProperties": False,
-                    "description": (component.__doc__ or "").strip(),
+                    "description": (entry.component.__doc__ or "").strip(),
                 }
             )
         place = schema["$defs"][section]["properties"][key]
@@ -45,19 +49,43 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     return schema
 
 
-def _options(component: type[Component]) -> dict[str, Any]:
-    schema = component.model_json_schema()
+def _names(entry: Entry) -> list[str]:
+    """A component's name, alone and with its plugin's."""
+    return [entry.component.name, f"{entry.provider.plugin}/{entry.component.name}"]
+
+
+def _options(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a component's options, and the definitions it refers to, under names of their own."""
+    prefix = f"{entry.provider.plugin}.{entry.component.kind}.{entry.component.name}"
+    schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
     schema.pop("description", None)
-    return schema
+    definitions = schema.pop("$defs", {})
+    return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}
 
 
 def option_lines(component: type[Component]) -> Iterator[str]:
     """Each option with its type, range, default and description."""
-    for name, words in component.model_json_schema().get("properties", {}).items():
+    schema = component.model_json_schema()
+    definitions = schema.get("$defs", {})
+    for name, option in schema.get("properties", {}).items():
+        whole = _resolved(option, definitions)
         limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        ranges = [f"{sign} {words[word]}" for word, sign in limits.items() if word in words]
-        kind = words.get("type") or " or ".join(str(w.get("type", w.get("const"))) for w in words.get("anyOf", ()))
-        if "enum" in words:
-            kind = "one of " + ", ".join(map(json.dumps, words["enum"]))
-        default = f"default {json.dumps(words['default'])}" if "default" in words else "required"
-        yield ", ".join(filter(None, [f"{name}: {kind}", *ranges, default, words.get("description", "")]))
+        ranges = [f"{sign} {whole[word]}" for word, sign in limits.items() if word in whole]
+        default = f"default {json.dumps(whole['default'])}" if "default" in whole else "required"
+        yield ", ".join(
+            filter(None, [f"{name}: {_kind(whole, definitions)}", *ranges, default, whole.get("description")])
+        )
+
+
+def _resolved(words: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what its `$ref` leads to put in; its own words come first."""
+    target = words.get("$ref", "").rpartition("/")[2]
+    return {**definitions.get(target, {}), **words}
+
+
+def _kind(words: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "enum" in words:
+        return "one of " + ", ".join(map(json.dumps, words["enum"]))
+    if "anyOf" in words:
+        return " or ".join(_kind(_resolved(word, definitions), definitions) for word in words["anyOf"])
+    return json.dumps(words["const"]) if "const" in words else str(words.get("type", "any"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +93,29 @@ def test_a_plugin_is_found_and_can_be_disabled(site: Path, monkeypatch: pytest.M
             "  class A(Merger):\n    name = 'a'\n    def combine(self, base, delta): ...\n  return [A]",
             "does not say which `bases` it works on",
         ),
+        (
+            "from sqft.api import *\n@hookimpl\ndef sqft_mergers():\n"
+            "  class A(Merger):\n    name = 'a'\n    bases = 'sparse'\n    def combine(self, base, delta): ...\n"
+            "  return [A]",
+            "whose `bases` is 'sparse', expected a frozenset of BaseKind",
+        ),
+        (
+            "from sqft.api import *\n@hookimpl\ndef sqft_scorers():\n"
+            "  class A(Scorer):\n    name: str = 'a'\n    def score(self, weight, stats): ...\n  return [A]",
+            "whose name is a field; write name = ",
+        ),
+        (
+            "from collections.abc import Callable\nfrom sqft.api import *\n@hookimpl\ndef sqft_scorers():\n"
+            "  class A(Scorer):\n    name = 'a'\n    f: Callable[[], int] = int\n"
+            "    def score(self, weight, stats): ...\n  return [A]",
+            "with an option that JSON cannot hold",
+        ),
+        (
+            "from sqft.api import hookimpl\n@hookimpl\ndef sqft_scorers(): raise SystemExit('needs a GPU')",
+            "failed in sqft_scorers: SystemExit: needs a GPU",
+        ),
+        ("def sqft_scorers(): return []", "sqft_scorers is not marked; write @hookimpl (from sqft.api) above it"),
+        ("x = 1", "it implements none of sqft_scorers"),
     ],
 )
 def test_a_broken_plugin_is_kept_and_said(site: Path, code: str, reason: str) -> None:
@@ -147,6 +170,42 @@ def test_adding_without_installing() -> None:
     assert registry.get("scorer", "mine").component is Mine
     with pytest.raises(PluginError, match="second plugin"):
         registry.add(module)
+
+
+def test_adding_a_class_by_itself() -> None:
+    class Mine(Wanda):
+        name = "mine"
+
+    registry = Registry()
+    registry.add(Mine)
+    assert registry.get("scorer", "mine").component is Mine
+
+
+@pytest.mark.parametrize("nothing", [None, "wanda", Wanda(), Scorer])
+def test_adding_what_is_no_plugin(nothing: Any) -> None:
+    with pytest.raises(PluginError):
+        Registry().add(nothing)
+
+
+def test_what_is_added_is_added_whole_or_not_at_all() -> None:
+    class Good(Wanda):
+        name = "good"
+
+    registry = Registry()
+    offer = hookimpl(lambda: [Good, int])
+    with pytest.raises(PluginError, match="'int'"):
+        registry.add(SimpleNamespace(sqft_scorers=offer), name="half")
+    assert registry.entries() == [] and registry.broken() == []
+    registry.add(Good, name="half")
+
+
+def test_an_edited_module_is_another_one(site: Path) -> None:
+    install(site, "sqft-mine", "1.0", SCORER.format(name="mine"), "mine")
+    entry = Registry.discover().get("scorer", "mine")
+    before = entry.code
+    file = next(site.glob("*.py"))
+    file.write_text(file.read_text() + "# edited\n")
+    assert entry.code != before
 
 
 def test_notifications_never_stop_a_run() -> None:

@@ -1,0 +1,111 @@
+"""Names and paths of a recipe become components, files and layers, or problems with their places."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sqft.contracts import LinearShape
+from sqft.data.prompts import read_records
+from sqft.errors import DataError, Problem, SqftError
+from sqft.mistakes import problems_of
+from sqft.plan import Part, selected
+from sqft.recipe import ComponentRef, Data, Recipe
+from sqft.registry import Registry
+from sqft.source import Digests, ModelSource, find_model
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Resolver:
+    """Collects every problem it meets instead of stopping at the first."""
+
+    def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
+        self.recipe, self.registry, self.digests = recipe, registry, digests
+        self.problems: list[Problem] = []
+        self.broken: dict[str, None] = {}
+        self.source: ModelSource | None = None
+
+    def _model(self) -> None:
+        model = self.recipe.model
+        try:
+            self.source = find_model(model.path, self.recipe.resolve, model.revision, self.digests)
+        except SqftError as error:
+            self._problem("model.path", str(error))
+
+    def _part(self, kind: str, ref: ComponentRef, place: str) -> Part | None:
+        """The component a recipe names, with its options validated against its own fields."""
+        try:
+            entry = self.registry.get(kind, ref.name)
+        except SqftError as error:
+            # Which plugins are broken may explain several problems; it is said once, at the end.
+            reason, *broken = str(error).splitlines()
+            self._problem(place, reason)
+            self.broken |= dict.fromkeys(broken)
+            return None
+        try:
+            return Part(entry, entry.component.model_validate(ref.options))
+        except ValidationError as error:
+            self.problems += problems_of(error, entry.component, f"{place}.options")
+        except Exception as error:  # a validator of the plugin's own
+            self._problem(f"{place}.options", f"{entry} raised {type(error).__name__}: {error}")
+        return None
+
+    def _file(self, path: str, place: str, folder: bool = False) -> Path:
+        """A file or folder of the recipe's, which must be there, readable and not empty."""
+        try:
+            resolved = self.recipe.resolve(path)
+        except SqftError as error:
+            self._problem(place, str(error))
+            return Path(path)
+        if not (resolved.is_dir() if folder else resolved.is_file()):
+            self._problem(place, f"there is no {'folder' if folder else 'file'} {resolved}")
+        elif not os.access(resolved, os.R_OK):
+            self._problem(place, f"{resolved} may not be read; change its permissions")
+        elif not folder and resolved.stat().st_size == 0:
+            self._problem(place, f"{resolved} is empty")
+        return resolved
+
+    def _records(self, data: Data, place: str, answered: bool = False) -> Path:
+        """A file of records, every one of which is read; `answered` ones have a completion to compare with."""
+        known = len(self.problems)
+        path = self._file(data.path, f"{place}.path")
+        if len(self.problems) > known:
+            return path
+        try:
+            records = read_records(path, data.limit)
+        except DataError as error:
+            self._problem(f"{place}.path", str(error).replace("\n", "\n    "))
+            return path
+        if bare := next((r for r in records if answered and not {"prompt", "messages"} & r.keys()), None):
+            where = getattr(bare, "place", path)
+            self._problem(f"{place}.path", f"{where}: a {{text}} record has no completion to compare with")
+        return path
+
+    def _chosen(self, include: Iterable[str], exclude: Iterable[str], place: str) -> list[LinearShape]:
+        if self.source is None:
+            return []
+        chosen = [linear for linear in self.source.linears if selected(linear.name, include, exclude)]
+        if not chosen:
+            self._problem(place, f"matches no linear layer of the model; it has {self._last_names()}")
+        return chosen
+
+    def _last_names(self) -> str:
+        names = {linear.name.rpartition(".")[2] for linear in self.source.linears} if self.source else set()
+        return ", ".join(sorted(names)) or "none in numbered blocks"
+
+    def _window(self, length: int, place: str) -> None:
+        window = self.source.size("max_position_embeddings") if self.source else 0
+        if window and length > window:
+            self._problem(place, f"{length} tokens, but the model's window is {window}")
+
+    def _weights(self) -> tuple[int, int]:
+        """Parameters of the model and their bytes in the recipe's precision."""
+        parameters = self.source.parameters if self.source else 0
+        return parameters, parameters * BYTES[self.recipe.model.dtype]
+
+    def _problem(self, place: str, message: str) -> None:
+        self.problems.append(Problem(place, message))
