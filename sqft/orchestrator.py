@@ -81,14 +81,13 @@ class Run(Mapping[str, Outcome]):
         return len(self.outcomes)
 
     def result(self) -> Path | None:
-        """The folder a user came for: exported, merged, adapter, or sparse model; the last there is."""
-        places = [
-            outcome.folder / name
-            for outcome in self.outcomes.values()
-            for name in ("model", "adapter")
-            if (outcome.folder / name).is_dir() and not (name == "adapter" and "merge" in self.outcomes)
-        ]
-        return places[-1] if places else None
+        """The folder a user came for: exported, merged, adapter, or sparse model; the last there is.
+
+        None when the last step that was taken leaves nothing to load: after `finetune` alone, no ranks are chosen.
+        """
+        made = [outcome for outcome in self.outcomes.values() if outcome.step.stage != "evaluate"]
+        places = [made[-1].folder / name for name in ("model", "adapter")] if made else []
+        return next(filter(Path.is_dir, places), None)
 
 
 class Orchestrator:
@@ -167,7 +166,7 @@ class Orchestrator:
                 artifact = self._obtain(plan, step, inputs, f"[{number}/{len(steps)}] {step.name}")
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
-            report = make_report(plan, {name: outcome.artifact for name, outcome in outcomes.items()})
+            report = make_report(plan, self._standing(plan, outcomes))
             links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
             finished = datetime.now(UTC).isoformat(timespec="seconds")
             with self.store.writing():
@@ -178,6 +177,13 @@ class Orchestrator:
                     {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
                 )
         return Run(plan, folder, outcomes, report)
+
+    def _standing(self, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Artifact]:
+        """Every artifact of the plan that stands, those of steps beyond `until` too."""
+        later = {step.name: step for step in plan.steps if step.name not in outcomes and self._is_done(step)}
+        found = {name: self.store.find(step.stage, step.fingerprint) for name, step in later.items()}
+        made = {name: outcome.artifact for name, outcome in outcomes.items()}
+        return made | {name: artifact for name, artifact in found.items() if artifact}
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
         """The step's artifact: found, or made, proved and committed."""
@@ -258,9 +264,15 @@ class Orchestrator:
         import torch
 
         try:
+            several = torch.cuda.device_count() > 1 or torch.device(self.device).index
             torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise StageError(f"device '{self.device}' cannot be used: {str(error).splitlines()[0]}") from None
+        if several:
+            raise StageError(
+                f"device '{self.device}': Trainer takes every GPU it sees; set CUDA_VISIBLE_DEVICES to the one that is "
+                "meant (`sqft run --device cuda:1` does so) and name it cuda"
+            )
 
     def _check_model(self, plan: Plan, steps: list[Step]) -> None:
         """Hold the plan against the model's own modules, when there is anything left to do."""

@@ -81,7 +81,7 @@ class _Planner(Resolver):
             )
         files = {}
         if calibration:
-            self._window(calibration.length, "calibration.length")
+            self._within_window(calibration, "length", "calibration", always=True)
             files["calibration"] = self._file(calibration.data, "calibration.data")
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
@@ -125,7 +125,7 @@ class _Planner(Resolver):
                 said = str(error) if isinstance(error, SqftError) else f"{type(error).__name__}: {error}"
                 self._problem("finetune.adapter", f"{adapter.entry} refuses these layers: {said}")
         files = {"data": self._records(section.data, "finetune.data")}
-        self._window(section.max_length, "finetune.max_length")
+        section = self._within_window(section, "max_length", "finetune")
         if section.steps and section.warmup_steps >= section.steps:
             self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
         _, size = self._weights()
@@ -144,11 +144,12 @@ class _Planner(Resolver):
         section = self.recipe.search or Search.model_validate({})
         searcher = self._part("searcher", section.searcher, "search.searcher")
         files = {}
+        answer = section.answer if section.metric == "exact_match" else None
         if searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates:
             if section.data is None:
                 self._problem("search.data", f"is missing: searcher '{section.searcher.name}' evaluates on it")
             else:
-                files = {"data": self._records(section.data, "search.data", section.metric == "exact_match")}
+                files = {"data": self._records(section.data, "search.data", answer)}
         elif section.data is not None:
             section = section.model_copy(update={"data": None})
         _, size = self._weights()
@@ -202,9 +203,12 @@ class _Planner(Resolver):
         files = {}
         if section.perplexity:
             files["perplexity"] = self._file(section.perplexity.text, "evaluate.perplexity.text")
-            self._window(section.perplexity.length, "evaluate.perplexity.length")
+            shorter = self._within_window(section.perplexity, "length", "evaluate.perplexity")
+            section = section.model_copy(update={"perplexity": shorter})
         if section.exact_match:
-            files["exact_match"] = self._records(section.exact_match.data, "evaluate.exact_match.data", answered=True)
+            files["exact_match"] = self._records(
+                section.exact_match.data, "evaluate.exact_match.data", section.exact_match.answer
+            )
         if section.include_path:
             files["include_path"] = self._file(section.include_path, "evaluate.include_path", folder=True)
         weights, size = self._weights()

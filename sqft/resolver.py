@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from sqft.contracts import LinearShape
-from sqft.data.prompts import read_records
+from sqft.data.prompts import Answer, answer_of, completion_of, read_records
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
-from sqft.recipe import ComponentRef, Data, Recipe
+from sqft.recipe import ComponentRef, Data, Recipe, Section
 from sqft.registry import Registry
 from sqft.source import Digests, ModelSource, find_model
 
+S = TypeVar("S", bound=Section)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -69,20 +71,19 @@ class Resolver:
             self._problem(place, f"{resolved} is empty")
         return resolved
 
-    def _records(self, data: Data, place: str, answered: bool = False) -> Path:
-        """A file of records, every one of which is read; `answered` ones have a completion to compare with."""
+    def _records(self, data: Data, place: str, answer: Answer | None = None) -> Path:
+        """A file of records, every one of which is read; with `answer`, each has one to compare with."""
         known = len(self.problems)
         path = self._file(data.path, f"{place}.path")
         if len(self.problems) > known:
             return path
         try:
-            records = read_records(path, data.limit)
+            for record in read_records(path, data.limit):
+                if answer and not answer_of(completion_of(record), answer):
+                    what = "completion" if answer == "text" else "number in the completion"
+                    raise DataError(f"{record.place}: there is no {what} to compare with")
         except DataError as error:
             self._problem(f"{place}.path", str(error).replace("\n", "\n    "))
-            return path
-        if bare := next((r for r in records if answered and not {"prompt", "messages"} & r.keys()), None):
-            where = getattr(bare, "place", path)
-            self._problem(f"{place}.path", f"{where}: a {{text}} record has no completion to compare with")
         return path
 
     def _chosen(self, include: Iterable[str], exclude: Iterable[str], place: str) -> list[LinearShape]:
@@ -97,10 +98,17 @@ class Resolver:
         names = {linear.name.rpartition(".")[2] for linear in self.source.linears} if self.source else set()
         return ", ".join(sorted(names)) or "none in numbered blocks"
 
-    def _window(self, length: int, place: str) -> None:
-        window = self.source.size("max_position_embeddings") if self.source else 0
-        if window and length > window:
-            self._problem(place, f"{length} tokens, but the model's window is {window}")
+    def _within_window(self, section: S, field: str, place: str, always: bool = False) -> S:
+        """The section with a number of tokens no larger than the model's window; one the user wrote must fit.
+
+        `always`: the default must fit too.
+        """
+        window, tokens = self.source.size("max_position_embeddings") if self.source else 0, getattr(section, field)
+        if not window or tokens <= window:
+            return section
+        if always or field in section.model_fields_set:
+            self._problem(f"{place}.{field}", f"{tokens} tokens, but the model's window is {window}")
+        return section.model_copy(update={field: window})
 
     def _weights(self) -> tuple[int, int]:
         """Parameters of the model and their bytes in the recipe's precision."""

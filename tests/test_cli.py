@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from sqft.cli import main
+from sqft.cli import _without_fresh, main
 
 
 @pytest.fixture
@@ -68,8 +70,50 @@ def test_a_mistake_is_one_message(recipe: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "sparsify.sparsity: input should be less than 1, found 2" in done.stderr
     assert "Traceback" not in done.stderr
-    device = CliRunner().invoke(main, ["run", str(recipe), "--store", str(tmp_path / "s"), "--device", "cuda:99"])
-    assert device.exit_code == 2 and "device 'cuda:99' cannot be used" in device.output
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "set_to", "message"),
+    [
+        (None, "cuda:99", "99", "device 'cuda' cannot be used"),
+        (None, "cuda", "0", "device 'cuda' cannot be used"),
+        ("4,7", "cuda:1", "7", "device 'cuda' cannot be used"),
+        ("4,7", "cuda:2", "4,7", "CUDA_VISIBLE_DEVICES shows 2"),
+        (None, "cuda:one", None, "write cuda or cuda:N"),
+        (None, "gpu", None, "device 'gpu' cannot be used"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+def test_devices(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    visible: str | None, device: str, set_to: str | None, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    done = CliRunner().invoke(main, ["run", str(recipe), "--store", str(tmp_path / "s"), "--device", device])
+    assert done.exit_code == 2 and message in done.output
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == set_to
+
+
+def test_what_until_leaves(recipe: Path, tmp_path: Path) -> None:
+    """After fine-tuning no ranks are chosen, and the sparse model is not what was asked for."""
+    store, output = ["--store", str(tmp_path / "s")], ["--output", str(tmp_path / "o")]
+    tuned = CliRunner().invoke(
+        main, ["run", str(recipe), *store, "--until", "finetune", "--output", str(tmp_path / "o")]
+    )
+    assert tuned.exit_code == 2 and "nothing to put into --output" in tuned.output
+    whole = CliRunner().invoke(main, ["run", str(recipe), *store, *output])
+    assert whole.exit_code == 0, whole.output
+    sparse = CliRunner().invoke(main, ["run", str(recipe), *store, "--until", "sparsify"])
+    assert "sparsify-" in sparse.output.split("result: ")[1]
+    (report,) = tmp_path.glob("s/runs/*/report.md")
+    assert "| merge |" in report.read_text()  # a shorter run does not empty the report of what stands
+
+
+def test_the_way_on_after_an_interruption_is_not_fresh() -> None:
+    assert _without_fresh(["run", "r", "--fresh", "sparsify", "--until", "merge"]) == ["run", "r", "--until", "merge"]
+    assert _without_fresh(["run", "--fresh=search", "r"]) == ["run", "r"]
 
 
 def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from hypothesis import strategies as st
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import RecipeError, SqftError
+
+
+def planned(raw: dict[str, Any], registry: Registry, store: Path) -> str:
+    """What the plan says of a recipe; "" when it has no objection."""
+    try:
+        Orchestrator(registry, store).plan(Recipe.parse(raw))
+    except RecipeError as error:
+        return str(error)
+    return ""
 
 
 def change(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -63,6 +73,14 @@ CASES = [
     ("evaluate.of", ["merge", "merge"], "evaluate.of.1: 'merge' stands twice"),
     ("evaluate.of", ["finetune:hill-climbing"], "evaluate.of.0: searcher 'hill-climbing' needs evaluations"),
     ("evaluate.of", [], "evaluate.of: tuple should have at least 1 item"),
+    ("evaluate.of", ["finetune:Heuristic"], "evaluate.of.0: no searcher named 'Heuristic'; .*Did you mean 'heuristic'"),
+    ("evaluate.tasks", ["arc", "arc"], "evaluate.tasks: 'arc' stands twice"),
+    ("evaluate.perplexity.length", 300, "evaluate.perplexity.length: 300 tokens, but the model's window is 256"),
+    ("finetune.max_length", 300, "finetune.max_length: 300 tokens, but the model's window is 256"),
+    ("finetune.warmup_steps", 6, "finetune.warmup_steps: 6 of 6 steps"),
+    ("finetune.data", "a\0b", "finetune.data.path: .* is no path on this machine"),
+    ("finetune.data", "~nosuchuser/x", "finetune.data.path: .* is no path on this machine"),
+    ("model.path", "x" * 300, "model.path: .* is no path on this machine: .*too long"),
     ("evaluate.perplexity.text", "no.txt", "evaluate.perplexity.text: there is no file"),
 ]
 
@@ -71,6 +89,37 @@ CASES = [
 def test_mistakes(raw: dict[str, Any], registry: Registry, tmp_path: Path, path: str, value: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         Orchestrator(registry, tmp_path).plan(Recipe.parse(change(raw, path, value)))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"prompt": "1+1="}', r"no\.jsonl:2: expected .*'completion' is missing"),
+        ("{oops", r"no\.jsonl:2: not valid JSON"),
+        ('{"text": "1+1=2"}', r"no\.jsonl:2: there is no completion to compare with"),
+        ('{"prompt": "1+1=", "completion": "two"}', None),
+    ],
+)
+def test_records_are_read_in_the_plan(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, record: str, message: str | None
+) -> None:
+    """Not after an hour of training."""
+    (tmp_path / "no.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n' + record)
+    raw["evaluate"]["exact_match"]["data"] = str(tmp_path / "no.jsonl")
+    said = planned(raw, registry, tmp_path / "store")
+    assert (re.search(f"evaluate.exact_match.data.path: .*{message}", said) is not None) if message else said == ""
+    raw["evaluate"]["exact_match"]["answer"] = "first_number"
+    if not message:
+        assert "no number in the completion to compare with" in planned(raw, registry, tmp_path / "store")
+
+
+def test_a_repeating_fraction_and_an_editors_schema(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["sparsify"] = {"scorer": "magnitude", "pattern": "2:4", "sparsity": 0.5}
+    raw["$schema"] = "recipe.schema.json"
+    assert planned(raw, registry, tmp_path) == ""
+    Recipe.parse(
+        {"name": "a", "model": {"path": "x"}, "sparsify": {"scorer": "a", "pattern": "2:3", "sparsity": 0.3333}}
+    )
 
 
 def test_all_mistakes_at_once(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
@@ -156,8 +205,10 @@ def test_set(raw: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(raw))
     changes = ["sparsify.sparsity=0.25", "name=other", "sparsify.scorer.options.x=[1]", "evaluate.of.0=merge"]
+    changes.append("finetune.data.limit=8")  # {"data": "train.jsonl"} grows
     recipe = Recipe.load(file, changes)
-    assert recipe.sparsify and recipe.evaluate
+    assert recipe.sparsify and recipe.evaluate and recipe.finetune
+    assert recipe.finetune.data.limit == 8 and recipe.finetune.data.path == raw["finetune"]["data"]
     assert (recipe.sparsify.sparsity, recipe.name, recipe.evaluate.of[0]) == (0.25, "other", "merge")
     assert recipe.sparsify.scorer.model_dump() == {"name": "wanda", "options": {"x": [1]}}
     for wrong in ("sparsify", "=1", "seed.x.y=1", "evaluate.of.9=merge"):

@@ -49,13 +49,13 @@ class Encoded:
     tokens_cut: int
 
 
-def read_records(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+def read_records(path: Path, limit: int | None = None) -> list[Record]:
     """The records of a JSON Lines file, each a `Record`; lines after the first `limit` records are not read.
 
     Raises:
         DataError: naming the file and the first bad lines, or saying that there is no record.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     wrong: list[str] = []
     try:
         with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
@@ -200,6 +200,12 @@ def prompt_ids(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
     if "prompt" not in record:
         raise DataError("a {text} record has no completion to compare with; use {prompt, completion} or {messages}")
     return _prompt(record["prompt"], tokenizer), record["completion"].removesuffix(tokenizer.eos_token or "")
+
+
+def completion_of(record: dict[str, Any]) -> str:
+    """What a generation is compared with: the completion, or the last assistant turn; "" of a {text} record."""
+    turns = [message["content"] for message in record.get("messages", ()) if message["role"] == "assistant"]
+    return turns[-1] if turns else str(record.get("completion", ""))
 
 
 def answer_of(text: str, mode: Answer) -> str:

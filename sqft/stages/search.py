@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sqft import checks
 from sqft.contracts import Choice, Merger, Searcher
-from sqft.data.prompts import encode_all, read_records
+from sqft.data.prompts import Record, encode_all, read_records
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapted import frozen
 from sqft.modeling.measure import exact_match, mean_loss
@@ -68,7 +68,7 @@ class _Remembered:
         self.section = cast(Search, context.step.section)
         self.file = context.folder / "trials.jsonl"
         self.known: dict[tuple[Choice, int], float] = {}
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         if "data" in context.step.files:
             assert self.section.data is not None
             self.records = read_records(context.step.files["data"], self.section.data.limit)
@@ -99,7 +99,7 @@ class _Remembered:
         values = {count: value for (tried, count), value in self.known.items() if tried == choice}
         return values[max(values)] if values else None
 
-    def _measure(self, choice: Choice, records: list[dict[str, Any]]) -> float:
+    def _measure(self, choice: Choice, records: list[Record]) -> float:
         self.tuned.choose(choice)
         section, model, tokenizer = self.section, self.tuned.model, self.tuned.tokenizer
         with frozen(self.tuned.adapted):
