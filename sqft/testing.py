@@ -171,15 +171,14 @@ def _check_delta(who: str, adapter: Adapter, linear: LinearShape, ranks: tuple[i
     """One layer's factors: seeded, float32 whatever torch's default, trainable, smaller ranks slices of the largest."""
     import torch
 
-    delta: Any = adapter.delta(linear, torch.Generator().manual_seed(3))
-    checks.check_delta(who, linear, delta, ranks)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        again = adapter.delta(linear, torch.Generator().manual_seed(3))
+        delta: Any = adapter.delta(linear, torch.Generator().manual_seed(3))
     finally:
         torch.set_default_dtype(default)
-    checks.check_delta(who, linear, again, ranks)
+    checks.check_delta(who, linear, delta, ranks)
+    again = adapter.delta(linear, torch.Generator().manual_seed(3))
     for one, other in zip(delta.factors(ranks[0])[:2], again.factors(ranks[0])[:2], strict=True):
         if not one.equal(other):
             raise ContractError(f"{who} drew other factors from the same generator state")

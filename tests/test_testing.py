@@ -169,6 +169,7 @@ BREACHES = [
     (scorer(lambda weight, stats: weight.abs_()), "edited the weight"),
     (scorer(lambda weight, stats: weight * stats.input_sq_sum.sqrt_()), "edited the statistics (input_sq_sum)"),
     (scorer(lambda weight, stats: weight + stats.hessian.abs_()[0], HESSIAN), "edited the statistics (hessian)"),
+    (scorer(lambda weight, stats: weight * stats.hessian[0]), "of the statistics it was given input-norm, as `needs`"),
     (variant(Wanda, needs=frozenset())(), "of the statistics it was given nothing, as `needs` says"),
     (variant(Wanda, needs=HESSIAN)(), "of the statistics it was given hessian, as `needs` says"),
     (variant(Uniform, allocate=lambda self, linears, s: {at.name: s / 2 for at in linears})(), "where 0.5 was asked"),

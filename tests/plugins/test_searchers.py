@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import product
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,22 @@ class Recorder:
         return float(self.value(choice)) if callable(self.value) else 0.0
 
 
+class Stuck(Random):
+    """Draws the same neighbour over and over, so that every other one has to be listed."""
+
+    def randint(self, low: int, high: int) -> int:
+        return low
+
+    def sample(self, population: Any, k: int, *, counts: Any = None) -> list[Any]:
+        return list(population[:k])
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+
+generators = st.builds(lambda kind, seed: kind(seed), st.sampled_from([Random, Stuck]), st.integers(0, 99))
+
+
 def test_the_fixed_ones() -> None:
     space = space_of(3, 4, 1)
     nothing = Recorder()
@@ -45,18 +62,19 @@ def test_the_fixed_ones() -> None:
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=5),
     st.integers(0, 99),
+    generators,
     st.integers(1, 4),
     st.integers(1, 3),
     st.integers(1, 30),
 )
-def test_algorithm_1(lengths: list[int], seed: int, neighbors: int, step: int, turns: int) -> None:
+def test_algorithm_1(lengths: list[int], seed: int, rng: Random, neighbors: int, step: int, turns: int) -> None:
     """Replay the questions: each turn's are unvisited neighbours of the anchor of Algorithm 1, N if there are."""
     space = space_of(*lengths)
     noise = Random(seed)
     table: dict[Choice, float] = {}
     recorder = Recorder(lambda choice: table.setdefault(choice, noise.randrange(4)))
     searcher = HillClimbing(turns=turns, neighbors=neighbors, step=step, samples=7)
-    found = searcher.search(space, recorder, Random(seed))
+    found = searcher.search(space, recorder, rng)
     asked = recorder.asked
     assert asked[0] == Heuristic().search(space, recorder, Random(0))
     assert len(asked) == len(set(asked)) <= 1 + turns * neighbors
@@ -99,12 +117,12 @@ def test_an_exhausted_neighbourhood_ends_the_search() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 50), st.integers(0, 99))
-def test_every_neighbour_is_found_once(lengths: list[int], step: int, neighbors: int, seed: int) -> None:
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 50), generators)
+def test_every_neighbour_is_found_once(lengths: list[int], step: int, neighbors: int, rng: Random) -> None:
     """On a plateau the anchor stays, and turn after turn the whole neighbourhood is asked about."""
     recorder = Recorder(lambda choice: 0.5)
     searcher = HillClimbing(turns=6**3, neighbors=neighbors, step=step)
-    found = searcher.search(space_of(*lengths), recorder, Random(seed))
+    found = searcher.search(space_of(*lengths), recorder, rng)
     every = product(*(range(1, length + 1) for length in lengths))
     near = [Choice(r) for r in every if all(abs(a - b) <= step for a, b in zip(r, found.ranks, strict=True))]
     assert sorted(recorder.asked, key=str) == sorted(near, key=str)
