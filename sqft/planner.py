@@ -122,8 +122,8 @@ class _Planner(Resolver):
                 top = {member: max(group.ranks) for group in space.groups for member in group.members}
                 trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
             except Exception as error:  # a plugin's code: whatever it raises is a mistake to report with the others
-                said = str(error) if isinstance(error, SqftError) else f"{type(error).__name__}: {error}"
-                self._problem("finetune.adapter", f"{adapter.entry} refuses these layers: {said}")
+                said = str(error) if isinstance(error, SqftError) else f"{adapter.entry} raised {error!r}"
+                self._problem("finetune.adapter", said)
         files = {"data": self._records(section.data, "finetune.data")}
         section = self._within_window(section, "max_length", "finetune")
         if section.steps and section.warmup_steps >= section.steps:

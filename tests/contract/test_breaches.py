@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from sqft_uniform import Uniform
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import Choice, RankGroup, SearchSpace, hookimpl
-from sqft.errors import ArtifactError, ContractError, SqftError
+from sqft.errors import ArtifactError, ContractError, RecipeError, SqftError
 from sqft.hookspecs import COMPONENT_HOOKS
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -80,6 +80,16 @@ def ask_outside(self: Any, space: Any, evaluate: Any, rng: Any) -> Choice:
     return space.choice([0] * len(space.groups))  # type: ignore[no-any-return]
 
 
+calls = count()
+
+
+def editing_later(base: Any, delta: Any) -> Any:
+    """Nothing to see at the first call, which is the core's look at it."""
+    if next(calls) == 1:
+        base.weight.mul_(2)
+    return base.weight + delta * base.mask
+
+
 order = cycle((1, -1))  # another one at every call
 BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (allocator(lambda given: list(given)), ContractError, "returned list, expected a mapping"),
@@ -92,14 +102,18 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (scorer(lambda weight: weight.log()), ContractError, f"not finite for {Q}"),
     (scorer(lambda weight: weight.abs_()), ContractError, f"edited the weight of {Q}"),
     (scorer(lambda weight: weight != 0), ContractError, f"scores of torch.bool for {Q}"),
-    (adapter(lambda space: SearchSpace(space.groups[:-1])), ContractError, f"has {UP} in 0 groups"),
-    (adapter(lambda space: SearchSpace(space.groups * 2)), ContractError, f"has {Q} in 2 groups"),
     (
-        adapter(lambda space: SearchSpace((*space.groups[:-1], RankGroup("last", (2, 4), (UP,))))),
-        ContractError,
+        adapter(lambda space: SearchSpace(space.groups[:-1])),
+        RecipeError,
+        "has model.layers.1.self_attn.q_proj in 0 groups",
+    ),
+    (adapter(lambda space: SearchSpace(space.groups * 2)), RecipeError, "has model.layers.0.mlp.up_proj in 2 groups"),
+    (
+        adapter(lambda space: SearchSpace((*space.groups[:-1], RankGroup("last", (2, 4), space.groups[-1].members)))),
+        RecipeError,
         "gave group last the ranks [2, 4]",
     ),
-    (adapter(lambda space: SearchSpace(list(space.groups))), ContractError, "expected tuples"),  # type: ignore[arg-type]
+    (adapter(lambda space: SearchSpace(list(space.groups))), RecipeError, "expected tuples"),  # type: ignore[arg-type]
     (adapter(lambda space: SearchSpace(space.groups[:: next(order)])), ContractError, "gave another search space"),
     (adapter(sample=lambda self, space, rng: None), ContractError, "returned None, which is no configuration"),
     (adapter(sample=lambda self, space, rng: Choice((1,) * len(space.groups))), ContractError, "no configuration"),
@@ -116,6 +130,9 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (merger(lambda base, delta: base.weight[:1]), ContractError, f"an effective weight of shape [1, 32] for {Q}"),
     (merger(lambda base, delta: base.weight / 0), ContractError, f"not finite for {Q}"),
     (merger(lambda base, delta: base.weight + delta), ContractError, f"zeros of the base nonzero in {Q}"),
+    (merger(lambda base, delta: base.weight.add_(delta * base.mask)), ContractError, f"edited the weight of {Q}"),
+    (merger(lambda base, delta: base.weight + delta.mul_(base.mask)), ContractError, f"edited the delta of {Q}"),
+    (merger(editing_later), ContractError, f"edited the frozen weight of {Q} in place while training"),
     ((Heuristic, {"search": lambda self, space, *_: None}), ContractError, "returned None, which is no configuration"),
     ((Heuristic, {"search": lambda self, space, *_: Choice((1, 1))}), ContractError, "returned Choice(ranks=(1, 1))"),
     ((HillClimbing, {"search": ask_outside}), ContractError, "returned Choice(ranks=(1, 1, 1, 1)), which is no"),
