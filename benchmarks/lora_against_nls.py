@@ -58,9 +58,8 @@ def main() -> None:
                 label = row["configuration"].removeprefix("finetune:")
                 label = label if label == "sparsify" else adapter if adapter == "lora" else f"nls, {label}"
                 found.setdefault(label, []).append(row)
-    print(
-        f"| configuration | accuracy by seed ({', '.join(map(str, arguments.seeds))}) | mean ± sd | perplexity by seed |"
-    )
+    seeds_said = ", ".join(map(str, arguments.seeds))
+    print(f"| configuration | accuracy by seed ({seeds_said}) | mean ± sd | perplexity by seed |")
     print("|---|---|---|---|")
     for label, seeds in found.items():
         accuracies = [row["accuracy"] for row in seeds]
