@@ -6,8 +6,8 @@ The quickstart must run offline on a small CPU, so its data are made here instea
 
 - train.jsonl, validation.jsonl, test.jsonl: {"prompt", "completion"} records, one-step addition and
   subtraction word problems answered by the bare number. The wording is deliberately narrow and the numbers
-  are small, so that a small model can pick the task up from a short run. One record in eight of train.jsonl
-  is instead a short piece of the calibration text, {"text"}: without it the model forgets prose.
+  are small, so that a small model can pick the task up from a short run. Among the problems of train.jsonl lie
+  some paragraphs of the calibration text, {"text"}: without them the model forgets prose.
 - calibration.jsonl, {"text"} records, and heldout.txt: Python's own language reference, as it ships in
   `pydoc_data.topics`. It is real English prose, on every machine that has Python: the first is to calibrate
   pruning and quantization, the second to take perplexity on.
@@ -63,9 +63,10 @@ TEMPLATES = {
 # Enough for 8k tokens of perplexity, from short topics only, so that no single one makes up most of the text.
 HELDOUT_CHARS = 45_000
 HELDOUT_TOPIC_CHARS = 10_000
-# One piece of prose for so many word problems, about as long as a problem: a batch is as long as its longest.
-PROBLEMS_PER_PIECE = 7
-PIECE_CHARS = 70
+# How much prose lies among the problems, in whole paragraphs of at least so many characters. In training it comes in
+# pieces as long as the longest problem: about one example in eight.
+PROSE_CHARS = 35_000
+PROSE_PARAGRAPH_CHARS = 300
 # Shorter paragraphs (headings, "See also:") recur everywhere and leak nothing.
 SHARED_CHARS = 80
 
@@ -146,19 +147,18 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
     return [{"text": text} for text in kept if text.strip()], heldout_text
 
 
-def pieces(texts: Iterable[str], count: int, rng: random.Random) -> list[Record]:
-    """`count` runs of words of at least PIECE_CHARS characters, none taken twice and none across paragraphs."""
-    found: list[str] = []
-    for text in texts:
-        for paragraph in paragraphs(text):
-            piece = ""
-            for word in paragraph.split():
-                piece = f"{piece} {word}".strip()
-                if len(piece) >= PIECE_CHARS:
-                    if sum(c.isalpha() or c == " " for c in piece) >= 0.85 * len(piece):  # prose, not a table
-                        found.append(piece)
-                    piece = ""
-    return [{"text": piece} for piece in shuffled(dict.fromkeys(found), rng)[:count]]
+def prose(texts: Iterable[str], rng: random.Random) -> list[Record]:
+    """Whole paragraphs, PROSE_CHARS in all, of words and not of tables."""
+    found = [" ".join(paragraph.split()) for text in texts for paragraph in paragraphs(text)]
+    long = (paragraph for paragraph in dict.fromkeys(found) if len(paragraph) >= PROSE_PARAGRAPH_CHARS)
+    plain = [text for text in long if sum(c.isalpha() or c == " " for c in text) >= 0.85 * len(text)]
+    chosen: list[Record] = []
+    size = 0
+    for text in shuffled(plain, rng):
+        if size < PROSE_CHARS:
+            chosen.append({"text": text})
+            size += len(text)
+    return chosen
 
 
 def write(path: Path, text: str) -> None:
@@ -185,8 +185,8 @@ def main() -> None:
     problems = {split: word_problems(split, pairs, rng) for split, pairs in split_pairs(rng).items()}
     calibration, heldout = split_topics(random.Random(f"topics {args.seed}"))
     mixing = random.Random(f"mix {args.seed}")
-    prose = pieces((record["text"] for record in calibration), len(problems["train"]) // PROBLEMS_PER_PIECE, mixing)
-    problems["train"] = shuffled([*problems["train"], *prose], mixing)
+    texts = prose((record["text"] for record in calibration), mixing)
+    problems["train"] = shuffled([*problems["train"], *texts], mixing)
     for split, records in problems.items():
         write_records(args.out_dir / f"{split}.jsonl", records)
     write_records(args.out_dir / "calibration.jsonl", calibration)

@@ -135,21 +135,23 @@ def encode_all(records: Sequence[dict[str, Any]], tokenizer: Any, max_length: in
     examples, truncated, cut_in_all = [], 0, 0
     for number, record in enumerate(records, 1):
         with named(record, number):
-            example, cut = encode(record, tokenizer, max_length, loss_on)
-            if all(label == IGNORED for label in example.labels[1:]):
+            pieces, cut = encode(record, tokenizer, max_length, loss_on)
+            if not any(label != IGNORED for piece in pieces for label in piece.labels[1:]):
                 raise DataError("there is no token to learn from (an empty completion?)")
-        examples.append(example)
+        examples += pieces
         truncated += cut > 0
         cut_in_all += cut
     return Encoded(examples, truncated, cut_in_all)
 
 
-def encode(record: dict[str, Any], tokenizer: Any, max_length: int, loss_on: str) -> tuple[Example, int]:
-    """One record as an example, and how many tokens were cut.
+def encode(record: dict[str, Any], tokenizer: Any, max_length: int, loss_on: str) -> tuple[list[Example], int]:
+    """One record as examples, and how many tokens were cut.
 
-    Prompt and completion are tokenized apart, so that evaluation's prompt is training's prefix. A
-    long example is cut at the left. Where only completions carry loss, a last completion that is
-    longer than `max_length` keeps its beginning, and the token that predicts it.
+    A {text} is as many examples as it takes, and only the last one ends in an end of sequence; nothing
+    is cut. The others are one example each. Prompt and completion are tokenized apart, so that
+    evaluation's prompt is training's prefix. A long example is cut at the left. Where only completions
+    carry loss, a last completion that is longer than `max_length` keeps its beginning, and the token
+    that predicts it.
 
     Raises:
         DataError: when the chat template refuses the conversation or hides where a turn begins.
@@ -165,13 +167,17 @@ def encode(record: dict[str, Any], tokenizer: Any, max_length: int, loss_on: str
         ids = prompt + completion
         labels = ids if loss_on == "all" else [IGNORED] * len(prompt) + completion
     else:
-        ids = labels = _ended(_open(record["text"], tokenizer), tokenizer)
+        ids = _ended(_open(record["text"], tokenizer), tokenizer)
+        pieces = [tuple(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # nothing before it to learn it from
+            pieces.pop()
+        return [Example(piece, piece) for piece in pieces], 0
     cut = max(0, len(ids) - max_length)
     if cut:
         begins = [i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
         start = min(cut, begins[-1] - 1) if begins else cut
         ids, labels = ids[start : start + max_length], labels[start : start + max_length]
-    return Example(tuple(ids), tuple(labels)), cut
+    return [Example(tuple(ids), tuple(labels))], cut
 
 
 def prompts_of(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], str]]:

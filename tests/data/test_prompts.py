@@ -17,24 +17,24 @@ from sqft.errors import DataError
 
 
 def test_completion_carries_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
-    example, cut = encode({"prompt": "2+2=", "completion": "4"}, tokenizer, 32, "completion")
+    (example,), cut = encode({"prompt": "2+2=", "completion": "4"}, tokenizer, 32, "completion")
     assert cut == 0
     assert tokenizer.decode(example.input_ids) == "2+2=4<|im_end|>"
     assert [label for label in example.labels if label != IGNORED] == list(example.input_ids[-2:])
     assert prompt_ids({"prompt": "2+2=", "completion": "4"}, tokenizer) == (list(example.input_ids[:-2]), "4")
-    everything, _ = encode({"prompt": "2+2=", "completion": "4"}, tokenizer, 32, "all")
+    (everything,), _ = encode({"prompt": "2+2=", "completion": "4"}, tokenizer, 32, "all")
     assert everything.labels == everything.input_ids
 
 
 def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> None:
-    example, cut = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "completion")
+    (example,), cut = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "completion")
     assert cut == 5 and tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>"
-    example, cut = encode({"prompt": "ab", "completion": "0123456789"}, tokenizer, 8, "completion")
+    (example,), cut = encode({"prompt": "ab", "completion": "0123456789"}, tokenizer, 8, "completion")
     assert tokenizer.decode(example.input_ids) == "b0123456" and cut == 5
-    example, _ = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "all")
+    (example,), _ = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "all")
     assert tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>" and example.labels == example.input_ids
     for loss_on in ("completion", "all"):
-        example, cut = encode({"text": "abcdefghij"}, tokenizer, 8, loss_on)
+        (example,), cut = encode({"text": "abcdefghij"}, tokenizer, 8, loss_on)
         assert cut == 3 and tokenizer.decode(example.input_ids) == "defghij<|im_end|>"
     records = [{"prompt": "a", "completion": "b"}, {"prompt": "abcdefghij", "completion": "XY"}]
     encoded = encode_all(records, tokenizer, 8, "completion")
@@ -45,16 +45,16 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
 def test_long_conversations_keep_their_last_answer(tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    example, _ = encode(record, tokenizer, 20, loss_on)
+    (example,), _ = encode(record, tokenizer, 20, loss_on)
     assert tokenizer.decode(example.input_ids).endswith("|>assistant\nno<|im_end|>\n")
-    example, _ = encode(record, tokenizer, 3, "completion")
+    (example,), _ = encode(record, tokenizer, 3, "completion")
     assert tokenizer.decode(example.input_ids) == "\nno" and example.labels[1:] == example.input_ids[1:]
 
 
 def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    example, _ = encode(record, tokenizer, 500, "completion")
+    (example,), _ = encode(record, tokenizer, 500, "completion")
     kept = [label for label in example.labels if label != IGNORED]
     assert tokenizer.decode(kept) == "yes<|im_end|>\nno<|im_end|>\n"
     ids, reference = prompt_ids(record, tokenizer)
@@ -62,7 +62,7 @@ def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast
 
 
 def test_text_and_nothing_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
-    example, _ = encode({"text": "ab"}, tokenizer, 8, "completion")
+    (example,), _ = encode({"text": "ab"}, tokenizer, 8, "completion")
     assert example.labels == example.input_ids and len(example.labels) == 3
     with pytest.raises(DataError, match=r"^record 1: there is no token to learn from"):
         encode_all([{"prompt": "a", "completion": ""}], tokenizer, 8, "completion")
@@ -116,7 +116,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
 def test_the_keys_that_were_checked_are_the_ones_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"prompt": "2+2=", "completion": "4", "text": null}\n')
-    assert tokenizer.decode(encode(read_records(file)[0], tokenizer, 32, "all")[0].input_ids) == "2+2=4<|im_end|>"
+    assert tokenizer.decode(encode(read_records(file)[0], tokenizer, 32, "all")[0][0].input_ids) == "2+2=4<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,11 @@ def test_one_end_of_sequence_ends_an_example(tokenizer: PreTrainedTokenizerFast,
     adds = adding(tokenizer, form)
     begin = "<|im_start|>" if form.startswith("<") else ""
     for text in ("ab", "ab<|im_end|>"):
-        example, _ = encode({"text": text}, adds, 32, "completion")
+        (example,), _ = encode({"text": text}, adds, 32, "completion")
         assert adds.decode(example.input_ids) == f"{begin}ab<|im_end|>"
-        example, _ = encode({"prompt": text, "completion": "c"}, adds, 32, "completion")
+        (example,), _ = encode({"prompt": text, "completion": "c"}, adds, 32, "completion")
         assert adds.decode(example.input_ids) == f"{begin}{text}c<|im_end|>"
-        example, _ = encode({"prompt": "c", "completion": text}, adds, 32, "completion")
+        (example,), _ = encode({"prompt": "c", "completion": text}, adds, 32, "completion")
         assert adds.decode(example.input_ids) == f"{begin}cab<|im_end|>"
         assert prompt_ids({"prompt": "c", "completion": text}, adds)[1] == "ab"  # what a generation can equal
 
@@ -181,12 +181,12 @@ def test_an_empty_prompt_starts_from_the_token_that_begins_a_sequence(
     adds = adding(tokenizer, form)
     record = {"prompt": "", "completion": "4"}
     assert prompt_ids(record, adds)[0] == ([0] if form.startswith("<") else [1])  # no bos is known: the eos
-    assert list(encode(record, adds, 32, "completion")[0].input_ids[:1]) == prompt_ids(record, adds)[0]
+    assert list(encode(record, adds, 32, "completion")[0][0].input_ids[:1]) == prompt_ids(record, adds)[0]
     adds.bos_token = "<|im_start|>"
     assert prompt_ids(record, adds)[0] == [0]
     if form == "$A":
         adds.bos_token = adds.eos_token = None
-        assert len(encode({"text": "ab"}, adds, 32, "completion")[0].input_ids) == 2
+        assert len(encode({"text": "ab"}, adds, 32, "completion")[0][0].input_ids) == 2
         with pytest.raises(DataError, match=r"^record 1: the prompt is empty"):
             prompts_of([record], adds)
 
@@ -221,5 +221,5 @@ def test_loss_on_all_needs_no_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     with pytest.raises(DataError, match="record 1: the chat template rewrites earlier turns"):
         encode_all([record], rewrites, 500, "completion")
-    example, _ = encode(record, rewrites, 500, "all")
+    (example,), _ = encode(record, rewrites, 500, "all")
     assert example.labels == example.input_ids

@@ -130,7 +130,6 @@ def test_the_prose_among_the_problems_is_calibration_text(data: Path) -> None:
     prose = [record["text"] for record in records(data, "train") if "text" in record]
     calibration = " ".join(" ".join(record["text"].split()) for record in records(data, "calibration"))
     heldout = " ".join((data / "heldout.txt").read_text(encoding="utf-8").split())
-    assert len(prose) == 2400 // 7
+    assert 35_000 <= sum(map(len, prose)) <= 40_000
     assert all(piece in calibration for piece in prose)
-    assert sum(piece in heldout for piece in prose) <= len(prose) // 50  # a stock phrase may recur
-    assert max(map(len, prose)) <= 110
+    assert not any(piece in heldout for piece in prose)
