@@ -140,7 +140,9 @@ class Finetune(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
-    max_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens; longer examples are cut at the left, a longer {text} is several")
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        512, description="tokens; longer examples are cut at the left, a longer {text} is several"
+    )
     loss_on: Literal["completion", "all"] = "completion"
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
     save_every: Count = Field(50, description="optimizer steps between checkpoints")

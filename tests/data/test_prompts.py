@@ -33,12 +33,27 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizer.decode(example.input_ids) == "b0123456" and cut == 5
     (example,), _ = encode({"prompt": "abcdefghij", "completion": "XY"}, tokenizer, 8, "all")
     assert tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>" and example.labels == example.input_ids
-    for loss_on in ("completion", "all"):
-        (example,), cut = encode({"text": "abcdefghij"}, tokenizer, 8, loss_on)
-        assert cut == 3 and tokenizer.decode(example.input_ids) == "defghij<|im_end|>"
     records = [{"prompt": "a", "completion": "b"}, {"prompt": "abcdefghij", "completion": "XY"}]
     encoded = encode_all(records, tokenizer, 8, "completion")
     assert (encoded.truncated, encoded.tokens_cut) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abcdefghij", ["abcd", "efgh", "ij<|im_end|>"]),  # ends where the text ends, and nowhere else
+        ("abcd", ["abcd"]),  # an end alone has nothing to be learnt from
+        ("ab", ["ab<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_long_text_is_several_examples(
+    tokenizer: PreTrainedTokenizerFast, text: str, expected: list[str], loss_on: str
+) -> None:
+    encoded = encode_all([{"text": text}], tokenizer, 4, loss_on)
+    assert [tokenizer.decode(example.input_ids) for example in encoded.examples] == expected
+    assert all(example.labels == example.input_ids for example in encoded.examples)
+    assert (encoded.truncated, encoded.tokens_cut) == (0, 0)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
