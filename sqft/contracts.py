@@ -213,6 +213,10 @@ class Quantizer(Component):
         """Codes and grid for a float32 `weight` [out, in]; where `mask` is false the value is 0."""
         raise NotImplementedError
 
+    def misfit(self, linear: LinearShape) -> str | None:
+        """Why a layer of this size cannot lie on the grid these options ask for, and what could; None when it can."""
+        return None
+
 
 class Adapter(Component):
     """Says which low-rank deltas train, at which ranks."""

@@ -55,11 +55,11 @@ class Outcome:
         Raises:
             StageError: when the step wrote none (an adapter, a choice, a measurement).
         """
-        from sqft.modeling.load import load_folder
+        from sqft.modeling.checkpoint import open_folder
 
         if not (self.folder / "model").is_dir():
-            raise StageError(f"step '{self.step.name}' holds no model; sparsify, merge and export do")
-        return load_folder(self.folder / "model")[0]
+            raise StageError(f"step '{self.step.name}' holds no model; sparsify, quantize, merge and export do")
+        return open_folder(self.folder / "model")[0]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ No torch: everything that can be checked without loading a model is checked here
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sqft.checks import check_space
-from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Scorer, Searcher
+from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Quantizer, Scorer, Searcher, Statistic
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
 from sqft.plan import Estimate, Part, Plan, Step, activation_bytes, selected
-from sqft.recipe import ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
+from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
 from sqft.registry import Registry
 from sqft.resolver import Resolver
 from sqft.source import Digests
@@ -72,17 +71,7 @@ class _Planner(Resolver):
         scorer = self._part("scorer", section.scorer, "sparsify.scorer")
         allocator = self._part("allocator", section.allocator, "sparsify.allocator")
         needs = scorer.component.needs if scorer and isinstance(scorer.component, Scorer) else frozenset()
-        calibration = self.recipe.calibration if needs else None
-        if needs and calibration is None:
-            self._problem(
-                "calibration",
-                f"is missing: scorer '{section.scorer.name}' needs {', '.join(sorted(needs))}; "
-                'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
-            )
-        files = {}
-        if calibration:
-            self._within_window(calibration, "length", "calibration", always=True)
-            files["calibration"] = self._file(calibration.data, "calibration.data")
+        calibration, files = self._calibration(needs, section.scorer.name)
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
         weights, size = self._weights()
@@ -103,8 +92,42 @@ class _Planner(Resolver):
         section = self.recipe.quantize
         assert section is not None
         part = self._part("quantizer", section.quantizer, "quantize.quantizer")
-        if part and find_spec("sqft.stages.quantize") is None:
-            self._problem("quantize", "this version of sqft has no quantize stage; remove the section")
+        chosen = self._chosen(section.include, section.exclude, "quantize.include")
+        quantizer = part.component if part and isinstance(part.component, Quantizer) else None
+        reasons = [(layer, said) for layer in chosen if quantizer and (said := quantizer.misfit(layer))]
+        if reasons:
+            layer, said = reasons[0]
+            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
+        calibration, files = self._calibration(quantizer.needs if quantizer else frozenset(), section.quantizer.name)
+        weights, size = self._weights()
+        hidden = self.source.size("hidden_size") if self.source else 0
+        seen = calibration.samples * calibration.length if calibration else 0
+        widest = max((layer.in_features for layer in chosen), default=0)
+        self._add(
+            "quantize",
+            section,
+            {"quantizer": part},
+            self.base,
+            files,
+            Estimate(weights, size, size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29)),
+            {"calibration": calibration and calibration.model_dump(exclude={"data"})},
+        )
+        if self.recipe.finetune:
+            self._problem("quantize", "training on a quantized base is not built yet; remove finetune, or this section")
+
+    def _calibration(self, needs: frozenset[Statistic], who: str) -> tuple[Calibration | None, dict[str, Path]]:
+        """The calibration a component needs, if it needs any, and its file."""
+        calibration = self.recipe.calibration if needs else None
+        if calibration:
+            self._within_window(calibration, "length", "calibration", always=True)
+            return calibration, {"calibration": self._file(calibration.data, "calibration.data")}
+        if needs:
+            self._problem(
+                "calibration",
+                f"is missing: '{who}' needs {', '.join(sorted(needs))}; "
+                'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
+            )
+        return None, {}
 
     def _finetune(self) -> Part | None:
         section = self.recipe.finetune
@@ -188,6 +211,9 @@ class _Planner(Resolver):
         if self.recipe.finetune is None and not self.base:
             self._problem("export", "has nothing to export; add sparsify, or finetune and merge")
             return
+        if self.recipe.quantize:
+            self._problem("export", "the quantize step's model/ is a GPTQ checkpoint already; remove this section")
+            return
         role = {"merge": "merge"} if self.recipe.finetune else self.base
         weights, size = self._weights()
         for index, section in enumerate(self.recipe.export):
@@ -239,6 +265,8 @@ class _Planner(Resolver):
             return {}, {}
         if what == "sparsify" and self.base:
             return self.base, {}
+        if what == "quantize" and "quantize" in self.steps:
+            return {"base": "quantize"}, {}
         if what == "search" and "search" in self.steps:
             return {"search": "search", "finetune": "finetune", **self.base}, {}
         if what == "merge" and self.recipe.merge is not None:
@@ -249,7 +277,7 @@ class _Planner(Resolver):
                 self._problem(place, f"searcher '{name}' needs evaluations; name one that does not (heuristic, …)")
                 part = None
             return ({"finetune": "finetune", **self.base} if part else None), {"searcher": part}
-        known = ["model", "sparsify", "finetune:NAME", "search", "merge"]
+        known = ["model", "sparsify", "quantize", "finetune:NAME", "search", "merge"]
         if what in known or (stage == "finetune" and name):
             self._problem(place, f"'{what}' is not made by this recipe; add its section or remove it here")
         else:

@@ -102,7 +102,9 @@ class Sparsify(Section):
 class Quantize(Section):
     """On which grid the weights lie."""
 
-    quantizer: Named
+    quantizer: Named = Field(description="how a weight is put on a grid")
+    include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to quantize")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
 
 
 class Data(Section):
@@ -194,7 +196,8 @@ class Evaluate(Section):
     of: tuple[str, ...] = Field(
         ("merge",),
         min_length=1,
-        description='"model", "sparsify", "finetune:NAME" (a searcher that needs no evaluation), "search", "merge"',
+        description='"model", "sparsify", "quantize", "finetune:NAME" (a searcher that needs no evaluation), "search", '
+        '"merge"',
     )
     perplexity: Perplexity | None = None
     exact_match: ExactMatch | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from sqft.plan import Plan, human
 from sqft.store import Artifact
 
-MAKER = {"model": None, "sparsify": "sparsify", "search": "search", "merge": "merge"}
+MAKER = {"model": None, "sparsify": "sparsify", "quantize": "quantize", "search": "search", "merge": "merge"}
 """The step whose cost stands in a row; `finetune:NAME` is made by finetune."""
 
 

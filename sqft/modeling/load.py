@@ -80,20 +80,30 @@ def _load(
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(where, trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
         raise StageError(f"transformers cannot load {place}: {_first(error)}") from error
     _forget_quantization(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder that sqft wrote; padding is the end of sequence where it has none."""
+    return _tokenizer({"pretrained_model_name_or_path": folder}, trust_remote_code)
+
+
+def _tokenizer(where: dict[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager
@@ -117,6 +127,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a Hugging Face folder that stock transformers, 4.x included, loads: weights, tokenizer,
     chat template, generation config."""
     model.save_pretrained(folder)
+    save_settings(model, tokenizer, folder)
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """All of a model folder but its weights: config, tokenizer, chat template, generation config."""
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

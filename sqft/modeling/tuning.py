@@ -18,7 +18,8 @@ from sqft.contracts import Adapter, Choice, Merger, RankGroup, SearchSpace
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import linears, shape_of
-from sqft.modeling.load import load_folder, load_source
+from sqft.modeling.checkpoint import open_folder
+from sqft.modeling.load import load_source
 from sqft.plan import Plan, selected
 from sqft.recipe import Finetune
 from sqft.store import write_json
@@ -56,9 +57,9 @@ class Tuned:
 
 
 def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base under the adapters: a sparse model's folder, or else the recipe's own model."""
+    """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
     remote = plan.recipe.model.trust_remote_code
-    return load_folder(folder, None, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
+    return open_folder(folder, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
 
 
 def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:

@@ -1,0 +1,81 @@
+"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from sqft.api import LinearShape, LinearStats, Quantized, Quantizer, StageError, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _OnGrid(Quantizer):
+    """What both share: the grid."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = Field(128, description="inputs that share a scale; -1: a whole row")
+    symmetric: bool = Field(False, description="zero point in the middle of the codes, whatever the weights")
+    clip: bool = Field(False, description="search each group's range for the smallest error")
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        for what, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+            if size * self.bits % 32:
+                return f"{size} {what} of {self.bits} bits do not fill words of 32 bits, as checkpoints store them"
+        if self.group_size == -1 or linear.in_features % self.group_size == 0:
+            return None
+        fitting = [size for size in (128, 64, 32) if linear.in_features % size == 0]
+        return (
+            f"{linear.in_features} inputs are no multiple of group_size {self.group_size}, and no runtime opens such a "
+            f"checkpoint; sizes that fit: {', '.join(map(str, [*fitting, -1]))}"
+        )
+
+
+class Rtn(_OnGrid):
+    """Round to nearest: each weight on its group's grid, without a look at the data."""
+
+    name = "rtn"
+    needs = frozenset()
+
+    def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+        from sqft_gptq.solver import round_to_nearest
+
+        return round_to_nearest(weight, mask, self.bits, self.group_size, self.symmetric, self.clip)
+
+
+class Gptq(_OnGrid):
+    """GPTQ (Frantar et al., ICLR 2023): rounding errors are made up for by the weights that are still to come.
+
+    Pruned weights stay exactly zero: only kept ones make up for anything. With nothing pruned it is GPTQ.
+    """
+
+    name = "gptq"
+    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    act_order: bool = Field(False, description="inputs of the largest activations first")
+    static_groups: bool = Field(False, description="with act_order: groups stay the contiguous ones")
+
+    def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+        from sqft_gptq.solver import gptq
+
+        if stats.hessian is None or not stats.hessian.isfinite().all():
+            raise StageError("gptq needs a finite Hessian; use float32, or other calibration text")
+        return gptq(
+            weight,
+            stats.hessian,
+            mask,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            clip=self.clip,
+            damp=self.damp,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+        )
+
+
+@hookimpl
+def sqft_quantizers() -> Iterator[type[Quantizer]]:
+    yield from (Gptq, Rtn)

@@ -1,0 +1,90 @@
+"""GPTQ's loop (Frantar et al., ICLR 2023, Algorithm 1), with pruned weights kept at zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqft.api import Grid, Quantized, StageError
+from sqft.kernels.grids import fit, quantize, round_on
+
+BLOCK = 128
+"""Columns between lazy updates of the rest; every group size of at most this divides it."""
+TRIES = 6
+
+
+def gptq(
+    W: Tensor,  # [out, in]
+    H: Tensor,  # [in, in]: sum of x xᵀ
+    mask: Tensor | None,  # bool [out, in], true where kept
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    clip: bool,
+    damp: float,
+    act_order: bool,
+    static_groups: bool,
+) -> Quantized:
+    """Codes and grid that make ‖W X − Ŵ X‖² small. A group's grid is fitted when its first column's turn comes.
+
+    Raises:
+        StageError: when the Hessian is not positive definite under any damping tried.
+    """
+    out, n = W.shape
+    size = n if group_size == -1 else group_size
+    keep = torch.ones_like(W) if mask is None else mask.to(W.dtype)
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
+    static = round_to_nearest(W * keep, None, bits, group_size, symmetric, clip).grid if static_groups else None
+    W, keep, U = (W * keep)[:, order], keep[:, order], inverse_factor(H[order][:, order], damp)
+    group = order // size if static else torch.arange(n, device=W.device) // size
+    scale, zero = W.new_zeros(out, n // size), torch.zeros(out, n // size, dtype=torch.int32, device=W.device)
+    if static:
+        scale, zero = static.scale.float(), static.zero
+    codes = torch.empty(out, n, dtype=torch.uint8, device=W.device)
+    groups, top = group.tolist(), 2**bits - 1
+    for start in range(0, n, BLOCK if size <= BLOCK else size):
+        end = min(start + (BLOCK if size <= BLOCK else size), n)
+        E = torch.empty(out, end - start, device=W.device)
+        for j in range(start, end):
+            g = groups[j]
+            if not static and j % size == 0:
+                scale[:, g], zero[:, g] = fit(W[:, j : j + size], bits, symmetric, clip)
+            q = round_on(W[:, j], scale[:, g], zero[:, g], top)
+            codes[:, j] = q.to(torch.uint8)
+            E[:, j - start] = (W[:, j] - scale[:, g] * (q - zero[:, g])) / U[j, j]
+            W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned ones take no part
+        W[:, end:] -= (E @ U[start:end, end:]) * keep[:, end:]
+    back = order.argsort()
+    index = group[back].int() if act_order and not static else None
+    return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
+
+
+def inverse_factor(H: Tensor, damp: float) -> Tensor:
+    """The upper Cholesky factor U of H⁻¹ = Uᵀ U, [in, in], with damping raised tenfold while H is not definite.
+
+    An input that was always zero gets the others' mean on the diagonal: its weights are rounded by themselves.
+    """
+    H = H.clone()
+    diagonal, dead = H.diagonal(), H.diagonal() == 0
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    for attempt in range(TRIES):
+        damped = H + torch.eye(len(H), device=H.device) * (damp * 10**attempt * diagonal.mean())
+        L, wrong = torch.linalg.cholesky_ex(damped)
+        if not wrong:
+            U: Tensor
+            U, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not wrong and U.isfinite().all():
+                return U
+    raise StageError("the Hessian is not positive definite even when damped; give more calibration text, or float32")
+
+
+def round_to_nearest(
+    W: Tensor, mask: Tensor | None, bits: int, group_size: int, symmetric: bool, clip: bool
+) -> Quantized:
+    """Each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds."""
+    W = W if mask is None else W * mask
+    groups = W.reshape(len(W), 1 if group_size == -1 else -1, W.shape[1] if group_size == -1 else group_size)
+    scale, zero = fit(groups, bits, symmetric, clip)
+    grid = Grid(scale.half(), zero, group_size, bits)
+    return Quantized(quantize(W, grid), grid)

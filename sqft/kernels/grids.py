@@ -1,0 +1,82 @@
+"""Uniform grids: fit one to a weight, round a weight on it, read codes back (paper eq. 3–4).
+
+Everything is float32; scales are rounded to float16, the precision they are stored in, before any code is
+taken from them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqft.contracts import Grid, Quantized
+
+SMALLEST = 2.0**-24
+"""The smallest float16 above zero: no scale is 0, and a group of zeros gets this one."""
+SHRINKS = 80
+"""How many ranges the clip search tries, from the whole one down to a fifth of it."""
+NORM = 2.4
+"""The error's power in the clip search, as GPTQ's authors have it: between mean and worst."""
+
+
+def fit(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale (float16 values in float32) and zero point (int32 in [0, 2**bits − 1]), both [...], of groups [..., n].
+
+    The range of a group always holds 0, so that 0 is a grid point: value = scale · (code − zero). `symmetric`
+    puts the zero point at 2**(bits − 1). `clip` tries smaller ranges and keeps the one of the smallest error.
+    """
+    top = 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale, zero = _grid(low, high, top, symmetric)
+    if not clip:
+        return scale, zero
+    best = _error(groups, scale, zero, top)
+    for step in range(1, SHRINKS):
+        share = 1 - step / 100
+        tried = _grid(low * share, high * share, top, symmetric)
+        error = _error(groups, *tried, top)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    return scale, zero
+
+
+def _grid(low: Tensor, high: Tensor, top: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = ((high - low) / top).clamp(min=SMALLEST).half().float()
+    zero = torch.full_like(scale, (top + 1) // 2) if symmetric else (-low / scale).round().clamp(0, top)
+    return scale, zero.int()
+
+
+def _error(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    codes = round_on(groups, scale[..., None], zero[..., None], top)
+    return (scale[..., None] * (codes - zero[..., None]) - groups).abs().pow(NORM).sum(-1)
+
+
+def round_on(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Codes clamp(round(W / s) + z, 0, top) (paper eq. 3), of shapes that broadcast; int32."""
+    return ((weight / scale).round() + zero).clamp(0, top).int()
+
+
+def group_index(grid: Grid, inputs: int) -> Tensor:
+    """The group of each input, int64 [in]."""
+    if grid.group_index is not None:
+        return grid.group_index.long()
+    size = inputs if grid.group_size == -1 else grid.group_size
+    return torch.arange(inputs, device=grid.scale.device) // size
+
+
+def quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """Codes [out, in], uint8, of a weight [out, in] on a grid: round to nearest (paper eq. 3)."""
+    index = group_index(grid, weight.shape[1])
+    scale, zero = grid.scale.float()[:, index], grid.zero[:, index]
+    return round_on(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """The weight [out, in] float32 that codes stand for: s · (q − z) (paper eq. 4)."""
+    grid = quantized.grid
+    index = group_index(grid, quantized.codes.shape[1])
+    return grid.scale.float()[:, index] * (quantized.codes.int() - grid.zero[:, index].int())

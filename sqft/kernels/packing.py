@@ -1,0 +1,73 @@
+"""Codes as words of 32 bits, the way GPTQ checkpoints (version 1) store them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqft.contracts import Grid, Quantized
+from sqft.kernels.grids import group_index
+
+WORD = 32
+ROWS = 256
+"""Rows of codes packed at a time, a whole number of words at any number of bits; 32 times as much memory passes by."""
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, m] in [0, 2**bits) as int32 [n · bits / 32, m]: along a column one stream of bits, lowest first.
+
+    Raises:
+        ValueError: when n codes do not fill whole words.
+    """
+    if len(codes) * bits % WORD:
+        raise ValueError(f"{len(codes)} codes of {bits} bits do not fill words of {WORD} bits")
+    return torch.cat([_pack(rows, bits) for rows in torch.split(codes, ROWS)])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(bits, device=codes.device)
+    stream = (codes[:, None].long() >> shifts[:, None]) & 1  # [n, bits, m]
+    words = stream.reshape(-1, WORD, codes.shape[1]) << torch.arange(WORD, device=codes.device)[:, None]
+    return words.sum(1).to(torch.uint32).view(torch.int32)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: uint8 codes [words · 32 / bits, m]."""
+    return torch.cat([_unpack(rows, bits) for rows in torch.split(words, ROWS * bits // WORD)])
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    stream = (words[:, None].long() >> torch.arange(WORD, device=words.device)[:, None]) & 1
+    codes = stream.reshape(-1, bits, words.shape[1]) << torch.arange(bits, device=words.device)[:, None]
+    return codes.sum(1).to(torch.uint8)
+
+
+def to_gptq(quantized: Quantized) -> dict[str, Tensor]:
+    """A layer's tensors in GPTQ's checkpoint format, version 1.
+
+    `qweight` int32 [in · bits / 32, out], `scales` float16 [groups, out], `g_idx` int32 [in], and `qzeros` int32
+    [groups, out · bits / 32], which hold zero − 1. A zero point of 0 is stored as all ones of its own bits: it
+    borrows nothing from the next one in the word.
+
+    Raises:
+        ValueError: when inputs or outputs do not fill whole words.
+    """
+    grid, inputs = quantized.grid, quantized.codes.shape[1]
+    stored = (grid.zero.int() - 1) & (2**grid.bits - 1)  # [out, groups]
+    return {
+        "qweight": pack(quantized.codes.T, grid.bits).contiguous(),
+        "qzeros": pack(stored, grid.bits).T.contiguous(),
+        "scales": grid.scale.half().T.contiguous(),
+        "g_idx": group_index(grid, inputs).int().cpu(),
+    }
+
+
+def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantized:
+    """The inverse of `to_gptq`."""
+    codes = unpack(tensors["qweight"], bits).T.contiguous()
+    zero = (unpack(tensors["qzeros"].T.contiguous(), bits).int() + 1) & (2**bits - 1)
+    size = codes.shape[1] if group_size == -1 else group_size
+    index = tensors["g_idx"].int()
+    contiguous = index.equal(torch.arange(codes.shape[1], dtype=torch.int32, device=index.device) // size)
+    grid = Grid(tensors["scales"].T.contiguous(), zero, group_size, bits, None if contiguous else index)
+    return Quantized(codes, grid)

@@ -1,0 +1,117 @@
+"""Quantized models as folders: GPTQ checkpoints, version 1, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft.contracts import Quantized
+from sqft.errors import ArtifactError
+from sqft.kernels.grids import dequantize
+from sqft.kernels.packing import from_gptq, to_gptq
+from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a model folder; None when its weights are floats.
+
+    Raises:
+        ArtifactError: when it is another format than GPTQ's, version 1.
+    """
+    found: dict[str, Any] | None = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
+    if found is None:
+        return None
+    if found.get("quant_method") != "gptq" or found.get("checkpoint_format", "gptq") != "gptq":
+        raise ArtifactError(f"{folder} is quantized as {found.get('quant_method')}; only GPTQ, version 1, can be read")
+    return found
+
+
+def save_quantized(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, Quantized], folder: Path
+) -> None:
+    """Write a GPTQ folder: the layers' codes and grids, everything else as the model has it.
+
+    `lm_head.weight` is stored even where it is tied: a consumer that does not tie it would otherwise load zeros
+    without a word.
+    """
+    grids = [layer.grid for layer in layers.values()]
+    bits, size = grids[0].bits, grids[0].group_size
+    tensors: dict[str, Tensor] = {
+        name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # tied ones get their own
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
+    save_settings(model, tokenizer, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": size,
+        "sym": all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids),
+        "desc_act": any(grid.group_index is not None for grid in grids),
+        "lm_head": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+
+def read_quantized(folder: Path) -> dict[str, Quantized]:
+    """Every quantized layer of a GPTQ folder, by name.
+
+    Raises:
+        ArtifactError: when a part of a layer is missing or does not fit the others.
+    """
+    settings = quantization_of(folder)
+    if settings is None:
+        raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
+    reader = FolderReader(folder)
+    names = [name.removesuffix(".qweight") for name in reader.names() if name.endswith(".qweight")]
+    layers = {}
+    for name in names:
+        parts = {part: reader.tensor(f"{name}.{part}") for part in PARTS}
+        try:
+            layers[name] = from_gptq(parts, settings["bits"], settings["group_size"])
+            dequantize(layers[name])
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise ArtifactError(f"{folder}: the parts of {name} do not fit one another: {error}") from None
+    return layers
+
+
+def open_folder(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder that sqft wrote, floats or GPTQ, as a float model with its tokenizer."""
+    if quantization_of(folder) is None:
+        return load_folder(folder, None, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    return load_dequantized(folder, trust_remote_code), tokenizer
+
+
+def load_dequantized(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A GPTQ folder as an ordinary float model: every layer's weight is what its codes stand for.
+
+    Raises:
+        ArtifactError: when tensors are missing, or there are some that the model does not know.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    del config.quantization_config
+    layers, reader = read_quantized(folder), FolderReader(folder)
+    packed = {f"{name}.{part}" for name in layers for part in PARTS}
+    state = {name: reader.tensor(name) for name in reader.names() if name not in packed}
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    state |= {f"{name}.weight": dequantize(layer).to(dtype) for name, layer in layers.items()}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    wrong = model.load_state_dict(state, strict=False)
+    if wrong.missing_keys or wrong.unexpected_keys:
+        odd = (wrong.missing_keys or wrong.unexpected_keys)[0]
+        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {odd}")
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,85 @@
+"""Grids: zero is a point, codes come back, and every step against a plain loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqft.api import Grid, Quantized
+from sqft.kernels.grids import dequantize, fit, quantize
+
+BITS = st.sampled_from([2, 3, 4, 8])
+
+
+def weights(seed: int, out: int, inputs: int, shift: float) -> torch.Tensor:
+    return torch.randn(out, inputs, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def loop(row: list[float], bits: int, symmetric: bool) -> tuple[float, int, list[int]]:
+    """One group's scale, zero point and codes in Python's own floats."""
+    top = 2**bits - 1
+    low, high = min(0.0, *row), max(0.0, *row)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    scale = float(torch.tensor(max((high - low) / top, 2.0**-24)).half())
+    zero = (top + 1) // 2 if symmetric else min(max(round(-low / scale), 0), top)
+    return scale, zero, [min(max(round(value / scale) + zero, 0), top) for value in row]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 999), BITS, st.booleans(), st.sampled_from([0.0, 3.0, -3.0]))
+def test_against_a_loop(seed: int, bits: int, symmetric: bool, shift: float) -> None:
+    groups = weights(seed, 5, 8, shift)
+    scale, zero = fit(groups, bits, symmetric)
+    codes = quantize(groups, Grid(scale.half()[:, None], zero[:, None], -1, bits))
+    for row in range(5):
+        expected = loop(groups[row].double().tolist(), bits, symmetric)
+        assert abs(scale[row].item() - expected[0]) <= 2**-10 * expected[0]  # a float16 either side of a tie
+        if scale[row].item() == expected[0]:
+            assert zero[row].item() == expected[1]
+            off = torch.tensor(expected[2]) - codes[row].int()
+            assert off.abs().max() <= 1 and (off != 0).sum() <= 1  # float32's rounding at a tie
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 999), BITS, st.booleans(), st.booleans(), st.sampled_from([0.0, 3.0, -3.0]))
+def test_zero_is_a_point_and_rounding_settles(seed: int, bits: int, symmetric: bool, clip: bool, shift: float) -> None:
+    weight = weights(seed, 4, 32, shift)
+    weight[:, ::3] = 0
+    weight[0] = 0  # a group of zeros
+    scale, zero = fit(weight.reshape(4, 2, 16), bits, symmetric, clip)
+    grid = Grid(scale.half(), zero, 16, bits)
+    assert grid.scale.float().equal(scale) and (scale > 0).all()
+    assert zero.min() >= 0 and zero.max() < 2**bits
+    value = dequantize(Quantized(quantize(weight, grid), grid))
+    assert not value[weight == 0].any()
+    assert quantize(value, grid).equal(quantize(weight, grid))  # idempotent
+    if not (clip or symmetric):
+        assert ((value - weight).abs() <= 0.51 * scale.repeat_interleave(16, 1) * (1 + 2**-9)).all()
+
+
+def test_the_clip_search_never_does_worse() -> None:
+    groups = weights(0, 64, 32, 0.0)
+    groups[:, 0] *= 8  # an outlier in each
+
+    def error(clip: bool) -> torch.Tensor:
+        scale, zero = fit(groups, 3, False, clip)
+        grid = Grid(scale.half()[:, None], zero[:, None], -1, 3)
+        return (dequantize(Quantized(quantize(groups, grid), grid)) - groups).abs().pow(2.4).sum(-1)
+
+    assert (error(True) <= error(False)).all() and (error(True) < error(False)).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("index", [[0, 1, 0, 1, 1, 0], None])
+def test_groups_by_index_or_side_by_side(index: list[int] | None) -> None:
+    weight = weights(1, 3, 6, 0.0)
+    where = index or [0, 0, 0, 1, 1, 1]
+    scale, zero = fit(torch.stack([weight[:, [i for i, g in enumerate(where) if g == h]] for h in (0, 1)], 1), 4, False)
+    grid = Grid(scale.half(), zero, 3, 4, torch.tensor(index) if index else None)
+    value = dequantize(Quantized(quantize(weight, grid), grid))
+    for i, g in enumerate(where):
+        codes = (weight[:, i] / scale[:, g]).round() + zero[:, g]
+        torch.testing.assert_close(value[:, i], scale[:, g] * (codes - zero[:, g]), rtol=0, atol=0)
