@@ -71,7 +71,7 @@ class _Planner(Resolver):
         scorer = self._part("scorer", section.scorer, "sparsify.scorer")
         allocator = self._part("allocator", section.allocator, "sparsify.allocator")
         needs = scorer.component.needs if scorer and isinstance(scorer.component, Scorer) else frozenset()
-        calibration, files = self._calibration(needs, section.scorer.name)
+        calibration, files = self._calibration(needs, f"scorer '{section.scorer.name}'")
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
         weights, size = self._weights()
@@ -98,7 +98,9 @@ class _Planner(Resolver):
         if reasons:
             layer, said = reasons[0]
             self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
-        calibration, files = self._calibration(quantizer.needs if quantizer else frozenset(), section.quantizer.name)
+        calibration, files = self._calibration(
+            quantizer.needs if quantizer else frozenset(), f"quantizer '{section.quantizer.name}'"
+        )
         weights, size = self._weights()
         hidden = self.source.size("hidden_size") if self.source else 0
         seen = calibration.samples * calibration.length if calibration else 0
@@ -124,7 +126,7 @@ class _Planner(Resolver):
         if needs:
             self._problem(
                 "calibration",
-                f"is missing: '{who}' needs {', '.join(sorted(needs))}; "
+                f"is missing: {who} needs {', '.join(sorted(needs))}; "
                 'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
             )
         return None, {}

@@ -57,7 +57,12 @@ CASES = [
     ("sparsify.scorer", "wnda", "sparsify.scorer: no scorer named 'wnda'; installed: .*wanda.*Did you mean 'wanda'"),
     ("sparsify.scorer", {"name": "wanda", "options": {"power": 1}}, "sparsify.scorer.options.power: unknown key"),
     ("sparsify.allocator", "owl", "sparsify.allocator: no allocator named 'owl'"),
-    ("quantize", {"quantizer": "gptq"}, "quantize.quantizer: no quantizer named 'gptq'; installed: none"),
+    ("quantize", {"quantizer": "gptg"}, "quantize.quantizer: no quantizer named 'gptg'; installed: .*mean 'gptq'"),
+    (
+        "quantize",
+        {"quantizer": {"name": "gptq", "options": {"group_size": 32}}},
+        "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized",
+    ),
     ("finetune.adapter.options.ranks", [4, 8], "finetune.adapter.options.ranks: ranks go from large to small"),
     ("finetune.adapter.options.alpha", 0, "finetune.adapter.options.alpha: input should be greater than 0"),
     ("finetune.merger", "sparspeft", "finetune.merger: no merger named 'sparspeft'.*Did you mean 'sparsepeft'"),

@@ -10,6 +10,7 @@ import torch
 from sqft_hf import HuggingFace
 
 from sqft import Registry
+from sqft.contracts import KINDS
 from sqft.modeling.load import FolderReader
 from sqft.testing import check, check_exporter
 
@@ -22,10 +23,8 @@ def test_ours_keep_the_contract(entry: Any) -> None:
 
 
 def test_nothing_is_missing() -> None:
-    assert {entry.component.kind for entry in ENTRIES} == {
-        "scorer", "allocator", "adapter", "searcher", "merger", "exporter",
-    }  # fmt: skip
-    assert len(ENTRIES) == 14
+    assert {entry.component.kind for entry in ENTRIES} == set(KINDS)
+    assert len(ENTRIES) == 16
 
 
 def test_the_exporter(model_folder: Path, tmp_path: Path) -> None:

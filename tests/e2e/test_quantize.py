@@ -104,7 +104,7 @@ def test_what_no_checkpoint_can_hold(quantizing: dict[str, Any], registry: Regis
     assert "quantize.quantizer.options.bits: input should be 2, 3, 4 or 8, found 5" in said(bits=5)
     quantizing.pop("calibration")
     quantizing["sparsify"]["scorer"] = "magnitude"
-    assert "calibration: is missing: 'gptq' needs hessian" in said(group_size=32)
+    assert "calibration: is missing: quantizer 'gptq' needs hessian" in said(group_size=32)
 
 
 def test_a_checkpoint_with_parts_that_do_not_fit(

@@ -58,7 +58,8 @@ def test_zero_is_a_point_and_rounding_settles(seed: int, bits: int, symmetric: b
     assert not value[weight == 0].any()
     assert quantize(value, grid).equal(quantize(weight, grid))  # idempotent
     if not (clip or symmetric):
-        assert ((value - weight).abs() <= 0.51 * scale.repeat_interleave(16, 1) * (1 + 2**-9)).all()
+        # Half a step for the code, half for the zero point at the ends of the range, and float16's share of 255 steps.
+        assert ((value - weight).abs() <= 1.13 * scale.repeat_interleave(16, 1)).all()
 
 
 def test_the_clip_search_never_does_worse() -> None:
