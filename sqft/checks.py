@@ -134,6 +134,11 @@ def check_effective(who: str, place: str, base: BaseWeight, result: object, keep
         raise ContractError(f"{who} turned {lost} zeros of the base nonzero in {place}")
 
 
+def check_derivative(who: str, place: str, base: BaseWeight, result: object) -> None:
+    """A derivative has the weight's shape and is finite."""
+    _check_tensor(who, place, "a derivative", result, tuple(base.weight.shape), base.weight.device)
+
+
 def _check_tensor(
     who: str,
     place: str,

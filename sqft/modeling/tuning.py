@@ -78,11 +78,12 @@ def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
     space = adapter.space(shapes)
     checks.check_space(who, shapes, space)
+    ranks = {member: group.ranks for group in space.groups for member in group.members}
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for shape in shapes:
         deltas[shape.name] = adapter.delta(shape, generator)
-        checks.check_delta(who, shape, deltas[shape.name])
+        checks.check_delta(who, shape, deltas[shape.name], ranks[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     adapted = attach(model, deltas, merger, merger.keeps_mask or folder is not None, dropout)

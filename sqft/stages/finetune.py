@@ -88,7 +88,7 @@ def prove(context: Context) -> None:
         B, A, scale = layer.delta.factors(layer.rank)
         delta = scale * (B.float() @ A.float())
         if not delta.any():
-            raise ArtifactError(f"finetune: {name} did not train: its delta is still zero")
+            raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(who, name, layer.base(), layer.effective(), merger.keeps_mask)
     shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)  # until here, a kill loses nothing
@@ -126,10 +126,11 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
     kept = base.weight.clone(), delta.clone()
     result = merger.combine(base, delta)
-    merger.derivative(base, delta, torch.ones_like(delta))
+    derivative = merger.derivative(base, delta, torch.ones_like(delta))
     checks.check_unchanged(context.who(Merger), name, kept[0], base.weight)
     checks.check_unchanged(context.who(Merger), name, kept[1], delta, "the delta")
     checks.check_effective(context.who(Merger), name, base, result, merger.keeps_mask)
+    checks.check_derivative(context.who(Merger), name, base, derivative)
 
 
 def _arguments(context: Context, section: Finetune, checkpoints: Path) -> TrainingArguments:

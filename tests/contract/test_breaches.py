@@ -117,6 +117,11 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (adapter(lambda space: SearchSpace(space.groups[:: next(order)])), ContractError, "gave another search space"),
     (adapter(sample=lambda self, space, rng: None), ContractError, "returned None, which is no configuration"),
     (adapter(sample=lambda self, space, rng: Choice((1,) * len(space.groups))), ContractError, "no configuration"),
+    (
+        adapter(delta=lambda linear, rank, *rest: LowRankDelta(linear, rank - 1, *rest)),
+        ContractError,
+        f"a delta of rank 1 for {Q}, expected 2",
+    ),
     (adapter(delta=lambda *_: torch.nn.Linear(1, 1)), ContractError, f"a delta of rank None for {Q}"),
     (adapter(delta=lambda *_: SimpleNamespace(rank=2)), ContractError, f"SimpleNamespace for {Q}"),
     (factors(lambda B, A, scale: (B, A)), ContractError, f"factors for {UP} that are not (B, A, scale)"),
@@ -132,6 +137,11 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (merger(lambda base, delta: base.weight + delta), ContractError, f"zeros of the base nonzero in {Q}"),
     (merger(lambda base, delta: base.weight.add_(delta * base.mask)), ContractError, f"edited the weight of {Q}"),
     (merger(lambda base, delta: base.weight + delta.mul_(base.mask)), ContractError, f"edited the delta of {Q}"),
+    (
+        (SparsePEFT, {"derivative": lambda self, base, delta, grad: grad[:1]}),
+        ContractError,
+        f"a derivative of shape [1, 32] for {Q}, expected [32, 32]",
+    ),
     (merger(editing_later), ContractError, f"edited the frozen weight of {Q} in place while training"),
     ((Heuristic, {"search": lambda self, space, *_: None}), ContractError, "returned None, which is no configuration"),
     ((Heuristic, {"search": lambda self, space, *_: Choice((1, 1))}), ContractError, "returned Choice(ranks=(1, 1))"),

@@ -88,6 +88,7 @@ def test_algorithm_1(lengths: list[int], seed: int, rng: Random, neighbors: int,
         visited = asked[: len(asked) - len(rest)]
         free = total - sum(all(r in o for r, o in zip(v.ranks, reach, strict=True)) for v in visited)
         turn, rest = rest[: min(neighbors, free)], rest[min(neighbors, free) :]
+        assert len(turn) == min(neighbors, free)
         for choice in turn:
             assert choice != anchor
             assert all(r in options for r, options in zip(choice.ranks, reach, strict=True))
