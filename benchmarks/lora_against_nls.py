@@ -22,18 +22,15 @@ ADAPTERS = {
     "lora": {"name": "lora", "options": {"rank": 32, "alpha": 64}},
     "nls": {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}},
 }
-SEARCHERS = {"lora": ["heuristic"], "nls": ["minimal", "heuristic", "maximal"]}
-"""Configurations without a search of their own: LoRA has one, NLS these and what hill-climbing finds."""
 
 
 def recipe(adapter: str, seed: int) -> Recipe:
     raw = json.loads(RECIPE.read_text())
     raw |= {"name": f"{adapter}-seed-{seed}", "seed": seed}
     raw["finetune"]["adapter"] = ADAPTERS[adapter]
-    raw["evaluate"]["of"] = ["sparsify", *(f"finetune:{name}" for name in SEARCHERS[adapter])]
-    if adapter == "nls":
-        raw["evaluate"]["of"].append("search")
-    else:
+    # LoRA has one configuration; of NLS also what hill-climbing finds.
+    raw["evaluate"]["of"] = ["finetune:heuristic", *(["search"] if adapter == "nls" else [])]
+    if adapter == "lora":
         raw["search"] = {}
     raw.pop("merge")
     return Recipe.parse(raw, folder=RECIPE.parent)
@@ -41,8 +38,8 @@ def recipe(adapter: str, seed: int) -> Recipe:
 
 def rows(adapter: str, seed: int, store: Path) -> list[dict[str, Any]]:
     orchestrator = Orchestrator(Registry.discover(), store)
-    report = orchestrator.run(orchestrator.plan(recipe(adapter, seed))).report
-    return [row for row in report["rows"] if row["configuration"] != "sparsify" or adapter == "lora"]
+    rows: list[dict[str, Any]] = orchestrator.run(orchestrator.plan(recipe(adapter, seed))).report["rows"]
+    return rows
 
 
 def main() -> None:
@@ -56,7 +53,7 @@ def main() -> None:
         for adapter in arguments.adapters:
             for row in rows(adapter, seed, arguments.store):
                 label = row["configuration"].removeprefix("finetune:")
-                label = label if label == "sparsify" else adapter if adapter == "lora" else f"nls, {label}"
+                label = adapter if adapter == "lora" else f"nls, {label}"
                 found.setdefault(label, []).append(row)
     seeds_said = ", ".join(map(str, arguments.seeds))
     print(f"| configuration | accuracy by seed ({seeds_said}) | mean ± sd | perplexity by seed |")

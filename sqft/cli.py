@@ -251,6 +251,13 @@ def _how_to_load(result: Path) -> str:
             "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
             f'model = PeftModel.from_pretrained({model}, "{result}")'
         )
+    config = result / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+        return (
+            "a GPTQ checkpoint; with gptqmodel and optimum installed:\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{result}")'
+        )
     if (result / "sqft_adapter.json").is_file():
         return 'this adapter acts only through its mask; add "merge": {} to the recipe to get a model'
     return (

@@ -100,7 +100,12 @@ class Orchestrator:
         device: str = "cpu",
         track: Track = silent,
     ) -> None:
-        self.registry, self.store, self.device, self.track = registry, Store(store), device, track
+        self.registry, self.store, self.device, self.track = (
+            registry,
+            Store(store),
+            "cpu" if device == "cpu:0" else device,
+            track,
+        )
 
     def plan(self, recipe: Recipe) -> Plan:
         """What a recipe will do here, and which of it is done already. Loads no model.
@@ -264,6 +269,8 @@ class Orchestrator:
         import torch
 
         try:
+            if torch.device(self.device).type == "meta":
+                raise StageError("device 'meta' holds no numbers; name cpu or cuda")
             several = torch.cuda.device_count() > 1 or torch.device(self.device).index
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:

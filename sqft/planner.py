@@ -5,6 +5,7 @@ No torch: everything that can be checked without loading a model is checked here
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,14 @@ class _Planner(Resolver):
         part = self._part("quantizer", section.quantizer, "quantize.quantizer")
         chosen = self._chosen(section.include, section.exclude, "quantize.include")
         quantizer = part.component if part and isinstance(part.component, Quantizer) else None
-        reasons = [(layer, said) for layer in chosen if quantizer and (said := quantizer.misfit(layer))]
-        if reasons:
-            layer, said = reasons[0]
-            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
+        if part and quantizer:
+            self._grid_fits(part, quantizer, chosen)
+        in_blocks: dict[str, set[str]] = {}
+        for layer in self.source.linears if self.source else ():
+            block, number, inner = re.split(r"\.(\d+)\.", layer.name, maxsplit=1)
+            in_blocks.setdefault(f"{block}.{number}", set()).update({inner} if layer in chosen else ())
+        if len(set(map(frozenset, in_blocks.values()))) > 1:
+            self._problem("quantize.include", "differs from block to block, which no checkpoint format can say")
         calibration, files = self._calibration(
             quantizer.needs if quantizer else frozenset(), f"quantizer '{section.quantizer.name}'"
         )
@@ -311,6 +316,16 @@ class _Planner(Resolver):
     def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
         components = [entry.component for entry in self.registry.entries()]
         return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
+
+    def _grid_fits(self, part: Part, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
+        try:
+            reasons = [(layer, said) for layer in chosen if (said := quantizer.misfit(layer))]
+        except Exception as error:  # a plugin's code
+            self._problem("quantize.quantizer", f"{part.entry} raised {error!r}")
+            return
+        if reasons:
+            layer, said = reasons[0]
+            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
 
     def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
         if ":" not in section.pattern:

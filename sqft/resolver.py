@@ -116,4 +116,5 @@ class Resolver:
         return parameters, parameters * BYTES[self.recipe.model.dtype]
 
     def _problem(self, place: str, message: str) -> None:
-        self.problems.append(Problem(place, message))
+        if (problem := Problem(place, message)) not in self.problems:  # two sections may need the same file
+            self.problems.append(problem)

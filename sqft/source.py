@@ -145,6 +145,9 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
 
 def _folder(path: Path, digests: Digests) -> ModelSource:
     config = _json(path / "config.json")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
+        raise SqftError(f"{path} is already quantized ({method}); name the float model it was made of")
     shapes: dict[str, tuple[int, ...]] = {}
     for file, promised in _weights(path).items():
         header = safetensors_header(file)

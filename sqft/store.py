@@ -25,6 +25,8 @@ from sqft.source import Digests
 log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""A folder that a stage resumes from: no part of the artifact, and gone once that stands."""
 UNFINISHED = (".*.tmp", ".tmp??????")
 """Files that an earlier try was killed in: names that `write_json` and safetensors give until a file is whole."""
 
@@ -152,7 +154,7 @@ class Store:
             for file in list(partial.rglob(pattern)):
                 file.unlink()
         entries, readable = {}, partial.stat().st_mode & 0o444
-        places = sorted(partial.rglob("*"))
+        places = sorted(p for p in partial.rglob("*") if partial / CHECKPOINTS not in (p, *p.parents))
         for place in places:
             if place.is_symlink():
                 raise ArtifactError(
@@ -172,6 +174,7 @@ class Store:
         folder = self.folder(manifest["stage"], manifest["fingerprint"])
         os.replace(partial, folder)
         _sync(self.artifacts)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return Artifact(folder, manifest)
 
     @contextmanager

@@ -18,7 +18,10 @@ class _OnGrid(Quantizer):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = Field(128, description="inputs that share a scale; -1: a whole row")
-    symmetric: bool = Field(False, description="zero point in the middle of the codes, whatever the weights")
+    symmetric: bool = Field(
+        True,
+        description="zero point in the middle of the codes, which all runtimes read; false fits ranges closer",
+    )
     clip: bool = Field(False, description="search each group's range for the smallest error")
 
     def misfit(self, linear: LinearShape) -> str | None:

@@ -9,7 +9,7 @@ from sqft.api import Grid, Quantized, StageError
 from sqft.kernels.grids import fit, quantize, round_on
 
 BLOCK = 128
-"""Columns between lazy updates of the rest; every group size of at most this divides it."""
+"""Columns between lazy updates of the rest; every group size divides it, but for the whole row, fitted at its start."""
 TRIES = 6
 
 
@@ -43,8 +43,8 @@ def gptq(
         scale, zero = static.scale.float(), static.zero
     codes = torch.empty(out, n, dtype=torch.uint8, device=W.device)
     groups, top = group.tolist(), 2**bits - 1
-    for start in range(0, n, BLOCK if size <= BLOCK else size):
-        end = min(start + (BLOCK if size <= BLOCK else size), n)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
         E = torch.empty(out, end - start, device=W.device)
         for j in range(start, end):
             g = groups[j]

@@ -73,7 +73,8 @@ def _stream(path: Path, tokenizer: Any) -> list[int]:
         stream: list[int] = []
         for number, record in enumerate(read_records(path), 1):
             with named(record, number):
-                stream += encode(record, tokenizer, 1 << 30, "all")[0][0].input_ids
+                for piece in encode(record, tokenizer, 1 << 30, "all")[0]:
+                    stream += piece.input_ids
         return stream
     try:
         text = path.read_text("utf-8-sig")

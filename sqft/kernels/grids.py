@@ -20,10 +20,11 @@ NORM = 2.4
 
 
 def fit(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
-    """Scale (float16 values in float32) and zero point (int32 in [0, 2**bits − 1]), both [...], of groups [..., n].
+    """Scale (float16 values in float32) and zero point (int32 in [1, 2**bits − 1]), both [...], of groups [..., n].
 
-    The range of a group always holds 0, so that 0 is a grid point: value = scale · (code − zero). `symmetric`
-    puts the zero point at 2**(bits − 1). `clip` tries smaller ranges and keeps the one of the smallest error.
+    The range of a group always holds 0, so that 0 is a grid point: value = scale · (code − zero). The zero point is
+    at least 1: some programs add 1 to packed words of zero points less one, and a 0 would carry into its neighbour.
+    `symmetric` puts it at 2**(bits − 1). `clip` tries smaller ranges and keeps the one of the smallest error.
     """
     top = 2**bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -46,8 +47,13 @@ def fit(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple
 
 def _grid(low: Tensor, high: Tensor, top: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     scale = ((high - low) / top).clamp(min=SMALLEST).half().float()
-    zero = torch.full_like(scale, (top + 1) // 2) if symmetric else (-low / scale).round().clamp(0, top)
-    return scale, zero.int()
+    middle = torch.full_like(scale, (top + 1) // 2)
+    if symmetric:
+        return scale, middle.int()
+    zero = (-low / scale).round().clamp(1, top)
+    # Above a zero point of 1 one code less is left for the positive end.
+    scale = torch.where(zero == 1, torch.maximum(scale, (high / (top - 1)).half().float()), scale)
+    return scale, torch.where(high == low, middle, zero).int()
 
 
 def _error(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.contracts import Quantized
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
+from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -60,9 +61,21 @@ def save_quantized(
         "sym": all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids),
         "desc_act": any(grid.group_index is not None for grid in grids),
         "lm_head": False,
+        **_left_out(model, layers),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+
+def _left_out(model: PreTrainedModel, layers: Mapping[str, Quantized]) -> dict[str, Any]:
+    """How the two programs that read these folders are told of linear layers that stayed floats; {} when none did."""
+    blocks = decoder_blocks(model)
+    floats = sorted(linears(model).keys() - layers.keys())
+    if not floats:
+        return {}
+    inner = {name.removeprefix(f"{block}.") for block in blocks for name in layers if name.startswith(f"{block}.")}
+    dynamic: dict[str, Any] = {"-:^" + name.replace(".", "\\.") + "$": {} for name in floats}
+    return {"modules_in_block_to_quantize": [sorted(inner)], "dynamic": dynamic}
 
 
 def read_quantized(folder: Path) -> dict[str, Quantized]:
@@ -113,5 +126,10 @@ def load_dequantized(folder: Path, trust_remote_code: bool = False) -> PreTraine
     if wrong.missing_keys or wrong.unexpected_keys:
         odd = (wrong.missing_keys or wrong.unexpected_keys)[0]
         raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {odd}")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ArtifactError(f"{folder}: tensor {name} holds values that are not finite")
     model.requires_grad_(False)
     return model.eval()

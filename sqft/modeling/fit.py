@@ -27,6 +27,9 @@ def check_fit(plan: Plan) -> None:
     if recipe.sparsify:
         chosen = [x for x in plan.source.linears if selected(x.name, recipe.sparsify.include, recipe.sparsify.exclude)]
         wanted["sparsify.include"] = chosen
+    if recipe.quantize:
+        chosen = [x for x in plan.source.linears if selected(x.name, recipe.quantize.include, recipe.quantize.exclude)]
+        wanted["quantize.include"] = chosen
     if recipe.finetune:
         wanted["finetune.targets"] = [x for x in plan.source.linears if selected(x.name, recipe.finetune.targets, ())]
     modules, model_type = dict(model.named_modules()), type(model).__name__

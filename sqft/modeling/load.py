@@ -49,7 +49,7 @@ def skeleton(source: ModelSource, trust_remote_code: bool = False) -> PreTrained
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # transformers' own checks of a config raise anything
         raise StageError(
             f"transformers cannot make a causal language model of {source.path}: {_first(error)}"
         ) from error
@@ -84,7 +84,7 @@ def _load(
             model = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # a file or config that transformers makes nothing of
         raise StageError(f"transformers cannot load {place}: {_first(error)}") from error
     _forget_quantization(model)
     for name, tensor in model.named_parameters():

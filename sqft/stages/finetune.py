@@ -25,9 +25,8 @@ from sqft.modeling.tuning import Tuned, build, restore, store_deltas
 from sqft.recipe import Finetune
 from sqft.source import Digests
 from sqft.stages.base import Context, log
-from sqft.store import write_json
+from sqft.store import CHECKPOINTS, write_json
 
-CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
 
@@ -91,7 +90,6 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(who, name, layer.base(), layer.effective(), merger.keeps_mask)
-    shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)  # until here, a kill loses nothing
 
 
 def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sqft import checks
 from sqft.contracts import LinearStats, Quantized, Quantizer
 from sqft.data.batches import calibration_windows
-from sqft.errors import ArtifactError, StageError
-from sqft.kernels.grids import dequantize
-from sqft.kernels.masks import unpack_mask
+from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.grids import dequantize, group_index
 from sqft.modeling.blocks import linears
 from sqft.modeling.calibrate import walk
 from sqft.modeling.checkpoint import read_quantized, save_quantized
@@ -22,6 +23,10 @@ from sqft.modeling.tuning import base_model
 from sqft.plan import selected
 from sqft.recipe import Quantize
 from sqft.stages.base import Context
+from sqft.store import write_json
+
+DIGESTS = "digests.json"
+"""What the quantizer gave for each layer, to hold against what is read back."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -32,13 +37,13 @@ def run(context: Context) -> dict[str, Any]:
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
         raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
-    masks = _masks(context)
     quantized: dict[str, Quantized] = {}
     report: dict[str, Any] = {}
 
     def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
         weight = linear.weight.detach().to(torch.float32, copy=True)
-        mask = masks[name].to(weight.device) if name in masks else None
+        # What is zero in the base stays zero, whether sqft pruned it or the model came sparse.
+        mask = weight != 0
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("quantize", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
@@ -47,7 +52,8 @@ def run(context: Context) -> dict[str, Any]:
         checks.check_quantized(who, name, result, kept, mask)
         value = dequantize(result)
         linear.weight.data.copy_(value)
-        quantized[name] = result
+        _check_storable(who, name, result, next(iter(quantized.values()), result))
+        quantized[name] = _on_cpu(result)
         report[name] = _error(kept, value, stats.hessian)
 
     if quantizer.needs:
@@ -65,6 +71,7 @@ def run(context: Context) -> dict[str, Any]:
         for name, linear in context.track(layers.items(), "quantizing", len(layers)):
             compress(name, linear, LinearStats(tokens=0))
     save_quantized(model, tokenizer, quantized, context.folder / "model")
+    write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
     weights = sum(linear.weight.numel() for linear in layers.values())
     zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
     grid = next(iter(quantized.values())).grid
@@ -79,35 +86,59 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def prove(context: Context) -> None:
-    """Codes read back, pruned weights are exactly zero, and what is not quantized is the base's bit for bit."""
+    """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
     base, _ = base_model(context.plan, context.model_folder())
     folder, who = context.folder / "model", context.who(Quantizer)
-    layers, masks = read_quantized(folder), _masks(context)
-    original = base.state_dict()
+    layers, original = read_quantized(folder), base.state_dict()
+    digests = json.loads((context.folder / DIGESTS).read_text("utf-8"))
+    if odd := sorted(layers.keys() ^ digests.keys()):
+        raise ArtifactError(f"quantize ({who}): {odd[0]} was quantized and is not stored, or the other way round")
     for name, layer in layers.items():
         if layer.codes.shape != original[f"{name}.weight"].shape:
             raise ArtifactError(f"quantize ({who}): {name} as stored has another shape than the base's")
         value = dequantize(layer)
         if not value.isfinite().all():
             raise ArtifactError(f"quantize ({who}): {name} as stored holds values that are not finite")
-        if name in masks and (lost := int((value[~masks[name]] != 0).sum())):
-            raise ArtifactError(f"quantize ({who}): {lost} pruned weights of {name} are not zero as stored")
+        if _digest(layer) != digests[name]:
+            raise ArtifactError(f"quantize ({who}): codes or grid of {name} as stored are not the quantizer's")
+        if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
+            raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
     for name, tensor in FolderReader(folder).tensors():
         if name.rpartition(".")[0] not in layers and not torch.equal(tensor, original[name]):
             raise ArtifactError(f"quantize ({who}): {name} as stored is not the base's")
 
 
-def _masks(context: Context) -> dict[str, Tensor]:
-    """What the sparse base keeps, by layer; nothing when the base is dense."""
-    base = context.inputs.get("base")
-    if base is None:
-        return {}
-    reader = FolderReader(base.folder / "model")
-    masks = {}
-    for name, packed in load_file(base.folder / "masks.safetensors").items():
-        out, inputs = reader.tensor(f"{name}.weight").shape
-        masks[name] = unpack_mask(packed, (out, inputs))
-    return masks
+def _check_storable(who: str, name: str, result: Quantized, first: Quantized) -> None:
+    """A checkpoint has one number of bits and one group size for all layers, whole words, and float16 scales."""
+    grid, (out, inputs) = result.grid, result.codes.shape
+    if grid.bits not in (2, 3, 4, 8) or inputs * grid.bits % 32 or out * grid.bits % 32:
+        raise ContractError(f"{who} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
+    if (grid.bits, grid.group_size) != (first.grid.bits, first.grid.group_size):
+        raise ContractError(f"{who} gave {name} other bits or another group size than the layers before")
+    if not grid.scale.half().to(grid.scale.dtype).equal(grid.scale):
+        raise ContractError(f"{who} gave {name} scales that float16 does not hold; round them before taking codes")
+
+
+def _on_cpu(layer: Quantized) -> Quantized:
+    grid = layer.grid
+    index = grid.group_index.cpu() if grid.group_index is not None else None
+    moved = dataclasses.replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu(), group_index=index)
+    return Quantized(layer.codes.cpu(), moved)
+
+
+def _digest(layer: Quantized) -> str:
+    """SHA-256 over codes, scales, zero points and the group of each input."""
+    grid = layer.grid
+    parts = (
+        layer.codes.to(torch.uint8),
+        grid.scale.half(),
+        grid.zero.to(torch.uint8),
+        group_index(grid, layer.codes.shape[1]).to(torch.int32),
+    )
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> dict[str, float]:

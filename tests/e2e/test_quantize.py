@@ -42,8 +42,8 @@ def words(packed: torch.Tensor, bits: int) -> torch.Tensor:
     "options",
     [
         {"group_size": 32},
-        {"group_size": 32, "act_order": True},
-        {"group_size": -1, "symmetric": True, "bits": 8},
+        {"group_size": 32, "symmetric": False, "act_order": True},
+        {"group_size": -1, "symmetric": False, "bits": 8},
         {"group_size": 32, "bits": 2, "clip": True},
     ],
 )
@@ -57,7 +57,7 @@ def test_the_checkpoint_is_gptqs_and_keeps_the_zeros(
     settings = json.loads((finished["quantize"].folder / "model" / "config.json").read_text())["quantization_config"]
     bits = options.get("bits", 4)
     assert (settings["bits"], settings["group_size"], settings["sym"], settings["desc_act"]) == (
-        bits, options["group_size"], options.get("symmetric", False), options.get("act_order", False),
+        bits, options["group_size"], options.get("symmetric", True), options.get("act_order", False),
     )  # fmt: skip
     model = finished["quantize"].load_model()
     assert len(masks) == 14 and "lm_head.weight" in stored  # stored although it is tied
@@ -87,8 +87,32 @@ def test_round_to_nearest_needs_no_calibration(quantizing: dict[str, Any], regis
     quantizing["evaluate"]["of"] = ["quantize"]
     finished = run(quantizing, registry, tmp_path)
     assert not any("down_proj" in name for name in finished["quantize"].report["layers"])
+    settings = json.loads((finished["quantize"].folder / "model" / "config.json").read_text())["quantization_config"]
+    assert settings["modules_in_block_to_quantize"] == [
+        ["mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{x}_proj" for x in "koqv")]
+    ]
+    assert set(settings["dynamic"]) == {rf"-:^model\.layers\.{n}\.mlp\.down_proj$" for n in (0, 1)}
     stored = load_file(finished["quantize"].folder / "model" / "model.safetensors")
     assert "model.layers.0.mlp.down_proj.weight" in stored and "model.layers.0.mlp.up_proj.qweight" in stored
+
+
+def test_a_model_that_came_sparse_keeps_its_zeros(
+    quantizing: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """And its ends of sequence; what is quantized cannot be quantized again."""
+    quantizing["evaluate"]["of"] = ["sparsify"]
+    sparse = run({key: quantizing[key] for key in quantizing if key != "quantize"}, registry, tmp_path / "one")
+    folder = sparse["sparsify"].folder / "model"
+    quantizing["model"]["path"] = str(folder)
+    quantizing.pop("sparsify"), quantizing.pop("evaluate")
+    finished = run(quantizing, registry, tmp_path / "two")
+    model, base = finished["quantize"].load_model(), sparse["sparsify"].load_model()
+    for name, weight in base.named_parameters():
+        assert not ((weight == 0) & (model.get_parameter(name) != 0)).any()
+    assert model.generation_config.eos_token_id == base.generation_config.eos_token_id
+    quantizing["model"]["path"] = str(finished["quantize"].folder / "model")
+    with pytest.raises(RecipeError, match=r"model\.path: .* is already quantized \(gptq\)"):
+        run(quantizing, registry, tmp_path / "three")
 
 
 def test_what_no_checkpoint_can_hold(quantizing: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
@@ -102,6 +126,8 @@ def test_what_no_checkpoint_can_hold(quantizing: dict[str, Any], registry: Regis
     assert "sizes that fit: 32, -1 (12 such layers; or exclude them)" in said(group_size=64)
     assert "16 outputs of 3 bits do not fill words of 32 bits" in said(bits=3, group_size=32)
     assert "quantize.quantizer.options.bits: input should be 2, 3, 4 or 8, found 5" in said(bits=5)
+    quantizing["quantize"]["exclude"] = ["model.layers.0.*"]
+    assert "quantize.include: differs from block to block" in said(group_size=32)
     quantizing.pop("calibration")
     quantizing["sparsify"]["scorer"] = "magnitude"
     assert "calibration: is missing: quantizer 'gptq' needs hessian" in said(group_size=32)

@@ -25,7 +25,9 @@ def loop(row: list[float], bits: int, symmetric: bool) -> tuple[float, int, list
         high = max(-low, high)
         low = -high
     scale = float(torch.tensor(max((high - low) / top, 2.0**-24)).half())
-    zero = (top + 1) // 2 if symmetric else min(max(round(-low / scale), 0), top)
+    zero = (top + 1) // 2 if symmetric or high == low else min(max(round(-low / scale), 1), top)
+    if zero == 1:
+        scale = max(scale, float(torch.tensor(high / (top - 1)).half()))
     return scale, zero, [min(max(round(value / scale) + zero, 0), top) for value in row]
 
 
@@ -53,7 +55,7 @@ def test_zero_is_a_point_and_rounding_settles(seed: int, bits: int, symmetric: b
     scale, zero = fit(weight.reshape(4, 2, 16), bits, symmetric, clip)
     grid = Grid(scale.half(), zero, 16, bits)
     assert grid.scale.float().equal(scale) and (scale > 0).all()
-    assert zero.min() >= 0 and zero.max() < 2**bits
+    assert zero.min() >= 1 and zero.max() < 2**bits  # a 0 would carry where words are added to
     value = dequantize(Quantized(quantize(weight, grid), grid))
     assert not value[weight == 0].any()
     assert quantize(value, grid).equal(quantize(weight, grid))  # idempotent
