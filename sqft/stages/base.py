@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from sqft.contracts import Component
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft.contracts import Component, LinearStats, Statistic
+from sqft.data.batches import calibration_windows
+from sqft.modeling.calibrate import walk
 from sqft.plan import Plan, Step
 from sqft.progress import Track
 from sqft.store import Artifact
@@ -50,3 +55,24 @@ class Context:
         """The folder of the base model this step works on; None means the recipe's own model."""
         base = self.inputs.get("base")
         return base.folder / "model" if base else None
+
+    def feed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Mapping[str, nn.Linear],
+        needs: frozenset[Statistic],
+        compress: Callable[[str, nn.Linear, LinearStats], None],
+        label: str,
+    ) -> int:
+        """Call `compress` on each layer with the statistics it needs; how many calibration tokens that took."""
+        if not needs:
+            for name, linear in self.track(layers.items(), label, len(layers)):
+                compress(name, linear, LinearStats(tokens=0))
+            return 0
+        calibration = self.plan.recipe.calibration
+        assert calibration is not None
+        file, seed = self.step.files["calibration"], self.seed_for("calibration")
+        windows = calibration_windows(file, tokenizer, calibration.samples, calibration.length, seed)
+        walk(model, windows, set(layers), needs, compress, self.device, self.track)
+        return windows.numel()

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from sqft import checks
 from sqft.contracts import LinearStats, Quantized, Quantizer
-from sqft.data.batches import calibration_windows
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.grids import dequantize, group_index
 from sqft.modeling.blocks import linears
-from sqft.modeling.calibrate import walk
 from sqft.modeling.checkpoint import read_quantized, save_quantized
 from sqft.modeling.load import FolderReader
 from sqft.modeling.tuning import base_model
@@ -32,7 +30,7 @@ DIGESTS = "digests.json"
 def run(context: Context) -> dict[str, Any]:
     """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings."""
     section = cast(Quantize, context.step.section)
-    recipe, quantizer, who = context.plan.recipe, context.component(Quantizer), context.who(Quantizer)
+    quantizer, who = context.component(Quantizer), context.who(Quantizer)
     model, tokenizer = base_model(context.plan, context.model_folder())
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
@@ -56,20 +54,7 @@ def run(context: Context) -> dict[str, Any]:
         quantized[name] = _on_cpu(result)
         report[name] = _error(kept, value, stats.hessian)
 
-    if quantizer.needs:
-        assert recipe.calibration is not None
-        calibration = recipe.calibration
-        windows = calibration_windows(
-            context.step.files["calibration"],
-            tokenizer,
-            calibration.samples,
-            calibration.length,
-            context.seed_for("calibration"),
-        )
-        walk(model, windows, set(layers), quantizer.needs, compress, context.device, context.track)
-    else:
-        for name, linear in context.track(layers.items(), "quantizing", len(layers)):
-            compress(name, linear, LinearStats(tokens=0))
+    context.feed(model, tokenizer, layers, quantizer.needs, compress, "quantizing")
     save_quantized(model, tokenizer, quantized, context.folder / "model")
     write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
     weights = sum(linear.weight.numel() for linear in layers.values())

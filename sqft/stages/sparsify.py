@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from sqft import checks
 from sqft.contracts import Allocator, LinearStats, Scorer
-from sqft.data.batches import calibration_windows
 from sqft.errors import ArtifactError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.blocks import linears, shape_of
-from sqft.modeling.calibrate import walk
 from sqft.modeling.load import FolderReader, load_source, save_model
 from sqft.plan import selected
 from sqft.recipe import Sparsify
@@ -54,21 +52,7 @@ def run(context: Context) -> dict[str, Any]:
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
 
-    windows = torch.empty(0, 8, dtype=torch.long)
-    if scorer.needs:
-        assert recipe.calibration is not None
-        calibration = recipe.calibration
-        windows = calibration_windows(
-            context.step.files["calibration"],
-            tokenizer,
-            calibration.samples,
-            calibration.length,
-            context.seed_for("calibration"),
-        )
-        walk(model, windows, set(layers), scorer.needs, compress, context.device, context.track)
-    else:
-        for name, linear in context.track(layers.items(), "scoring", len(layers)):
-            compress(name, linear, LinearStats(tokens=0))
+    tokens = context.feed(model, tokenizer, layers, scorer.needs, compress, "scoring")
     save_model(model, tokenizer, context.folder / "model")
     save_file(masks, context.folder / "masks.safetensors")
     total = sum(linear.weight.numel() for linear in layers.values())
@@ -79,7 +63,7 @@ def run(context: Context) -> dict[str, Any]:
         "weights": total,
         "parameters": model.num_parameters(),
         "layers": report,
-        "calibration_tokens": windows.numel(),
+        "calibration_tokens": tokens,
     }
 
 
