@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sqft.api import LinearShape
 from sqft.modeling.adapted import AdaptedLinear
+from sqft.modeling.weights import FloatWeight
 
 RANK, TOKENS = 32, 2048
 SIZES = ((2048, 2048), (1536, 576), (4096, 4096))  # (out, in)
@@ -51,7 +52,7 @@ def layers(out: int, inputs: int, dtype: torch.dtype) -> dict[str, nn.Module]:
 
     lora = get_peft_model(nn.Sequential(linear()), LoraConfig(r=RANK, lora_alpha=64, target_modules=["0"]))
     delta = Nls(ranks=(RANK,)).delta(LinearShape("l", out, inputs), torch.Generator().manual_seed(0))
-    fused = AdaptedLinear(linear(), delta, SparsePEFT(), True)
+    fused = AdaptedLinear(FloatWeight(linear().weight, True), None, delta, SparsePEFT())
     return {"LoRA (peft)": lora, "naive two paths": Naive(linear()), "SparsePEFT fused": fused}
 
 

@@ -73,6 +73,11 @@ class Plan:
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(step.fingerprint for step in self.steps).encode()).hexdigest()
 
+    @property
+    def quantized(self) -> bool:
+        """Whether codes lie under the adapters."""
+        return self.recipe.quantize is not None
+
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
 

@@ -6,18 +6,18 @@ No torch: everything that can be checked without loading a model is checked here
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sqft.checks import check_space
-from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Quantizer, Scorer, Searcher, Statistic
+from sqft.contracts import Adapter, Merger, Quantizer, Scorer, Searcher, Statistic
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
-from sqft.plan import Estimate, Part, Plan, Step, activation_bytes, selected
-from sqft.recipe import Calibration, ComponentRef, Evaluate, Finetune, Recipe, Search, Section, Sparsify
+from sqft.fitting import Fitting
+from sqft.plan import Estimate, Part, Plan, Step, activation_bytes
+from sqft.recipe import Calibration, ComponentRef, Evaluate, Recipe, Search, Section
 from sqft.registry import Registry
-from sqft.resolver import Resolver
 from sqft.source import Digests
 
 
@@ -36,20 +36,20 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
     return plan
 
 
-class _Planner(Resolver):
+class _Planner(Fitting):
     """Walks the recipe's sections in the paper's order and makes steps of them."""
 
     def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
         super().__init__(recipe, registry, digests)
         self.steps: dict[str, Step] = {}
-        self.base: dict[str, str] = {}  # the role and the step of the sparse base, when the recipe makes one
+        self.base: dict[str, str] = {}  # role and step of the base under the adapters, where the recipe makes one
 
     def plan(self) -> Plan | None:
         recipe = self.recipe
         self._model()
         self.base = {"base": self._sparsify()} if recipe.sparsify else {}
         if recipe.quantize:
-            self._quantize()
+            self.base = {"base": self._quantize(), **({"floats": "sparsify"} if self.base else {})}
         if recipe.finetune:
             merger = self._finetune()
             self._search()
@@ -89,7 +89,7 @@ class _Planner(Resolver):
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
 
-    def _quantize(self) -> None:
+    def _quantize(self) -> str:
         section = self.recipe.quantize
         assert section is not None
         part = self._part("quantizer", section.quantizer, "quantize.quantizer")
@@ -110,7 +110,7 @@ class _Planner(Resolver):
         hidden = self.source.size("hidden_size") if self.source else 0
         seen = calibration.samples * calibration.length if calibration else 0
         widest = max((layer.in_features for layer in chosen), default=0)
-        self._add(
+        return self._add(
             "quantize",
             section,
             {"quantizer": part},
@@ -119,8 +119,6 @@ class _Planner(Resolver):
             Estimate(weights, size, size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29)),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
-        if self.recipe.finetune:
-            self._problem("quantize", "training on a quantized base is not built yet; remove finetune, or this section")
 
     def _calibration(self, needs: frozenset[Statistic], who: str) -> tuple[Calibration | None, dict[str, Path]]:
         """The calibration a component needs, if it needs any, and its file."""
@@ -142,6 +140,11 @@ class _Planner(Resolver):
         adapter = self._part("adapter", section.adapter, "finetune.adapter")
         merger = self._part("merger", section.merger, "finetune.merger")
         self._base_fits(merger)
+        self._no_dropout(adapter, merger)
+        if section.base == "codes" and not self.recipe.quantize:
+            self._problem(
+                "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
+            )
         targets = self._targets(section)
         trained = 0
         if adapter and targets:
@@ -270,10 +273,8 @@ class _Planner(Resolver):
         stage, _, name = what.partition(":")
         if what == "model":
             return {}, {}
-        if what == "sparsify" and self.base:
-            return self.base, {}
-        if what == "quantize" and "quantize" in self.steps:
-            return {"base": "quantize"}, {}
+        if what in ("sparsify", "quantize") and what in self.steps:
+            return {"base": what}, {}
         if what == "search" and "search" in self.steps:
             return {"search": "search", "finetune": "finetune", **self.base}, {}
         if what == "merge" and self.recipe.merge is not None:
@@ -295,61 +296,6 @@ class _Planner(Resolver):
         for name in ("search", "merge"):
             if getattr(self.recipe, name) is not None:
                 self._problem(name, "needs a finetune section; add one or remove this")
-
-    # -- checks ---------------------------------------------------------------------------------
-
-    def _base_fits(self, merger: Part | None) -> None:
-        if merger is None or not isinstance(merger.component, Merger):
-            return
-        recipe = self.recipe
-        kind = BaseKind.QUANTIZED if recipe.quantize else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
-        if kind in merger.component.bases:
-            return
-        fitting = self._mergers(lambda other: kind in other.bases)
-        works = " or ".join(sorted(merger.component.bases))
-        self._problem(
-            "finetune.merger",
-            f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
-            f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
-        )
-
-    def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
-        components = [entry.component for entry in self.registry.entries()]
-        return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
-
-    def _grid_fits(self, part: Part, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
-        try:
-            reasons = [(layer, said) for layer in chosen if (said := quantizer.misfit(layer))]
-        except Exception as error:  # a plugin's code
-            self._problem("quantize.quantizer", f"{part.entry} raised {error!r}")
-            return
-        if reasons:
-            layer, said = reasons[0]
-            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
-
-    def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
-        if ":" not in section.pattern:
-            return
-        block = int(section.pattern.partition(":")[2])
-        odd = [linear for linear in pruned if linear.in_features % block]
-        if odd:
-            self._problem(
-                "sparsify.pattern",
-                f"'{section.pattern}' needs layers whose inputs are a multiple of {block}; {odd[0].name} has "
-                f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
-            )
-
-    def _targets(self, section: Finetune) -> list[LinearShape]:
-        if self.source is None:
-            return []
-        chosen = [linear for linear in self.source.linears if selected(linear.name, section.targets, ())]
-        for index, target in enumerate(section.targets):
-            if not any(selected(linear.name, [target], ()) for linear in chosen):
-                self._problem(
-                    f"finetune.targets.{index}",
-                    f"'{target}' matches no linear layer; the model has {self._last_names()}",
-                )
-        return chosen
 
     # -- pieces ---------------------------------------------------------------------------------
 

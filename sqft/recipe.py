@@ -131,6 +131,11 @@ class Finetune(Section):
         min_length=1,
         description="last names, or glob patterns of full names, of the linear layers to adapt",
     )
+    base: Literal["floats", "codes"] = Field(
+        "floats",
+        description="what a merger starts from on a quantized base: the floats before quantization (paper §2.4), or "
+        "what the codes stand for, which takes a fraction of the memory",
+    )
     data: DataRef
     epochs: Annotated[float, Field(gt=0)] = 3.0
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")

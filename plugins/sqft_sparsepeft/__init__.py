@@ -1,4 +1,4 @@
-"""SparsePEFT: adapters that merge without losing one zero (paper §2.3)."""
+"""SparsePEFT and QA-SparsePEFT: adapters that merge without losing one zero, or one bit (paper §2.3, §2.4)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ class SparsePEFT(Merger):
         return grad if base.mask is None else grad * base.mask
 
 
+class QASparsePEFT(SparsePEFT):
+    """SparsePEFT on a quantized base: W + (α/r) (B A) ⊙ M, rounded on the base's own grid (paper eq. 1–4).
+
+    The rounding is the core's, in training and in the merge alike: the codes stored are the ones trained through.
+    """
+
+    name = "qa-sparsepeft"
+    bases = frozenset({BaseKind.QUANTIZED})
+
+
 @hookimpl
 def sqft_mergers() -> Iterator[type[Merger]]:
-    yield SparsePEFT
+    yield from (SparsePEFT, QASparsePEFT)

@@ -62,8 +62,8 @@ def _error(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 
 
 def round_on(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Codes clamp(round(W / s) + z, 0, top) (paper eq. 3), of shapes that broadcast; int32."""
-    return ((weight / scale).round() + zero).clamp(0, top).int()
+    """Codes clamp(round(W / s) + z, 0, top) (paper eq. 3), of shapes that broadcast; whole numbers in float32."""
+    return ((weight / scale).round() + zero).clamp(0, top)
 
 
 def group_index(grid: Grid, inputs: int) -> Tensor:
@@ -74,15 +74,50 @@ def group_index(grid: Grid, inputs: int) -> Tensor:
     return torch.arange(inputs, device=grid.scale.device) // size
 
 
+def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each input, float32 [out, in]."""
+    scale, zero = grid.scale.float(), grid.zero.float()
+    if grid.group_index is not None:
+        index = grid.group_index.long()
+        return scale[:, index], zero[:, index]
+    size = inputs if grid.group_size == -1 else grid.group_size
+    return scale.repeat_interleave(size, 1)[:, :inputs], zero.repeat_interleave(size, 1)[:, :inputs]
+
+
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Codes [out, in], uint8, of a weight [out, in] on a grid: round to nearest (paper eq. 3)."""
-    index = group_index(grid, weight.shape[1])
-    scale, zero = grid.scale.float()[:, index], grid.zero[:, index]
+    scale, zero = spread(grid, weight.shape[1])
     return round_on(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weight [out, in] float32 that codes stand for: s · (q − z) (paper eq. 4)."""
-    grid = quantized.grid
-    index = group_index(grid, quantized.codes.shape[1])
-    return grid.scale.float()[:, index] * (quantized.codes.int() - grid.zero[:, index].int())
+    scale, zero = spread(quantized.grid, quantized.codes.shape[1])
+    return scale * (quantized.codes - zero)
+
+
+def rounded(weight: Tensor, grid: Grid) -> Tensor:
+    """What the codes of a float32 weight [out, in] stand for: `dequantize(quantize(weight))`, to the bit."""
+    scale, zero = spread(grid, weight.shape[1])
+    return scale * (round_on(weight, scale, zero, 2**grid.bits - 1) - zero)
+
+
+def inside(weight: Tensor, grid: Grid) -> Tensor:
+    """Bool [out, in], true where eq. 3's clamp leaves the code alone; elsewhere no gradient passes."""
+    scale, zero = spread(grid, weight.shape[1])
+    code = (weight / scale).round() + zero
+    within: Tensor = (code >= 0) & (code <= 2**grid.bits - 1)
+    return within
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    """Whether two layers hold the same codes on the same grid, to the bit."""
+    grid, its = one.grid, other.grid
+    inputs = one.codes.shape[1]
+    return (
+        (grid.bits, one.codes.shape) == (its.bits, other.codes.shape)
+        and one.codes.to(torch.uint8).equal(other.codes.to(torch.uint8))
+        and grid.scale.half().equal(its.scale.half())
+        and grid.zero.int().equal(its.zero.int())
+        and group_index(grid, inputs).equal(group_index(its, inputs))
+    )

@@ -1,4 +1,4 @@
-"""Codes as words of 32 bits, the way GPTQ checkpoints (version 1) store them."""
+"""Codes as words of 32 bits, the way GPTQ checkpoints (version 1) store them; and as bytes, row by row, in memory."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     stream = (words[:, None].long() >> torch.arange(WORD, device=words.device)[:, None]) & 1
     codes = stream.reshape(-1, bits, words.shape[1]) << torch.arange(bits, device=words.device)[:, None]
     return codes.sum(1).to(torch.uint8)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, m] as uint8 [n, m · w / 8] for memory: w bits each, lowest first, w the power of two from `bits` on.
+
+    Any block of rows is unpacked by itself, which words along a column do not allow.
+
+    Raises:
+        ValueError: when m codes do not fill whole bytes.
+    """
+    shifts = _shifts(bits, codes.device)
+    if codes.shape[1] % len(shifts):
+        raise ValueError(f"{codes.shape[1]} codes of {bits} bits do not fill bytes")
+    parts = codes.to(torch.uint8).reshape(len(codes), -1, len(shifts)) << shifts
+    return parts.sum(-1, dtype=torch.uint8)
+
+
+def unpack_rows(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_rows`: uint8 codes [n, m]."""
+    shifts = _shifts(bits, packed.device)
+    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(1)
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    width = 1 << (bits - 1).bit_length()
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)
 
 
 def to_gptq(quantized: Quantized) -> dict[str, Tensor]:

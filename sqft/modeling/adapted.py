@@ -1,7 +1,7 @@
 """A linear layer with an adapter: base, delta and merger become one forward and one backward.
 
-`effective_weight` is the only place where the weight that is trained through is computed; the merge
-calls it too, so "merging loses nothing" holds by construction.
+`_merged` is the only place where a merger is called: training's forward, its backward and the merge take
+their weights from there, so "merging loses nothing" holds by construction.
 """
 
 from __future__ import annotations
@@ -14,89 +14,114 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqft.contracts import BaseWeight, DeltaModule, Merger
+from sqft.contracts import BaseWeight, DeltaModule, Merger, Quantized
 from sqft.errors import StageError
-
-BLOCK = 1 << 18
-"""Elements of a row block: 1 MiB of float32, so that the elementwise passes stay in the cache."""
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Row blocks of a weight [out, in]; they depend on its shape alone, so every use rounds alike."""
-    rows = max(1, BLOCK // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, min(start + rows, weight.shape[0]))
+from sqft.kernels import grids
+from sqft.modeling.weights import FrozenWeight, PackedLinear, unpacked
 
 
-def _base(weight: Tensor, sparse: bool, rows: slice) -> BaseWeight:
-    block = weight[rows].float()
-    return BaseWeight(block, block != 0 if sparse else None)
+def _merged(
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float
+) -> Iterator[tuple[slice, BaseWeight, Tensor]]:
+    """Blocks of rows of the base and of combine(W, scale · B A) [rows, in], float32 with autocast off.
+
+    The law, in one place: the forward, the backward and the merge all take their weights from here.
+    """
+    with torch.no_grad(), torch.autocast(B.device.type, enabled=False):
+        right = A.float() * scale
+        for rows in base.rows():
+            block = base.block(rows)
+            yield rows, block, merger.combine(block, B[rows].float() @ right)
 
 
 def effective_weight(
-    merger: Merger, weight: Tensor, sparse: bool, B: Tensor, A: Tensor, scale: float, less_base: bool = False
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, less_base: bool = False
 ) -> Tensor:
-    """W_eff [out, in] = combine(W, scale · B A) in the weight's dtype (paper eq. 1–2 for `sparsepeft`).
+    """W_eff [out, in] = combine(W, scale · B A) in the base's dtype, rounded on the base's grid where it has one
+    (paper eq. 1–2 for `sparsepeft`, eq. 3–4 for `qa-sparsepeft`).
 
-    `weight` [out, in], `B` [out, r], `A` [r, in]. Computed in float32 with autocast off, whatever the
-    dtypes; not differentiable, see `_Effective`. `less_base` gives W_eff − W, subtracted before it is
-    rounded to the weight's dtype.
+    `B` [out, r], `A` [r, in]. Computed in float32 whatever the dtypes; not differentiable, see `_Effective`.
+    `less_base` gives W_eff − W, subtracted before it is rounded to the base's dtype.
     """
-    result = torch.empty_like(weight)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        right = A.float() * scale
-        for rows in _blocks(weight):
-            base = _base(weight, sparse, rows)
-            block = merger.combine(base, B[rows].float() @ right)
-            result[rows] = block - base.weight if less_base else block
+    result = torch.empty(base.out_features, base.in_features, dtype=base.dtype, device=B.device)
+    with torch.no_grad():
+        for rows, block, merged in _merged(merger, base, B, A, scale):
+            if grid := base.grid(rows):
+                merged = grids.rounded(merged, grid)
+            result[rows] = merged - block.weight if less_base else merged
     return result
 
 
+def effective_codes(merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float) -> Quantized:
+    """The codes [out, in] of `effective_weight`, on the base's grid (paper eq. 3).
+
+    Raises:
+        StageError: when the base has no grid.
+    """
+    grid = base.grid()
+    if grid is None:
+        raise StageError("a float base has no codes")
+    codes = torch.empty(base.out_features, base.in_features, dtype=torch.uint8, device=B.device)
+    for rows, _, merged in _merged(merger, base, B, A, scale):
+        part = base.grid(rows)
+        assert part is not None
+        codes[rows] = grids.quantize(merged, part)
+    return Quantized(codes, grid)
+
+
 class _Effective(torch.autograd.Function):
-    """y = x W_effᵀ + b, or x (W_eff − W)ᵀ. Keeps x, W, A and B only; backward makes W_eff again, block by block."""
+    """y = x W_effᵀ + b, or x (W_eff − W)ᵀ. Keeps x, B and A only; backward makes W_eff again, block by block."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         B: Tensor,
         A: Tensor,
         scale: float,
         merger: Merger,
-        sparse: bool,
+        base: FrozenWeight,
         less_base: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, B, A)
-        ctx.scale, ctx.merger, ctx.sparse, ctx.less_base = scale, merger, sparse, less_base
+        ctx.save_for_backward(x, B, A)
+        # The base lives in its module anyway: nothing that it holds is kept for longer by this.
+        ctx.scale, ctx.merger, ctx.base, ctx.less_base = scale, merger, base, less_base
         with torch.autocast(x.device.type, enabled=False):
-            merged = effective_weight(merger, weight, sparse, B, A, scale, less_base).to(x.dtype)
+            merged = effective_weight(merger, base, B, A, scale, less_base).to(x.dtype)
             return F.linear(x, merged, bias.to(x.dtype) if bias is not None else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, B, A = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])  # [tokens, out]
-        inputs = x.reshape(-1, weight.shape[1])  # [tokens, in]
+        x, B, A = ctx.saved_tensors
+        base: FrozenWeight = ctx.base
+        grad = grads[0].reshape(-1, base.out_features)  # [tokens, out]
+        inputs = x.reshape(-1, base.in_features)  # [tokens, in]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             right = A.float() * ctx.scale
             grad_B, grad_A = torch.zeros_like(B, dtype=torch.float32), torch.zeros_like(A, dtype=torch.float32)
-            merged = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
+            shape = (base.out_features, base.in_features)
+            wanted = torch.empty(shape, dtype=base.dtype, device=B.device) if ctx.needs_input_grad[0] else None
             # One large matmul: d(loss)/d(W_eff) = dyᵀ x, [out, in].
             grad_weight = grad.T @ inputs
-            for rows in _blocks(weight):
-                base, left = _base(weight, ctx.sparse, rows), B[rows].float()
+            for rows in base.rows():
+                block, left = base.block(rows), B[rows].float()
                 delta = left @ right
-                if merged is not None:
-                    block = ctx.merger.combine(base, delta)
-                    merged[rows] = block - base.weight if ctx.less_base else block
-                grad_delta = ctx.merger.derivative(base, delta, grad_weight[rows].float())
+                through = grad_weight[rows].float()
+                grid = base.grid(rows)
+                if wanted is not None or grid:
+                    merged = ctx.merger.combine(block, delta)
+                    if grid:  # straight through the rounding, and nothing where the clamp held (paper eq. 3)
+                        through = through * grids.inside(merged, grid)
+                        merged = grids.rounded(merged, grid)
+                    if wanted is not None:
+                        wanted[rows] = merged - block.weight if ctx.less_base else merged
+                grad_delta = ctx.merger.derivative(block, delta, through)
                 grad_B[rows] = grad_delta @ right.T
                 grad_A.addmm_(left.T, grad_delta, alpha=ctx.scale)
             del grad_weight
-            grad_x = (grad @ merged.to(grad.dtype)).reshape(x.shape) if merged is not None else None
-        return grad_x, None, None, grad_B.to(B.dtype), grad_A.to(A.dtype), None, None, None, None
+            grad_x = (grad @ wanted.to(grad.dtype)).reshape(x.shape) if wanted is not None else None
+        return grad_x, None, grad_B.to(B.dtype), grad_A.to(A.dtype), None, None, None, None
 
 
 class AdaptedLinear(nn.Module):
@@ -109,19 +134,15 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, delta: DeltaModule, merger: Merger, sparse: bool, dropout: float = 0.0
+        self, base: FrozenWeight, bias: Tensor | None, delta: DeltaModule, merger: Merger, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.delta, self.merger, self.sparse = delta, merger, sparse
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base, self.bias = base, bias
+        self.delta, self.merger = delta, merger
         self.dropout = nn.Dropout(dropout)
         self.rank = delta.rank
         self.cached: Tensor | None = None
-
-    def base(self) -> BaseWeight:
-        """The frozen weight and its mask [out, in], as a merger sees them."""
-        return _base(self.weight.detach(), self.sparse, slice(None))
 
     def effective(self) -> Tensor:
         """The effective weight [out, in] at the current rank, in the base's dtype.
@@ -129,10 +150,21 @@ class AdaptedLinear(nn.Module):
         Raises:
             StageError: when the merger keeps the adapter beside the base.
         """
+        return effective_weight(self.merger, self.base, *self._factors())
+
+    def codes(self) -> Quantized:
+        """The codes of the effective weight on the base's grid.
+
+        Raises:
+            StageError: when the merger keeps the adapter beside the base, or the base has no grid.
+        """
+        return effective_codes(self.merger, self.base, *self._factors())
+
+    def _factors(self) -> tuple[Tensor, Tensor, float]:
         if not self.merger.merges:
             raise StageError(f"merger '{self.merger.name}' has no effective weight: its adapter stays beside the base")
         B, A, scale = self.delta.factors(self.rank)
-        return effective_weight(self.merger, self.weight, self.sparse, B.detach(), A.detach(), scale)
+        return B.detach(), A.detach(), scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.cached is not None:
@@ -140,33 +172,38 @@ class AdaptedLinear(nn.Module):
         B, A, scale = self.delta.factors(self.rank)
         if not self.merger.merges:
             side = F.linear(self.dropout(x), A.to(x.dtype))
-            return F.linear(x, self.weight, self.bias) + F.linear(side, B.to(x.dtype)) * scale
+            return self.base.linear(x, self.bias) + F.linear(side, B.to(x.dtype)) * scale
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and self.dropout.p > 0:
             # Not the difference of two outputs: in bfloat16 that would lose a small delta's digits.
             side = self._through(self.dropout(x), None, B, A, scale, less_base=True)
-            return F.linear(x, self.weight, self.bias) + side
+            return self.base.linear(x, self.bias) + side
         return self._through(x, self.bias, B, A, scale)
 
     def _through(
         self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, less_base: bool = False
     ) -> Tensor:
-        y: Tensor = _Effective.apply(x, self.weight, bias, B, A, scale, self.merger, self.sparse, less_base)  # type: ignore[no-untyped-call]
+        y: Tensor = _Effective.apply(x, bias, B, A, scale, self.merger, self.base, less_base)  # type: ignore[no-untyped-call]
         return y
 
 
 def attach(
-    model: nn.Module, deltas: Mapping[str, DeltaModule], merger: Merger, sparse: bool, dropout: float = 0.0
+    model: nn.Module,
+    deltas: Mapping[str, DeltaModule],
+    merger: Merger,
+    bases: Mapping[str, FrozenWeight],
+    dropout: float = 0.0,
 ) -> dict[str, AdaptedLinear]:
-    """Freeze the model and put an `AdaptedLinear` in place of each named linear layer."""
+    """Freeze the model and put an `AdaptedLinear` over its base in place of each named linear layer."""
     model.requires_grad_(False)
     adapted = {}
     for name, delta in deltas.items():
         parent, _, last = name.rpartition(".")
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        adapted[name] = AdaptedLinear(linear, delta, merger, sparse, dropout)
+        bias = model.get_submodule(name).bias
+        assert bias is None or isinstance(bias, Tensor)
+        layer = AdaptedLinear(bases[name], bias, delta, merger, dropout)
+        adapted[name] = layer.train(model.training)
         setattr(model.get_submodule(parent), last, adapted[name])
     return adapted
 
@@ -177,13 +214,24 @@ def choose(adapted: Mapping[str, AdaptedLinear], ranks: Mapping[str, int]) -> No
         layer.rank = ranks[name]
 
 
+def acting_weight(module: nn.Module) -> Tensor | None:
+    """The weight that a module acts with, if it has one; of an adapter that stays beside the base, the base's."""
+    if isinstance(module, AdaptedLinear):
+        return module.effective() if module.merger.merges else module.base.dense()
+    if isinstance(module, PackedLinear):
+        return module.base.dense()
+    return None if isinstance(module, FrozenWeight) else getattr(module, "weight", None)
+
+
 @contextmanager
-def frozen(adapted: Mapping[str, AdaptedLinear]) -> Iterator[None]:
-    """Inside, each layer that merges holds its effective weight, so that evaluation runs at the base's speed."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, each layer holds the weight it acts with as floats, so that evaluation runs at the base's speed."""
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     try:
-        for layer in adapted.values():
+        for layer in adapted:
             layer.cached = layer.effective() if layer.merger.merges else None
-        yield
+        with unpacked(module for module in model.modules() if getattr(module, "cached", None) is None):
+            yield
     finally:
-        for layer in adapted.values():
+        for layer in adapted:
             layer.cached = None

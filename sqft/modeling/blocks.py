@@ -6,6 +6,7 @@ from torch import nn
 
 from sqft.contracts import LinearShape
 from sqft.errors import StageError
+from sqft.modeling.weights import PackedLinear
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,14 +27,19 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer inside the decoder blocks, by full name, in order."""
+    """Every linear layer of floats inside the decoder blocks, by full name, in order."""
+    return {name: layer for name, layer in all_linears(model).items() if isinstance(layer, nn.Linear)}
+
+
+def all_linears(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
+    """Every linear layer inside the decoder blocks, of floats or of codes, by full name, in order."""
     return {
         f"{block_name}.{name}": module
         for block_name, block in decoder_blocks(model).items()
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | PackedLinear)
     }
 
 
-def shape_of(name: str, linear: nn.Linear) -> LinearShape:
+def shape_of(name: str, linear: nn.Linear | PackedLinear) -> LinearShape:
     return LinearShape(name, linear.out_features, linear.in_features)

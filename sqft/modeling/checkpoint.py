@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.contracts import Quantized
@@ -17,6 +18,7 @@ from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
+from sqft.modeling.weights import PackedLinear, PackedWeight
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -104,8 +106,7 @@ def open_folder(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrain
     """A model folder that sqft wrote, floats or GPTQ, as a float model with its tokenizer."""
     if quantization_of(folder) is None:
         return load_folder(folder, None, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    return load_dequantized(folder, trust_remote_code), tokenizer
+    return load_dequantized(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code)
 
 
 def load_dequantized(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -114,18 +115,49 @@ def load_dequantized(folder: Path, trust_remote_code: bool = False) -> PreTraine
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
     """
+    return _assemble(folder, trust_remote_code, packed=False)
+
+
+def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A GPTQ folder with a `PackedLinear` in the place of every quantized layer: codes stay codes in memory.
+
+    Raises:
+        ArtifactError: when tensors are missing, or there are some that the model does not know.
+    """
+    return _assemble(folder, trust_remote_code, packed=True)
+
+
+def _assemble(folder: Path, trust_remote_code: bool, packed: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
     layers, reader = read_quantized(folder), FolderReader(folder)
-    packed = {f"{name}.{part}" for name in layers for part in PARTS}
-    state = {name: reader.tensor(name) for name in reader.names() if name not in packed}
+    parts = {f"{name}.{part}" for name in layers for part in PARTS}
+    state = {name: reader.tensor(name) for name in reader.names() if name not in parts}
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    state |= {f"{name}.weight": dequantize(layer).to(dtype) for name, layer in layers.items()}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    wrong = model.load_state_dict(state, strict=False)
-    if wrong.missing_keys or wrong.unexpected_keys:
-        odd = (wrong.missing_keys or wrong.unexpected_keys)[0]
-        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {odd}")
+    with init_empty_weights():  # no memory for floats that are not there
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
+            raise ArtifactError(
+                f"{folder}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"
+            )
+        if packed:
+            bias = state.pop(f"{name}.bias", None)
+            bias = nn.Parameter(bias, requires_grad=False) if bias is not None and linear.bias is not None else None
+            model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
+        else:
+            state[f"{name}.weight"] = dequantize(layer).to(dtype)
+    wrong = model.load_state_dict(state, strict=False, assign=True)
+    own = [name for name in wrong.missing_keys if not name.rpartition(".")[0].endswith(".base")]
+    if own or wrong.unexpected_keys:
+        raise ArtifactError(
+            f"{folder} and {type(model).__name__} disagree about tensor {(own or wrong.unexpected_keys)[0]}"
+        )
+    model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for name, parameter in model.named_parameters():

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft import checks
 from sqft.contracts import Adapter, Choice, Merger, RankGroup, SearchSpace
 from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapted import AdaptedLinear, attach, choose
-from sqft.modeling.blocks import linears, shape_of
-from sqft.modeling.checkpoint import open_folder
-from sqft.modeling.load import load_source
+from sqft.modeling.blocks import all_linears, shape_of
+from sqft.modeling.checkpoint import load_packed, open_folder, read_quantized
+from sqft.modeling.load import load_source, load_tokenizer
+from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear
 from sqft.plan import Plan, selected
 from sqft.recipe import Finetune
 from sqft.store import write_json
@@ -56,13 +58,27 @@ class Tuned:
         return sum(tensor.numel() for tensor in self.deltas().values())
 
 
+@dataclass(frozen=True)
+class Base:
+    """What lies under the adapters.
+
+    `folder` holds the base model, floats or codes; None means the recipe's own model. Under codes, `floats` is the
+    folder of the float weights before quantization, None again meaning the recipe's own, and `masks` the file of
+    what quantization kept; None means that it kept everything.
+    """
+
+    folder: Path | None = None
+    floats: Path | None = None
+    masks: Path | None = None
+
+
 def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
     remote = plan.recipe.model.trust_remote_code
     return open_folder(folder, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
 
 
-def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
+def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     """Load the base and attach untrained deltas.
 
     Raises:
@@ -72,10 +88,17 @@ def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
     section = cast(Finetune, step.section)
     adapter, merger = cast(Adapter, step.parts["adapter"].component), cast(Merger, step.parts["merger"].component)
     who = str(step.parts["adapter"].entry)
-    model, tokenizer = base_model(plan, folder)
-    shapes = [shape_of(n, linear) for n, linear in linears(model).items() if selected(n, section.targets, ())]
-    if not shapes:
+    packed = plan.quantized and not (merger.merges and section.base == "floats")
+    if packed:
+        assert base.folder is not None
+        remote = plan.recipe.model.trust_remote_code
+        model, tokenizer = load_packed(base.folder, remote), load_tokenizer(base.folder, remote)
+    else:
+        model, tokenizer = base_model(plan, base.folder)
+    layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
+    if not layers:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
+    shapes = [shape_of(n, layer) for n, layer in layers.items()]
     space = adapter.space(shapes)
     checks.check_space(who, shapes, space)
     ranks = {member: group.ranks for group in space.groups for member in group.members}
@@ -86,18 +109,54 @@ def build(plan: Plan, folder: Path | None, seed: int, device: str) -> Tuned:
         checks.check_delta(who, shape, deltas[shape.name], ranks[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
-    adapted = attach(model, deltas, merger, merger.keeps_mask or folder is not None, dropout)
+    masked = merger.keeps_mask or base.folder is not None
+    if packed:
+        weights = _packed(layers, base.masks if merger.merges and masked else None)
+    elif plan.quantized:
+        weights = _before_quantization(plan, base, layers, masked)
+    else:
+        weights = {name: FloatWeight(cast(Tensor, layer.weight), masked) for name, layer in layers.items()}
+    adapted = attach(model, deltas, merger, weights, dropout)
     model.to(device)
     return Tuned(model, tokenizer, adapted, space)
 
 
-def restore(plan: Plan, folder: Path | None, trained: Path, device: str) -> Tuned:
+def _packed(layers: Mapping[str, nn.Module], masks: Path | None) -> dict[str, FrozenWeight]:
+    """The layers' own codes, with a mask where one is wanted; a layer left in floats keeps them."""
+    kept = load_file(masks) if masks else {}
+    weights: dict[str, FrozenWeight] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, PackedLinear):
+            weights[name] = layer.base
+            if name in kept:
+                layer.base.keep(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
+        else:
+            weights[name] = FloatWeight(cast(Tensor, layer.weight), masks is not None)
+    return weights
+
+
+def _before_quantization(
+    plan: Plan, base: Base, layers: Mapping[str, nn.Module], masked: bool
+) -> dict[str, FrozenWeight]:
+    """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
+    assert base.folder is not None
+    floats, _ = base_model(plan, base.floats)
+    quantized = read_quantized(base.folder)
+    return {
+        name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, quantized[name].grid)
+        if name in quantized
+        else FloatWeight(cast(Tensor, layer.weight), masked)
+        for name, layer in layers.items()
+    }
+
+
+def restore(plan: Plan, base: Base, trained: Path, device: str) -> Tuned:
     """Load the base and the deltas that a finetune artifact stored.
 
     Raises:
         ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
     """
-    tuned = build(plan, folder, 0, device)
+    tuned = build(plan, base, 0, device)
     stored = load_file(trained / "deltas.safetensors")
     expected = tuned.deltas()
     if stored.keys() != expected.keys():

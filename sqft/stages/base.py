@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.contracts import Component, LinearStats, Statistic
 from sqft.data.batches import calibration_windows
 from sqft.modeling.calibrate import walk
+from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
 from sqft.progress import Track
 from sqft.store import Artifact
@@ -55,6 +56,16 @@ class Context:
         """The folder of the base model this step works on; None means the recipe's own model."""
         base = self.inputs.get("base")
         return base.folder / "model" if base else None
+
+    def base(self) -> Base:
+        """What lies under the adapters of this step."""
+        quantized = self.plan.quantized
+        floats, base = self.inputs.get("floats"), self.inputs.get("base")
+        return Base(
+            self.model_folder(),
+            floats.folder / "model" if floats else None,
+            base.folder / "masks.safetensors" if base and quantized else None,
+        )
 
     def feed(
         self,

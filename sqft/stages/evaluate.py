@@ -14,7 +14,7 @@ from sqft.contracts import Choice, Searcher
 from sqft.data.batches import text_windows
 from sqft.data.prompts import read_records
 from sqft.errors import StageError
-from sqft.modeling.adapted import AdaptedLinear, frozen
+from sqft.modeling.adapted import acting_weight, frozen
 from sqft.modeling.blocks import decoder_blocks
 from sqft.modeling.measure import exact_match, lm_eval_tasks, perplexity
 from sqft.modeling.tuning import base_model, read_choice, restore
@@ -62,7 +62,7 @@ def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedToke
         model, tokenizer = base_model(plan, merged.folder / "model" if merged else context.model_folder())
         yield model.to(context.device), tokenizer, _facts(model)
         return
-    tuned = restore(plan, context.model_folder(), context.inputs["finetune"].folder, context.device)
+    tuned = restore(plan, context.base(), context.inputs["finetune"].folder, context.device)
     if "search" in context.inputs:
         choice = read_choice(context.inputs["search"].folder)
     else:
@@ -71,7 +71,7 @@ def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedToke
     checks.check_choice("the chosen configuration", tuned.space, choice)
     tuned.choose(choice)
     facts = _facts(tuned.model) | {"trainable": tuned.trained(choice)}
-    with frozen(tuned.adapted):
+    with frozen(tuned.model):
         yield tuned.model, tuned.tokenizer, facts
 
 
@@ -80,13 +80,10 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
     zeros = total = 0
     for block in decoder_blocks(model).values():
         for module in block.modules():
-            weight = getattr(module, "weight", None)
-            if weight is None or weight.dim() != 2:
-                continue
-            if isinstance(module, AdaptedLinear) and module.merger.merges:
-                weight = module.effective()
-            zeros += int((weight == 0).sum())
-            total += weight.numel()
+            weight = acting_weight(module)
+            if weight is not None and weight.dim() == 2:
+                zeros += int((weight == 0).sum())
+                total += weight.numel()
     return {"sparsity": zeros / total, "zeros": zeros, "weights": total}
 
 

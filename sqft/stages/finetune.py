@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from sqft import checks
@@ -22,6 +21,7 @@ from sqft.data.prompts import encode_all, read_records
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.loss import CompletionLoss
 from sqft.modeling.tuning import Tuned, build, restore, store_deltas
+from sqft.modeling.weights import FrozenWeight
 from sqft.recipe import Finetune
 from sqft.source import Digests
 from sqft.stages.base import Context, log
@@ -34,7 +34,7 @@ COMPLETE = "complete.json"
 def run(context: Context) -> dict[str, Any]:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = cast(Finetune, context.step.section)
-    tuned = build(context.plan, context.model_folder(), context.seed_for("adapter"), context.device)
+    tuned = build(context.plan, context.base(), context.seed_for("adapter"), context.device)
     records = read_records(context.step.files["data"], section.data.limit)
     encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
     if encoded.truncated:
@@ -57,10 +57,10 @@ def run(context: Context) -> dict[str, Any]:
     )
     trainer.remove_callback(PrinterCallback)
     newest = _newest_complete(checkpoints)
-    frozen = {name: _checksum(layer.weight) for name, layer in tuned.adapted.items()}
+    frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
     state = _resume(trainer, newest)
     for name, layer in tuned.adapted.items():
-        if _checksum(layer.weight) != frozen[name]:
+        if _checksum(layer.base) != frozen[name]:
             raise ContractError(f"{context.who(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
     store_deltas(tuned, context.folder)
@@ -81,7 +81,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def prove(context: Context) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
-    tuned = restore(context.plan, context.model_folder(), context.folder, "cpu")
+    tuned = restore(context.plan, context.base(), context.folder, "cpu")
     merger, who = context.component(Merger), context.who(Merger)
     for name, layer in tuned.adapted.items():
         B, A, scale = layer.delta.factors(layer.rank)
@@ -89,7 +89,7 @@ def prove(context: Context) -> None:
         if not delta.any():
             raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
-            checks.check_effective(who, name, layer.base(), layer.effective(), merger.keeps_mask)
+            checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
 
 
 def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:
@@ -107,10 +107,11 @@ def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:
     return trainer.state
 
 
-def _checksum(weight: Tensor) -> int:
-    """A sum over the weight's bits, which an edit in place does not leave alone."""
-    bits = {4: torch.int32, 2: torch.int16}[weight.element_size()]
-    return int(weight.detach().contiguous().view(bits).sum(dtype=torch.int64))
+def _checksum(weight: FrozenWeight) -> int:
+    """A sum over the bits of all that a frozen weight holds, which an edit in place does not leave alone."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    held = weight.state_dict().values()
+    return sum(int(t.contiguous().view(bits[t.element_size()]).sum(dtype=torch.int64)) for t in held)
 
 
 def _check_first_combine(context: Context, tuned: Tuned) -> None:
@@ -119,7 +120,7 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     if not merger.merges:
         return
     name, layer = next(iter(tuned.adapted.items()))
-    base = layer.base()
+    base = layer.base.block()
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
     kept = base.weight.clone(), delta.clone()

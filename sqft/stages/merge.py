@@ -2,62 +2,119 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sqft.contracts import Merger
+from sqft.contracts import Merger, Quantized
+from sqft.data.prompts import encode_all, read_records
 from sqft.errors import ArtifactError
-from sqft.modeling.load import FolderReader, save_model
+from sqft.kernels import grids
+from sqft.modeling.checkpoint import open_folder, read_quantized, save_quantized
+from sqft.modeling.load import save_model
 from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
+from sqft.recipe import Finetune
 from sqft.stages.base import Context
+
+COMPARED = 4
+"""Examples whose logits are compared, the merged model's with the adapted one's."""
+TOLERANCE = 1e-2
+"""How far they may be apart, as a share of the largest; equal weights give equal logits but for the order of sums."""
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `model/`, a Hugging Face folder in the base's precision."""
-    effective = _effective(context)
+    """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
+    tuned = _chosen(context)
+    effective, codes = _effective(tuned)
     model, tokenizer = base_model(context.plan, context.model_folder())
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
-        parameter = model.get_parameter(f"{name}.weight")
-        zeros_before += int((parameter == 0).sum())
+        zeros_before += int((~_kept(tuned, name)).sum())
         zeros_after += int((merged == 0).sum())
         weights += merged.numel()
-        parameter.data.copy_(merged)
-    save_model(model, tokenizer, context.folder / "model")
+        model.get_parameter(f"{name}.weight").data.copy_(merged)
+    folder, report = context.folder / "model", {}
+    if context.plan.quantized:
+        before = read_quantized(cast(Any, context.model_folder()))
+        changed = sum(int((codes[name].codes != before[name].codes).sum()) for name in codes)
+        report = {"bits": next(iter(before.values())).grid.bits, "codes_changed": changed}
+        save_quantized(model, tokenizer, before | codes, folder)
+    else:
+        save_model(model, tokenizer, folder)
     return {
         "layers": len(effective),
         "weights": weights,
         "zeros_before": zeros_before,
         "zeros_after": zeros_after,
         "sparsity": zeros_after / weights,
+        "logits_difference": _logits_apart(context, tuned),
+        **report,
     }
 
 
 def prove(context: Context) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
-    effective = _effective(context)
+    tuned = _chosen(context)
+    effective, codes = _effective(tuned)
     base, _ = base_model(context.plan, context.model_folder())
-    finetune = context.plan.step("finetune")
+    folder, finetune = context.folder / "model", context.plan.step("finetune")
     merger, who = context.component(Merger, finetune), context.who(Merger, finetune)
-    for name, stored in FolderReader(context.folder / "model").tensors():
-        original = base.get_parameter(name).detach()
+    if context.plan.quantized:
+        stored, expected = read_quantized(folder), read_quantized(cast(Any, context.model_folder())) | codes
+        for name in stored.keys() | expected.keys():
+            if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
+                raise ArtifactError(f"merge ({who}): codes or grid of {name} as stored are not those trained through")
+    merged, original = open_folder(folder, context.plan.recipe.model.trust_remote_code)[0], base.state_dict()
+    for name, tensor in merged.state_dict().items():
         layer = name.removesuffix(".weight")
-        expected = effective.pop(layer, original)
-        if not stored.isfinite().all():
+        if not tensor.isfinite().all():
             raise ArtifactError(f"merge ({who}): {name} as stored holds values that are not finite")
-        if stored.dtype != original.dtype or not torch.equal(stored, expected):
+        if tensor.dtype != original[name].dtype or not torch.equal(tensor, effective.get(layer, original[name])):
             raise ArtifactError(f"merge ({who}): {name} as stored is not the weight trained through")
-        lost = int(((original == 0) & (stored != 0)).sum())
+        lost = int(((tensor != 0) & ~_kept(tuned, layer)).sum()) if layer in effective else 0
         if lost and merger.keeps_mask:
             raise ArtifactError(f"merge ({who}): {lost} zeros of the base are not zero in {name}")
-    if effective:
-        raise ArtifactError(f"merge ({who}): {next(iter(effective))} was not stored")
 
 
-def _effective(context: Context) -> dict[str, Tensor]:
-    """Every adapted layer's effective weight under the chosen configuration, on the CPU."""
-    tuned: Tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, "cpu")
+def _chosen(context: Context) -> Tuned:
+    """The adapted model under the chosen configuration, on the CPU."""
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, "cpu")
     tuned.choose(read_choice(context.inputs["search"].folder))
-    return {name: layer.effective() for name, layer in tuned.adapted.items()}
+    return tuned
+
+
+def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
+    """Every adapted layer's effective weight, and the codes of those that lie on a grid."""
+    codes = {name: layer.codes() for name, layer in tuned.adapted.items() if layer.base.grid() is not None}
+    return {name: layer.effective() for name, layer in tuned.adapted.items()}, codes
+
+
+def _kept(tuned: Tuned, name: str) -> Tensor:
+    """Bool [out, in], true where the base under an adapter keeps a weight."""
+    block = tuned.adapted[name].base.block()
+    return block.weight != 0 if block.mask is None else block.mask
+
+
+@torch.no_grad()
+def _logits_apart(context: Context, tuned: Tuned) -> float:
+    """The largest difference between the logits of the merged model, read back, and of the model that trained.
+
+    Raises:
+        ArtifactError: when it is larger than rounding explains.
+    """
+    # Validation examples where there are some: what was not trained on.
+    held_out = context.plan.step("search").files.get("data")
+    section = cast(Finetune, context.plan.step("finetune").section)
+    records = read_records(held_out or context.plan.step("finetune").files["data"], COMPARED)
+    examples = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on).examples
+    merged, _ = open_folder(context.folder / "model", context.plan.recipe.model.trust_remote_code)
+    apart = largest = 0.0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        theirs = tuned.model(input_ids=ids, use_cache=False).logits.float()
+        ours = merged(input_ids=ids, use_cache=False).logits.float()
+        apart, largest = max(apart, float((ours - theirs).abs().max())), max(largest, float(theirs.abs().max()))
+    if not apart <= TOLERANCE * largest:
+        raise ArtifactError(f"merge: logits of the merged model are {apart:.3g} off those of the model that trained")
+    return apart

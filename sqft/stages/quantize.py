@@ -8,12 +8,14 @@ import json
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sqft import checks
 from sqft.contracts import LinearStats, Quantized, Quantizer
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.grids import dequantize, group_index
+from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.modeling.blocks import linears
 from sqft.modeling.checkpoint import read_quantized, save_quantized
 from sqft.modeling.load import FolderReader
@@ -28,7 +30,8 @@ DIGESTS = "digests.json"
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings."""
+    """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
+    (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
     section = cast(Quantize, context.step.section)
     quantizer, who = context.component(Quantizer), context.who(Quantizer)
     model, tokenizer = base_model(context.plan, context.model_folder())
@@ -36,6 +39,7 @@ def run(context: Context) -> dict[str, Any]:
     if not layers:
         raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
     quantized: dict[str, Quantized] = {}
+    masks: dict[str, Tensor] = {}
     report: dict[str, Any] = {}
 
     def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
@@ -52,10 +56,12 @@ def run(context: Context) -> dict[str, Any]:
         linear.weight.data.copy_(value)
         _check_storable(who, name, result, next(iter(quantized.values()), result))
         quantized[name] = _on_cpu(result)
+        masks[name] = pack_mask(mask).cpu()
         report[name] = _error(kept, value, stats.hessian)
 
     context.feed(model, tokenizer, layers, quantizer.needs, compress, "quantizing")
     save_quantized(model, tokenizer, quantized, context.folder / "model")
+    save_file(masks, context.folder / "masks.safetensors")
     write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
     weights = sum(linear.weight.numel() for linear in layers.values())
     zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
@@ -75,6 +81,7 @@ def prove(context: Context) -> None:
     base, _ = base_model(context.plan, context.model_folder())
     folder, who = context.folder / "model", context.who(Quantizer)
     layers, original = read_quantized(folder), base.state_dict()
+    masks = load_file(context.folder / "masks.safetensors")
     digests = json.loads((context.folder / DIGESTS).read_text("utf-8"))
     if odd := sorted(layers.keys() ^ digests.keys()):
         raise ArtifactError(f"quantize ({who}): {odd[0]} was quantized and is not stored, or the other way round")
@@ -86,6 +93,10 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"quantize ({who}): {name} as stored holds values that are not finite")
         if _digest(layer) != digests[name]:
             raise ArtifactError(f"quantize ({who}): codes or grid of {name} as stored are not the quantizer's")
+        if not unpack_mask(masks[name], (layer.codes.shape[0], layer.codes.shape[1])).equal(
+            original[f"{name}.weight"] != 0
+        ):
+            raise ArtifactError(f"quantize ({who}): the mask of {name} as stored is not the base's")
         if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
             raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
     for name, tensor in FolderReader(folder).tensors():

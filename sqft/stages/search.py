@@ -24,7 +24,7 @@ from sqft.stages.base import Context, log
 def run(context: Context) -> dict[str, Any]:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
     searcher, who = context.component(Searcher), context.who(Searcher)
-    tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, context.device)
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, context.device)
     evaluate = _Remembered(context, tuned)
     choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
     checks.check_choice(who, tuned.space, choice)
@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def prove(context: Context) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = restore(context.plan, context.model_folder(), context.inputs["finetune"].folder, "cpu")
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, "cpu")
     choice = read_choice(context.folder)
     checks.check_choice(context.who(Searcher), tuned.space, choice)
     (file,) = (context.folder / "adapter").glob("*.safetensors")
@@ -102,7 +102,7 @@ class _Remembered:
     def _measure(self, choice: Choice, records: list[Record]) -> float:
         self.tuned.choose(choice)
         section, model, tokenizer = self.section, self.tuned.model, self.tuned.tokenizer
-        with frozen(self.tuned.adapted):
+        with frozen(self.tuned.model):
             if section.metric == "exact_match":
                 result = exact_match(
                     model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent

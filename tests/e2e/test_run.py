@@ -99,11 +99,11 @@ def test_an_unmerged_adapter_in_stock_peft(
         finished["search"].folder / "adapter",
         out,
     )
-    from sqft.modeling.tuning import Choice, restore
+    from sqft.modeling.tuning import Base, Choice, restore
 
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(raw))
-    tuned = restore(plan, finished["sparsify"].folder / "model", finished["finetune"].folder, "cpu")
+    tuned = restore(plan, Base(finished["sparsify"].folder / "model"), finished["finetune"].folder, "cpu")
     tuned.choose(Choice(tuple(json.loads((finished["search"].folder / "choice.json").read_text())["ranks"])))
     with torch.no_grad():
         expected = tuned.model(torch.arange(2, 40)[None]).logits

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.packing import from_gptq, pack, to_gptq, unpack
+from sqft.kernels.packing import from_gptq, pack, pack_rows, to_gptq, unpack, unpack_rows
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -63,3 +63,20 @@ def test_a_zero_point_of_zero_leaves_its_neighbours_alone() -> None:
     layer = Quantized(torch.zeros(8, 32, dtype=torch.uint8), Grid(torch.ones(8, 1).half(), zero, 32, 4))
     (word,) = to_gptq(layer)["qzeros"].flatten().tolist()
     assert [(word >> (4 * place)) & 15 for place in range(8)] == [4, 4, 4, 15, 4, 4, 4, 4]
+
+
+@settings(deadline=None, max_examples=40)
+@given(BITS, st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_rows_in_memory(bits: int, rows: int, bytes_: int, seed: int) -> None:
+    width = {2: 2, 3: 4, 4: 4, 8: 8}[bits]
+    codes = torch.randint(0, 2**bits, (rows, 8 * bytes_), generator=torch.Generator().manual_seed(seed))
+    packed = pack_rows(codes, bits)
+    assert packed.shape == (rows, bytes_ * width) and packed.dtype == torch.uint8
+    for row, held in zip(codes.tolist(), packed.tolist(), strict=True):
+        stream = sum(code << (width * place) for place, code in enumerate(row))
+        assert stream == sum(byte << (8 * place) for place, byte in enumerate(held))
+    assert unpack_rows(packed, bits).equal(codes.to(torch.uint8))
+    assert unpack_rows(packed[1:], bits).equal(codes[1:].to(torch.uint8))
+    if width < 8:
+        with pytest.raises(ValueError, match="do not fill bytes"):
+            pack_rows(codes[:, 1:], bits)

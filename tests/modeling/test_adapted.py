@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sqft.api import BaseWeight, LinearShape, Merger
-from sqft.modeling import adapted as module
+from sqft.modeling import weights as module
 from sqft.modeling.adapted import AdaptedLinear, attach, frozen
+from sqft.modeling.weights import FloatWeight
 
 
 def layer(
@@ -27,13 +28,13 @@ def layer(
     delta = Nls(ranks=(rank,), alpha=2.0 * rank).delta(LinearShape("l", out, inputs), generator)
     assert isinstance(delta, nn.Module)
     delta.B.data.normal_()  # type: ignore[union-attr, operator]
-    return AdaptedLinear(linear, delta, merger, True, dropout)
+    return AdaptedLinear(FloatWeight(linear.weight, True), linear.bias, delta, merger, dropout)
 
 
 def oracle(adapted: AdaptedLinear, x: Tensor) -> Tensor:
     """W x + scale · ((BA) ⊙ M) x as two paths in float64."""
     B, A, scale = adapted.delta.factors(adapted.rank)
-    weight = adapted.weight.double()
+    weight = adapted.base.weight.double()
     low = torch.einsum("or,ri->oi", B.double(), A.double()) * scale
     low = torch.where(weight != 0, low, torch.zeros_like(low))
     bias = adapted.bias.double() if adapted.bias is not None else 0
@@ -82,7 +83,7 @@ def test_nothing_of_the_weights_size_is_kept() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         y = adapted(x)
-    own = {adapted.weight.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()}
+    own = {adapted.base.weight.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()}
     kept = [t for t in saved if t.untyped_storage().data_ptr() not in own]
     assert kept and max(t.numel() for t in kept) < 64 * 48 / 4
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, Tensor)]
@@ -111,7 +112,7 @@ def test_frozen_and_training_forward_are_one() -> None:
     adapted = layer(SparsePEFT(), 33, 17)
     x = torch.randn(4, 17)
     trained = adapted(x)
-    with frozen({"l": adapted}), torch.no_grad():
+    with frozen(adapted), torch.no_grad():
         assert torch.equal(adapted(x), trained)
     assert adapted.cached is None
 
@@ -131,7 +132,7 @@ def test_the_derivative_comes_from_autograd_by_default() -> None:
     x, probe = torch.randn(4, 5), torch.randn(4, 6)
     (found,) = torch.autograd.grad((adapted(x) * probe).sum(), [adapted.delta.A])  # type: ignore[attr-defined]
     B, A, scale = adapted.delta.factors(adapted.rank)
-    direct = (F.linear(x, adapted.weight + 2 * scale * (B @ A), adapted.bias) * probe).sum()
+    direct = (F.linear(x, adapted.base.weight + 2 * scale * (B @ A), adapted.bias) * probe).sum()
     (expected,) = torch.autograd.grad(direct, [adapted.delta.A])  # type: ignore[attr-defined]
     torch.testing.assert_close(found, expected)
 
@@ -141,13 +142,13 @@ def test_unmerged_is_lora() -> None:
     x = torch.randn(4, 5)
     B, A, scale = adapted.delta.factors(2)
     adapted.rank = 2
-    torch.testing.assert_close(adapted(x), F.linear(x, adapted.weight, adapted.bias) + scale * (x @ A.T @ B.T))
+    torch.testing.assert_close(adapted(x), F.linear(x, adapted.base.weight, adapted.bias) + scale * (x @ A.T @ B.T))
 
 
 def test_dropout_touches_only_the_adapter() -> None:
     adapted = layer(SparsePEFT(), dropout=0.999999).train()
     x = torch.randn(4, 5)
-    torch.testing.assert_close(adapted(x), F.linear(x, adapted.weight, adapted.bias))
+    torch.testing.assert_close(adapted(x), F.linear(x, adapted.base.weight, adapted.bias))
     adapted.eval()
     torch.testing.assert_close(adapted(x).double(), oracle(adapted, x), rtol=1e-5, atol=1e-5)
 
@@ -155,12 +156,12 @@ def test_dropout_touches_only_the_adapter() -> None:
 def test_dropouts_side_path_keeps_a_small_deltas_digits_in_bfloat16() -> None:
     """x (W_eff − W)ᵀ and its gradients against float64, where W is 10⁵ times the delta."""
     adapted = layer(SparsePEFT(), 32, 48, bias=False)
-    adapted.weight.data = (adapted.weight.data * 1000).to(torch.bfloat16)
+    adapted.base.weight.data = (adapted.base.weight.data * 1000).to(torch.bfloat16)
     adapted.delta.B.data *= 1e-2  # type: ignore[attr-defined]
     x, probe = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(8, 32)
     B, A, scale = adapted.delta.factors(adapted.rank)
     side = adapted._through(x, None, B, A, scale, less_base=True)
-    low = scale * (B.double() @ A.double()) * (adapted.weight != 0)
+    low = scale * (B.double() @ A.double()) * (adapted.base.weight != 0)
     expected = x.double() @ low.T
     found = [side, *torch.autograd.grad((side.float() * probe).sum(), [B, A])]
     wanted = [expected, *torch.autograd.grad((expected * probe).sum(), [B, A])]
@@ -172,6 +173,7 @@ def test_attach_freezes_all_but_the_deltas() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Sequential(nn.Linear(3, 2))})
     generator = torch.Generator()
     delta = Nls(ranks=(2,)).delta(LinearShape("b.0", 2, 3), generator)
-    adapted = attach(model, {"b.0": delta}, SparsePEFT(), False)
+    weight = FloatWeight(model.get_submodule("b.0").weight, False)  # type: ignore[arg-type]
+    adapted = attach(model, {"b.0": delta}, SparsePEFT(), {"b.0": weight})
     assert model.get_submodule("b.0") is adapted["b.0"]
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"b.0.delta.A", "b.0.delta.B"}

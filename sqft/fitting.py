@@ -1,0 +1,79 @@
+"""Whether the choices of a recipe fit one another and the model's layers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Quantizer
+from sqft.plan import Part, selected
+from sqft.recipe import Finetune, Sparsify
+from sqft.resolver import Resolver
+
+
+class Fitting(Resolver):
+    """What does not fit becomes a problem with its path in the recipe; nothing is raised."""
+
+    def _base_fits(self, merger: Part | None) -> None:
+        if merger is None or not isinstance(merger.component, Merger):
+            return
+        recipe = self.recipe
+        kind = BaseKind.QUANTIZED if recipe.quantize else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
+        if kind in merger.component.bases:
+            return
+        fitting = self._mergers(lambda other: kind in other.bases)
+        works = " or ".join(sorted(merger.component.bases))
+        self._problem(
+            "finetune.merger",
+            f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
+            f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
+        )
+
+    def _no_dropout(self, adapter: Part | None, merger: Part | None) -> None:
+        """A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own."""
+        if not (adapter and merger and self.recipe.quantize):
+            return
+        component, merging = adapter.component, merger.component
+        field = component.input_dropout if isinstance(component, Adapter) else None
+        if field and getattr(component, field) > 0 and isinstance(merging, Merger) and merging.merges:
+            self._problem(
+                f"finetune.adapter.options.{field}",
+                f"'{merging.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
+            )
+
+    def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
+        components = [entry.component for entry in self.registry.entries()]
+        return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
+
+    def _grid_fits(self, part: Part, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
+        try:
+            reasons = [(layer, said) for layer in chosen if (said := quantizer.misfit(layer))]
+        except Exception as error:  # a plugin's code
+            self._problem("quantize.quantizer", f"{part.entry} raised {error!r}")
+            return
+        if reasons:
+            layer, said = reasons[0]
+            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
+
+    def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
+        if ":" not in section.pattern:
+            return
+        block = int(section.pattern.partition(":")[2])
+        odd = [linear for linear in pruned if linear.in_features % block]
+        if odd:
+            self._problem(
+                "sparsify.pattern",
+                f"'{section.pattern}' needs layers whose inputs are a multiple of {block}; {odd[0].name} has "
+                f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
+            )
+
+    def _targets(self, section: Finetune) -> list[LinearShape]:
+        if self.source is None:
+            return []
+        chosen = [linear for linear in self.source.linears if selected(linear.name, section.targets, ())]
+        for index, target in enumerate(section.targets):
+            if not any(selected(linear.name, [target], ()) for linear in chosen):
+                self._problem(
+                    f"finetune.targets.{index}",
+                    f"'{target}' matches no linear layer; the model has {self._last_names()}",
+                )
+        return chosen

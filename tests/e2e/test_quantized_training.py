@@ -1,0 +1,136 @@
+"""QA-SparsePEFT and SQFT on a tiny model, against eq. 3–4 written out here in float64 and codes read by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.errors import RecipeError
+from sqft.kernels.masks import unpack_mask
+from sqft.modeling.checkpoint import read_quantized
+
+
+@pytest.fixture
+def quantized(raw: dict[str, Any]) -> dict[str, Any]:
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    raw["evaluate"]["of"] = ["quantize", "finetune:maximal", "search", "merge"]
+    return raw
+
+
+def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
+    orchestrator = Orchestrator(registry, store)
+    return orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "change"),
+    [
+        ("floats", {"group_size": 32}, {}),
+        ("codes", {"group_size": 32}, {}),
+        ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
+        ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_the_merged_codes_are_those_of_equation_3(
+    quantized: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    base: str,
+    options: dict[str, Any],
+    change: dict[str, Any],
+) -> None:
+    quantized["quantize"]["quantizer"]["options"] = options
+    quantized["quantize"]["exclude"] = ["k_proj"] if options.get("bits") == 3 else []  # 16 outputs fill no word
+    quantized["quantize"]["exclude"] += ["v_proj"] if options.get("bits") == 3 else []
+    quantized["finetune"] |= {"base": base, **change}
+    finished = run(quantized, registry, tmp_path)
+    floats = load_file(finished["sparsify"].folder / "model" / "model.safetensors")
+    before = read_quantized(finished["quantize"].folder / "model")
+    after = read_quantized(finished["merge"].folder / "model")
+    adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
+    scales = json.loads((finished["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
+    masks = load_file(finished["sparsify"].folder / "masks.safetensors")
+    assert before.keys() == after.keys() and not any("q_proj" in name for name in before.keys() - masks.keys())
+    changed = 0
+    for name, layer in after.items():
+        old = before[name]
+        assert layer.grid.scale.equal(old.grid.scale) and layer.grid.zero.equal(old.grid.zero)
+        index = old.grid.group_index
+        size = layer.codes.shape[1] if old.grid.group_size == -1 else old.grid.group_size
+        index = torch.arange(layer.codes.shape[1]) // size if index is None else index.long()
+        scale, zero = old.grid.scale.double()[:, index], old.grid.zero.double()[:, index]
+        mask = unpack_mask(masks[name], (layer.codes.shape[0], layer.codes.shape[1]))
+        assert (layer.codes == zero)[~mask].all()
+        if name not in scales:
+            assert layer.codes.equal(old.codes)
+            continue
+        start = floats[f"{name}.weight"].double() if base == "floats" else scale * (old.codes.double() - zero)
+        low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double()) * mask
+        exact = (start + low) / scale
+        code = (exact.round() + zero).clamp(0, 2**old.grid.bits - 1)
+        # float32 may fall on the other side of a half: only there may a code differ from float64's.
+        sure = (exact - exact.floor() - 0.5).abs() > 1e-4
+        assert layer.codes.double().equal(torch.where(sure, code, layer.codes.double()))
+        assert sure.float().mean() > 0.99
+        changed += int((layer.codes != old.codes).sum())
+    assert changed == finished["merge"].report["codes_changed"] > 0
+    assert finished["merge"].report["zeros_after"] >= finished["merge"].report["zeros_before"] > 0
+    assert finished["merge"].report["logits_difference"] < 1e-4
+    rows = {row["configuration"]: row for row in finished.report["rows"]}
+    assert rows["search (hill-climbing)"]["perplexity"] == rows["merge"]["perplexity"]
+    assert rows["search (hill-climbing)"]["sparsity"] == rows["merge"]["sparsity"]
+    assert finished.result() == finished["merge"].folder / "model"
+
+
+def test_sqft_leaves_a_stock_adapter_beside_the_codes(
+    quantized: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """The adapter on the dequantized base in stock PEFT gives the loss that training saw."""
+    from peft import PeftModel
+
+    quantized["finetune"]["merger"] = "unmerged"
+    quantized.pop("merge")
+    quantized["evaluate"]["of"] = ["quantize", "search"]
+    finished = run(quantized, registry, tmp_path)
+    model = PeftModel.from_pretrained(finished["quantize"].load_model(), finished["search"].folder / "adapter")
+    rows = {row["configuration"]: row for row in finished.report["rows"]}
+    from sqft.data.batches import text_windows
+    from sqft.modeling.load import load_tokenizer
+    from sqft.modeling.measure import perplexity
+    from sqft.progress import silent
+
+    tokenizer = load_tokenizer(finished["quantize"].folder / "model")
+    windows = text_windows(Path(quantized["evaluate"]["perplexity"]["text"]), tokenizer, 256, 64)
+    theirs = perplexity(model, windows, silent)["perplexity"]
+    assert theirs == pytest.approx(rows["search (hill-climbing)"]["perplexity"], rel=1e-5)
+    assert theirs != pytest.approx(rows["quantize"]["perplexity"], rel=1e-4)
+    config = json.loads((finished["search"].folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(finished["quantize"].folder / "model")
+
+
+def test_what_does_not_go_together(quantized: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(RecipeError) as caught:
+            Orchestrator(registry, tmp_path).plan(Recipe.parse(quantized))
+        return str(caught.value)
+
+    quantized["finetune"]["merger"] = "sparsepeft"
+    assert "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized" in said()
+    quantized["finetune"]["merger"] = "unmerged"
+    assert "merge: merger 'unmerged' leaves the adapter beside the base" in said()
+    quantized["finetune"]["merger"] = "qa-sparsepeft"
+    quantized["finetune"]["adapter"]["options"]["dropout"] = 0.1
+    assert "finetune.adapter.options.dropout: 'qa-sparsepeft' rounds the merged weight" in said()
+    quantized["finetune"]["adapter"]["options"]["dropout"] = 0.0
+    quantized.pop("quantize")
+    quantized["finetune"]["base"] = "codes"
+    quantized["evaluate"]["of"] = ["merge"]
+    assert "finetune.base: there are no codes: this recipe does not quantize" in said()
+    assert "'qa-sparsepeft' works on a quantized base, but this recipe's is sparse" in said()
