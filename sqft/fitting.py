@@ -17,7 +17,7 @@ class Fitting(Resolver):
         if merger is None or not isinstance(merger.component, Merger):
             return
         recipe = self.recipe
-        kind = BaseKind.QUANTIZED if recipe.quantize else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
+        kind = BaseKind.QUANTIZED if self._on_codes() else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
         if kind in merger.component.bases:
             return
         fitting = self._mergers(lambda other: kind in other.bases)
@@ -30,7 +30,7 @@ class Fitting(Resolver):
 
     def _no_dropout(self, adapter: Part | None, merger: Part | None) -> None:
         """A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own."""
-        if not (adapter and merger and self.recipe.quantize):
+        if not (adapter and merger and self._on_codes()):
             return
         component, merging = adapter.component, merger.component
         field = component.input_dropout if isinstance(component, Adapter) else None
@@ -39,6 +39,24 @@ class Fitting(Resolver):
                 f"finetune.adapter.options.{field}",
                 f"'{merging.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
             )
+
+    def _on_codes(self) -> bool:
+        """Whether codes lie under the adapters."""
+        return bool(self.recipe.quantize or (self.source and self.source.quantization))
+
+    def _start(self, section: Finetune) -> Finetune:
+        """The section with a place to start from that there is."""
+        if section.base == "codes" and not self._on_codes():
+            self._problem(
+                "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
+            )
+        if section.mask == "codes" and not (self.source and self.source.quantization):
+            self._problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
+        if self.source and self.source.quantization and section.base == "floats":
+            if "base" in section.model_fields_set:
+                self._problem("finetune.base", 'the model has no floats, only codes; remove this, or say "codes"')
+            return section.model_copy(update={"base": "codes"})
+        return section
 
     def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
         components = [entry.component for entry in self.registry.entries()]

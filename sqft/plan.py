@@ -76,7 +76,7 @@ class Plan:
     @property
     def quantized(self) -> bool:
         """Whether codes lie under the adapters."""
-        return self.recipe.quantize is not None
+        return self.recipe.quantize is not None or self.source.quantization is not None
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)

@@ -47,6 +47,11 @@ class _Planner(Fitting):
     def plan(self) -> Plan | None:
         recipe = self.recipe
         self._model()
+        for name in ("sparsify", "quantize") if self.source and self.source.quantization else ():
+            if getattr(recipe, name) is not None:
+                self._problem(
+                    name, "the model is already quantized; remove this section, or name the float model it was made of"
+                )
         self.base = {"base": self._sparsify()} if recipe.sparsify else {}
         if recipe.quantize:
             self.base = {"base": self._quantize(), **({"floats": "sparsify"} if self.base else {})}
@@ -141,10 +146,7 @@ class _Planner(Fitting):
         merger = self._part("merger", section.merger, "finetune.merger")
         self._base_fits(merger)
         self._no_dropout(adapter, merger)
-        if section.base == "codes" and not self.recipe.quantize:
-            self._problem(
-                "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
-            )
+        section = self._start(section)
         targets = self._targets(section)
         trained = 0
         if adapter and targets:

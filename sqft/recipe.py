@@ -136,6 +136,11 @@ class Finetune(Section):
         description="what a merger starts from on a quantized base: the floats before quantization (paper §2.4), or "
         "what the codes stand for, which takes a fraction of the memory",
     )
+    mask: Literal["base", "codes"] = Field(
+        "base",
+        description="what a merger keeps at zero: what the base does (a model that came as codes does not say, and "
+        "keeps nothing), or every weight whose code stands for 0",
+    )
     data: DataRef
     epochs: Annotated[float, Field(gt=0)] = 3.0
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")

@@ -34,6 +34,8 @@ GGUF_LINEARS = {
 """GGUF's names of a Llama block's linear layers, as transformers calls them."""
 IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
 """A weight below a number, and no table of embeddings (DeepSeek's last block has one)."""
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""The tensors that GPTQ's checkpoints have in the place of a layer's weight."""
 SETTLED = 2 * 10**9  # nanoseconds: the coarsest clock of a file system in use, FAT's
 
 
@@ -111,6 +113,8 @@ class ModelSource:
     shapes: dict[str, tuple[int, ...]]
     linears: tuple[LinearShape, ...]
     """The linear layers of its decoder blocks, by their names in transformers."""
+    quantization: dict[str, Any] | None = None
+    """A GPTQ checkpoint's `quantization_config`; None when the weights are floats."""
 
     @property
     def parameters(self) -> int:
@@ -145,19 +149,69 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
 
 def _folder(path: Path, digests: Digests) -> ModelSource:
     config = _json(path / "config.json")
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
-        raise SqftError(f"{path} is already quantized ({method}); name the float model it was made of")
+    quantization = gptq_settings(path, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for file, promised in _weights(path).items():
         header = safetensors_header(file)
         if lacking := sorted(promised - header.keys()):
             raise ArtifactError(f"{file} lacks {lacking[0]}, which {path / INDEX} promises; copy the model again")
         shapes.update(header)
+    if quantization:
+        shapes = _unpacked(path, shapes, quantization)
     total = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and any(map(p.match, HUB_FILES))):
         total.update(f"{file.name}\0{digests.file(file)}".encode())
-    return ModelSource("folder", path, total.hexdigest(), config, shapes, _linears(shapes))
+    return ModelSource("folder", path, total.hexdigest(), config, shapes, _linears(shapes), quantization)
+
+
+def gptq_settings(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` of a GPTQ checkpoint, version 1; None when the weights are floats.
+
+    Raises:
+        SqftError: when it is another format, or has numbers that GPTQ does not know.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else {}
+    method, version = settings.get("quant_method", "some way"), settings.get("checkpoint_format") or "gptq"
+    if method != "gptq" or version != "gptq":
+        how = method if method != "gptq" else version
+        raise SqftError(
+            f"{path} is already quantized ({how}), and of such models only GPTQ checkpoints of version 1 can be read; "
+            "name one, or the float model it was made of"
+        )
+    bits, size = settings.get("bits"), settings.get("group_size")
+    if bits not in (2, 3, 4, 8) or type(size) is not int or (size < 1 and size != -1):
+        raise SqftError(
+            f"{path / 'config.json'}: quantization_config has bits {bits!r} and group_size {size!r}; GPTQ has bits of "
+            "2, 3, 4 or 8, and a group_size of -1 or more than 0; copy the model again"
+        )
+    return settings
+
+
+def _unpacked(path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes as the float model has them: a layer's four parts become its weight.
+
+    Raises:
+        ArtifactError: naming a part that is missing or does not fit.
+    """
+    bits, layers = settings["bits"], [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
+    if not layers:
+        raise ArtifactError(f"{path} says that it is quantized, but holds no .qweight tensor; copy the model again")
+    whole = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in GPTQ_PARTS}
+    for layer in layers:
+        words, out = (*shapes[f"{layer}.qweight"], 0, 0)[:2]
+        inputs = words * 32 // bits
+        groups = 1 if settings["group_size"] == -1 else -(-inputs // settings["group_size"])
+        parts = {"qzeros": (groups, out * bits // 32), "scales": (groups, out), "g_idx": (inputs,)}
+        for part, wanted in parts.items():
+            found = shapes.get(f"{layer}.{part}")
+            if found != wanted and not (part == "g_idx" and found is None and not settings.get("desc_act")):
+                has = f"is {list(found)}" if found is not None else "is missing"
+                raise ArtifactError(f"{path}: {layer}.{part} {has}, expected {list(wanted)}; copy the model again")
+        whole[f"{layer}.weight"] = (out, inputs)
+    return whole
 
 
 def _weights(path: Path) -> dict[Path, set[str]]:

@@ -90,11 +90,12 @@ def to_gptq(quantized: Quantized) -> dict[str, Tensor]:
 
 
 def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantized:
-    """The inverse of `to_gptq`."""
+    """The inverse of `to_gptq`; without `g_idx` the groups are contiguous."""
     codes = unpack(tensors["qweight"], bits).T.contiguous()
     zero = (unpack(tensors["qzeros"].T.contiguous(), bits).int() + 1) & (2**bits - 1)
     size = codes.shape[1] if group_size == -1 else group_size
-    index = tensors["g_idx"].int()
-    contiguous = index.equal(torch.arange(codes.shape[1], dtype=torch.int32, device=index.device) // size)
+    in_order = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // size
+    index = tensors.get("g_idx", in_order).int()
+    contiguous = index.equal(in_order)
     grid = Grid(tensors["scales"].T.contiguous(), zero, group_size, bits, None if contiguous else index)
     return Quantized(codes, grid)

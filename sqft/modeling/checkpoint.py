@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
@@ -19,22 +20,16 @@ from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
 from sqft.modeling.weights import PackedLinear, PackedWeight
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+from sqft.source import GPTQ_PARTS, gptq_settings
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a model folder; None when its weights are floats.
 
     Raises:
-        ArtifactError: when it is another format than GPTQ's, version 1.
+        SqftError: when it is another format than GPTQ's, version 1.
     """
-    found: dict[str, Any] | None = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
-    if found is None:
-        return None
-    if found.get("quant_method") != "gptq" or found.get("checkpoint_format", "gptq") != "gptq":
-        raise ArtifactError(f"{folder} is quantized as {found.get('quant_method')}; only GPTQ, version 1, can be read")
-    return found
+    return gptq_settings(folder, json.loads((folder / "config.json").read_text("utf-8")))
 
 
 def save_quantized(
@@ -90,10 +85,15 @@ def read_quantized(folder: Path) -> dict[str, Quantized]:
     if settings is None:
         raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
     reader = FolderReader(folder)
-    names = [name.removesuffix(".qweight") for name in reader.names() if name.endswith(".qweight")]
+    stored = set(reader.names())
+    names = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     layers = {}
     for name in names:
-        parts = {part: reader.tensor(f"{name}.{part}") for part in PARTS}
+        # Groups in order need no index, and some programs write none.
+        needed = [
+            part for part in GPTQ_PARTS if part != "g_idx" or settings.get("desc_act") or f"{name}.{part}" in stored
+        ]
+        parts = {part: reader.tensor(f"{name}.{part}") for part in needed}
         try:
             layers[name] = from_gptq(parts, settings["bits"], settings["group_size"])
             dequantize(layers[name])
@@ -102,38 +102,42 @@ def read_quantized(folder: Path) -> dict[str, Quantized]:
     return layers
 
 
-def open_folder(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder that sqft wrote, floats or GPTQ, as a float model with its tokenizer."""
+def open_folder(
+    folder: Path, trust_remote_code: bool = False, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder, floats or GPTQ, as a float model with its tokenizer, in its own precision unless told."""
     if quantization_of(folder) is None:
-        return load_folder(folder, None, trust_remote_code)
-    return load_dequantized(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code)
+        return load_folder(folder, dtype, trust_remote_code)
+    return load_dequantized(folder, trust_remote_code, dtype), load_tokenizer(folder, trust_remote_code)
 
 
-def load_dequantized(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_dequantized(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PreTrainedModel:
     """A GPTQ folder as an ordinary float model: every layer's weight is what its codes stand for.
 
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
     """
-    return _assemble(folder, trust_remote_code, packed=False)
+    return _assemble(folder, trust_remote_code, dtype, packed=False)
 
 
-def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_packed(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PreTrainedModel:
     """A GPTQ folder with a `PackedLinear` in the place of every quantized layer: codes stay codes in memory.
 
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
     """
-    return _assemble(folder, trust_remote_code, packed=True)
+    return _assemble(folder, trust_remote_code, dtype, packed=True)
 
 
-def _assemble(folder: Path, trust_remote_code: bool, packed: bool) -> PreTrainedModel:
+def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
     layers, reader = read_quantized(folder), FolderReader(folder)
-    parts = {f"{name}.{part}" for name in layers for part in PARTS}
+    parts = {f"{name}.{part}" for name in layers for part in GPTQ_PARTS}
     state = {name: reader.tensor(name) for name in reader.names() if name not in parts}
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    dtype: torch.dtype = getattr(torch, wanted) if wanted else next(floats, torch.float32)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     with init_empty_weights():  # no memory for floats that are not there
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -145,9 +149,10 @@ def _assemble(folder: Path, trust_remote_code: bool, packed: bool) -> PreTrained
             raise ArtifactError(
                 f"{folder}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"
             )
+        if linear.bias is None and not state.get(f"{name}.bias", torch.ones(1)).any():
+            del state[f"{name}.bias"]  # some programs write one of zeros for every layer
         if packed:
-            bias = state.pop(f"{name}.bias", None)
-            bias = nn.Parameter(bias, requires_grad=False) if bias is not None and linear.bias is not None else None
+            bias = nn.Parameter(state[f"{name}.bias"], requires_grad=False) if linear.bias is not None else None
             model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
         else:
             state[f"{name}.weight"] = dequantize(layer).to(dtype)

@@ -48,6 +48,8 @@ def skeleton(source: ModelSource, trust_remote_code: bool = False) -> PreTrained
         with warnings.catch_warnings(), _quiet(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
+            if source.quantization:
+                del config.quantization_config
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers' own checks of a config raise anything
         raise StageError(

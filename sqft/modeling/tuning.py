@@ -21,7 +21,7 @@ from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import all_linears, shape_of
 from sqft.modeling.checkpoint import load_packed, open_folder, read_quantized
 from sqft.modeling.load import load_source, load_tokenizer
-from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear
+from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 from sqft.plan import Plan, selected
 from sqft.recipe import Finetune
 from sqft.store import write_json
@@ -74,8 +74,12 @@ class Base:
 
 def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
-    remote = plan.recipe.model.trust_remote_code
-    return open_folder(folder, remote) if folder else load_source(plan.source, plan.recipe.model.dtype, remote)
+    recipe = plan.recipe.model
+    if plan.source.quantization and (folder is None or folder == plan.source.path):
+        return open_folder(plan.source.path, recipe.trust_remote_code, recipe.dtype)
+    if folder:
+        return open_folder(folder, recipe.trust_remote_code)
+    return load_source(plan.source, recipe.dtype, recipe.trust_remote_code)
 
 
 def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
@@ -91,8 +95,9 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     packed = plan.quantized and not (merger.merges and section.base == "floats")
     if packed:
         assert base.folder is not None
-        remote = plan.recipe.model.trust_remote_code
-        model, tokenizer = load_packed(base.folder, remote), load_tokenizer(base.folder, remote)
+        recipe = plan.recipe.model
+        model = load_packed(base.folder, recipe.trust_remote_code, recipe.dtype)
+        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
     else:
         model, tokenizer = base_model(plan, base.folder)
     layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
@@ -112,6 +117,10 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     masked = merger.keeps_mask or base.folder is not None
     if packed:
         weights = _packed(layers, base.masks if merger.merges and masked else None)
+        if section.mask == "codes" and merger.merges:
+            for weight in weights.values():
+                if isinstance(weight, PackedWeight):
+                    weight.keep(weight.block().weight != 0)
     elif plan.quantized:
         weights = _before_quantization(plan, base, layers, masked)
     else:

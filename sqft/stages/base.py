@@ -61,8 +61,9 @@ class Context:
         """What lies under the adapters of this step."""
         quantized = self.plan.quantized
         floats, base = self.inputs.get("floats"), self.inputs.get("base")
+        own = self.plan.source.path if self.plan.source.quantization else None
         return Base(
-            self.model_folder(),
+            self.model_folder() or own,
             floats.folder / "model" if floats else None,
             base.folder / "masks.safetensors" if base and quantized else None,
         )

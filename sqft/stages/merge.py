@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from sqft.kernels import grids
 from sqft.modeling.checkpoint import open_folder, read_quantized, save_quantized
 from sqft.modeling.load import save_model
 from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
+from sqft.modeling.weights import PackedWeight
 from sqft.recipe import Finetune
 from sqft.stages.base import Context
 
@@ -27,7 +29,7 @@ def run(context: Context) -> dict[str, Any]:
     """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
     tuned = _chosen(context)
     effective, codes = _effective(tuned)
-    model, tokenizer = base_model(context.plan, context.model_folder())
+    model, tokenizer = base_model(context.plan, context.base().folder)
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
         zeros_before += int((~_kept(tuned, name)).sum())
@@ -36,7 +38,7 @@ def run(context: Context) -> dict[str, Any]:
         model.get_parameter(f"{name}.weight").data.copy_(merged)
     folder, report = context.folder / "model", {}
     if context.plan.quantized:
-        before = read_quantized(cast(Any, context.model_folder()))
+        before = read_quantized(cast(Path, context.base().folder))
         changed = sum(int((codes[name].codes != before[name].codes).sum()) for name in codes)
         report = {"bits": next(iter(before.values())).grid.bits, "codes_changed": changed}
         save_quantized(model, tokenizer, before | codes, folder)
@@ -57,11 +59,11 @@ def prove(context: Context) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
     tuned = _chosen(context)
     effective, codes = _effective(tuned)
-    base, _ = base_model(context.plan, context.model_folder())
+    base, _ = base_model(context.plan, context.base().folder)
     folder, finetune = context.folder / "model", context.plan.step("finetune")
     merger, who = context.component(Merger, finetune), context.who(Merger, finetune)
     if context.plan.quantized:
-        stored, expected = read_quantized(folder), read_quantized(cast(Any, context.model_folder())) | codes
+        stored, expected = read_quantized(folder), read_quantized(cast(Path, context.base().folder)) | codes
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
                 raise ArtifactError(f"merge ({who}): codes or grid of {name} as stored are not those trained through")
@@ -91,9 +93,12 @@ def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
 
 
 def _kept(tuned: Tuned, name: str) -> Tensor:
-    """Bool [out, in], true where the base under an adapter keeps a weight."""
-    block = tuned.adapted[name].base.block()
-    return block.weight != 0 if block.mask is None else block.mask
+    """Bool [out, in], true where the base under an adapter keeps a weight; codes without a mask keep them all."""
+    base = tuned.adapted[name].base
+    block = base.block()
+    if block.mask is not None:
+        return block.mask
+    return torch.ones_like(block.weight, dtype=torch.bool) if isinstance(base, PackedWeight) else block.weight != 0
 
 
 @torch.no_grad()
