@@ -1,0 +1,92 @@
+"""The paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
+
+    python benchmarks/six_methods.py DATA [--steps 100] [--max-length 96] [--seeds 0] [--methods sqft …] [--store DIR]
+
+DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
+a number is compared as a number. One sparse base, and one quantized one, are made and shared through the store, which
+keeps what is done: several of these may run at once, and the last prints the whole table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from sqft import Orchestrator, Recipe, Registry
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+METHODS = ("lora", "shears", "sparsepeft", "gptq-lora", "sqft", "qa-sparsepeft")
+
+
+def prompts(source: Path, target: Path) -> Path:
+    """The records of a file as {prompt, completion}, in another file."""
+    lines = []
+    for line in source.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if "question" in record:
+            answer = record["answer"]
+            answer = f"{answer:g}" if isinstance(answer, float) else answer
+            record = {"prompt": f"{record['question']}\nAnswer:", "completion": f" {answer}"}
+        elif "instruction" in record:
+            record = {"prompt": f"{record['instruction']}\n\n", "completion": record["output"]}
+        lines.append(json.dumps(record) + "\n")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(lines), "utf-8")
+    return target
+
+
+def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) -> Recipe:
+    raw = json.loads((RECIPES / f"{method}.json").read_text("utf-8"))
+    raw |= {"name": f"{method}-{data.name}-seed-{seed}", "seed": seed}
+    raw["finetune"] |= {
+        "data": str(data / "train.jsonl"),
+        "steps": arguments.steps,
+        "max_length": arguments.max_length,
+        "learning_rate": arguments.learning_rate,
+    }
+    raw["evaluate"]["exact_match"] = {
+        "data": str(data / "test.jsonl"),
+        "max_new_tokens": arguments.max_new_tokens,
+        "answer": arguments.answer,
+    }
+    return Recipe.parse(raw, folder=RECIPES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--max-length", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--max-new-tokens", type=int, default=6)
+    parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
+    parser.add_argument("--store", type=Path, default=Path("store-six"))
+    arguments = parser.parse_args()
+    data = arguments.store.resolve() / "data" / arguments.data.resolve().name
+    for name in ("train", "test"):
+        prompts(arguments.data / f"{name}.jsonl", data / f"{name}.jsonl")
+    orchestrator = Orchestrator(Registry.discover(), arguments.store)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            plan = orchestrator.plan(recipe(method, seed, data, arguments))
+            for row in orchestrator.run(plan).report["rows"]:
+                stage = row["configuration"].partition(" ")[0]
+                found.setdefault(f"{method}: {stage}" if stage in ("search", "merge") else stage, []).append(row)
+    print("| configuration | accuracy by seed | mean | perplexity, mean | sparsity |\n|---|---|---|---|---|")
+    for label, rows in found.items():
+        rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())  # a shared base comes once a seed
+        accuracies = [100 * row["accuracy"] for row in rows]
+        print(
+            f"| {label} | {', '.join(f'{a:.1f}' for a in accuracies)} | {statistics.mean(accuracies):.1f} "
+            f"| {statistics.mean(row['perplexity'] for row in rows):.2f} | {100 * rows[0]['sparsity']:.2f} % |"
+        )
+
+
+if __name__ == "__main__":
+    main()
