@@ -143,6 +143,31 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
 
 
 @main.command()
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@set_option
+@store_option
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns each recipe takes.")
+@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="Training steps a turn.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@explained
+def bench(
+    recipes: tuple[Path, ...], changes: tuple[str, ...], store: Path, rounds: int, steps: int, as_json: bool
+) -> None:
+    """Compare RECIPES that fine-tune: storage, speed, memory and accuracy, with ratios to the first.
+
+    Recipes that have not been run are run first. Served on the CPU, in bfloat16.
+    """
+    from sqft.bench import HEADS, bench, table
+
+    rows = bench(recipes, changes, store, rounds, steps, lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for line in (HEADS, ["---"] * len(HEADS), *table(rows)):
+        click.echo("| " + " | ".join(line) + " |")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @disable_option
 @explained

@@ -205,7 +205,7 @@ class Orchestrator:
             stage = importlib.import_module(f"sqft.stages.{step.stage}")
             context = Context(plan, step, inputs, scratch, self.device, self.track)
             start = time.monotonic()
-            with _peak_memory() as peak:
+            with peak_memory() as peak:
                 report = stage.run(context)
             seconds = time.monotonic() - start
             stage.prove(context)
@@ -336,7 +336,7 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _peak_memory() -> Iterator[list[int]]:
+def peak_memory() -> Iterator[list[int]]:
     """This process's peak resident memory in bytes, of the block alone where the system can say so."""
     peak = [0]
     try:

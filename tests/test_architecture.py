@@ -39,8 +39,9 @@ MAY: dict[str, set[str]] = {
     "modeling": DEEP,
     "stages": DEEP | {"stages", ""},
     "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", ""},
+    "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
     "__main__": {"cli"},
-    "cli": PLANNING | {"orchestrator", "schema", ""},
+    "cli": PLANNING | {"bench", "orchestrator", "schema", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 

@@ -18,6 +18,8 @@ from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.packing import pack_rows, unpack_rows
 
+FEW = 4
+"""Rows up to which torch's int4 kernel is faster than floats; with more, unpacking once and a large matmul are."""
 BLOCK = 1 << 18
 """Elements of a row block: 1 MiB of float32, so that the elementwise passes stay in the cache."""
 
@@ -100,6 +102,7 @@ class PackedWeight(FrozenWeight):
         self.register_buffer("packed", pack_rows(quantized.codes, self.bits))
         self.register_buffer("mask", None)
         self.held: Tensor | None = None
+        self.kernel: tuple[Tensor, Tensor] | None = None
         if mask is not None:
             self.keep(mask)
 
@@ -107,6 +110,22 @@ class PackedWeight(FrozenWeight):
         """Take a bool mask [out, in] of what the base keeps."""
         padded = F.pad(mask, (0, -self.in_features % 8))
         self.mask = pack_mask(padded).reshape(self.out_features, -1)
+
+    def serve(self) -> bool:
+        """Lay the codes out a second time for torch's int4 kernel on CPUs, for decoding in bfloat16; whether it can.
+
+        It takes 4 bits, contiguous groups of 32 to 256 and outputs in sixteens, and rounds scales to bfloat16.
+        """
+        grid = self.grid()
+        fits = self.bits == 4 and self.group_size in (32, 64, 128, 256) and self.out_features % 16 == 0
+        if grid is None or not fits or grid.group_index is not None or self.packed.device.type != "cpu":
+            return False
+        scale = grid.scale.float()
+        # The kernel's value of a code is (q − 8) · s + z.
+        pairs = torch.stack([scale, scale * (8 - grid.zero.float())], -1).transpose(0, 1)
+        laid_out = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.codes().codes.int(), 1)
+        self.kernel = (laid_out, pairs.contiguous().bfloat16())
+        return True
 
     def codes(self, rows: slice = slice(None)) -> Quantized:
         """The codes of a block of rows, with their grid."""
@@ -133,6 +152,13 @@ class PackedWeight(FrozenWeight):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        few = x.numel() <= FEW * self.in_features and x.dtype == torch.bfloat16
+        if self.kernel is not None and few and not torch.is_grad_enabled():
+            codes, pairs = self.kernel
+            rows = x.reshape(-1, self.in_features)
+            product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group_size, pairs)
+            product = product.reshape(*x.shape[:-1], self.out_features)
+            return product if bias is None else product + bias.to(product.dtype)
         y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return y
 

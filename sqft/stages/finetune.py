@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import statistics
+import time
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -48,12 +50,13 @@ def run(context: Context) -> dict[str, Any]:
     examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples]
     model = CompletionLoss(tuned.model)
     checkpoints = context.folder / CHECKPOINTS
+    progress = _Progress(context)
     trainer = Trainer(
         model=model,
         args=_arguments(context, section, checkpoints),
         train_dataset=examples,
         data_collator=Collator(tuned.tokenizer.pad_token_id),
-        callbacks=[_RankSampler(context, tuned), _Progress(context), _FiniteLoss(), _Checkpoints()],
+        callbacks=[_RankSampler(context, tuned), progress, _FiniteLoss(), _Checkpoints()],
     )
     trainer.remove_callback(PrinterCallback)
     newest = _newest_complete(checkpoints)
@@ -75,6 +78,7 @@ def run(context: Context) -> dict[str, Any]:
         "tokens_cut": encoded.tokens_cut,
         "loss_first": losses[0]["loss"],
         "loss_last": sum(entry["loss"] for entry in tail) / len(tail),
+        "step_seconds": statistics.median(progress.times) if progress.times else None,
         "resumed_from": newest.name if newest else None,
     }
 
@@ -201,11 +205,15 @@ class _Checkpoints(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Trainer's steps on sqft's own display."""
+    """Trainer's steps on sqft's own display, and how many seconds each took."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.bar: Any = None
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         left = state.max_steps - state.global_step
@@ -213,6 +221,7 @@ class _Progress(TrainerCallback):
         next(self.bar, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter() - self.start)
         next(self.bar, None)
 
 
