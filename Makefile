@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` do all of their own set-up. They need Python 3.11 or newer and make.
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   takes torch's CPU build from its public index
 #   PYTHON=python3.12                                  chooses an interpreter
+#   CONSUMERS="gptqmodel auto_gptq"                    which other programs `make test-slow` opens checkpoints with
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -8,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 DATA := examples/quickstart/data
+CONSUMERS ?= gptqmodel compressed_tensors
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup model quickstart check test test-fast test-slow clean
+.PHONY: help setup model quickstart check test test-fast test-slow consumers clean
 
 help:
 	@echo "make quickstart | test | check | test-slow | clean"
@@ -51,8 +53,18 @@ test: check test-fast
 test-fast: setup
 	$(OFFLINE) $(BIN)/pytest -m "not slow"
 
-test-slow: setup $(MODEL) $(DATA)/heldout.txt
+test-slow: setup consumers $(MODEL) $(DATA)/heldout.txt
 	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800
 
+# Other programs that open what sqft writes, each in an environment of its own, without sqft.
+consumers: $(CONSUMERS:%=.consumers/%/.done)
+
+.consumers/%/.done: tests/consumers/%/requirements.txt
+	$(PYTHON) -m venv .consumers/$*
+	.consumers/$*/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $<)"
+	.consumers/$*/bin/pip install -q numpy setuptools wheel ninja packaging
+	.consumers/$*/bin/pip install -q --no-build-isolation -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .models store $(DATA) build *.egg-info
+	rm -rf $(VENV) .consumers .models store $(DATA) build *.egg-info

@@ -121,7 +121,9 @@ class _Planner(Fitting):
             {"quantizer": part},
             self.base,
             files,
-            Estimate(weights, size, size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29)),
+            Estimate(
+                weights, self._in_codes(chosen, quantizer), size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29)
+            ),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
 
@@ -212,7 +214,10 @@ class _Planner(Fitting):
             return
         weights, size = self._weights()
         inputs = {"search": "search", "finetune": "finetune", **self.base}
-        self._add("merge", section, {}, inputs, {}, Estimate(weights, size, 2 * size + (1 << 29)), self._tuning_code())
+        stored = self.steps["quantize"].estimate.storage if "quantize" in self.steps else size
+        self._add(
+            "merge", section, {}, inputs, {}, Estimate(weights, stored, 2 * size + (1 << 29)), self._tuning_code()
+        )
 
     def _export(self) -> None:
         if not self.recipe.export:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from sqft.contracts import LinearShape
+from sqft.contracts import LinearShape, Quantizer
 from sqft.data.prompts import Answer, answer_of, completion_of, read_records
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
@@ -114,6 +114,17 @@ class Resolver:
         """Parameters of the model and their bytes in the recipe's precision."""
         parameters = self.source.parameters if self.source else 0
         return parameters, parameters * BYTES[self.recipe.model.dtype]
+
+    def _in_codes(self, chosen: Sequence[LinearShape], quantizer: Quantizer | None) -> int:
+        """About the bytes of a quantized model: codes of the quantizer's `bits`, if it says them, with a scale and a
+        zero point of each group and a mask, all else as it is, and a head of its own."""
+        parameters, _ = self._weights()
+        width = BYTES[self.recipe.model.dtype]
+        codes = sum(layer.out_features * layer.in_features for layer in chosen)
+        bits = getattr(quantizer, "bits", 8 * width) + 0.5 + 1
+        tied = self.source and not any(name.startswith(("lm_head", "output.")) for name in self.source.shapes)
+        head = self.source.size("vocab_size") * self.source.size("hidden_size") if self.source and tied else 0
+        return int((parameters - codes + head) * width + codes * bits / 8)
 
     def _problem(self, place: str, message: str) -> None:
         if (problem := Problem(place, message)) not in self.problems:  # two sections may need the same file
