@@ -99,6 +99,8 @@ def read_quantized(folder: Path) -> dict[str, Quantized]:
             dequantize(layers[name])
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise ArtifactError(f"{folder}: the parts of {name} do not fit one another: {error}") from None
+        if not layers[name].grid.scale.isfinite().all():
+            raise ArtifactError(f"{folder}: the scales of {name} are not finite")
     return layers
 
 

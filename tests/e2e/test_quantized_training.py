@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.errors import RecipeError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.checkpoint import read_quantized
@@ -117,27 +116,6 @@ def test_sqft_leaves_a_stock_adapter_beside_the_codes(
     assert config["base_model_name_or_path"] == str(finished["quantize"].folder / "model")
 
 
-def test_what_does_not_go_together(quantized: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
-    def said() -> str:
-        with pytest.raises(RecipeError) as caught:
-            Orchestrator(registry, tmp_path).plan(Recipe.parse(quantized))
-        return str(caught.value)
-
-    quantized["finetune"]["merger"] = "sparsepeft"
-    assert "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized" in said()
-    quantized["finetune"]["merger"] = "unmerged"
-    assert "merge: merger 'unmerged' leaves the adapter beside the base" in said()
-    quantized["finetune"]["merger"] = "qa-sparsepeft"
-    quantized["finetune"]["adapter"]["options"]["dropout"] = 0.1
-    assert "finetune.adapter.options.dropout: 'qa-sparsepeft' rounds the merged weight" in said()
-    quantized["finetune"]["adapter"]["options"]["dropout"] = 0.0
-    quantized.pop("quantize")
-    quantized["finetune"]["base"] = "codes"
-    quantized["evaluate"]["of"] = ["merge"]
-    assert "finetune.base: there are no codes: this recipe does not quantize" in said()
-    assert "'qa-sparsepeft' works on a quantized base, but this recipe's is sparse" in said()
-
-
 @pytest.mark.parametrize("merger", ["unmerged", "qa-sparsepeft", "qa-sparsepeft, mask of codes"])
 def test_somebodys_quantized_model_as_a_base(
     quantized: dict[str, Any], registry: Registry, tmp_path: Path, merger: str
@@ -174,39 +152,3 @@ def test_somebodys_quantized_model_as_a_base(
     assert lost == 0 if masked else lost > 0
     assert finished["merge"].report["logits_difference"] < 1e-4
     assert finished["merge"].load_model().dtype == torch.float32
-
-
-def test_what_cannot_be_made_of_a_quantized_model(
-    quantized: dict[str, Any], registry: Registry, tmp_path: Path
-) -> None:
-    from safetensors.torch import save_file
-
-    first = {key: value for key, value in quantized.items() if key not in ("finetune", "search", "merge", "evaluate")}
-    folder = run(first, registry, tmp_path / "one")["quantize"].folder / "model"
-    whole, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    quantized["model"]["path"] = str(folder)
-
-    def said(changes: dict[str, Any] | None = None, **settings: Any) -> str:
-        tensors = {name: t for name, t in (whole | (changes or {})).items() if t is not None}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        changed = config | {"quantization_config": config["quantization_config"] | settings}
-        (folder / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(RecipeError) as caught:
-            Orchestrator(registry, tmp_path).plan(Recipe.parse(quantized))
-        return str(caught.value)
-
-    assert "sparsify: the model is already quantized; remove this section" in said()
-    assert "quantize: the model is already quantized" in said()
-    quantized.pop("sparsify"), quantized.pop("quantize")
-    quantized["evaluate"]["of"] = ["merge"]
-    layer = "model.layers.1.mlp.up_proj"
-    assert f"{layer}.scales is missing, expected [1, 64]; copy the model again" in said({f"{layer}.scales": None})
-    short = whole[f"{layer}.qzeros"][:, :3].contiguous()
-    assert f"{layer}.qzeros is [1, 3], expected [1, 8]" in said({f"{layer}.qzeros": short})
-    assert "of such models only GPTQ checkpoints of version 1" in said(quant_method="awq")
-    assert "already quantized (gptq_v2)" in said(checkpoint_format="gptq_v2")
-    assert "quantization_config has bits 5 and group_size 32" in said(bits=5)
-    quantized["finetune"]["base"] = "floats"
-    assert "finetune.base: the model has no floats, only codes" in said()
-    quantized["finetune"]["merger"] = "sparsepeft"
-    assert "works on a dense or sparse base, but this recipe's is quantized" in said()
