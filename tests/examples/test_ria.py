@@ -5,25 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sqft-ria"
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A throw-away environment that sees the packages of this one."""
-    folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    return folder / "bin" / "python"
 
 
 def call(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,8 +27,6 @@ def test_install_use_uninstall(environment: Path, raw: dict[str, Any], tmp_path:
     for file in ("pyproject.toml", "sqft_ria.py"):
         (source / file).write_text((EXAMPLE / file).read_text())
     command = ["-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "store")]
-    # A fresh environment may bring a setuptools older than the one it should see.
-    call(environment, "-m", "pip", "uninstall", "-y", "-q", "setuptools")
     installed = call(environment, "-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source))
     assert installed.returncode == 0, installed.stderr
     assert "sqft-ria 0.3" in call(environment, "-m", "sqft", "plugins").stdout

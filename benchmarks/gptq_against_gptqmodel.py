@@ -1,0 +1,94 @@
+"""Perplexity of our gptq and of gptqmodel's, at sparsity 0: same model, grid, damping, order and calibration.
+
+    python benchmarks/gptq_against_gptqmodel.py [--python .consumers/gptqmodel/bin/python] [--store DIR]
+
+gptqmodel works in its own environment (`make consumers`); both checkpoints are read and measured by sqft, its own as
+any model that somebody quantized. Needs `make quickstart`'s model and data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.data.batches import calibration_windows
+from sqft.modeling.load import load_source, save_model
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = ROOT / "examples" / "quickstart" / "data"
+BITS, GROUP_SIZE, DAMP, SAMPLES, LENGTH = 4, 64, 0.01, 16, 512
+
+
+def recipe(name: str, model: Path, **sections: Any) -> Recipe:
+    text = {"text": str(DATA / "heldout.txt"), "tokens": 8192, "length": 1024}
+    evaluate = {"of": ["quantize" if "quantize" in sections else "model"], "perplexity": text}
+    return Recipe.parse({"name": name, "model": {"path": str(model)}, **sections, "evaluate": evaluate})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", type=Path, default=ROOT / ".consumers" / "gptqmodel" / "bin" / "python")
+    parser.add_argument("--store", type=Path, default=Path("store-gptq"))
+    arguments = parser.parse_args()
+    orchestrator = Orchestrator(Registry.discover(), arguments.store)
+
+    def perplexity(wanted: Recipe) -> float:
+        return float(orchestrator.run(orchestrator.plan(wanted)).report["rows"][0]["perplexity"])
+
+    calibration = {"data": str(DATA / "calibration.jsonl"), "samples": SAMPLES, "length": LENGTH}
+    dense = recipe("dense", MODEL)
+    print("| quantizer | act-order | perplexity | ÷ gptqmodel | seconds |\n|---|---|---|---|---|")
+    print(f"| none | | {perplexity(dense):.3f} | | |", flush=True)
+    plan = orchestrator.plan(dense)
+    model, tokenizer = load_source(plan.source, "float32")
+    floats = arguments.store / "floats"
+    if not floats.is_dir():
+        save_model(model, tokenizer, floats)
+    for act_order in (False, True):
+        options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP, "act_order": act_order}
+        ours = recipe(
+            "ours", MODEL, calibration=calibration, quantize={"quantizer": {"name": "gptq", "options": options}}
+        )
+        plan = orchestrator.plan(ours)
+        start = time.monotonic()
+        found = perplexity(ours)
+        seconds = time.monotonic() - start
+        # The windows that our quantize step saw.
+        seed = _seed(plan)
+        windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, SAMPLES, LENGTH, seed)
+        save_file({"windows": windows}, arguments.store / "windows.safetensors")
+        theirs: dict[str, tuple[float, float]] = {}
+        for reorder in (False,) if act_order else (False, True):
+            label = "gptqmodel, reordered in groups (its default)" if reorder else "gptqmodel"
+            out = arguments.store / f"theirs-{int(act_order)}{int(reorder)}"
+            start = time.monotonic()
+            if not out.is_dir():
+                script = Path(__file__).with_name("quantize_with_gptqmodel.py")
+                words = [floats, arguments.store / "windows.safetensors", out, BITS, GROUP_SIZE, DAMP, int(act_order)]
+                command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            taken = time.monotonic() - start
+            theirs[label] = (perplexity(recipe("theirs", out)), taken)
+        first = theirs["gptqmodel"][0]
+        for label, (value, taken) in {"sqft": (found, seconds), **theirs}.items():
+            order = "yes" if act_order else "no"
+            print(f"| {label} | {order} | {value:.3f} | {value / first:.4f} | {taken:.0f} |", flush=True)
+
+
+def _seed(plan: Any) -> int:
+    """The seed of the calibration windows, as stages draw them."""
+    from sqft.progress import silent
+    from sqft.stages.base import Context
+
+    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent).seed_for("calibration")
+
+
+if __name__ == "__main__":
+    main()

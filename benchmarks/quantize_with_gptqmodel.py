@@ -1,0 +1,24 @@
+"""Quantize a model folder with gptqmodel's own GPTQ; run in gptqmodel's environment by gptq_against_gptqmodel.py.
+
+python quantize_with_gptqmodel.py MODEL WINDOWS OUT BITS GROUP_SIZE DAMP DESC_ACT REORDER
+"""
+
+import sys
+
+from gptqmodel import GPTQModel, QuantizeConfig
+from safetensors.torch import load_file
+
+folder, windows, out, bits, group_size, damp, desc_act, reorder = sys.argv[1:]
+config = QuantizeConfig(
+    bits=int(bits),
+    group_size=int(group_size),
+    sym=True,
+    damp_percent=float(damp),
+    desc_act=desc_act == "1",
+    act_group_aware=reorder == "1",
+    device="cpu",
+)
+model = GPTQModel.load(folder, config)
+calibration = [{"input_ids": row, "attention_mask": row.new_ones(len(row))} for row in load_file(windows)["windows"]]
+model.quantize(calibration, batch_size=1)
+model.save(out)

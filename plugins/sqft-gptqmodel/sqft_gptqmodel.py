@@ -1,0 +1,76 @@
+"""gptqmodel's GPTQ as a quantizer of sqft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from sqft.api import Grid, LinearShape, LinearStats, Quantized, Quantizer, StageError, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GptqModel(Quantizer):
+    """GPTQ by gptqmodel, layer by layer on the calibration that sqft collects.
+
+    It knows no mask: its error feedback moves pruned weights, and here they are put back to zero afterwards. What
+    the feedback expected of them is lost, which `gptq`, sqft's own, does not lose.
+    """
+
+    name = "gptqmodel"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = 128
+    symmetric: bool = True
+    damp: float = Field(0.05, gt=0, lt=1, description="added to the Hessian's diagonal, as a share of its mean")
+    act_order: bool = Field(False, description="inputs of the largest activations first")
+    reorder_groups: bool = Field(False, description="gptqmodel's act_group_aware: groups of the largest first")
+
+    def misfit(self, linear: LinearShape) -> str | None:
+        if self.group_size == -1 or linear.in_features % self.group_size == 0:
+            return None
+        return f"{linear.in_features} inputs are no multiple of group_size {self.group_size}; choose 64, 32 or -1"
+
+    def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+        import torch
+        from gptqmodel import QuantizeConfig
+        from gptqmodel.quantization.gptq import GPTQ
+
+        from sqft.kernels.grids import quantize
+
+        if stats.hessian is None or not stats.tokens:
+            raise StageError("gptqmodel needs a Hessian of calibration text")
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+        linear.weight.data = weight if mask is None else weight * mask
+        settings = QuantizeConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.symmetric,
+            damp_percent=self.damp,
+            desc_act=self.act_order,
+            act_group_aware=self.reorder_groups,
+        )
+        task = GPTQ(linear, settings)
+        task.quantizer.configure(perchannel=True)
+        task.H = stats.hessian * (2 / stats.tokens)
+        task.nsamples = stats.tokens
+        value, scale, zero, index, *_ = task.quantize()
+        groups = index.int() if self.act_order else None
+        grid = Grid(scale.float(), zero.round().int(), self.group_size, self.bits, groups)
+        codes = quantize(value.float(), grid)
+        stored = Grid(scale.half(), grid.zero, self.group_size, self.bits, groups)
+        if mask is not None:
+            at = (
+                index.long()
+                if groups is not None
+                else torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1])
+            )
+            codes = torch.where(mask, codes, grid.zero[:, at].to(codes.dtype))
+        return Quantized(codes, stored)
+
+
+@hookimpl
+def sqft_quantizers() -> Iterator[type[Quantizer]]:
+    yield GptqModel
