@@ -21,6 +21,7 @@ from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
 from sqft.modeling.weights import PackedLinear, PackedWeight
 from sqft.source import GPTQ_PARTS, gptq_settings
+from sqft.store import write_json
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -61,6 +62,9 @@ def save_quantized(
         **_left_out(model, layers),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    settings = {key: config["quantization_config"][key] for key in ("bits", "group_size", "sym", "desc_act")}
+    # auto-gptq reads a file of its own, and looks for weights of this name.
+    write_json(folder / "quantize_config.json", {**settings, "model_file_base_name": "model"})
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 

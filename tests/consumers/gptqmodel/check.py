@@ -3,7 +3,7 @@
     python check.py FOLDER GIVEN
 
 GIVEN is a safetensors file of `ids` [1, tokens] int64 and `logits` [1, tokens, vocabulary] float32, of the float model
-that the codes stand for. gptqmodel's CPU kernel computes in bfloat16 with scales in bfloat16: hence the tolerance.
+that the codes stand for. gptqmodel's CPU kernel computes in bfloat16 even where the rest is float32: hence the tolerance.
 """
 
 import importlib.util
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-TOLERANCE = 0.05  # of the largest logit
+TOLERANCE = 0.03  # of the largest logit
 
 assert importlib.util.find_spec("sqft") is None, "sqft must not be here: another program is to load the folder"
 folder, given = sys.argv[1:]
 wanted = load_file(given)
-model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
 kernels = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight") or hasattr(module, "bits")}
 with torch.no_grad():
     logits = model(wanted["ids"]).logits.float()
