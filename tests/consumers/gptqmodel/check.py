@@ -3,7 +3,7 @@
     python check.py FOLDER GIVEN
 
 GIVEN is a safetensors file of `ids` [1, tokens] int64 and `logits` [1, tokens, vocabulary] float32, of the float model
-that the codes stand for. gptqmodel's CPU kernel computes in bfloat16 even where the rest is float32: hence the tolerance.
+that the codes stand for. gptqmodel's CPU kernel computes in bfloat16 where all else is float32: hence the tolerance.
 """
 
 import importlib.util
