@@ -263,6 +263,8 @@ class Merger(Component):
     """False when the adapter stays beside the base: the ordinary two-path forward, and no merge stage."""
     keeps_mask: ClassVar[bool] = True
     """True when it promises to keep every zero of the base; the core proves it after training and merge."""
+    scale_option: ClassVar[str | None] = None
+    """Name of the field that says whether a quantized base's scales train too, if the merger has one."""
 
     def combine(self, base: BaseWeight, delta: Tensor) -> Tensor:
         """The effective weight, float32 [rows, in], for a delta of that shape; elementwise in `delta`.

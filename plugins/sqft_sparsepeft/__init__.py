@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from sqft.api import BaseKind, BaseWeight, Merger, hookimpl
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class QASparsePEFT(SparsePEFT):
 
     name = "qa-sparsepeft"
     bases = frozenset({BaseKind.QUANTIZED})
+    scale_option = "learn_scales"
+    learn_scales: bool = Field(False, description="train the grid's scales too (the paper keeps them)")
 
 
 @hookimpl

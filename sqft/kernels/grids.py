@@ -6,6 +6,8 @@ taken from them.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -108,6 +110,27 @@ def inside(weight: Tensor, grid: Grid) -> Tensor:
     code = (weight / scale).round() + zero
     within: Tensor = (code >= 0) & (code <= 2**grid.bits - 1)
     return within
+
+
+def stretched(grid: Grid, gain: Tensor) -> Grid:
+    """The grid with its scales multiplied by `gain` [out, groups], in the precision they are stored in."""
+    scale = (grid.scale.float() * gain.detach().float()).clamp(min=SMALLEST).half()
+    return dataclasses.replace(grid, scale=scale)
+
+
+def scale_gradient(weight: Tensor, grid: Grid, grad: Tensor) -> Tensor:
+    """d(loss)/d(scale) [out, groups], given d(loss)/d(`rounded`'s result) [out, in].
+
+    d(s (q − z))/ds is (q − z) − W / s where the clamp leaves the code alone, the rounding passed straight through, and
+    q − z where it does not (Esser et al., Learned step size quantization, ICLR 2020, eq. 3).
+    """
+    scale, zero = spread(grid, weight.shape[1])
+    code = (weight / scale).round() + zero
+    top = 2**grid.bits - 1
+    within = (code >= 0) & (code <= top)
+    slope = code.clamp(0, top) - zero - torch.where(within, weight / scale, 0)
+    index = group_index(grid, weight.shape[1])
+    return torch.zeros_like(grid.scale, dtype=torch.float32).index_add_(1, index, grad * slope)
 
 
 def same(one: Quantized, other: Quantized) -> bool:

@@ -8,52 +8,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqft.contracts import BaseWeight, DeltaModule, Merger, Quantized
+from sqft.contracts import BaseWeight, DeltaModule, Grid, Merger, Quantized
 from sqft.errors import StageError
 from sqft.kernels import grids
 from sqft.modeling.weights import FrozenWeight, PackedLinear, unpacked
 
 
 def _merged(
-    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float
-) -> Iterator[tuple[slice, BaseWeight, Tensor]]:
-    """Blocks of rows of the base and of combine(W, scale · B A) [rows, in], float32 with autocast off.
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, gain: Tensor | None
+) -> Iterator[tuple[slice, BaseWeight, Tensor, Tensor, Grid | None]]:
+    """Blocks of rows of the base, of scale · B A and of combine of the two [rows, in], and the grid to round that on.
 
-    The law, in one place: the forward, the backward and the merge all take their weights from here.
+    Float32, with autocast off. The law, in one place: forward, backward and merge all take their weights from here.
     """
     with torch.no_grad(), torch.autocast(B.device.type, enabled=False):
         right = A.float() * scale
         for rows in base.rows():
-            block = base.block(rows)
-            yield rows, block, merger.combine(block, B[rows].float() @ right)
+            block, delta, grid = base.block(rows), B[rows].float() @ right, base.grid(rows)
+            if grid and gain is not None:
+                grid = grids.stretched(grid, gain[rows])
+            yield rows, block, delta, merger.combine(block, delta), grid
 
 
 def effective_weight(
-    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, less_base: bool = False
+    merger: Merger,
+    base: FrozenWeight,
+    B: Tensor,
+    A: Tensor,
+    scale: float,
+    gain: Tensor | None = None,
+    less_base: bool = False,
 ) -> Tensor:
     """W_eff [out, in] = combine(W, scale · B A) in the base's dtype, rounded on the base's grid where it has one
     (paper eq. 1–2 for `sparsepeft`, eq. 3–4 for `qa-sparsepeft`).
 
-    `B` [out, r], `A` [r, in]. Computed in float32 whatever the dtypes; not differentiable, see `_Effective`.
-    `less_base` gives W_eff − W, subtracted before it is rounded to the base's dtype.
+    `B` [out, r], `A` [r, in], `gain` [out, groups] what the grid's scales are multiplied by. Computed
+    in float32 whatever the dtypes; not differentiable, see `_Effective`. `less_base` gives W_eff − W,
+    subtracted before it is rounded to the base's dtype.
     """
     result = torch.empty(base.out_features, base.in_features, dtype=base.dtype, device=B.device)
     with torch.no_grad():
-        for rows, block, merged in _merged(merger, base, B, A, scale):
-            if grid := base.grid(rows):
+        for rows, block, _, merged, grid in _merged(merger, base, B, A, scale, gain):
+            if grid:
                 merged = grids.rounded(merged, grid)
             result[rows] = merged - block.weight if less_base else merged
     return result
 
 
-def effective_codes(merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float) -> Quantized:
-    """The codes [out, in] of `effective_weight`, on the base's grid (paper eq. 3).
+def effective_codes(
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, gain: Tensor | None = None
+) -> Quantized:
+    """The codes [out, in] of `effective_weight`, with their grid (paper eq. 3).
 
     Raises:
         StageError: when the base has no grid.
@@ -62,11 +73,10 @@ def effective_codes(merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, sc
     if grid is None:
         raise StageError("a float base has no codes")
     codes = torch.empty(base.out_features, base.in_features, dtype=torch.uint8, device=B.device)
-    for rows, _, merged in _merged(merger, base, B, A, scale):
-        part = base.grid(rows)
+    for rows, _, _, merged, part in _merged(merger, base, B, A, scale, gain):
         assert part is not None
         codes[rows] = grids.quantize(merged, part)
-    return Quantized(codes, grid)
+    return Quantized(codes, grid if gain is None else grids.stretched(grid, gain))
 
 
 class _Effective(torch.autograd.Function):
@@ -79,21 +89,22 @@ class _Effective(torch.autograd.Function):
         bias: Tensor | None,
         B: Tensor,
         A: Tensor,
+        gain: Tensor | None,
         scale: float,
         merger: Merger,
         base: FrozenWeight,
         less_base: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, B, A)
+        ctx.save_for_backward(x, B, A, gain)
         # The base lives in its module anyway: nothing that it holds is kept for longer by this.
         ctx.scale, ctx.merger, ctx.base, ctx.less_base = scale, merger, base, less_base
         with torch.autocast(x.device.type, enabled=False):
-            merged = effective_weight(merger, base, B, A, scale, less_base).to(x.dtype)
+            merged = effective_weight(merger, base, B, A, scale, gain, less_base).to(x.dtype)
             return F.linear(x, merged, bias.to(x.dtype) if bias is not None else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, A = ctx.saved_tensors
+        x, B, A, gain = ctx.saved_tensors
         base: FrozenWeight = ctx.base
         grad = grads[0].reshape(-1, base.out_features)  # [tokens, out]
         inputs = x.reshape(-1, base.in_features)  # [tokens, in]
@@ -104,24 +115,24 @@ class _Effective(torch.autograd.Function):
             wanted = torch.empty(shape, dtype=base.dtype, device=B.device) if ctx.needs_input_grad[0] else None
             # One large matmul: d(loss)/d(W_eff) = dyᵀ x, [out, in].
             grad_weight = grad.T @ inputs
-            for rows in base.rows():
-                block, left = base.block(rows), B[rows].float()
-                delta = left @ right
-                through = grad_weight[rows].float()
-                grid = base.grid(rows)
-                if wanted is not None or grid:
-                    merged = ctx.merger.combine(block, delta)
-                    if grid:  # straight through the rounding, and nothing where the clamp held (paper eq. 3)
-                        through = through * grids.inside(merged, grid)
-                        merged = grids.rounded(merged, grid)
-                    if wanted is not None:
-                        wanted[rows] = merged - block.weight if ctx.less_base else merged
+            grad_gain = torch.zeros_like(gain) if gain is not None else None
+            for rows, block, delta, merged, grid in _merged(ctx.merger, base, B, A, ctx.scale, gain):
+                left, through = B[rows].float(), grad_weight[rows].float()
+                value = merged
+                if grid:  # straight through the rounding, and nothing where the clamp held (paper eq. 3)
+                    if grad_gain is not None:
+                        assert base.scale is not None
+                        grad_gain[rows] = grids.scale_gradient(merged, grid, through) * base.scale[rows].float()
+                    through = through * grids.inside(merged, grid)
+                    value = grids.rounded(merged, grid) if wanted is not None else merged
+                if wanted is not None:
+                    wanted[rows] = value - block.weight if ctx.less_base else value
                 grad_delta = ctx.merger.derivative(block, delta, through)
                 grad_B[rows] = grad_delta @ right.T
                 grad_A.addmm_(left.T, grad_delta, alpha=ctx.scale)
             del grad_weight
             grad_x = (grad @ wanted.to(grad.dtype)).reshape(x.shape) if wanted is not None else None
-        return grad_x, None, grad_B.to(B.dtype), grad_A.to(A.dtype), None, None, None, None
+        return grad_x, None, grad_B.to(B.dtype), grad_A.to(A.dtype), grad_gain, None, None, None, None
 
 
 class AdaptedLinear(nn.Module):
@@ -134,12 +145,22 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(
-        self, base: FrozenWeight, bias: Tensor | None, delta: DeltaModule, merger: Merger, dropout: float = 0.0
+        self,
+        base: FrozenWeight,
+        bias: Tensor | None,
+        delta: DeltaModule,
+        merger: Merger,
+        dropout: float = 0.0,
+        learn_scales: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base, self.bias = base, bias
         self.delta, self.merger = delta, merger
+        # What the grid's scales are multiplied by, [out, groups], where they train too.
+        self.gain: nn.Parameter | None = None
+        if learn_scales and base.scale is not None:
+            self.gain = nn.Parameter(torch.ones_like(base.scale, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         self.rank = delta.rank
         self.cached: Tensor | None = None
@@ -160,11 +181,23 @@ class AdaptedLinear(nn.Module):
         """
         return effective_codes(self.merger, self.base, *self._factors())
 
-    def _factors(self) -> tuple[Tensor, Tensor, float]:
+    def trained(self) -> dict[str, Tensor]:
+        """What trains, by name."""
+        held: dict[str, Tensor] = cast(nn.Module, self.delta).state_dict()
+        return held if self.gain is None else {**held, "grid.gain": self.gain.detach()}
+
+    def load_trained(self, stored: Mapping[str, Tensor]) -> None:
+        """Take what `trained` gave."""
+        own = dict(stored)
+        if self.gain is not None:
+            self.gain.data.copy_(own.pop("grid.gain"))
+        cast(nn.Module, self.delta).load_state_dict(own)
+
+    def _factors(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
         if not self.merger.merges:
             raise StageError(f"merger '{self.merger.name}' has no effective weight: its adapter stays beside the base")
         B, A, scale = self.delta.factors(self.rank)
-        return B.detach(), A.detach(), scale
+        return B.detach(), A.detach(), scale, self.gain
 
     def forward(self, x: Tensor) -> Tensor:
         if self.cached is not None:
@@ -184,7 +217,7 @@ class AdaptedLinear(nn.Module):
     def _through(
         self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, less_base: bool = False
     ) -> Tensor:
-        y: Tensor = _Effective.apply(x, bias, B, A, scale, self.merger, self.base, less_base)  # type: ignore[no-untyped-call]
+        y: Tensor = _Effective.apply(x, bias, B, A, self.gain, scale, self.merger, self.base, less_base)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -194,6 +227,7 @@ def attach(
     merger: Merger,
     bases: Mapping[str, FrozenWeight],
     dropout: float = 0.0,
+    learn_scales: bool = False,
 ) -> dict[str, AdaptedLinear]:
     """Freeze the model and put an `AdaptedLinear` over its base in place of each named linear layer."""
     model.requires_grad_(False)
@@ -202,7 +236,7 @@ def attach(
         parent, _, last = name.rpartition(".")
         bias = model.get_submodule(name).bias
         assert bias is None or isinstance(bias, Tensor)
-        layer = AdaptedLinear(bases[name], bias, delta, merger, dropout)
+        layer = AdaptedLinear(bases[name], bias, delta, merger, dropout, learn_scales)
         adapted[name] = layer.train(model.training)
         setattr(model.get_submodule(parent), last, adapted[name])
     return adapted

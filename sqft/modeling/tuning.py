@@ -50,7 +50,7 @@ class Tuned:
         return {
             f"{name}.{key}": value.detach().contiguous()
             for name, layer in self.adapted.items()
-            for key, value in cast(nn.Module, layer.delta).state_dict().items()
+            for key, value in layer.trained().items()
         }
 
     @property
@@ -125,7 +125,8 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
         weights = _before_quantization(plan, base, layers, masked)
     else:
         weights = {name: FloatWeight(cast(Tensor, layer.weight), masked) for name, layer in layers.items()}
-    adapted = attach(model, deltas, merger, weights, dropout)
+    learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
+    adapted = attach(model, deltas, merger, weights, dropout, learn_scales)
     model.to(device)
     return Tuned(model, tokenizer, adapted, space)
 
@@ -172,12 +173,11 @@ def restore(plan: Plan, base: Base, trained: Path, device: str) -> Tuned:
         odd = sorted(stored.keys() ^ expected.keys())[0]
         raise ArtifactError(f"{trained / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
     for name, layer in tuned.adapted.items():
-        delta = cast(nn.Module, layer.delta)
-        own = {key: stored[f"{name}.{key}"] for key in delta.state_dict()}
+        own = {key: stored[f"{name}.{key}"] for key in layer.trained()}
         for key, value in own.items():
             if value.shape != expected[f"{name}.{key}"].shape or not value.isfinite().all():
                 raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
-        delta.load_state_dict(own)
+        layer.load_trained(own)
     if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
         raise ContractError(
             f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training"
@@ -216,6 +216,7 @@ def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folde
     scales = {name: scale for name, (_, _, scale) in factors.items()}
     if merger.merges:
         tensors = {f"{n}.{k}": t for n, (b, a, _) in factors.items() for k, t in (("lora_B", b), ("lora_A", a))}
+        tensors |= {f"{n}.gain": layer.gain for n, layer in tuned.adapted.items() if layer.gain is not None}
         _save(tensors, folder / "adapter.safetensors")
         content = {"merger": merger.name, "base_model": base, "ranks": ranks, "scales": scales}
         write_json(folder / "sqft_adapter.json", content)

@@ -34,6 +34,7 @@ def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
     ("base", "options", "change"),
     [
         ("floats", {"group_size": 32}, {}),
+        ("codes", {"group_size": 32}, {"merger": {"name": "qa-sparsepeft", "options": {"learn_scales": True}}}),
         ("codes", {"group_size": 32}, {}),
         ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
         ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
@@ -62,7 +63,9 @@ def test_the_merged_codes_are_those_of_equation_3(
     changed = 0
     for name, layer in after.items():
         old = before[name]
-        assert layer.grid.scale.equal(old.grid.scale) and layer.grid.zero.equal(old.grid.zero)
+        gain = adapter.get(f"{name}.gain", torch.ones(1))
+        assert f"{name}.gain" in adapter or "merger" not in change or name not in scales
+        assert layer.grid.scale.equal((old.grid.scale.float() * gain).half()) and layer.grid.zero.equal(old.grid.zero)
         index = old.grid.group_index
         size = layer.codes.shape[1] if old.grid.group_size == -1 else old.grid.group_size
         index = torch.arange(layer.codes.shape[1]) // size if index is None else index.long()
@@ -74,6 +77,7 @@ def test_the_merged_codes_are_those_of_equation_3(
             continue
         start = floats[f"{name}.weight"].double() if base == "floats" else scale * (old.codes.double() - zero)
         low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double()) * mask
+        scale = layer.grid.scale.double()[:, index]
         exact = (start + low) / scale
         code = (exact.round() + zero).clamp(0, 2**old.grid.bits - 1)
         # float32 may fall on the other side of a half: only there may a code differ from float64's.

@@ -27,13 +27,15 @@ def sparse(out: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(out, inputs, generator=g) * kept, kept
 
 
-def adapted(base: FrozenWeight, merger: Merger, rank: int = 3, size: float = 0.3) -> AdaptedLinear:
+def adapted(
+    base: FrozenWeight, merger: Merger, rank: int = 3, size: float = 0.3, learn_scales: bool = False
+) -> AdaptedLinear:
     delta = Nls(ranks=(rank,), alpha=2.0 * rank).delta(
         LinearShape("l", base.out_features, base.in_features), torch.Generator().manual_seed(1)
     )
     assert isinstance(delta, nn.Module)
     delta.B.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(size)  # type: ignore[union-attr, operator]
-    return AdaptedLinear(base, None, delta, merger)
+    return AdaptedLinear(base, None, delta, merger, learn_scales=learn_scales)
 
 
 def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,10 @@ def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
 
 def oracle(layer: AdaptedLinear, x: Tensor, start: Tensor, kept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. 3–4 in float64 with torch's own straight-through: rounded + (W − detached W), clamped by autograd."""
+    if layer.gain is not None:
+        stretched = grid.scale.double() * layer.gain.double()
+        stored = stretched + (stretched.half().double() - stretched).detach()  # float16, straight through
+        grid = Grid(stored, grid.zero, grid.group_size, grid.bits, grid.group_index)
     scale, zero = spread(grid, start.shape[1])
     B, A, s = layer.delta.factors(layer.rank)
     merged = start.double() + torch.where(kept, s * B.double() @ A.double(), 0.0)
@@ -60,10 +66,10 @@ def oracle(layer: AdaptedLinear, x: Tensor, start: Tensor, kept: Tensor, grid: G
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 32]), st.booleans(), st.booleans(), st.booleans(),
-    st.integers(0, 30),
+    st.booleans(), st.integers(0, 30),
 )  # fmt: skip
 def test_forward_codes_and_gradients_of_a_rounded_weight(
-    bits: int, size: int, symmetric: bool, act_order: bool, codes: bool, seed: int
+    bits: int, size: int, symmetric: bool, act_order: bool, codes: bool, learn: bool, seed: int
 ) -> None:
     weight, kept = sparse(5, 64, seed)
     result = round_to_nearest(weight, kept, bits, size, symmetric, False)
@@ -73,7 +79,9 @@ def test_forward_codes_and_gradients_of_a_rounded_weight(
         _, zero = spread(result.grid, 64)
         result = Quantized(torch.where(kept, result.codes, zero).to(torch.uint8), result.grid)
     base = PackedWeight(result, kept, torch.float32) if codes else FloatWeight(weight, True, result.grid)
-    layer = adapted(base, QASparsePEFT())
+    layer = adapted(base, QASparsePEFT(), learn_scales=learn)
+    if layer.gain is not None:
+        layer.gain.data.uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(seed))
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     probe = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 1))
     start = dequantize(result) if codes else weight
@@ -83,7 +91,7 @@ def test_forward_codes_and_gradients_of_a_rounded_weight(
     assert layer.codes().codes.double().equal(code.detach())
     assert layer.effective().equal(dequantize(layer.codes()))
     torch.testing.assert_close(layer(x).double(), y, rtol=1e-5, atol=1e-4)
-    trained = [x, *layer.delta.parameters()]  # type: ignore[attr-defined]
+    trained = [x, *layer.delta.parameters(), *([layer.gain] if learn else [])]  # type: ignore[attr-defined, list-item]
     found = torch.autograd.grad((layer(x) * probe).sum(), trained)
     wanted = torch.autograd.grad((y * probe).sum(), trained)
     for ours, theirs in zip(found, wanted, strict=True):

@@ -1,0 +1,85 @@
+"""One calibration walk for Wanda and GPTQ against two, on the quickstart's model: perplexity and seconds.
+
+    python benchmarks/one_walk.py [--samples 16] [--length 512]
+
+two     sparsify's walk, then one over the sparse model whose earlier blocks are quantized (what sqft does)
+masks   one walk: Hessians are sparsify's own, of the dense block behind pruned ones; masks are those of `two`
+joint   one walk: a block is pruned and quantized with one Hessian, behind blocks that are both; other masks
+`joint` saves the whole of the first walk; `masks` as much, where the sparse model is not there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from sqft_gptq import Gptq
+from torch import Tensor, nn
+
+from sqft.api import LinearStats, Statistic
+from sqft.data.batches import calibration_windows, text_windows
+from sqft.kernels.grids import dequantize
+from sqft.kernels.masks import keep_mask
+from sqft.modeling.blocks import linears
+from sqft.modeling.calibrate import walk
+from sqft.modeling.load import load_source
+from sqft.modeling.measure import perplexity
+from sqft.progress import silent
+from sqft.source import Digests, find_model
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA = ROOT / "examples" / "quickstart" / "data"
+HESSIAN = frozenset({Statistic.HESSIAN})
+
+
+def wanda(weight: Tensor, stats: LinearStats) -> Tensor:
+    """The mask of each row's larger half of |W| · ‖X‖; the norms are the Hessian's diagonal."""
+    assert stats.hessian is not None
+    return keep_mask(weight.abs() * stats.hessian.diagonal().sqrt(), 0.5, "row")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    arguments = parser.parse_args()
+    quantizer = Gptq(group_size=64)
+    source = find_model(str(MODEL), Path, None, Digests())
+    print("| way | perplexity | seconds |\n|---|---|---|")
+    for way in ("two", "masks", "joint"):
+        model, tokenizer = load_source(source, "float32")
+        windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, arguments.samples, arguments.length, 0)
+        later: dict[str, Tensor] = {}
+
+        def prune(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            linear.weight.data *= wanda(linear.weight, stats)
+
+        def quantize(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            weight = linear.weight.detach().clone()
+            linear.weight.data.copy_(dequantize(quantizer.quantize(weight, weight != 0, stats)))
+
+        def both(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            prune(name, linear, stats)
+            quantize(name, linear, stats)
+
+        def aside(name: str, linear: nn.Linear, stats: LinearStats, later: dict[str, Tensor] = later) -> None:
+            prune(name, linear, stats)
+            later[name] = dequantize(quantizer.quantize(linear.weight.detach(), linear.weight != 0, stats))
+
+        start = time.monotonic()
+        for compress in {"two": (prune, quantize), "masks": (aside,), "joint": (both,)}[way]:
+            walk(model, windows, set(linears(model)), HESSIAN, compress, "cpu", silent)
+        seconds = time.monotonic() - start
+        for name, value in later.items():
+            model.get_parameter(f"{name}.weight").data.copy_(value)
+        with torch.inference_mode():
+            held_out = text_windows(DATA / "heldout.txt", tokenizer, 8192, 1024)
+            found = perplexity(model, held_out, silent)["perplexity"]
+        print(f"| {way} | {found:.2f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
