@@ -63,7 +63,7 @@ consumers: $(CONSUMERS:%=.consumers/%/.done)
 	$(PYTHON) -m venv .consumers/$*
 	.consumers/$*/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $<)"
 	.consumers/$*/bin/pip install -q numpy setuptools wheel ninja packaging
-	.consumers/$*/bin/pip install -q --no-build-isolation -r $<
+	BUILD_CUDA_EXT=0 .consumers/$*/bin/pip install -q --no-build-isolation -r $<
 	@touch $@
 
 clean:

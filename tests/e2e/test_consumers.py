@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sqft import Orchestrator, Registry, Run
+from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.checkpoint import open_folder, read_quantized
@@ -20,6 +22,7 @@ from sqft.modeling.checkpoint import open_folder, read_quantized
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "qa-sparsepeft.json"
+REQUIRED = ("gptqmodel", "compressed_tensors")
 FEW_STEPS = [
     "finetune.steps=4",
     "finetune.warmup_steps=0",
@@ -46,16 +49,54 @@ def test_the_real_model_merges_into_codes(run: Run) -> None:
         assert not value[~unpack_mask(masks[layer], (value.shape[0], value.shape[1]))].any(), layer
 
 
-@pytest.mark.parametrize("consumer", ["gptqmodel"])
-def test_the_merged_checkpoint_elsewhere(run: Run, consumer: str, tmp_path: Path) -> None:
-    folder = run["merge"].folder / "model"
+def elsewhere(consumer: str, *arguments: object, **environment: str) -> str:
+    """What a program prints in a consumer's environment, which must be there."""
+    python = ROOT / ".consumers" / consumer / "bin" / "python"
+    if not python.exists() and consumer not in REQUIRED:
+        pytest.skip(f"`make consumers CONSUMERS={consumer}` makes its environment; not made here")
+    assert python.exists(), "run `make consumers` first"
+    command = [str(python), "-P", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def opened(consumer: str, folder: Path, scratch: Path) -> str:
     model, tokenizer = open_folder(folder)
     ids = tokenizer("A box has 15 stamps. Ben takes 12. Left: 3. The quick brown fox", return_tensors="pt").input_ids
     with torch.no_grad():
-        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "given.safetensors")
-    python = ROOT / ".consumers" / consumer / "bin" / "python"
-    assert python.exists(), "run `make consumers` first"
+        save_file({"ids": ids, "logits": model(ids).logits.contiguous()}, scratch / "given.safetensors")
     script = ROOT / "tests" / "consumers" / consumer / "check.py"
-    command = [str(python), "-P", str(script), str(folder), str(tmp_path / "given.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return elsewhere(consumer, script, folder, scratch / "given.safetensors")
+
+
+@pytest.mark.parametrize("consumer", ["gptqmodel", "auto_gptq"])
+def test_the_merged_checkpoint_elsewhere(run: Run, consumer: str, tmp_path: Path) -> None:
+    assert "largest difference" in opened(consumer, run["merge"].folder / "model", tmp_path)
+
+
+@pytest.mark.parametrize("consumer", ["gptqmodel", "auto_gptq"])
+@pytest.mark.parametrize(
+    "options",
+    [{"symmetric": False}, {"bits": 8, "group_size": 32}, {"name": "gptq", "act_order": True}],
+    ids=["asymmetric", "8 bit", "act-order"],
+)
+def test_other_grids_elsewhere(options: dict[str, Any], consumer: str, tmp_path: Path) -> None:
+    options = {"group_size": 64} | options
+    name = options.pop("name", "rtn")
+    raw = {
+        "name": "grids",
+        "model": {"path": str(ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf")},
+        "calibration": {"data": str(ROOT / "examples/quickstart/data/calibration.jsonl"), "samples": 2, "length": 128},
+        "quantize": {"quantizer": {"name": name, "options": options}},
+    }
+    orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
+    quantized = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"]
+    assert "largest difference" in opened(consumer, quantized.folder / "model", tmp_path)
+
+
+def test_the_bridge_to_gptqmodel_keeps_the_contract() -> None:
+    """And agrees with our own GPTQ code by code, where one grid a row leaves no choice of when to fit it."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "plugins", ROOT / "plugins" / "sqft-gptqmodel")))
+    printed = elsewhere("gptqmodel", ROOT / "tests" / "consumers" / "gptqmodel" / "bridge.py", PYTHONPATH=paths)
+    assert float(printed.split()[-1]) > 0.995
