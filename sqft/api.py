@@ -24,6 +24,7 @@ from sqft.contracts import (
     Statistic,
 )
 from sqft.errors import ContractError, PluginError, SqftError, StageError
+from sqft.folders import ShardSize, float_layers, parameters, write_config, write_gptq_config, write_shards
 from sqft.hookspecs import hookimpl
 
 __all__ = [
@@ -49,8 +50,14 @@ __all__ = [
     "Scorer",
     "SearchSpace",
     "Searcher",
+    "ShardSize",
     "SqftError",
     "StageError",
     "Statistic",
+    "float_layers",
     "hookimpl",
+    "parameters",
+    "write_config",
+    "write_gptq_config",
+    "write_shards",
 ]

@@ -160,14 +160,35 @@ class Evaluate(Protocol):
 
 
 class ModelReader(Protocol):
-    """A model as an exporter sees it: its files and, one at a time, its tensors."""
+    """A finished model as an exporter sees it, one tensor at a time: its weights as floats, and the codes of those
+    that lie on a grid."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """Where it lies; to be left as it is."""
+        ...
 
-    def names(self) -> Sequence[str]: ...
+    def names(self) -> Sequence[str]:
+        """Its parameters as the float model names them: a quantized layer's weight is "{layer}.weight"."""
+        ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """One parameter; a quantized layer's weight [out, in] is what its codes stand for, in the precision of the
+        weights that are floats."""
+        ...
+
+    def quantized(self) -> Sequence[str]:
+        """The layers on a grid; none of a float model."""
+        ...
+
+    def codes(self, layer: str) -> Quantized:
+        """The codes [out, in] and the grid of one of them."""
+        ...
+
+    def copy_settings(self, folder: Path) -> None:
+        """Copy all that is no weight: config.json without `quantization_config`, tokenizer, chat template, generation
+        config, custom code, licence."""
+        ...
 
 
 class Component(BaseModel):
@@ -292,6 +313,8 @@ class Exporter(Component):
 
     kind: ClassVar[str] = "exporter"
     verb: ClassVar[str] = "export"
+    needs_codes: ClassVar[bool] = False
+    """True when it writes codes and grids: the plan refuses it where the model holds floats."""
 
     def export(self, model: ModelReader, folder: Path) -> None:
         """Write `model` into the empty `folder`."""

@@ -44,7 +44,7 @@ def core_digest(stage: str) -> str:
     """Digest of the core's own code that a stage's result depends on."""
     root = Path(__file__).parent
     files = [root / "stages" / f"{stage}.py", root / "stages" / "base.py"]
-    files += [root / f"{name}.py" for name in ("checks", "contracts", "plan")]
+    files += [root / f"{name}.py" for name in ("checks", "contracts", "folders", "plan")]
     for room in ("kernels", "modeling", "data"):
         files += sorted((root / room).rglob("*.py"))
     return digest_files([file for file in files if file.is_file()], root)

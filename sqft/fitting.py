@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sqft.contracts import Adapter, BaseKind, LinearShape, Merger, Quantizer
+from sqft.contracts import Adapter, BaseKind, Exporter, LinearShape, Merger, Quantizer
 from sqft.plan import Part, selected
 from sqft.recipe import Finetune, Sparsify
 from sqft.resolver import Resolver
@@ -57,6 +57,18 @@ class Fitting(Resolver):
                 self._problem("finetune.base", 'the model has no floats, only codes; remove this, or say "codes"')
             return section.model_copy(update={"base": "codes"})
         return section
+
+    def _exporter_fits(self, part: Part | None, place: str) -> None:
+        if part is None or not isinstance(part.component, Exporter):
+            return
+        if part.component.needs_codes and not self._on_codes():
+            components = [entry.component for entry in self.registry.entries()]
+            fitting = sorted(c.name for c in components if issubclass(c, Exporter) and not c.needs_codes)
+            self._problem(
+                place,
+                f"'{part.component.name}' writes codes, but this recipe's model holds floats; "
+                f"use {' or '.join(fitting) or 'another exporter'}, or add quantize",
+            )
 
     def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
         components = [entry.component for entry in self.registry.entries()]

@@ -228,13 +228,11 @@ class _Planner(Fitting):
         if self.recipe.finetune is None and not self.base:
             self._problem("export", "has nothing to export; add sparsify, or finetune and merge")
             return
-        if self.recipe.quantize:
-            self._problem("export", "the quantize step's model/ is a GPTQ checkpoint already; remove this section")
-            return
-        role = {"merge": "merge"} if self.recipe.finetune else self.base
+        role = {"merge": "merge"} if self.recipe.finetune else {"base": self.base["base"]}
         weights, size = self._weights()
         for index, section in enumerate(self.recipe.export):
             part = self._part("exporter", section.exporter, f"export.{index}.exporter")
+            self._exporter_fits(part, f"export.{index}.exporter")
             name = "export" if len(self.recipe.export) == 1 else f"export:{section.exporter.name}-{index}"
             self._add(
                 "export", section, {"exporter": part}, role, {}, Estimate(weights, size, size + (1 << 29)), name=name

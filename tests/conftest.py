@@ -12,6 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft import Registry
+from sqft.api import Grid, Quantized
+from sqft.kernels.grids import fit, round_on
+from sqft.modeling.blocks import linears
+from sqft.modeling.checkpoint import save_quantized
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -61,6 +65,35 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("model")
     make_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def on_grid(
+    weight: torch.Tensor, bits: int = 4, size: int = 32, symmetric: bool = True, act_order: bool = False
+) -> Quantized:
+    """A weight [out, in] rounded to nearest, in groups of a random order where asked."""
+    out, inputs = weight.shape
+    groups = 1 if size == -1 else inputs // size
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)) if act_order else range(inputs)
+    index = torch.empty(inputs, dtype=torch.int32)
+    index[list(order)] = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
+    scale, zero = fit(weight.float()[:, list(order)].reshape(out, groups, -1), bits, symmetric)
+    codes = round_on(weight.float(), scale[:, index.long()], zero[:, index.long()], 2**bits - 1).to(torch.uint8)
+    in_order = groups == 1 or not act_order
+    return Quantized(codes, Grid(scale.half(), zero, size, bits, None if in_order else index))
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with all but down_proj on asymmetric grids in act-order, as the quantize step writes it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    model = make_model(len(tokenizer)).to(torch.bfloat16)
+    layers = {
+        name: on_grid(layer.weight.detach(), size=16, symmetric=False, act_order=True)
+        for name, layer in linears(model).items()
+        if not name.endswith("down_proj")
+    }
+    save_quantized(model, tokenizer, layers, folder)
     return folder
 
 

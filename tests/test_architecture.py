@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BASIC = {"errors", "contracts"}
 PLANNING = BASIC | {"hookspecs", "registry", "recipe", "source", "plan", "planner", "store", "progress", "report"}
-DEEP = PLANNING | {"kernels", "data", "modeling", "checks"}
+DEEP = PLANNING | {"kernels", "data", "modeling", "checks", "folders"}
 MAY: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
     "progress": set(),
     "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
-    "api": {"contracts", "errors", "hookspecs"},
+    "api": {"contracts", "errors", "folders", "hookspecs"},
+    "folders": {"contracts"},
     "registry": BASIC | {"hookspecs", ""},
     "mistakes": {"errors"},
     "recipe": {"errors", "mistakes"},

@@ -34,7 +34,7 @@ from sqft.api import (
     SearchSpace,
     Statistic,
 )
-from sqft.modeling.load import FolderReader
+from sqft.modeling.reader import FinishedModel
 from sqft.testing import check, check_exporter
 
 HESSIAN = frozenset({Statistic.HESSIAN})
@@ -260,4 +260,4 @@ def test_bad_exporters_are_caught(export: Any, message: str, tmp_path: Path) -> 
     target.mkdir()
     (source / "config.json").write_text("{}")
     with pytest.raises(ContractError, match=message):
-        check_exporter(variant(HuggingFace, export=export)(), FolderReader(source), target)
+        check_exporter(variant(HuggingFace, export=export)(), FinishedModel(source), target)

@@ -1,13 +1,28 @@
-"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest."""
+"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter of their codes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from sqft.api import LinearShape, LinearStats, Quantized, Quantizer, StageError, hookimpl
+from sqft.api import (
+    Exporter,
+    LinearShape,
+    LinearStats,
+    ModelReader,
+    Quantized,
+    Quantizer,
+    ShardSize,
+    StageError,
+    float_layers,
+    hookimpl,
+    parameters,
+    write_gptq_config,
+    write_shards,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +92,30 @@ class Gptq(_OnGrid):
             act_order=self.act_order,
             static_groups=self.static_groups,
         )
+
+
+class GptqCheckpoint(Exporter):
+    """A GPTQ checkpoint, version 1: packed codes, zero points less one, float16 scales, the group of each input.
+
+    `lm_head.weight` is stored even where it is tied: a reader that does not tie it would load zeros without a word.
+    """
+
+    name = "gptq"
+    needs_codes = True
+    max_shard_size: ShardSize = "5GB"
+
+    def export(self, model: ModelReader, folder: Path) -> None:
+        from sqft.kernels.packing import gptq_config, to_gptq
+
+        model.copy_settings(folder)
+        grids = {layer: model.codes(layer).grid for layer in model.quantized()}
+        write_gptq_config(folder, gptq_config(grids, float_layers(model)))
+        write_shards(parameters(model, to_gptq), folder, self.max_shard_size)
+
+
+@hookimpl
+def sqft_exporters() -> Iterator[type[Exporter]]:
+    yield GptqCheckpoint
 
 
 @hookimpl

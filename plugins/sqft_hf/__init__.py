@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from sqft.api import Exporter, ModelReader, hookimpl
+from sqft.api import Exporter, ModelReader, ShardSize, hookimpl, write_config, write_shards
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HuggingFace(Exporter):
-    """A folder of safetensors that stock transformers loads, in the precision you serve with."""
+    """A folder of safetensors that stock transformers loads, in the precision you serve with.
+
+    A quantized model is written as floats: each weight is what its code stands for.
+    """
 
     name = "hf"
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = Field("as-is", description="precision to store")
-    max_shard_size: int | str = Field(
-        "5GB", description='largest file of weights, as save_pretrained takes it: bytes, or a size such as "5GB"'
-    )
-
-    @field_validator("max_shard_size", mode="before")
-    @classmethod
-    def _is_a_size(cls, size: Any) -> Any:
-        in_bytes(size)
-        return size
+    max_shard_size: ShardSize = "5GB"
 
     def export(self, model: ModelReader, folder: Path) -> None:
-        from sqft_hf.writer import write
+        model.copy_settings(folder)
+        if self.dtype != "as-is":
+            write_config(folder, dtype=self.dtype, torch_dtype=self.dtype)
+        write_shards(self._tensors(model), folder, self.max_shard_size)
 
-        write(model, folder, None if self.dtype == "as-is" else self.dtype, in_bytes(self.max_shard_size))
+    def _tensors(self, model: ModelReader) -> Iterator[tuple[str, Tensor]]:
+        import torch
 
-
-def in_bytes(size: Any) -> int:
-    """The bytes of a size: an integer, or digits followed by a unit of 1000 ("5MB", "0.5 gb").
-
-    Raises:
-        ValueError: when it is neither, or nothing would fit in it.
-    """
-    words = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE) if type(size) is str else None
-    number = int(Fraction(words[1]) * UNITS[words[2].upper()]) if words else size
-    if type(number) is not int or number < 1:
-        raise ValueError(
-            f"{size!r} is no size; give a whole number of bytes, or digits followed by KB, MB, GB or TB, such as '5GB'"
-        )
-    return number
+        for name in model.names():
+            tensor = model.tensor(name)
+            if self.dtype != "as-is" and tensor.is_floating_point():
+                tensor = tensor.to(getattr(torch, self.dtype))
+            yield name, tensor
 
 
 @hookimpl

@@ -133,6 +133,11 @@ def scale_gradient(weight: Tensor, grid: Grid, grad: Tensor) -> Tensor:
     return torch.zeros_like(grid.scale, dtype=torch.float32).index_add_(1, index, grad * slope)
 
 
+def is_symmetric(grid: Grid) -> bool:
+    """Whether every zero point is the middle code, so that a format need not store them."""
+    return bool((grid.zero == 2 ** (grid.bits - 1)).all())
+
+
 def same(one: Quantized, other: Quantized) -> bool:
     """Whether two layers hold the same codes on the same grid, to the bit."""
     grid, its = one.grid, other.grid

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sqft.contracts import Grid, Quantized
-from sqft.kernels.grids import group_index
+from sqft.kernels.grids import group_index, is_symmetric
 
 WORD = 32
 ROWS = 256
@@ -106,3 +110,26 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantiz
     contiguous = index.equal(in_order)
     grid = Grid(tensors["scales"].T.contiguous(), zero, group_size, bits, None if contiguous else index)
     return Quantized(codes, grid)
+
+
+def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a GPTQ checkpoint, version 1, with layers on these grids.
+
+    `floats` names the linear layers of its blocks that are on none: two programs that read these folders are told of
+    them in two ways. All grids have one number of bits and one group size, which is all that the format can say.
+    """
+    first = next(iter(grids.values()))
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": first.bits,
+        "group_size": first.group_size,
+        "sym": all(map(is_symmetric, grids.values())),
+        "desc_act": any(grid.group_index is not None for grid in grids.values()),
+        "lm_head": False,
+    }
+    if left := sorted(floats):
+        in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids}
+        config["modules_in_block_to_quantize"] = [sorted(in_block)]
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+    return config

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from sqft.contracts import Quantized
 from sqft.errors import ArtifactError
+from sqft.folders import write_gptq_config
 from sqft.kernels.grids import dequantize
-from sqft.kernels.packing import from_gptq, to_gptq
-from sqft.modeling.blocks import decoder_blocks, linears
+from sqft.kernels.packing import from_gptq, gptq_config, to_gptq
+from sqft.modeling.blocks import linears
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
 from sqft.modeling.weights import PackedLinear, PackedWeight
 from sqft.source import GPTQ_PARTS, gptq_settings
-from sqft.store import write_json
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -41,8 +41,6 @@ def save_quantized(
     `lm_head.weight` is stored even where it is tied: a consumer that does not tie it would otherwise load zeros
     without a word.
     """
-    grids = [layer.grid for layer in layers.values()]
-    bits, size = grids[0].bits, grids[0].group_size
     tensors: dict[str, Tensor] = {
         name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers
     }
@@ -50,33 +48,9 @@ def save_quantized(
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
     save_settings(model, tokenizer, folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": bits,
-        "group_size": size,
-        "sym": all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids),
-        "desc_act": any(grid.group_index is not None for grid in grids),
-        "lm_head": False,
-        **_left_out(model, layers),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    settings = {key: config["quantization_config"][key] for key in ("bits", "group_size", "sym", "desc_act")}
-    # auto-gptq reads a file of its own, and looks for weights of this name.
-    write_json(folder / "quantize_config.json", {**settings, "model_file_base_name": "model"})
+    grids = {name: layer.grid for name, layer in layers.items()}
+    write_gptq_config(folder, gptq_config(grids, linears(model).keys() - layers.keys()))
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
-
-
-def _left_out(model: PreTrainedModel, layers: Mapping[str, Quantized]) -> dict[str, Any]:
-    """How the two programs that read these folders are told of linear layers that stayed floats; {} when none did."""
-    blocks = decoder_blocks(model)
-    floats = sorted(linears(model).keys() - layers.keys())
-    if not floats:
-        return {}
-    inner = {name.removeprefix(f"{block}.") for block in blocks for name in layers if name.startswith(f"{block}.")}
-    dynamic: dict[str, Any] = {"-:^" + name.replace(".", "\\.") + "$": {} for name in floats}
-    return {"modules_in_block_to_quantize": [sorted(inner)], "dynamic": dynamic}
 
 
 def read_quantized(folder: Path) -> dict[str, Quantized]:
@@ -89,23 +63,31 @@ def read_quantized(folder: Path) -> dict[str, Quantized]:
     if settings is None:
         raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
     reader = FolderReader(folder)
-    stored = set(reader.names())
-    names = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
-    layers = {}
-    for name in names:
-        # Groups in order need no index, and some programs write none.
-        needed = [
-            part for part in GPTQ_PARTS if part != "g_idx" or settings.get("desc_act") or f"{name}.{part}" in stored
-        ]
-        parts = {part: reader.tensor(f"{name}.{part}") for part in needed}
-        try:
-            layers[name] = from_gptq(parts, settings["bits"], settings["group_size"])
-            dequantize(layers[name])
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
-            raise ArtifactError(f"{folder}: the parts of {name} do not fit one another: {error}") from None
-        if not layers[name].grid.scale.isfinite().all():
-            raise ArtifactError(f"{folder}: the scales of {name} are not finite")
-    return layers
+    return {name: read_layer(reader, name, settings) for name in layers_of(reader)}
+
+
+def layers_of(reader: FolderReader) -> list[str]:
+    """The names of a GPTQ folder's quantized layers."""
+    return [name.removesuffix(".qweight") for name in reader.names() if name.endswith(".qweight")]
+
+
+def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> Quantized:
+    """One quantized layer of a GPTQ folder with that `quantization_config`.
+
+    Raises:
+        ArtifactError: when a part of it is missing or does not fit the others.
+    """
+    # Groups in order need no index, and some programs write none.
+    indexed = settings.get("desc_act") or f"{name}.g_idx" in reader.names()
+    parts = {part: reader.tensor(f"{name}.{part}") for part in GPTQ_PARTS if part != "g_idx" or indexed}
+    try:
+        layer = from_gptq(parts, settings["bits"], settings["group_size"])
+        dequantize(layer)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit one another: {error}") from None
+    if not layer.grid.scale.isfinite().all():
+        raise ArtifactError(f"{reader.folder}: the scales of {name} are not finite")
+    return layer
 
 
 def open_folder(

@@ -8,6 +8,7 @@ from typing import Any
 from sqft.contracts import Exporter
 from sqft.errors import ArtifactError
 from sqft.modeling.load import FolderReader
+from sqft.modeling.reader import FinishedModel
 from sqft.stages.base import Context
 
 
@@ -16,7 +17,7 @@ def run(context: Context) -> dict[str, Any]:
     folder = context.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed try left
     folder.mkdir()
-    context.component(Exporter).export(FolderReader(_source(context)), folder)
+    context.component(Exporter).export(_model(context), folder)
     return {"exporter": context.component(Exporter).name}
 
 
@@ -25,7 +26,7 @@ def prove(context: Context) -> None:
     folder, who = context.folder / "model", context.who(Exporter)
     if not any(folder.iterdir()):
         raise ArtifactError(f"export ({who}) wrote nothing")
-    source, written = FolderReader(_source(context)), FolderReader(folder)
+    source, written = _model(context), FolderReader(folder)
     known = set(source.names())
     for name, tensor in written.tensors():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -38,6 +39,6 @@ def prove(context: Context) -> None:
                 raise ArtifactError(f"export ({who}): {lost} zeros of {name} are not zero any more")
 
 
-def _source(context: Context) -> Any:
+def _model(context: Context) -> FinishedModel:
     (artifact,) = context.inputs.values()
-    return artifact.folder / "model"
+    return FinishedModel(artifact.folder / "model")

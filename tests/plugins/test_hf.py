@@ -16,7 +16,8 @@ from sqft_hf import HuggingFace
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sqft.modeling.load import FolderReader
+from sqft.modeling.checkpoint import load_dequantized
+from sqft.modeling.reader import FinishedModel
 from sqft.source import Digests, find_model
 from sqft.testing import check_exporter
 
@@ -36,11 +37,12 @@ STALE = [
 ]  # fmt: skip
 
 
-class Reader:
-    """The folder's tensors, in an order of its own; it remembers which were asked for."""
+class Reader(FinishedModel):
+    """Tensors in an order of their own; it remembers which were asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, list[str]()
+        super().__init__(folder)
+        self.asked = list[str]()
 
     def names(self) -> Sequence[str]:
         return list(TENSORS)
@@ -57,9 +59,10 @@ def reader(tmp_path: Path) -> Reader:
     (folder / "config.json").write_text(json.dumps({"hidden_size": 4, "dtype": "float32", "torch_dtype": "float32"}))
     for name in CARRIED:
         (folder / name).write_text(f"of {name}")
+    reader = Reader(folder)
     for name in STALE:
         (folder / name).write_text("stale")
-    return Reader(folder)
+    return reader
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_sizes_in_the_words_of_save_pretrained(size: int | str, model_folder: Pa
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(theirs, max_shard_size=size)
     ours.mkdir()
-    HuggingFace(max_shard_size=size).export(FolderReader(model_folder), ours)
+    HuggingFace(max_shard_size=size).export(FinishedModel(model_folder), ours)
     for folder in (theirs, ours):
         sizes = [sum(t.nbytes for t in load_file(file).values()) for file in folder.glob("*.safetensors")]
         assert len(sizes) > 1 and max(sizes) <= 50_000
@@ -177,7 +180,7 @@ def test_stock_transformers_loads_it(
         original.lm_head.weight = torch.nn.Parameter(torch.randn_like(original.lm_head.weight))
     original.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    HuggingFace(max_shard_size=limit).export(FolderReader(source), target)
+    HuggingFace(max_shard_size=limit).export(FinishedModel(source), target)
     assert len(list(target.glob("*.safetensors"))) > 3 or limit == "5GB"
     assert ("lm_head.weight" in stored(target)) is not tied
     loaded, told = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
@@ -197,9 +200,19 @@ def test_a_second_copy_of_tied_weights_stays_when_the_source_has_it(model_folder
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    HuggingFace().export(FolderReader(source), target)
+    HuggingFace().export(FinishedModel(source), target)
     assert stored(target).keys() == tensors.keys()
     assert AutoModelForCausalLM.from_pretrained(target).lm_head.weight.equal(tensors["lm_head.weight"])
+
+
+def test_a_quantized_model_becomes_floats(quantized_folder: Path, target: Path) -> None:
+    """In the precision of what stayed floats; stock transformers finds nothing of the codes."""
+    HuggingFace().export(FinishedModel(quantized_folder), target)
+    assert "quantization_config" not in config(target)
+    loaded, told = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
+    assert not any(told.values()), told
+    expected = load_dequantized(quantized_folder).state_dict()
+    assert all(tensor.equal(expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_several_chat_templates_stay(model_folder: Path, target: Path, tmp_path: Path) -> None:
@@ -209,5 +222,5 @@ def test_several_chat_templates_stay(model_folder: Path, target: Path, tmp_path:
     templates = {"default": "{{ messages }}", "rag": "{{ documents }}"}
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(source)
-    HuggingFace().export(FolderReader(source), target)
+    HuggingFace().export(FinishedModel(source), target)
     assert AutoTokenizer.from_pretrained(target).chat_template == templates

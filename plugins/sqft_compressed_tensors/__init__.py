@@ -1,0 +1,29 @@
+"""Checkpoints in the format of the compressed-tensors library, which transformers and vLLM read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqft.api import Exporter, ModelReader, ShardSize, hookimpl
+
+
+class CompressedTensors(Exporter):
+    """compressed-tensors' "pack-quantized": packed codes, scales, and zero points where they are not all the middle.
+
+    Act-order whose groups are not contiguous is read by versions before 0.20 alone; `static_groups` keeps them so.
+    """
+
+    name = "compressed-tensors"
+    needs_codes = True
+    max_shard_size: ShardSize = "5GB"
+
+    def export(self, model: ModelReader, folder: Path) -> None:
+        from sqft_compressed_tensors.writer import write
+
+        write(model, folder, self.max_shard_size)
+
+
+@hookimpl
+def sqft_exporters() -> Iterator[type[Exporter]]:
+    yield CompressedTensors
