@@ -11,7 +11,7 @@ from sqft.api import Exporter, ModelReader, ShardSize, hookimpl
 class CompressedTensors(Exporter):
     """compressed-tensors' "pack-quantized": packed codes, scales, and zero points where they are not all the middle.
 
-    Act-order whose groups are not contiguous is read by versions before 0.20 alone; `static_groups` keeps them so.
+    Act-order without `static_groups` needs the group of each input, which only versions before 0.19 read.
     """
 
     name = "compressed-tensors"
