@@ -43,7 +43,7 @@ def test_codes(quantized_folder: Path, tmp_path: Path) -> None:
         key: before[key] for key in before if key != "quantization_config"
     }
     assert {"tokenizer.json", "chat_template.jinja"} < {file.name for file in tmp_path.iterdir()}
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "quantize_config.json").exists()
 
 
 def test_another_format_is_refused(model_folder: Path, tmp_path: Path) -> None:

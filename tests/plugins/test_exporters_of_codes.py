@@ -136,6 +136,8 @@ def test_the_folder_is_a_model_in_shards(quantized_folder: Path, tmp_path: Path)
     assert (tmp_path / "tokenizer.json").is_file()
     own = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, quantized_folder)]
     assert own[0] == own[1]
+    own = [json.loads((folder / "quantize_config.json").read_text()) for folder in (tmp_path, quantized_folder)]
+    assert own[0] == own[1]
 
 
 @pytest.mark.parametrize("exporter", [GptqCheckpoint(), CompressedTensors()], ids=lambda e: e.name)

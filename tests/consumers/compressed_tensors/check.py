@@ -9,6 +9,7 @@ transformers 5.17.0, those with act-order compressed-tensors 0.18.0 besides.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 import torch
@@ -20,6 +21,7 @@ TOLERANCE = 1e-4
 
 
 def main(folder: str, expected: str) -> int:
+    assert importlib.util.find_spec("sqft") is None, "sqft must not be here: another program is to load the folder"
     given = load_file(expected)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
