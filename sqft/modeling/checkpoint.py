@@ -145,12 +145,11 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
         else:
             state[f"{name}.weight"] = dequantize(layer).to(dtype)
     wrong = model.load_state_dict(state, strict=False, assign=True)
-    own = [name for name in wrong.missing_keys if not name.rpartition(".")[0].endswith(".base")]
-    if own or wrong.unexpected_keys:
-        raise ArtifactError(
-            f"{folder} and {type(model).__name__} disagree about tensor {(own or wrong.unexpected_keys)[0]}"
-        )
-    model.tie_weights()
+    model.tie_weights()  # a tied head need not be stored
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or wrong.unexpected_keys:
+        odd = (missing or wrong.unexpected_keys)[0]
+        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {odd}")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for name, parameter in model.named_parameters():

@@ -61,8 +61,9 @@ def elsewhere(consumer: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def opened(consumer: str, folder: Path, scratch: Path) -> str:
-    model, tokenizer = open_folder(folder)
+def opened(consumer: str, folder: Path, scratch: Path, same: Path | None = None) -> str:
+    """What a consumer says of a folder, held against what sqft reads there, or in `same`."""
+    model, tokenizer = open_folder(same or folder)
     ids = tokenizer("A box has 15 stamps. Ben takes 12. Left: 3. The quick brown fox", return_tensors="pt").input_ids
     with torch.no_grad():
         save_file({"ids": ids, "logits": model(ids).logits.contiguous()}, scratch / "given.safetensors")
@@ -73,6 +74,18 @@ def opened(consumer: str, folder: Path, scratch: Path) -> str:
 @pytest.mark.parametrize("consumer", ["gptqmodel", "auto_gptq"])
 def test_the_merged_checkpoint_elsewhere(run: Run, consumer: str, tmp_path: Path) -> None:
     assert "largest difference" in opened(consumer, run["merge"].folder / "model", tmp_path)
+
+
+def test_the_merged_model_as_compressed_tensors(run: Run, tmp_path: Path) -> None:
+    from sqft_compressed_tensors import CompressedTensors
+
+    from sqft.modeling.reader import FinishedModel
+
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    CompressedTensors().export(FinishedModel(run["merge"].folder / "model"), folder)
+    given = run["merge"].folder / "model"
+    assert "largest difference" in opened("compressed_tensors", folder, tmp_path, given)
 
 
 @pytest.mark.parametrize("consumer", ["gptqmodel", "auto_gptq"])
