@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,8 @@ def run(context: Context) -> dict[str, Any]:
         before = read_quantized(cast(Path, context.base().folder))
         changed = sum(int((codes[name].codes != before[name].codes).sum()) for name in codes)
         report = {"bits": next(iter(before.values())).grid.bits, "codes_changed": changed}
+        if context.device != "cpu":  # where it trained, sums may come in another order
+            report["codes_unlike_on_device"] = _unlike(tuned, codes, context.device)
         save_quantized(model, tokenizer, before | codes, folder)
     else:
         save_model(model, tokenizer, folder)
@@ -90,6 +93,16 @@ def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Every adapted layer's effective weight, and the codes of those that lie on a grid."""
     codes = {name: layer.codes() for name, layer in tuned.adapted.items() if layer.base.grid() is not None}
     return {name: layer.effective() for name, layer in tuned.adapted.items()}, codes
+
+
+def _unlike(tuned: Tuned, codes: Mapping[str, Quantized], device: str) -> int:
+    """How many codes come out otherwise on a device than on the CPU, where the merge is made."""
+    unlike = 0
+    for name, known in codes.items():
+        layer = tuned.adapted[name].to(device)
+        unlike += int((layer.codes().codes.cpu() != known.codes).sum())
+        layer.to("cpu")
+    return unlike
 
 
 def _kept(tuned: Tuned, name: str) -> Tensor:
