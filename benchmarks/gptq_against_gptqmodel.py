@@ -43,37 +43,33 @@ def main() -> None:
 
     calibration = {"data": str(DATA / "calibration.jsonl"), "samples": SAMPLES, "length": LENGTH}
     dense = recipe("dense", MODEL)
-    print("| quantizer | act-order | perplexity | ÷ gptqmodel |\n|---|---|---|---|")
-    print(f"| none | | {perplexity(dense):.3f} | |", flush=True)
+    print("| inputs | sqft | gptqmodel | ratio |\n|---|---|---|---|")
+    print(f"| (not quantized) | {perplexity(dense):.3f} | | |", flush=True)
     plan = orchestrator.plan(dense)
     model, tokenizer = load_source(plan.source, "float32")
     floats = arguments.store / "floats"
     if not floats.is_dir():
         save_model(model, tokenizer, floats)
-    for act_order in (False, True):
-        options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP, "act_order": act_order}
-        ours = recipe(
-            "ours", MODEL, calibration=calibration, quantize={"quantizer": {"name": "gptq", "options": options}}
-        )
-        plan = orchestrator.plan(ours)
+    seed = None
+    for act_order, reorder in ((False, False), (False, True), (True, False)):
+        options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP}
+        options |= {"act_order": act_order, "reorder_groups": reorder}
+        quantize = {"quantizer": {"name": "gptq", "options": options}}
+        ours = recipe("ours", MODEL, calibration=calibration, quantize=quantize)
         found = perplexity(ours)
-        # The windows that our quantize step saw.
-        seed = _seed(plan)
-        windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, SAMPLES, LENGTH, seed)
-        save_file({"windows": windows}, arguments.store / "windows.safetensors")
-        rows = {"sqft": found}
-        for reorder in (False,) if act_order else (False, True):
-            label = "gptqmodel, reordered in groups (its default)" if reorder else "gptqmodel"
-            out = arguments.store / f"theirs-{int(act_order)}{int(reorder)}"
-            if not out.is_dir():
-                script = Path(__file__).with_name("quantize_with_gptqmodel.py")
-                words = [floats, arguments.store / "windows.safetensors", out, BITS, GROUP_SIZE, DAMP, int(act_order)]
-                command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            rows[label] = perplexity(recipe("theirs", out))
-        for label, value in rows.items():
-            order = "yes" if act_order else "no"
-            print(f"| {label} | {order} | {value:.3f} | {value / rows['gptqmodel']:.4f} |", flush=True)
+        if seed is None:  # the windows that our quantize step saw
+            seed = _seed(orchestrator.plan(ours))
+            windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, SAMPLES, LENGTH, seed)
+            save_file({"windows": windows}, arguments.store / "windows.safetensors")
+        out = arguments.store / f"theirs-{int(act_order)}{int(reorder)}"
+        if not out.is_dir():
+            script = Path(__file__).with_name("quantize_with_gptqmodel.py")
+            words = [floats, arguments.store / "windows.safetensors", out, BITS, GROUP_SIZE, DAMP, int(act_order)]
+            command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        theirs = perplexity(recipe("theirs", out))
+        order = "act-order" if act_order else "groups reordered" if reorder else "as they stand"
+        print(f"| {order} | {found:.3f} | {theirs:.3f} | {found / theirs:.4f} |", flush=True)
 
 
 def _seed(plan: Any) -> int:

@@ -74,6 +74,9 @@ class Gptq(_OnGrid):
     damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     act_order: bool = Field(False, description="inputs of the largest activations first")
     static_groups: bool = Field(False, description="with act_order: groups stay the contiguous ones")
+    reorder_groups: bool = Field(
+        True, description="without act_order: groups of the largest activations first; checkpoints do not show it"
+    )
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
         from sqft_gptq.solver import gptq
@@ -91,6 +94,7 @@ class Gptq(_OnGrid):
             damp=self.damp,
             act_order=self.act_order,
             static_groups=self.static_groups,
+            reorder_groups=self.reorder_groups,
         )
 
 

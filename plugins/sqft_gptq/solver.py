@@ -25,6 +25,7 @@ def gptq(
     damp: float,
     act_order: bool,
     static_groups: bool,
+    reorder_groups: bool,
 ) -> Quantized:
     """Codes and grid that make ‖W X − Ŵ X‖² small. A group's grid is fitted when its first column's turn comes.
 
@@ -34,7 +35,11 @@ def gptq(
     out, n = W.shape
     size = n if group_size == -1 else group_size
     keep = torch.ones_like(W) if mask is None else mask.to(W.dtype)
-    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(n, device=W.device)
+    order = torch.arange(n, device=W.device)
+    if act_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+    elif reorder_groups:
+        order = by_groups(H.diagonal(), size)
     static = round_to_nearest(W * keep, None, bits, group_size, symmetric, clip).grid if static_groups else None
     W, keep, U = (W * keep)[:, order], keep[:, order], inverse_factor(H[order][:, order], damp)
     group = order // size if static else torch.arange(n, device=W.device) // size
@@ -56,8 +61,19 @@ def gptq(
             W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned ones take no part
         W[:, end:] -= (E @ U[start:end, end:]) * keep[:, end:]
     back = order.argsort()
+    if reorder_groups and not act_order:  # groups were taken in another order, but hold the inputs they held
+        turn = (order[::size] // size).argsort()
+        scale, zero = scale[:, turn], zero[:, turn]
     index = group[back].int() if act_order and not static else None
     return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
+
+
+def by_groups(diagonal: Tensor, size: int) -> Tensor:
+    """An order of the inputs [in]: groups of the largest inputs first, and in a group the largest inputs first."""
+    groups = diagonal.reshape(-1, size)
+    inside = groups.argsort(dim=1, descending=True, stable=True)  # [groups, size]
+    first = groups.amax(1).argsort(descending=True, stable=True)
+    return (first[:, None] * size + inside[first]).flatten()
 
 
 def inverse_factor(H: Tensor, damp: float) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ def walk(
     compress: Callable[[str, nn.Linear, LinearStats], None],
     device: str,
     track: Track,
+    sequential: bool = False,
 ) -> None:
     """Feed `windows` [samples, length] through the model and call `compress` for each chosen linear.
 
     `compress(name, linear, stats)` edits the linear's weight in place; the block is then run again, so
-    that later blocks see what it became. `model` stays on the CPU.
+    that later blocks see what it became. With `sequential` later layers of the same block see it too: the block is run
+    again for each set of layers that share an input. `model` stays on the CPU.
 
     Raises:
         StageError: when the blocks cannot be replayed, or an activation is not finite.
@@ -53,11 +56,14 @@ def walk(
             for inner, module in block.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen
         }
-        if layers:
-            with _observed(layers, needs) as observed:
+        together = [layers] if layers else []
+        if sequential and layers:
+            together = _by_input(layers, partial(_replay, block, calls[name][0], slot, hidden[0], device))
+        for some in together:
+            with _observed(some, needs) as observed:
                 for call, state in zip(calls[name], hidden, strict=True):
                     _replay(block, call, slot, state, device)
-            for layer, linear in layers.items():
+            for layer, linear in some.items():
                 compress(layer, linear, observed[layer].result(layer))
         for index, call in enumerate(calls[name]):
             hidden[index] = _replay(block, call, slot, hidden[index], device)
@@ -158,6 +164,34 @@ def _on(value: Any, device: str) -> Any:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, window: Tensor) -> None:
     model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted
+
+
+def _by_input(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> list[dict[str, nn.Linear]]:
+    """Layers in the order they run, those that are given the same tensor together.
+
+    A layer that a run leaves out comes last, as far as it goes: other windows may reach it.
+    """
+    sets: list[dict[str, nn.Linear]] = []
+    inputs: list[Tensor] = []  # kept, so that no other tensor takes the place of one
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            known = next((index for index, given in enumerate(inputs) if given is args[0]), None)
+            if known is None:
+                inputs.append(args[0])
+                sets.append({})
+            sets[-1 if known is None else known].setdefault(name, linear)
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    left = {name: layer for name, layer in layers.items() if not any(name in some for some in sets)}
+    return [*sets, left] if left else sets
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class Context:
         needs: frozenset[Statistic],
         compress: Callable[[str, nn.Linear, LinearStats], None],
         label: str,
+        sequential: bool = False,
     ) -> int:
         """Call `compress` on each layer with the statistics it needs; how many calibration tokens that took."""
         if not needs:
@@ -86,5 +87,5 @@ class Context:
         assert calibration is not None
         file, seed = self.step.files["calibration"], self.seed_for("calibration")
         windows = calibration_windows(file, tokenizer, calibration.samples, calibration.length, seed)
-        walk(model, windows, set(layers), needs, compress, self.device, self.track)
+        walk(model, windows, set(layers), needs, compress, self.device, self.track, sequential)
         return windows.numel()

@@ -59,7 +59,7 @@ def run(context: Context) -> dict[str, Any]:
         masks[name] = pack_mask(mask).cpu()
         report[name] = _error(kept, value, stats.hessian)
 
-    context.feed(model, tokenizer, layers, quantizer.needs, compress, "quantizing")
+    context.feed(model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
     save_quantized(model, tokenizer, quantized, context.folder / "model")
     save_file(masks, context.folder / "masks.safetensors")
     write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})

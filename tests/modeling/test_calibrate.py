@@ -51,6 +51,22 @@ def test_statistics_are_those_of_the_compressed_prefix(model: LlamaForCausalLM) 
     torch.testing.assert_close(stats[last].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_one_after_the_other_each_layer_sees_what_all_before_it_became(model: LlamaForCausalLM) -> None:
+    """What a plain forward of the finished model shows at every layer: inputs depend on earlier layers alone."""
+    windows = torch.randint(2, 200, (3, 16))
+    stats: dict[str, Any] = {}
+
+    def compress(name: str, linear: nn.Linear, found: Any) -> None:
+        stats[name] = found
+        linear.weight.data.mul_(0.5)
+
+    walk(model, windows, set(linears(model)), BOTH, compress, "cpu", silent, sequential=True)
+    assert list(stats)[:4] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+    for name in linears(model):
+        x = inputs_of(model, name, windows)
+        torch.testing.assert_close(stats[name].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+
+
 def others() -> Iterator[nn.Module]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16}
