@@ -71,7 +71,8 @@ def main() -> None:
 
         start = time.monotonic()
         for compress in {"two": (prune, quantize), "masks": (aside,), "joint": (both,)}[way]:
-            walk(model, windows, set(linears(model)), HESSIAN, compress, "cpu", silent)
+            in_turn = compress is quantize  # as sqft quantizes: layers see what those before them became
+            walk(model, windows, set(linears(model)), HESSIAN, compress, "cpu", silent, in_turn)
         seconds = time.monotonic() - start
         for name, value in later.items():
             model.get_parameter(f"{name}.weight").data.copy_(value)
