@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,4 +170,6 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
 if __name__ == "__main__":
     what, recipe, changes, store, steps = sys.argv[1:]
     arguments = (Path(recipe), json.loads(changes), Path(store))
-    print(json.dumps(train(*arguments, int(steps)) if what == "train" else serve(*arguments)))
+    with redirect_stdout(sys.stderr):  # whatever a library has to say
+        found = train(*arguments, int(steps)) if what == "train" else serve(*arguments)
+    print(json.dumps(found))

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,7 +160,8 @@ def bench(
     """
     from sqft.bench import HEADS, bench, table
 
-    rows = bench(recipes, changes, store, rounds, steps, lambda line: click.echo(line, err=True))
+    with redirect_stdout(sys.stderr):  # only the table is output
+        rows = bench(recipes, changes, store, rounds, steps, lambda line: click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
