@@ -24,6 +24,8 @@ from sqft.registry import Registry
 
 PROMPT, GENERATED, REPEATS = 512, 32, 3
 """Tokens of a prompt, tokens generated after it, and how often in one process."""
+NOBODYS = "finetune.max_grad_norm=1e12"
+"""Clips nothing, and no recipe says so: a measurement's artifact, which is thrown away, is never one of the user's."""
 HEADS = [
     "recipe", "mergeable", "final precision", "storage", "training, steps/s", "training memory", "prefill, tokens/s",
     "decode, tokens/s", "layers in the int4 kernel", "serving memory", "accuracy",
@@ -132,7 +134,7 @@ def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, ste
 def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
     """A few steps of fine-tuning, whose artifact is thrown away."""
     orchestrator = Orchestrator(Registry.discover(), store)
-    shorter = [f"finetune.steps={steps}", "finetune.warmup_steps=0", "search={}", f'name="bench-{recipe.stem}"']
+    shorter = [f"finetune.steps={steps}", "finetune.warmup_steps=0", NOBODYS, "search={}", 'name="bench"']
     plan = orchestrator.load(recipe, [*changes, *shorter])
     try:
         artifact = orchestrator.run(plan, "finetune", "finetune")["finetune"].artifact
@@ -151,7 +153,8 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
     orchestrator = Orchestrator(Registry.discover(), store)
     run = orchestrator.run(orchestrator.load(recipe, changes))
     if "merge" in run:
-        model = serving.merged_as_served(run["merge"].folder / "model")
+        trusted = run.plan.recipe.model.trust_remote_code
+        model = serving.merged_as_served(run["merge"].folder / "model", trusted)
     else:
         folder = _base(run) if "base" in run.plan.step("finetune").inputs or run.plan.source.quantization else None
         model = serving.adapted_as_served(run.plan, Base(folder), run["finetune"].folder, run["search"].folder)

@@ -17,6 +17,8 @@ class Fitting(Resolver):
         if merger is None or not isinstance(merger.component, Merger):
             return
         recipe = self.recipe
+        if self.source is None and not recipe.quantize:  # what the base is was not to be found out
+            return
         kind = BaseKind.QUANTIZED if self._on_codes() else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
         if kind in merger.component.bases:
             return
@@ -46,11 +48,11 @@ class Fitting(Resolver):
 
     def _start(self, section: Finetune) -> Finetune:
         """The section with a place to start from that there is."""
-        if section.base == "codes" and not self._on_codes():
+        if section.base == "codes" and self.source and not self._on_codes():
             self._problem(
                 "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
             )
-        if section.mask == "codes" and not (self.source and self.source.quantization):
+        if section.mask == "codes" and self.source and not self.source.quantization:
             self._problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
         if self.source and self.source.quantization and section.base == "floats":
             if "base" in section.model_fields_set:
@@ -61,7 +63,7 @@ class Fitting(Resolver):
     def _exporter_fits(self, part: Part | None, place: str) -> None:
         if part is None or not isinstance(part.component, Exporter):
             return
-        if part.component.needs_codes and not self._on_codes():
+        if part.component.needs_codes and self.source and not self._on_codes():
             components = [entry.component for entry in self.registry.entries()]
             fitting = sorted(c.name for c in components if issubclass(c, Exporter) and not c.needs_codes)
             self._problem(

@@ -157,7 +157,14 @@ def _folder(path: Path, digests: Digests) -> ModelSource:
             raise ArtifactError(f"{file} lacks {lacking[0]}, which {path / INDEX} promises; copy the model again")
         shapes.update(header)
     if quantization:
+        if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - _weights(path).keys()):
+            raise SqftError(f"{path} holds {stray[0]} beside the weights that transformers reads; move it elsewhere")
         shapes = _unpacked(path, shapes, quantization)
+    elif any(name.endswith(".qweight") for name in shapes):
+        raise SqftError(
+            f"{path} holds packed codes (.qweight), but its config.json has no quantization_config that says how; "
+            "add it, or name the float model"
+        )
     total = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and any(map(p.match, HUB_FILES))):
         total.update(f"{file.name}\0{digests.file(file)}".encode())
@@ -182,7 +189,7 @@ def gptq_settings(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
             "name one, or the float model it was made of"
         )
     bits, size = settings.get("bits"), settings.get("group_size")
-    if bits not in (2, 3, 4, 8) or type(size) is not int or (size < 1 and size != -1):
+    if type(bits) is not int or bits not in (2, 3, 4, 8) or type(size) is not int or (size < 1 and size != -1):
         raise SqftError(
             f"{path / 'config.json'}: quantization_config has bits {bits!r} and group_size {size!r}; GPTQ has bits of "
             "2, 3, 4 or 8, and a group_size of -1 or more than 0; copy the model again"
@@ -200,6 +207,9 @@ def _unpacked(path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str
     if not layers:
         raise ArtifactError(f"{path} says that it is quantized, but holds no .qweight tensor; copy the model again")
     whole = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in GPTQ_PARTS}
+    parts_of = {name.rpartition(".")[0] for name in shapes.keys() - whole.keys()}
+    if lone := sorted(parts_of - set(layers)):
+        raise ArtifactError(f"{path}: {lone[0]}.qweight is missing; copy the model again")
     for layer in layers:
         words, out = (*shapes[f"{layer}.qweight"], 0, 0)[:2]
         inputs = words * 32 // bits

@@ -49,6 +49,22 @@ def test_bench_compares_two_recipes(raw: dict[str, Any], tmp_path: Path) -> None
     assert len(shown) == 4 and shown[2].startswith("| beside | no | float32 + float32 |") and "(1.00)" in shown[2]
 
 
+def test_measuring_takes_nothing_of_the_users_away(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Not even where the recipe itself is as short as a measurement."""
+    from sqft import Orchestrator, Recipe, Registry
+    from sqft.bench import train
+
+    raw["search"], raw["finetune"]["steps"] = {}, 3
+    raw.pop("evaluate")
+    place, store = tmp_path / "my recipe.json", tmp_path / "store"
+    place.write_text(json.dumps(raw))
+    orchestrator = Orchestrator(Registry.discover(), store)
+    orchestrator.run(orchestrator.plan(Recipe.load(place)), "finetune")
+    before = sorted(path.name for path in (store / "artifacts").iterdir())
+    assert train(place, [], store, 3)["steps_per_second"] > 0
+    assert sorted(path.name for path in (store / "artifacts").iterdir()) == before
+
+
 def test_a_recipe_that_trains_nothing(raw: dict[str, Any], tmp_path: Path) -> None:
     for section in ("finetune", "search", "merge", "evaluate"):
         raw.pop(section)

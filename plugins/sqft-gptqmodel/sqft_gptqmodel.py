@@ -29,6 +29,10 @@ class GptqModel(Quantizer):
     reorder_groups: bool = Field(False, description="gptqmodel's act_group_aware: groups of the largest first")
 
     def misfit(self, linear: LinearShape) -> str | None:
+        if linear.in_features * self.bits % 32 or linear.out_features * self.bits % 32:
+            return (
+                f"[{linear.out_features}, {linear.in_features}] codes of {self.bits} bits do not fill words of 32 bits"
+            )
         if self.group_size == -1 or linear.in_features % self.group_size == 0:
             return None
         return f"{linear.in_features} inputs are no multiple of group_size {self.group_size}; choose 64, 32 or -1"
@@ -38,7 +42,7 @@ class GptqModel(Quantizer):
         from gptqmodel import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ
 
-        from sqft.kernels.grids import quantize
+        from sqft.kernels.grids import group_index, quantize
 
         if stats.hessian is None or not stats.tokens:
             raise StageError("gptqmodel needs a Hessian of calibration text")
@@ -62,11 +66,7 @@ class GptqModel(Quantizer):
         codes = quantize(value.float(), grid)
         stored = Grid(scale.half(), grid.zero, self.group_size, self.bits, groups)
         if mask is not None:
-            at = (
-                index.long()
-                if groups is not None
-                else torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1])
-            )
+            at = group_index(grid, weight.shape[1])
             codes = torch.where(mask, codes, grid.zero[:, at].to(codes.dtype))
         return Quantized(codes, stored)
 

@@ -47,7 +47,7 @@ def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) 
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head", *floats],
+        "ignore": [*({"lm_head"} - grids.keys()), *floats],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,

@@ -64,12 +64,15 @@ def gptq(
     if reorder_groups and not act_order:  # groups were taken in another order, but hold the inputs they held
         turn = (order[::size] // size).argsort()
         scale, zero = scale[:, turn], zero[:, turn]
-    index = group[back].int() if act_order and not static else None
+    index = group[back].int() if act_order and not static and size < n else None
     return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
 
 
 def by_groups(diagonal: Tensor, size: int) -> Tensor:
-    """An order of the inputs [in]: groups of the largest inputs first, and in a group the largest inputs first."""
+    """An order of the inputs [in]: groups of the largest inputs first, and in a group the largest inputs first.
+
+    Group-aware reordering (Gafni, Karnieli, Hanani, CVPR Workshops 2025, arXiv 2505.14638).
+    """
     groups = diagonal.reshape(-1, size)
     inside = groups.argsort(dim=1, descending=True, stable=True)  # [groups, size]
     first = groups.amax(1).argsort(descending=True, stable=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sqft.contracts import Grid, Quantized
-from sqft.kernels.grids import group_index, is_symmetric
+from sqft.kernels.grids import SMALLEST, group_index, is_symmetric
 
 WORD = 32
 ROWS = 256
@@ -101,14 +101,28 @@ def to_gptq(quantized: Quantized) -> dict[str, Tensor]:
 
 
 def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantized:
-    """The inverse of `to_gptq`; without `g_idx` the groups are contiguous."""
+    """The inverse of `to_gptq`; without `g_idx` the groups are contiguous.
+
+    A scale of 0, which some programs write for a group of zeros, becomes the smallest there is, and its codes 0's.
+
+    Raises:
+        ValueError: when a group index is below 0.
+    """
     codes = unpack(tensors["qweight"], bits).T.contiguous()
     zero = (unpack(tensors["qzeros"].T.contiguous(), bits).int() + 1) & (2**bits - 1)
     size = codes.shape[1] if group_size == -1 else group_size
     in_order = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // size
     index = tensors.get("g_idx", in_order).int()
     contiguous = index.equal(in_order)
-    grid = Grid(tensors["scales"].T.contiguous(), zero, group_size, bits, None if contiguous else index)
+    if int(index.min()) < 0:
+        raise ValueError("a group index is below 0")
+    scale = tensors["scales"].T.half().contiguous()
+    nothing = scale == 0
+    scale = torch.where(nothing, SMALLEST, scale)
+    grid = Grid(scale, zero, group_size, bits, None if contiguous else index)
+    if nothing.any():
+        at = group_index(grid, codes.shape[1])
+        codes = torch.where(nothing[:, at], zero[:, at].to(torch.uint8), codes)
     return Quantized(codes, grid)
 
 
@@ -126,10 +140,10 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, A
         "group_size": first.group_size,
         "sym": all(map(is_symmetric, grids.values())),
         "desc_act": any(grid.group_index is not None for grid in grids.values()),
-        "lm_head": False,
+        "lm_head": "lm_head" in grids,
     }
     if left := sorted(floats):
-        in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids}
+        in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name != "lm_head"}
         config["modules_in_block_to_quantize"] = [sorted(in_block)]
         config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
     return config

@@ -120,9 +120,14 @@ def load_packed(folder: Path, trust_remote_code: bool = False, dtype: str | None
 def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
-    layers, reader = read_quantized(folder), FolderReader(folder)
+    settings, reader = quantization_of(folder), FolderReader(folder)
+    assert settings is not None
+    layers = layers_of(reader)
     parts = {f"{name}.{part}" for name in layers for part in GPTQ_PARTS}
     state = {name: reader.tensor(name) for name in reader.names() if name not in parts}
+    state = {
+        name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")
+    }  # of old Llamas
     floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     dtype: torch.dtype = getattr(torch, wanted) if wanted else next(floats, torch.float32)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -131,8 +136,8 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     modules = dict(model.named_modules())
-    for name, layer in layers.items():
-        linear = modules.get(name)
+    for name in layers:  # one at a time: codes take a byte each until they are packed
+        layer, linear = read_layer(reader, name, settings), modules.get(name)
         if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
             raise ArtifactError(
                 f"{folder}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"

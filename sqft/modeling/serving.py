@@ -28,11 +28,11 @@ class Speed:
     decode: float
 
 
-def merged_as_served(folder: Path) -> PreTrainedModel:
+def merged_as_served(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """A finished model's folder: floats as they are, codes as codes."""
     if quantization_of(folder) is None:
-        return ready(load_folder(folder, "bfloat16")[0])
-    return ready(load_packed(folder, dtype="bfloat16"))
+        return ready(load_folder(folder, "bfloat16", trust_remote_code)[0])
+    return ready(load_packed(folder, trust_remote_code, "bfloat16"))
 
 
 def adapted_as_served(plan: Plan, base: Base, trained: Path, choice: Path) -> PreTrainedModel:

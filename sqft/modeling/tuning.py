@@ -43,7 +43,8 @@ class Tuned:
     def trained(self, choice: Choice) -> int:
         """Parameters of the sub-adapter of a configuration."""
         ranks = self.space.ranks_by_linear(choice)
-        return sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in self.adapted.items())
+        factors = sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in self.adapted.items())
+        return factors + sum(layer.gain.numel() for layer in self.adapted.values() if layer.gain is not None)
 
     def deltas(self) -> dict[str, Tensor]:
         """What trains, by name."""
@@ -116,7 +117,7 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     masked = merger.keeps_mask or base.folder is not None
     if packed:
-        weights = _packed(layers, base.masks if merger.merges and masked else None)
+        weights = _packed(layers, base.masks if merger.merges else None)
         if section.mask == "codes" and merger.merges:
             for weight in weights.values():
                 if isinstance(weight, PackedWeight):
@@ -141,7 +142,7 @@ def _packed(layers: Mapping[str, nn.Module], masks: Path | None) -> dict[str, Fr
             if name in kept:
                 layer.base.keep(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
         else:
-            weights[name] = FloatWeight(cast(Tensor, layer.weight), masks is not None)
+            weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
     return weights
 
 

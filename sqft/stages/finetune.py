@@ -51,7 +51,7 @@ def run(context: Context) -> dict[str, Any]:
     model = CompletionLoss(tuned.model)
     checkpoints = context.folder / CHECKPOINTS
     progress = _Progress(context)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(context, section, checkpoints),
         train_dataset=examples,
@@ -164,6 +164,13 @@ def _arguments(context: Context, section: Finetune, checkpoints: Path) -> Traini
         save_total_limit=2,  # the newest may be cut off while it is written; the one before it is whole
         dataloader_pin_memory=False,
     )
+
+
+class _Trainer(Trainer):
+    """Trainer, but scales do not decay: towards 0 they would leave the base's grid."""
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gain")]
 
 
 class _RankSampler(TrainerCallback):

@@ -127,12 +127,14 @@ def _logits_apart(context: Context, tuned: Tuned) -> float:
     records = read_records(held_out or context.plan.step("finetune").files["data"], COMPARED)
     examples = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on).examples
     merged, _ = open_folder(context.folder / "model", context.plan.recipe.model.trust_remote_code)
-    apart = largest = 0.0
+    gaps, sizes = [0.0], [0.0]
     for example in examples:
         ids = torch.tensor([example.input_ids])
         theirs = tuned.model(input_ids=ids, use_cache=False).logits.float()
         ours = merged(input_ids=ids, use_cache=False).logits.float()
-        apart, largest = max(apart, float((ours - theirs).abs().max())), max(largest, float(theirs.abs().max()))
+        gaps.append(float((ours - theirs).abs().max()))
+        sizes.append(float(theirs.abs().max()))
+    apart, largest = (float(torch.tensor(found).max()) for found in (gaps, sizes))  # max() would pass over NaN
     if not apart <= TOLERANCE * largest:
         raise ArtifactError(f"merge: logits of the merged model are {apart:.3g} off those of the model that trained")
     return apart

@@ -22,6 +22,7 @@ from sqft.modeling.load import FolderReader
 from sqft.modeling.tuning import base_model
 from sqft.plan import selected
 from sqft.recipe import Quantize
+from sqft.source import GPTQ_PARTS
 from sqft.stages.base import Context
 from sqft.store import write_json
 
@@ -100,7 +101,8 @@ def prove(context: Context) -> None:
         if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
             raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
     for name, tensor in FolderReader(folder).tensors():
-        if name.rpartition(".")[0] not in layers and not torch.equal(tensor, original[name]):
+        owner, _, part = name.rpartition(".")
+        if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, original[name]):
             raise ArtifactError(f"quantize ({who}): {name} as stored is not the base's")
 
 

@@ -52,7 +52,8 @@ def prove(context: Context) -> None:
     ranks = tuned.space.ranks_by_linear(choice)
     for name, layer in tuned.adapted.items():
         B, A, _ = layer.delta.factors(ranks[name])
-        for which, tensor in (("lora_B", B), ("lora_A", A)):
+        scales = [("gain", layer.gain)] if layer.gain is not None else []
+        for which, tensor in (("lora_B", B), ("lora_A", A), *scales):
             found = next(
                 (stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None
             )

@@ -204,6 +204,20 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (config(desc_act=True)(f), tensors(g_idx=lambda _: None)(f)),
         f"{LAYER}.g_idx is missing",
     ),
+    "codes without their settings": (
+        whole_config(None),
+        "holds packed codes (.qweight), but its config.json has no quantization_config",
+    ),
+    "another file of weights": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"),
+        "holds old.safetensors beside the weights that transformers reads",
+    ),
+    "no codes for a layer": (tensors(qweight=lambda _: None), f"{LAYER}.qweight is missing; copy the model again"),
+    "bits that are no integer": (config(bits=4.0), "quantization_config has bits 4.0"),
+    "an index below 0": (
+        tensors(g_idx=lambda t: t - 1),
+        f"the parts of {LAYER} do not fit one another: a group index is below 0",
+    ),
     "a file cut short": (cut, "is no whole safetensors file"),
     "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit one another"),
     "scales that are not finite": (tensors(scales=nan), f"the scales of {LAYER} are not finite"),
@@ -237,6 +251,15 @@ def test_what_cannot_be_done_with_codes(quantized: dict[str, Any], theirs: Path,
     message = said(quantized, tmp_path)
     assert "finetune.base: the model has no floats, only codes" in message
     assert "works on a dense or sparse base, but this recipe's is quantized" in message
+
+
+def test_a_model_that_is_not_there_is_one_mistake(quantized: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("sparsify", "quantize", "calibration"):
+        quantized.pop(name)
+    quantized["model"]["path"] = str(tmp_path / "nowhere")
+    quantized["export"] = [{"exporter": "gptq"}]
+    message = said(quantized, tmp_path)
+    assert "1 problem" in message and "model.path: no file or folder" in message
 
 
 def test_calibration_too_short(quantized: dict[str, Any], tmp_path: Path) -> None:

@@ -120,6 +120,35 @@ def test_sqft_leaves_a_stock_adapter_beside_the_codes(
     assert config["base_model_name_or_path"] == str(finished["quantize"].folder / "model")
 
 
+def test_scales_do_not_decay(quantized: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """Towards 0 they would leave the base's grid."""
+    quantized["finetune"] |= {
+        "merger": {"name": "qa-sparsepeft", "options": {"learn_scales": True}},
+        "learning_rate": 0.05, "weight_decay": 1.0, "schedule": "constant",
+    }  # fmt: skip
+    quantized.pop("evaluate")
+    finished = run(quantized, registry, tmp_path)
+    adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
+    gains = torch.cat([tensor.flatten() for name, tensor in adapter.items() if name.endswith(".gain")])
+    assert 0.9 < float(gains.mean()) < 1.2  # six steps of 5% of decay alone would leave 0.74
+    assert finished["search"].report["trainable"] > sum(t.numel() for n, t in adapter.items() if "gain" not in n)
+
+
+def test_sparse_layers_that_were_left_in_floats(quantized: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """In a model that came as codes: the floats show their zeros, and keep them."""
+    first = {key: value for key, value in quantized.items() if key not in ("finetune", "search", "merge", "evaluate")}
+    first["quantize"]["exclude"] = ["down_proj"]
+    theirs = run(first, registry, tmp_path / "one")["quantize"].folder / "model"
+    quantized["model"]["path"] = str(theirs)
+    for section in ("sparsify", "quantize", "calibration", "evaluate"):
+        quantized.pop(section)
+    finished = run(quantized, registry, tmp_path / "two")
+    name = "model.layers.0.mlp.down_proj.weight"
+    before = load_file(theirs / "model.safetensors")[name]
+    after = load_file(finished["merge"].folder / "model" / "model.safetensors")[name]
+    assert not after.equal(before) and not after[before == 0].any()
+
+
 @pytest.mark.parametrize("merger", ["unmerged", "qa-sparsepeft", "qa-sparsepeft, mask of codes"])
 def test_somebodys_quantized_model_as_a_base(
     quantized: dict[str, Any], registry: Registry, tmp_path: Path, merger: str

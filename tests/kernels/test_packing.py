@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
+from sqft.kernels.grids import dequantize, quantize
 from sqft.kernels.packing import from_gptq, pack, pack_rows, to_gptq, unpack, unpack_rows
 
 BITS = st.sampled_from([2, 3, 4, 8])
@@ -55,6 +56,22 @@ def test_a_layer_goes_through_the_format_and_back(
     back = from_gptq(tensors, bits, size)
     assert back.codes.equal(codes) and back.grid.zero.equal(zero) and back.grid.scale.equal(given_.grid.scale)
     assert (back.grid.group_index is None) == (index is None) and (index is None or index.equal(back.grid.group_index))  # type: ignore[arg-type]
+
+
+def test_what_other_programs_write() -> None:
+    """Scales in float32, a scale of 0 for a group of zeros; an index below 0 is refused."""
+    codes = torch.randint(0, 16, (8, 64), dtype=torch.uint8)
+    tensors = to_gptq(Quantized(codes, Grid(torch.rand(8, 2).half() + 1, torch.full((8, 2), 8), 32, 4)))
+    tensors["scales"] = tensors["scales"].float()
+    tensors["scales"][0, 3] = 0
+    read = from_gptq(tensors, 4, 32)
+    value = dequantize(read)
+    assert read.grid.scale.dtype == torch.float16 and (read.grid.scale > 0).all()
+    assert not value[3, :32].any() and value[3, 32:].any()
+    assert quantize(value, read.grid).equal(read.codes)
+    tensors["g_idx"][5] = -1
+    with pytest.raises(ValueError, match="below 0"):
+        from_gptq(tensors, 4, 32)
 
 
 def test_a_zero_point_of_zero_leaves_its_neighbours_alone() -> None:
