@@ -1,8 +1,9 @@
 """One calibration walk for Wanda and GPTQ against two, on the quickstart's model: perplexity and seconds.
 
-    python benchmarks/one_walk.py [--samples 16] [--length 512]
+    python benchmarks/one_walk.py [--samples 16] [--length 512] [--ways two masks joint turn]
 
-two     sparsify's walk, then one over the sparse model whose earlier blocks are quantized (what sqft does)
+two     sparsify's walk, then one over the sparse model whose earlier blocks are quantized
+turn    the same, and in a block one input after the other (what sqft does)
 masks   one walk: Hessians are sparsify's own, of the dense block behind pruned ones; masks are those of `two`
 joint   one walk: a block is pruned and quantized with one Hessian, behind blocks that are both; other masks
 `joint` saves the whole of the first walk; `masks` as much, where the sparse model is not there already.
@@ -45,11 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument(
+        "--ways", nargs="+", choices=["two", "masks", "joint", "turn"], default=["two", "masks", "joint"]
+    )
     arguments = parser.parse_args()
-    quantizer = Gptq(group_size=64)
+    quantizer = Gptq(group_size=64, reorder_groups=False)
     source = find_model(str(MODEL), Path, None, Digests())
     print("| way | perplexity | seconds |\n|---|---|---|")
-    for way in ("two", "masks", "joint"):
+    for way in arguments.ways:
         model, tokenizer = load_source(source, "float32")
         windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, arguments.samples, arguments.length, 0)
         later: dict[str, Tensor] = {}
@@ -70,8 +74,9 @@ def main() -> None:
             later[name] = dequantize(quantizer.quantize(linear.weight.detach(), linear.weight != 0, stats))
 
         start = time.monotonic()
-        for compress in {"two": (prune, quantize), "masks": (aside,), "joint": (both,)}[way]:
-            in_turn = compress is quantize  # as sqft quantizes: layers see what those before them became
+        steps = {"two": (prune, quantize), "turn": (prune, quantize), "masks": (aside,), "joint": (both,)}
+        for compress in steps[way]:
+            in_turn = way == "turn" and compress is quantize
             walk(model, windows, set(linears(model)), HESSIAN, compress, "cpu", silent, in_turn)
         seconds = time.monotonic() - start
         for name, value in later.items():
