@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sqft.contracts import Quantized
+from sqft.contracts import Grid, Quantized
 from sqft.errors import ArtifactError
 from sqft.folders import write_gptq_config
 from sqft.kernels.grids import dequantize
@@ -64,6 +64,18 @@ def read_quantized(folder: Path) -> dict[str, Quantized]:
         raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
     reader = FolderReader(folder)
     return {name: read_layer(reader, name, settings) for name in layers_of(reader)}
+
+
+def read_grids(folder: Path, names: Iterable[str]) -> dict[str, Grid]:
+    """The grids of those of these layers that are quantized, without holding all codes at once.
+
+    Raises:
+        ArtifactError: when a part of a layer is missing or does not fit the others.
+    """
+    settings, reader = quantization_of(folder), FolderReader(folder)
+    assert settings is not None
+    quantized = set(layers_of(reader))
+    return {name: read_layer(reader, name, settings).grid for name in names if name in quantized}
 
 
 def layers_of(reader: FolderReader) -> list[str]:

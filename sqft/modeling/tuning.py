@@ -19,7 +19,7 @@ from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import all_linears, shape_of
-from sqft.modeling.checkpoint import load_packed, open_folder, read_quantized
+from sqft.modeling.checkpoint import load_packed, open_folder, read_grids
 from sqft.modeling.load import load_source, load_tokenizer
 from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 from sqft.plan import Plan, selected
@@ -152,10 +152,10 @@ def _before_quantization(
     """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
     assert base.folder is not None
     floats, _ = base_model(plan, base.floats)
-    quantized = read_quantized(base.folder)
+    grids = read_grids(base.folder, layers)
     return {
-        name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, quantized[name].grid)
-        if name in quantized
+        name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, grids[name])
+        if name in grids
         else FloatWeight(cast(Tensor, layer.weight), masked)
         for name, layer in layers.items()
     }
