@@ -18,7 +18,7 @@ from sqft.modeling.load import save_model
 from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
 from sqft.modeling.weights import PackedWeight
 from sqft.recipe import Finetune
-from sqft.stages.base import Context
+from sqft.stages.base import Context, log
 
 COMPARED = 4
 """Examples whose logits are compared, the merged model's with the adapted one's."""
@@ -44,6 +44,8 @@ def run(context: Context) -> dict[str, Any]:
         report = {"bits": next(iter(before.values())).grid.bits, "codes_changed": changed}
         if context.device != "cpu":  # where it trained, sums may come in another order
             report["codes_unlike_on_device"] = _unlike(tuned, codes, context.device)
+        if any(bool((layer.grid.zero == 0).any()) for layer in before.values()):
+            log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
         save_quantized(model, tokenizer, before | codes, folder)
     else:
         save_model(model, tokenizer, folder)

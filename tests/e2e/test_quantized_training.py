@@ -134,6 +134,27 @@ def test_scales_do_not_decay(quantized: dict[str, Any], registry: Registry, tmp_
     assert finished["search"].report["trainable"] > sum(t.numel() for n, t in adapter.items() if "gain" not in n)
 
 
+def test_a_zero_point_of_zero_is_kept_and_named(
+    quantized: dict[str, Any], registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import save_file
+
+    first = {key: value for key, value in quantized.items() if key not in ("finetune", "search", "merge", "evaluate")}
+    theirs = tmp_path / "theirs"
+    shutil.copytree(run(first, registry, tmp_path / "one")["quantize"].folder / "model", theirs)
+    tensors, layer = load_file(theirs / "model.safetensors"), "model.layers.0.mlp.up_proj"
+    tensors[f"{layer}.qzeros"][0, 0] |= 0xF  # 0 less one, in its own four bits
+    save_file(tensors, theirs / "model.safetensors", metadata={"format": "pt"})
+    quantized["model"]["path"] = str(theirs)
+    for section in ("sparsify", "quantize", "calibration", "evaluate"):
+        quantized.pop(section)
+    with caplog.at_level("WARNING", logger="sqft"):
+        finished = run(quantized, registry, tmp_path / "two")
+    merged = read_quantized(finished["merge"].folder / "model")[layer].grid.zero
+    assert merged[0, 0] == 0 and merged[1:].eq(8).all()
+    assert "zero points of 0, which gptqmodel misreads" in caplog.text
+
+
 def test_sparse_layers_that_were_left_in_floats(quantized: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     """In a model that came as codes: the floats show their zeros, and keep them."""
     first = {key: value for key, value in quantized.items() if key not in ("finetune", "search", "merge", "evaluate")}
