@@ -101,8 +101,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _bits(run: Run) -> int:
-    settings: dict[str, Any] = json.loads((_base(run) / "config.json").read_text("utf-8"))["quantization_config"]
-    return int(settings["bits"])
+    return int((run.plan.source.quantization or run["quantize"].report)["bits"])
 
 
 def _base(run: Run) -> Path:
@@ -156,8 +155,8 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
         trusted = run.plan.recipe.model.trust_remote_code
         model = serving.merged_as_served(run["merge"].folder / "model", trusted)
     else:
-        folder = _base(run) if "base" in run.plan.step("finetune").inputs or run.plan.source.quantization else None
-        model = serving.adapted_as_served(run.plan, Base(folder), run["finetune"].folder, run["search"].folder)
+        base = Base.of(run.plan, {role: run[name].folder for role, name in run.plan.step("finetune").inputs.items()})
+        model = serving.adapted_as_served(run.plan, base, run["finetune"].folder, run["search"].folder)
     with peak_memory() as peak:
         found = serving.speed(model, PROMPT, GENERATED, REPEATS)
     taken, packed = serving.kernels(model)

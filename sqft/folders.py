@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from sqft.contracts import ModelReader, Quantized
+from sqft.source import IN_A_BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 GPTQ_FILE = "quantize_config.json"
-IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
 
 
 def in_bytes(size: Any) -> int:

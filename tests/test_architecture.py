@@ -19,7 +19,7 @@ MAY: dict[str, set[str]] = {
     "progress": set(),
     "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
     "api": {"contracts", "errors", "folders", "hookspecs"},
-    "folders": {"contracts"},
+    "folders": {"contracts", "source"},
     "registry": BASIC | {"hookspecs", ""},
     "mistakes": {"errors"},
     "recipe": {"errors", "mistakes"},

@@ -104,33 +104,31 @@ def rounded(weight: Tensor, grid: Grid) -> Tensor:
     return scale * (round_on(weight, scale, zero, 2**grid.bits - 1) - zero)
 
 
-def inside(weight: Tensor, grid: Grid) -> Tensor:
-    """Bool [out, in], true where eq. 3's clamp leaves the code alone; elsewhere no gradient passes."""
+def straight_through(
+    weight: Tensor, grid: Grid, grad: Tensor, learn_scales: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`rounded`'s value, and what d(loss)/d(value) `grad` is for the weight [out, in] and the scales [out, groups].
+
+    The gradient passes the rounding as if it were not there, and is 0 where eq. 3's clamp holds. d(s (q − z))/ds is
+    (q − z) − W / s where the clamp leaves the code alone, and q − z where it does not (Esser et al., Learned step size
+    quantization, ICLR 2020, eq. 3); None unless `learn_scales`.
+    """
     scale, zero = spread(grid, weight.shape[1])
-    code = (weight / scale).round() + zero
-    within: Tensor = (code >= 0) & (code <= 2**grid.bits - 1)
-    return within
+    ratio, top = weight / scale, 2**grid.bits - 1
+    code = ratio.round() + zero
+    within, steps = (code >= 0) & (code <= top), code.clamp(0, top) - zero
+    if not learn_scales:
+        return scale * steps, grad * within, None
+    index = group_index(grid, weight.shape[1])
+    slope = steps - torch.where(within, ratio, 0)
+    grad_scale = torch.zeros_like(grid.scale, dtype=torch.float32).index_add_(1, index, grad * slope)
+    return scale * steps, grad * within, grad_scale
 
 
 def stretched(grid: Grid, gain: Tensor) -> Grid:
     """The grid with its scales multiplied by `gain` [out, groups], in the precision they are stored in."""
     scale = (grid.scale.float() * gain.detach().float()).clamp(min=SMALLEST).half()
     return dataclasses.replace(grid, scale=scale)
-
-
-def scale_gradient(weight: Tensor, grid: Grid, grad: Tensor) -> Tensor:
-    """d(loss)/d(scale) [out, groups], given d(loss)/d(`rounded`'s result) [out, in].
-
-    d(s (q − z))/ds is (q − z) − W / s where the clamp leaves the code alone, the rounding passed straight through, and
-    q − z where it does not (Esser et al., Learned step size quantization, ICLR 2020, eq. 3).
-    """
-    scale, zero = spread(grid, weight.shape[1])
-    code = (weight / scale).round() + zero
-    top = 2**grid.bits - 1
-    within = (code >= 0) & (code <= top)
-    slope = code.clamp(0, top) - zero - torch.where(within, weight / scale, 0)
-    index = group_index(grid, weight.shape[1])
-    return torch.zeros_like(grid.scale, dtype=torch.float32).index_add_(1, index, grad * slope)
 
 
 def is_symmetric(grid: Grid) -> bool:

@@ -106,7 +106,7 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantiz
     A scale of 0, which some programs write for a group of zeros, becomes the smallest there is, and its codes 0's.
 
     Raises:
-        ValueError: when a group index is below 0.
+        ValueError: when the parts do not fit one another.
     """
     codes = unpack(tensors["qweight"], bits).T.contiguous()
     zero = (unpack(tensors["qzeros"].T.contiguous(), bits).int() + 1) & (2**bits - 1)
@@ -114,6 +114,11 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantiz
     in_order = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // size
     index = tensors.get("g_idx", in_order).int()
     contiguous = index.equal(in_order)
+    groups = (codes.shape[0], -(-codes.shape[1] // size))
+    if not groups == tuple(zero.shape) == tuple(tensors["scales"].T.shape):
+        raise ValueError(f"there are not {groups[1]} scales and zero points for each of {groups[0]} outputs")
+    if index.shape != in_order.shape or int(index.max()) >= groups[1]:
+        raise ValueError(f"not every one of {codes.shape[1]} inputs has a group, of {groups[1]}")
     if int(index.min()) < 0:
         raise ValueError("a group index is below 0")
     scale = tensors["scales"].T.half().contiguous()

@@ -118,15 +118,12 @@ class _Effective(torch.autograd.Function):
             grad_gain = torch.zeros_like(gain) if gain is not None else None
             for rows, block, delta, merged, grid in _merged(ctx.merger, base, B, A, ctx.scale, gain):
                 left, through = B[rows].float(), grad_weight[rows].float()
-                value = merged
-                if grid:  # straight through the rounding, and nothing where the clamp held (paper eq. 3)
-                    if grad_gain is not None:
-                        assert base.scale is not None
-                        grad_gain[rows] = grids.scale_gradient(merged, grid, through) * base.scale[rows].float()
-                    through = through * grids.inside(merged, grid)
-                    value = grids.rounded(merged, grid) if wanted is not None else merged
+                if grid:
+                    merged, through, grad_scale = grids.straight_through(merged, grid, through, gain is not None)
+                    if grad_gain is not None and grad_scale is not None and base.scale is not None:
+                        grad_gain[rows] = grad_scale * base.scale[rows].float()
                 if wanted is not None:
-                    wanted[rows] = value - block.weight if ctx.less_base else value
+                    wanted[rows] = merged - block.weight if ctx.less_base else merged
                 grad_delta = ctx.merger.derivative(block, delta, through)
                 grad_B[rows] = grad_delta @ right.T
                 grad_A.addmm_(left.T, grad_delta, alpha=ctx.scale)

@@ -94,7 +94,6 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     parts = {part: reader.tensor(f"{name}.{part}") for part in GPTQ_PARTS if part != "g_idx" or indexed}
     try:
         layer = from_gptq(parts, settings["bits"], settings["group_size"])
-        dequantize(layer)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit one another: {error}") from None
     if not layer.grid.scale.isfinite().all():
@@ -136,10 +135,9 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
     assert settings is not None
     layers = layers_of(reader)
     parts = {f"{name}.{part}" for name in layers for part in GPTQ_PARTS}
-    state = {name: reader.tensor(name) for name in reader.names() if name not in parts}
-    state = {
-        name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")
-    }  # of old Llamas
+    # Old Llamas store the frequencies of their positions, which every model makes anew.
+    wanted_names = [n for n in reader.names() if n not in parts and not n.endswith("rotary_emb.inv_freq")]
+    state = {name: reader.tensor(name) for name in wanted_names}
     floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     dtype: torch.dtype = getattr(torch, wanted) if wanted else next(floats, torch.float32)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}

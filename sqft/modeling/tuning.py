@@ -21,7 +21,7 @@ from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import all_linears, shape_of
 from sqft.modeling.checkpoint import load_packed, open_folder, read_grids
 from sqft.modeling.load import load_source, load_tokenizer
-from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
+from sqft.modeling.weights import FloatWeight, FrozenWeight, PackedLinear
 from sqft.plan import Plan, selected
 from sqft.recipe import Finetune
 from sqft.store import write_json
@@ -72,6 +72,17 @@ class Base:
     floats: Path | None = None
     masks: Path | None = None
 
+    @classmethod
+    def of(cls, plan: Plan, inputs: Mapping[str, Path]) -> Base:
+        """That of a step, given its input artifacts' folders by role."""
+        base, floats = inputs.get("base"), inputs.get("floats")
+        own = plan.source.path if plan.source.quantization else None
+        return cls(
+            base / "model" if base else own,
+            floats / "model" if floats else None,
+            base / "masks.safetensors" if base and plan.quantized else None,
+        )
+
 
 def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
@@ -117,11 +128,7 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     masked = merger.keeps_mask or base.folder is not None
     if packed:
-        weights = _packed(layers, base.masks if merger.merges else None)
-        if section.mask == "codes" and merger.merges:
-            for weight in weights.values():
-                if isinstance(weight, PackedWeight):
-                    weight.keep(weight.block().weight != 0)
+        weights = _packed(layers, base.masks if merger.merges else None, merger.merges and section.mask == "codes")
     elif plan.quantized:
         weights = _before_quantization(plan, base, layers, masked)
     else:
@@ -132,8 +139,9 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     return Tuned(model, tokenizer, adapted, space)
 
 
-def _packed(layers: Mapping[str, nn.Module], masks: Path | None) -> dict[str, FrozenWeight]:
-    """The layers' own codes, with a mask where one is wanted; a layer left in floats keeps them."""
+def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
+    """The layers' own codes, with a mask where one is wanted, of a file or of the codes that stand for 0; a layer left
+    in floats keeps them."""
     kept = load_file(masks) if masks else {}
     weights: dict[str, FrozenWeight] = {}
     for name, layer in layers.items():
@@ -141,6 +149,8 @@ def _packed(layers: Mapping[str, nn.Module], masks: Path | None) -> dict[str, Fr
             weights[name] = layer.base
             if name in kept:
                 layer.base.keep(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
+            elif mask_codes:
+                layer.base.keep(layer.base.block().weight != 0)
         else:
             weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
     return weights

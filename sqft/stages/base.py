@@ -59,14 +59,7 @@ class Context:
 
     def base(self) -> Base:
         """What lies under the adapters of this step."""
-        quantized = self.plan.quantized
-        floats, base = self.inputs.get("floats"), self.inputs.get("base")
-        own = self.plan.source.path if self.plan.source.quantization else None
-        return Base(
-            self.model_folder() or own,
-            floats.folder / "model" if floats else None,
-            base.folder / "masks.safetensors" if base and quantized else None,
-        )
+        return Base.of(self.plan, {role: artifact.folder for role, artifact in self.inputs.items()})
 
     def feed(
         self,

@@ -94,7 +94,11 @@ def _chosen(context: Context) -> Tuned:
 def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Every adapted layer's effective weight, and the codes of those that lie on a grid."""
     codes = {name: layer.codes() for name, layer in tuned.adapted.items() if layer.base.grid() is not None}
-    return {name: layer.effective() for name, layer in tuned.adapted.items()}, codes
+    effective = {
+        name: grids.dequantize(codes[name]).to(layer.base.dtype) if name in codes else layer.effective()
+        for name, layer in tuned.adapted.items()
+    }
+    return effective, codes
 
 
 def _unlike(tuned: Tuned, codes: Mapping[str, Quantized], device: str) -> int:

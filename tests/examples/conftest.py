@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sysconfig
 import venv
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment that sees the packages of this one."""
+def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
+    """Runs Python with these arguments in an environment that sees the packages of this one."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -20,4 +22,4 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     # A fresh environment may bring a setuptools older than the one it should see.
     subprocess.run([python, "-m", "pip", "uninstall", "-y", "-q", "setuptools"], check=True)
-    return python
+    return lambda *arguments: subprocess.run([python, *arguments], capture_output=True, text=True)

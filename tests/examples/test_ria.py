@@ -12,11 +12,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sqft-ria"
 
 
-def call(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, *arguments], capture_output=True, text=True)
-
-
-def test_install_use_uninstall(environment: Path, raw: dict[str, Any], tmp_path: Path) -> None:
+def test_install_use_uninstall(call: Any, raw: dict[str, Any], tmp_path: Path) -> None:
     for section in ("finetune", "search", "merge", "evaluate"):
         raw.pop(section)
     raw["sparsify"]["scorer"] = {"name": "ria", "options": {"power": 0.25}}
@@ -27,17 +23,17 @@ def test_install_use_uninstall(environment: Path, raw: dict[str, Any], tmp_path:
     for file in ("pyproject.toml", "sqft_ria.py"):
         (source / file).write_text((EXAMPLE / file).read_text())
     command = ["-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "store")]
-    installed = call(environment, "-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source))
+    installed = call("-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source))
     assert installed.returncode == 0, installed.stderr
-    assert "sqft-ria 0.3" in call(environment, "-m", "sqft", "plugins").stdout
-    used = call(environment, *command)
+    assert "sqft-ria 0.3" in call("-m", "sqft", "plugins").stdout
+    used = call(*command)
     assert used.returncode == 0, used.stderr
     (manifest,) = (tmp_path / "store" / "artifacts").glob("sparsify-*/manifest.json")
     scorer = json.loads(manifest.read_text())["components"]["scorer"]
     assert scorer["provider"] == "sqft-ria 0.3" and scorer["options"] == {"power": 0.25}
-    removed = call(environment, "-m", "pip", "uninstall", "-y", "sqft-ria")
+    removed = call("-m", "pip", "uninstall", "-y", "sqft-ria")
     assert removed.returncode == 0, removed.stderr
-    missed = call(environment, *command)
+    missed = call(*command)
     assert missed.returncode == 2
     assert "sparsify.scorer: no scorer named 'ria'; installed: magnitude, random, wanda." in missed.stderr
 

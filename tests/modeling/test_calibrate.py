@@ -34,15 +34,21 @@ def inputs_of(model: nn.Module, name: str, windows: Tensor) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
 
 
-def test_statistics_are_those_of_the_compressed_prefix(model: LlamaForCausalLM) -> None:
-    windows = torch.randint(2, 200, (3, 16))
+def halved(model: LlamaForCausalLM, windows: Tensor, sequential: bool) -> dict[str, Any]:
+    """The statistics of a walk that halves every layer's weight, by name, in the walk's order."""
     stats: dict[str, Any] = {}
 
     def compress(name: str, linear: nn.Linear, found: Any) -> None:
         stats[name] = found
         linear.weight.data.mul_(0.5)
 
-    walk(model, windows, set(linears(model)), BOTH, compress, "cpu", silent)
+    walk(model, windows, set(linears(model)), BOTH, compress, "cpu", silent, sequential)
+    return stats
+
+
+def test_statistics_are_those_of_the_compressed_prefix(model: LlamaForCausalLM) -> None:
+    windows = torch.randint(2, 200, (3, 16))
+    stats = halved(model, windows, sequential=False)
     assert list(stats) == list(linears(model))
     last = "model.layers.1.self_attn.q_proj"  # the first layer of block 1 sees all of block 0 compressed
     x = inputs_of(model, last, windows)
@@ -54,13 +60,7 @@ def test_statistics_are_those_of_the_compressed_prefix(model: LlamaForCausalLM) 
 def test_one_after_the_other_each_layer_sees_what_all_before_it_became(model: LlamaForCausalLM) -> None:
     """What a plain forward of the finished model shows at every layer: inputs depend on earlier layers alone."""
     windows = torch.randint(2, 200, (3, 16))
-    stats: dict[str, Any] = {}
-
-    def compress(name: str, linear: nn.Linear, found: Any) -> None:
-        stats[name] = found
-        linear.weight.data.mul_(0.5)
-
-    walk(model, windows, set(linears(model)), BOTH, compress, "cpu", silent, sequential=True)
+    stats = halved(model, windows, sequential=True)
     assert list(stats)[:4] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
     for name in linears(model):
         x = inputs_of(model, name, windows)
