@@ -1,6 +1,6 @@
 """The paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
 
-    python benchmarks/six_methods.py DATA [--steps 100] [--max-length 96] [--seeds 0] [--methods sqft …] [--store DIR]
+    python benchmarks/six_methods.py DATA [--steps 100] [--batch-size 16] [--max-length 96] [--seeds 0] [--methods sqft …] [--store DIR]
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
 a number is compared as a number. One sparse base, and one quantized one, are made and shared through the store, which
@@ -21,10 +21,10 @@ RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 METHODS = ("lora", "shears", "sparsepeft", "gptq-lora", "sqft", "qa-sparsepeft")
 
 
-def prompts(source: Path, target: Path) -> Path:
-    """The records of a file as {prompt, completion}, in another file."""
+def prompts(source: Path, target: Path, records: int | None = None) -> Path:
+    """The records of a file (the first ones) as {prompt, completion}, in another file."""
     lines = []
-    for line in source.read_text("utf-8").splitlines():
+    for line in source.read_text("utf-8").splitlines()[:records]:
         record = json.loads(line)
         if "question" in record:
             answer = record["answer"]
@@ -44,6 +44,7 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
     raw["finetune"] |= {
         "data": str(data / "train.jsonl"),
         "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
         "max_length": arguments.max_length,
         "learning_rate": arguments.learning_rate,
     }
@@ -61,15 +62,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--max-new-tokens", type=int, default=6)
+    parser.add_argument("--test-records", type=int, help="the first ones of test.jsonl; unless told, all")
     parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
     parser.add_argument("--store", type=Path, default=Path("store-six"))
     arguments = parser.parse_args()
     data = arguments.store.resolve() / "data" / arguments.data.resolve().name
-    for name in ("train", "test"):
-        prompts(arguments.data / f"{name}.jsonl", data / f"{name}.jsonl")
+    prompts(arguments.data / "train.jsonl", data / "train.jsonl")
+    prompts(arguments.data / "test.jsonl", data / "test.jsonl", arguments.test_records)
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
