@@ -1,6 +1,6 @@
 """The paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
 
-    python benchmarks/six_methods.py DATA [--steps 100] [--batch-size 16] [--max-length 96] [--seeds 0] [--methods sqft …] [--store DIR]
+    python benchmarks/six_methods.py DATA [--steps 100] [--seeds 0] [--methods sqft …] [--store DIR]
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
 a number is compared as a number. One sparse base, and one quantized one, are made and shared through the store, which

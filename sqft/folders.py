@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from sqft.contracts import ModelReader, Quantized
-from sqft.source import IN_A_BLOCK
+from sqft.layers import IN_A_BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor

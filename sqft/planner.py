@@ -90,7 +90,7 @@ class _Planner(Fitting):
             {"scorer": scorer, "allocator": allocator},
             {},
             files,
-            Estimate(weights, size + mask, size + 3 * seen * hidden * 4 + (1 << 29)),
+            Estimate(weights, size + mask, size + max(size, 3 * seen * hidden * 4) + (1 << 29)),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from sqft.contracts import LinearShape
 from sqft.errors import ArtifactError, SqftError
+from sqft.layers import guess_linears
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
@@ -32,8 +33,6 @@ GGUF_LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's names of a Llama block's linear layers, as transformers calls them."""
-IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
-"""A weight below a number, and no table of embeddings (DeepSeek's last block has one)."""
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """The tensors that GPTQ's checkpoints have in the place of a layer's weight."""
 SETTLED = 2 * 10**9  # nanoseconds: the coarsest clock of a file system in use, FAT's
@@ -168,7 +167,8 @@ def _folder(path: Path, digests: Digests) -> ModelSource:
     total = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and any(map(p.match, HUB_FILES))):
         total.update(f"{file.name}\0{digests.file(file)}".encode())
-    return ModelSource("folder", path, total.hexdigest(), config, shapes, _linears(shapes), quantization)
+    linears = guess_linears(shapes, str(config.get("model_type")), packed=quantization is not None)
+    return ModelSource("folder", path, total.hexdigest(), config, shapes, linears, quantization)
 
 
 def gptq_settings(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -295,22 +295,7 @@ def _gguf(path: Path, digests: Digests) -> ModelSource:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         if match and match[2] in GGUF_LINEARS:
             named[f"model.layers.{match[1]}.{GGUF_LINEARS[match[2]]}.weight"] = shape
-    return ModelSource("gguf", path, digests.file(path), config, shapes, _linears(named))
-
-
-def _linears(shapes: dict[str, tuple[int, ...]]) -> tuple[LinearShape, ...]:
-    """Two-dimensional weights below a numbered block: a guess from names, which the run checks."""
-    found = [
-        LinearShape(name.removesuffix(".weight"), shape[0], shape[1])
-        for name, shape in shapes.items()
-        if len(shape) == 2 and IN_A_BLOCK.search(name)
-    ]
-    return tuple(sorted(found, key=_in_order))
-
-
-def _in_order(linear: LinearShape) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9, and names among them."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in linear.name.split(".")]
+    return ModelSource("gguf", path, digests.file(path), config, shapes, guess_linears(named))
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -12,18 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BASIC = {"errors", "contracts"}
 PLANNING = BASIC | {"hookspecs", "registry", "recipe", "source", "plan", "planner", "store", "progress", "report"}
-DEEP = PLANNING | {"kernels", "data", "modeling", "checks", "folders"}
+DEEP = PLANNING | {"layers", "kernels", "data", "modeling", "checks", "folders"}
 MAY: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
     "progress": set(),
     "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
     "api": {"contracts", "errors", "folders", "hookspecs"},
-    "folders": {"contracts", "source"},
+    "folders": {"contracts", "layers"},
     "registry": BASIC | {"hookspecs", ""},
     "mistakes": {"errors"},
     "recipe": {"errors", "mistakes"},
-    "source": BASIC,
+    "layers": {"contracts"},
+    "source": BASIC | {"layers"},
     "plan": BASIC | {"recipe", "registry", "source"},
     "fingerprint": {"recipe", "registry"},
     "resolver": BASIC | {"data", "mistakes", "plan", "recipe", "registry", "source"},

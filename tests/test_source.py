@@ -226,7 +226,6 @@ def test_one_byte_short(folder: Path) -> None:
         ("model.layers.0.self_attn.q_norm.weight", (8,), False),
         ("model.layers.0.self_attn.q_proj.bias", (8,), False),
         ("model.layers.0.mixer.conv1d.weight", (8, 1, 4), False),
-        ("model.layers.0.mlp.experts.gate_up_proj", (2, 8, 4), False),
         ("model.layers.0.mlp.experts.weight", (2, 8, 4), False),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), False),
     ],

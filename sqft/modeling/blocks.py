@@ -10,15 +10,19 @@ from sqft.modeling.weights import PackedLinear
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's decoder blocks by full name, in order: its longest list of like modules.
+    """The model's decoder blocks by full name, in order: its longest list of like modules that is in no other.
 
     Raises:
         StageError: when the model has no such list.
     """
     best: tuple[str, nn.ModuleList] | None = None
+    outer = "\0"
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
             continue
+        if name.startswith(f"{outer}."):  # a block's own list, of experts
+            continue
+        outer = name
         if best is None or len(module) > len(best[1]):
             best = (name, module)
     if best is None:
@@ -32,13 +36,18 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
-    """Every linear layer inside the decoder blocks, of floats or of codes, by full name, in order."""
+    """Every linear layer inside the decoder blocks, of floats or of codes, by full name, in order; no router."""
     return {
         f"{block_name}.{name}": module
         for block_name, block in decoder_blocks(model).items()
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | PackedLinear)
+        if isinstance(module, nn.Linear | PackedLinear) and not _routes(block, name)
     }
+
+
+def _routes(block: nn.Module, name: str) -> bool:
+    """Whether a layer stands beside a mixture's experts: it then says which of them act, or how much."""
+    return hasattr(block.get_submodule(name.rpartition(".")[0]), "experts")
 
 
 def shape_of(name: str, linear: nn.Linear | PackedLinear) -> LinearShape:

@@ -8,6 +8,7 @@ hidden states of all windows stay on the CPU, in the model's precision.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,8 +22,10 @@ from sqft.contracts import LinearStats, Statistic
 from sqft.errors import StageError
 from sqft.kernels.statistics import InputStatistics
 from sqft.modeling.blocks import decoder_blocks
+from sqft.modeling.layout import every_expert
 from sqft.progress import Track
 
+log = logging.getLogger("sqft")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Slot = int | str
 """Where in a block's call the hidden states stand: a position, or a keyword."""
@@ -63,6 +66,12 @@ def walk(
             with _observed(some, needs) as observed:
                 for call, state in zip(calls[name], hidden, strict=True):
                     _replay(block, call, slot, state, device)
+            if unseen := {layer: linear for layer, linear in some.items() if not observed[layer].tokens}:
+                with every_expert(block), _observed(unseen, needs) as more:
+                    for call, state in zip(calls[name], hidden, strict=True):
+                        _replay(block, call, slot, state, device)
+                log.warning("no token is routed to %s; measured on every token instead", ", ".join(unseen))
+                observed |= more
             for layer, linear in some.items():
                 compress(layer, linear, observed[layer].result(layer))
         for index, call in enumerate(calls[name]):

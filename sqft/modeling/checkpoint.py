@@ -19,6 +19,7 @@ from sqft.folders import write_gptq_config
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, gptq_config, to_gptq
 from sqft.modeling.blocks import linears
+from sqft.modeling.layout import Transposed, as_linears, as_stored
 from sqft.modeling.load import FolderReader, load_folder, load_tokenizer, save_settings
 from sqft.modeling.weights import PackedLinear, PackedWeight
 from sqft.source import GPTQ_PARTS, gptq_settings
@@ -42,7 +43,9 @@ def save_quantized(
     without a word.
     """
     tensors: dict[str, Tensor] = {
-        name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers
+        name: tensor
+        for name, tensor in as_stored(model, fused=False).items()
+        if name.removesuffix(".weight") not in layers
     }
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # tied ones get their own
     for name, layer in layers.items():
@@ -142,8 +145,8 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
     dtype: torch.dtype = getattr(torch, wanted) if wanted else next(floats, torch.float32)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     with init_empty_weights():  # no memory for floats that are not there
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
+        model: PreTrainedModel = as_linears(
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         )
     modules = dict(model.named_modules())
     for name in layers:  # one at a time: codes take a byte each until they are packed
@@ -159,6 +162,9 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
             model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
         else:
             state[f"{name}.weight"] = dequantize(layer).to(dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, Transposed) and name not in layers:
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     wrong = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # a tied head need not be stored
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

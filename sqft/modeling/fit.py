@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from sqft.contracts import LinearShape
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from sqft.contracts import LinearShape, Merger
 from sqft.errors import StageError
 from sqft.modeling.blocks import linears, shape_of
+from sqft.modeling.layout import Expert, fused_experts
 from sqft.modeling.load import skeleton
 from sqft.plan import Plan, selected
 
+log = logging.getLogger("sqft")
 SHOWN = 5
 
 
@@ -32,6 +39,7 @@ def check_fit(plan: Plan) -> None:
         wanted["quantize.include"] = chosen
     if recipe.finetune:
         wanted["finetune.targets"] = [x for x in plan.source.linears if selected(x.name, recipe.finetune.targets, ())]
+    _check_mixtures(plan, model, wanted)
     modules, model_type = dict(model.named_modules()), type(model).__name__
     wrong = []
     for place, layers in wanted.items():
@@ -43,8 +51,28 @@ def check_fit(plan: Plan) -> None:
             wrong.append(f"{place}: {layer.name} {_size(layer)} is {found} in {model_type}")
     if wrong:
         more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        head = "sqft works on torch.nn.Linear layers inside decoder blocks; exclude what this recipe names besides:"
+        head = "sqft works on linear layers inside decoder blocks; exclude what this recipe names besides:"
         raise StageError("\n  ".join([head, *wrong[:SHOWN], *more]))
+
+
+def _check_mixtures(plan: Plan, model: nn.Module, wanted: Mapping[str, Sequence[LinearShape]]) -> None:
+    """Say what stays dense, and refuse what no checkpoint could hold."""
+    for name, weights in fused_experts(model).items() if wanted else ():
+        log.warning("%s stays as it is: its experts (%d weights) cannot be taken apart", name, weights)
+    experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
+    adapted = [x for x in wanted.get("finetune.targets", ()) if x.name.rpartition(".")[0] in experts]
+    merger = plan.step("finetune").parts["merger"].component if plan.recipe.finetune else None
+    if adapted and isinstance(merger, Merger) and not merger.merges:
+        raise StageError(
+            f"finetune.targets names {adapted[0].name}, and stock PEFT, for which '{merger.name}' writes its adapter, "
+            "knows no single expert; use a merger that merges, or targets outside the experts (full names with *)"
+        )
+    renamed = [x for x in plan.source.linears if x.name.rpartition(".")[0] in experts]
+    if plan.recipe.quantize and any(f"{x.name}.weight" not in plan.source.shapes for x in renamed):
+        raise StageError(
+            f"quantize: checkpoints of {type(model).__name__} hold their experts under other names, and sqft cannot "
+            "write codes for it yet; remove quantize"
+        )
 
 
 def _size(layer: LinearShape) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ArtifactError, StageError
+from sqft.modeling.layout import as_linears, as_stored
 from sqft.source import ModelSource
 from sqft.store import write_json
 
@@ -50,7 +51,7 @@ def skeleton(source: ModelSource, trust_remote_code: bool = False) -> PreTrained
             config = AutoConfig.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
             if source.quantization:
                 del config.quantization_config
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return as_linears(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     except Exception as error:  # transformers' own checks of a config raise anything
         raise StageError(
             f"transformers cannot make a causal language model of {source.path}: {_first(error)}"
@@ -93,7 +94,7 @@ def _load(
         if not tensor.isfinite().all():
             raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
-    return model.eval(), tokenizer
+    return as_linears(model).eval(), tokenizer
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -128,7 +129,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder that stock transformers, 4.x included, loads: weights, tokenizer,
     chat template, generation config."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=as_stored(model))
     save_settings(model, tokenizer, folder)
 
 

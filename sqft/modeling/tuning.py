@@ -17,6 +17,7 @@ from sqft import checks
 from sqft.contracts import Adapter, Choice, Merger, RankGroup, SearchSpace
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import unpack_mask
+from sqft.layers import TRANSPOSED
 from sqft.modeling.adapted import AdaptedLinear, attach, choose
 from sqft.modeling.blocks import all_linears, shape_of
 from sqft.modeling.checkpoint import load_packed, open_folder, read_grids
@@ -242,6 +243,7 @@ def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folde
         r=top,
         lora_alpha=max(alphas.values()),
         target_modules=sorted(ranks),
+        fan_in_fan_out=tuned.model.config.model_type in TRANSPOSED,
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
         inference_mode=True,

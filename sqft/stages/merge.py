@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqft.contracts import Merger, Quantized
 from sqft.data.prompts import encode_all, read_records
@@ -72,8 +72,8 @@ def prove(context: Context) -> None:
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
                 raise ArtifactError(f"merge ({who}): codes or grid of {name} as stored are not those trained through")
-    merged, original = open_folder(folder, context.plan.recipe.model.trust_remote_code)[0], base.state_dict()
-    for name, tensor in merged.state_dict().items():
+    merged, original = open_folder(folder, context.plan.recipe.model.trust_remote_code)[0], _tensors(base)
+    for name, tensor in _tensors(merged).items():
         layer = name.removesuffix(".weight")
         if not tensor.isfinite().all():
             raise ArtifactError(f"merge ({who}): {name} as stored holds values that are not finite")
@@ -109,6 +109,10 @@ def _unlike(tuned: Tuned, codes: Mapping[str, Quantized], device: str) -> int:
         unlike += int((layer.codes().codes.cpu() != known.codes).sum())
         layer.to("cpu")
     return unlike
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _kept(tuned: Tuned, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.modeling.blocks import linears
 from sqft.modeling.checkpoint import read_quantized, save_quantized
+from sqft.modeling.layout import as_stored
 from sqft.modeling.load import FolderReader
 from sqft.modeling.tuning import base_model
 from sqft.plan import selected
@@ -100,9 +101,10 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"quantize ({who}): the mask of {name} as stored is not the base's")
         if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
             raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
+    as_it_was = as_stored(base, fused=False)
     for name, tensor in FolderReader(folder).tensors():
         owner, _, part = name.rpartition(".")
-        if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, original[name]):
+        if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, as_it_was[name]):
             raise ArtifactError(f"quantize ({who}): {name} as stored is not the base's")
 
 

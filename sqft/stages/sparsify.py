@@ -17,7 +17,7 @@ from sqft.contracts import Allocator, LinearStats, Scorer
 from sqft.errors import ArtifactError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.blocks import linears, shape_of
-from sqft.modeling.load import FolderReader, load_source, save_model
+from sqft.modeling.load import load_folder, load_source, save_model
 from sqft.plan import selected
 from sqft.recipe import Sparsify
 from sqft.stages.base import Context
@@ -37,7 +37,8 @@ def run(context: Context) -> dict[str, Any]:
     allocation = context.component(Allocator).allocate(shapes, section.sparsity)
     checks.check_allocation(context.who(Allocator), shapes, allocation)
     masks: dict[str, Tensor] = {}
-    report: dict[str, Any] = {}
+    report: dict[str, float] = {}
+    seen: dict[str, int] = {}
 
     def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
         weight = linear.weight.detach().to(torch.float32, copy=True)
@@ -51,6 +52,7 @@ def run(context: Context) -> dict[str, Any]:
         linear.weight.data.masked_fill_(~mask, 0)
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
+        seen[name] = stats.tokens
 
     tokens = context.feed(model, tokenizer, layers, scorer.needs, compress, "scoring")
     save_model(model, tokenizer, context.folder / "model")
@@ -64,32 +66,25 @@ def run(context: Context) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "layers": report,
         "calibration_tokens": tokens,
+        "expert_tokens": {name: count for name, count in seen.items() if count != tokens},
     }
 
 
 def prove(context: Context) -> None:
-    """Every pruned entry is zero, every kept one is the original bit for bit, all are finite."""
-    recipe = context.plan.recipe
-    original, _ = load_source(context.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
-    packed = load_file(context.folder / "masks.safetensors")
-    reader, who = FolderReader(context.folder / "model"), context.who(Scorer)
-    weights: dict[str, Tensor] = original.state_dict()
-    stored_names, parameters = set(reader.names()), dict(original.named_parameters())
-    if odd := sorted((stored_names - weights.keys()) | (parameters.keys() - stored_names)):
-        raise StageError(
-            f"{type(original).__name__} stores its weights under other names than its modules have ({odd[0]}); "
-            "such architectures are not handled yet"
-        )
-    for name, stored in reader.tensors():
-        expected = weights[name].detach()
-        layer = name.removesuffix(".weight")
+    """Read back, every pruned entry is zero, every kept one is the original bit for bit, all are finite."""
+    recipe = context.plan.recipe.model
+    original, _ = load_source(context.plan.source, recipe.dtype, recipe.trust_remote_code)
+    stored, _ = load_folder(context.folder / "model", trust_remote_code=recipe.trust_remote_code)
+    packed, who = load_file(context.folder / "masks.safetensors"), context.who(Scorer)
+    found = dict(stored.named_parameters())
+    for name, parameter in original.named_parameters():
+        expected, layer = parameter.detach(), name.removesuffix(".weight")
         if layer in packed:
             mask = unpack_mask(packed[layer], (expected.shape[0], expected.shape[1]))
             expected = expected.masked_fill(~mask, 0)
-        if not stored.isfinite().all():
-            raise ArtifactError(f"sparsify ({who}): {name} as stored holds values that are not finite")
-        if stored.dtype != expected.dtype or not torch.equal(stored, expected):
-            wrong = int((stored != expected).sum())
+        tensor = found[name]
+        if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
+            wrong = int((tensor != expected).sum())
             raise ArtifactError(
                 f"sparsify ({who}): {name} as stored is not the masked original ({wrong} entries differ)"
             )

@@ -1,0 +1,71 @@
+"""The linear layers of a model as far as names and shapes in a checkpoint's headers tell. No torch."""
+
+from __future__ import annotations
+
+import re
+
+from sqft.contracts import LinearShape
+
+IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
+"""A weight below a number, and no table of embeddings (DeepSeek's last block has one)."""
+IN_A_MIXTURE = re.compile(r"(.*\.\d+\.\w+)\.experts\.")
+TRANSPOSED = {"gpt2", "openai-gpt"}
+"""Families whose checkpoints hold linear layers as [in, out]."""
+BARE_PREFIX = {
+    "gpt2": "transformer.",
+    "bloom": "transformer.",
+    "falcon": "transformer.",
+    "gptj": "transformer.",
+    "gpt_neo": "transformer.",
+    "gpt_neox": "gpt_neox.",
+    "opt": "model.",
+}
+"""What the modules' names begin with, of families whose older checkpoints leave it out."""
+EXPERT_NAMES = (
+    (r"\.block_sparse_moe\.experts\.", ".mlp.experts."),
+    (r"(\.experts\.\d+)\.w1$", r"\1.gate_proj"),
+    (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
+    (r"(\.experts\.\d+)\.w3$", r"\1.up_proj"),
+)
+"""How Mixtral's checkpoints call the layers of an expert, and how transformers does."""
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tuple[LinearShape, ...]:
+    """Two-dimensional weights below a numbered block, under the names that sqft gives their layers: a guess, which the
+    run checks."""
+    prefix = BARE_PREFIX.get(family, "")
+    bare = not any(name.startswith(prefix) for name in shapes)
+    mixtures = {match[1] for name in shapes if (match := IN_A_MIXTURE.match(name))}
+    found = []
+    for name, shape in _experts(shapes).items():
+        layer = f"{prefix if bare else ''}{name}".removesuffix(".weight")
+        if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}") or layer.rpartition(".")[0] in mixtures:
+            continue  # what stands beside the experts routes tokens
+        for old, new in EXPERT_NAMES:
+            layer = re.sub(old, new, layer)
+        out, inputs = shape[::-1] if family in TRANSPOSED and not packed else shape
+        found.append(LinearShape(layer, out, inputs))
+    return tuple(sorted(found, key=_in_order))
+
+
+def _experts(shapes: Shapes) -> Shapes:
+    """Shapes with the experts that lie in one tensor taken apart: gate and up [experts, 2 · inner, in], and down."""
+    apart: Shapes = {}
+    for name, shape in shapes.items():
+        mixture, _, part = name.rpartition(".")
+        plain = part in ("gate_up_proj", "down_proj") and f"{name}_bias" not in shapes
+        if len(shape) == 3 and mixture.endswith(".experts") and plain:
+            split = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+            one = (shape[1] // len(split), shape[2])
+            apart |= {f"{mixture}.{index}.{each}.weight": one for index in range(shape[0]) for each in split}
+        else:
+            apart[name] = shape
+    return apart
+
+
+def _in_order(linear: LinearShape) -> list[tuple[int, str]]:
+    """Layer 10 after layer 9, and names among them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in linear.name.split(".")]

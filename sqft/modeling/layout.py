@@ -1,0 +1,136 @@
+"""Layers that transformers keeps in a form of their own, as ordinary linear layers, and back for storing.
+
+GPT-2's `Conv1D` holds its weight as [in, out]; a mixture of experts holds the weights of all its experts in two
+tensors. Everything else in sqft sees `nn.Linear` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Transposed(nn.Linear):
+    """A `Conv1D` as a linear layer [in] → [out]: stored, its weight is [in, out]."""
+
+    def __init__(self, layer: Conv1D) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.weight.shape
+        self.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+        self.bias = layer.bias
+
+
+class Expert(nn.Module):
+    """One expert of a mixture, under the names that checkpoints give its layers."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts, each with linear layers of its own; the weights stay where they are.
+
+    With `everywhere`, each expert also runs on the tokens that are not routed to it, which changes no result: an
+    expert that calibration text never reaches is measured so.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__(map(Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
+        del fused.gate_up_proj, fused.down_proj
+        vars(self)["gated"] = fused._apply_gate  # not a submodule: of what is left of it only the activation acts
+        self.everywhere = False
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`hidden_states` [tokens, in], each token's experts and their weights [tokens, k]."""
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            assert isinstance(expert, Expert)
+            tokens, place = torch.where(top_k_index == index)
+            if not (len(tokens) or self.everywhere):
+                continue
+            rows = torch.arange(len(hidden_states), device=tokens.device) if self.everywhere else tokens
+            x = hidden_states[rows]
+            y = expert.down_proj(vars(self)["gated"](torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)))
+            y = (y[tokens] if self.everywhere else y) * top_k_weights[tokens, place, None]
+            result.index_add_(0, tokens, y.to(result.dtype))
+        return result
+
+
+def as_linears(model: M) -> M:
+    """The model with a `Transposed` in the place of every `Conv1D` and `Experts` in that of every fused mixture."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            model.set_submodule(name, Transposed(module))
+        elif _is_plain_mixture(module):
+            model.set_submodule(name, Experts(module))
+    return model
+
+
+def as_stored(model: nn.Module, fused: bool = True) -> dict[str, Tensor]:
+    """The state dict of a model as transformers has its layers; unless `fused`, each expert's apart, as checkpoints
+    of codes have them."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, Transposed):
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
+        elif isinstance(module, Experts) and fused:
+            own = [
+                {part: state.pop(f"{name}.{index}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")}
+                for index in range(len(module))
+            ]
+            state[f"{name}.gate_up_proj"] = torch.stack([torch.cat([e["gate_proj"], e["up_proj"]]) for e in own])
+            state[f"{name}.down_proj"] = torch.stack([e["down_proj"] for e in own])
+    return state
+
+
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """The mixtures of experts that `as_linears` cannot take apart, and the weights that each holds."""
+    return {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+        for name, module in model.named_modules()
+        if _is_mixture(module)
+    }
+
+
+@contextmanager
+def every_expert(module: nn.Module) -> Iterator[None]:
+    """Inside, every expert runs on every token."""
+    mixtures = [inner for inner in module.modules() if isinstance(inner, Experts)]
+    for mixture in mixtures:
+        mixture.everywhere = True
+    try:
+        yield
+    finally:
+        for mixture in mixtures:
+            mixture.everywhere = False
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts in one tensor [experts, …]."""
+    return "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _is_plain_mixture(module: Any) -> bool:
+    """A mixture of the usual form: gate and up in one tensor [experts, 2 · inner, in], down in another, no biases."""
+    return (
+        _is_mixture(module)
+        and getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+    )

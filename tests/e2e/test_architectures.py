@@ -1,0 +1,265 @@
+"""Every family of causal language models: sparsify, tune, merge, and reload in stock transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.errors import StageError
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXTURE = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": SIZES | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "Mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 16},
+    "Qwen2": SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 16},
+    "Phi3": SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "Gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "Gemma3Text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "OPT": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "GPTNeoX": SIZES,
+    "Falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
+    "Mixtral": SIZES | MIXTURE | {"num_local_experts": 4},
+    "Qwen3Moe": SIZES | MIXTURE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8},
+    "Olmoe": SIZES | MIXTURE | {"num_experts": 4},
+    "Qwen2Moe": SIZES
+    | MIXTURE
+    | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe"}
+
+
+def config_of(family: str, tokenizer: Any) -> PretrainedConfig:
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
+    kind = getattr(transformers, f"{family}Config")
+    config: PretrainedConfig = kind(**common, pad_token_id=1, **FAMILIES[family])
+    return config
+
+
+def save(config: PretrainedConfig, tokenizer: Any, folder: Path, **how: Any) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, **how)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_of(folder: Path, data: Path, targets: list[str]) -> dict[str, Any]:
+    return {
+        "name": "family",
+        "model": {"path": str(folder)},
+        "calibration": {"data": str(data / "calibration.jsonl"), "samples": 4, "length": 32},
+        "sparsify": {"scorer": "wanda"},
+        "finetune": {
+            "adapter": {"name": "nls", "options": {"ranks": [4, 2], "alpha": 16}},
+            "merger": "sparsepeft",
+            "targets": targets,
+            "data": str(data / "train.jsonl"),
+            "steps": 3,
+            "batch_size": 4,
+            "learning_rate": 0.05,
+        },
+        "merge": {},
+    }
+
+
+def run(raw: dict[str, Any], registry: Registry, store: Path, until: str | None = None) -> Run:
+    orchestrator = Orchestrator(registry, store)
+    return orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until=until)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """A folder in stock transformers: the weight [out, in] of each linear layer of its blocks, experts one by one."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(part.isdecimal() for part in name.split(".")):
+            found[name] = module.weight.detach()
+        elif isinstance(module, Conv1D):
+            found[name] = module.weight.detach().T
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            for index, (gate_up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+                gate, up = gate_up.detach().chunk(2)
+                found |= {f"{name}.{index}.gate_proj": gate, f"{name}.{index}.up_proj": up}
+                found[f"{name}.{index}.down_proj"] = down.detach()
+    return {name: weight for name, weight in found.items() if not name.endswith("shared_expert_gate")}
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(2, 40)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model", max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    finished = run(recipe_of(folder, data, ["*"]), registry, tmp_path / "store")
+    dense, sparse = weights(folder), weights(finished["sparsify"].folder / "model")
+    merged = weights(finished["merge"].folder / "model")
+    adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
+    scales = json.loads((finished["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
+    assert dense.keys() == sparse.keys() == merged.keys() == scales.keys()
+    for name, weight in sparse.items():
+        kept = weight != 0
+        assert ((~kept).sum(1) == weight.shape[1] // 2).all(), name  # half of every row
+        torch.testing.assert_close(weight, dense[name] * kept, rtol=0, atol=0)
+        low = scales[name] * (adapter[f"{name}.lora_B"] @ adapter[f"{name}.lora_A"])
+        torch.testing.assert_close(merged[name], weight + low * kept, rtol=1e-5, atol=1e-6)
+    # An expert that no example is routed to does not train.
+    moved = {name for name in merged if not torch.equal(merged[name], sparse[name])}
+    assert all(".experts." in name for name in merged.keys() - moved)
+    assert family in MIXTURES or moved == merged.keys()
+    assert finished["merge"].report["logits_difference"] < 1e-4
+    assert not torch.equal(logits(finished["merge"].folder / "model"), logits(folder))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["GPT2", "Mixtral"])
+def test_in_half_precision(
+    family: str, dtype: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["*"])
+    raw["model"]["dtype"] = dtype
+    finished = run(raw, registry, tmp_path / "store")
+    merged = AutoModelForCausalLM.from_pretrained(finished["merge"].folder / "model", dtype="auto")
+    assert merged.dtype == getattr(torch, dtype)
+    assert finished["merge"].report["sparsity"] >= finished["sparsify"].report["sparsity"] == pytest.approx(0.5)
+
+
+def test_codes_under_conv1d(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    """GPT-2 quantized but for one kind of layer, trained on its codes, merged, and its zeros kept."""
+    folder = save(config_of("GPT2", tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["c_attn", "c_fc"])
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}, "exclude": ["*.mlp.c_proj"]}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    finished = run(raw, registry, tmp_path / "store")
+    assert finished["merge"].report["codes_changed"] > 0
+    merged, sparse = finished["merge"].load_model(), weights(finished["sparsify"].folder / "model")
+    for name, weight in sparse.items():
+        kept = merged.get_parameter(f"{name}.weight").detach()
+        assert not kept[weight == 0].any()
+        assert torch.equal(kept, weight) == name.endswith("mlp.c_proj")
+    stored = load_file(finished["merge"].folder / "model" / "model.safetensors")
+    assert stored["transformer.h.0.mlp.c_proj.weight"].shape == (128, 32)  # as Conv1D has it
+    assert stored["transformer.h.0.mlp.c_fc.qweight"].shape == (4, 128)
+
+
+def test_codes_under_experts(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    folder = save(config_of("Qwen3Moe", tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["up_proj"])
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    finished = run(raw, registry, tmp_path / "store")
+    assert finished["merge"].report["codes_changed"] > 0
+    names = load_file(finished["merge"].folder / "model" / "model.safetensors").keys()
+    assert "model.layers.1.mlp.experts.3.gate_proj.qweight" in names  # as Qwen's own GPTQ checkpoints have them
+
+
+def test_conv1d_in_stock_peft(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = save(config_of("GPT2", tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["*"])
+    raw["finetune"]["merger"] = "unmerged"
+    del raw["merge"]
+    finished = run(raw, registry, tmp_path / "store")
+    base, adapter = finished["sparsify"].folder / "model", finished["search"].folder / "adapter"
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    low = load_file(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    merged = stock.merge_and_unload()
+    for name, weight in weights(base).items():
+        scale = settings["alpha_pattern"][name] / settings["rank_pattern"][name]
+        a, b = (low[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        found = merged.get_parameter(f"{name}.weight").detach().T
+        torch.testing.assert_close(found, weight + scale * (b @ a), rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_the_bare_model(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    """GPT-2's own checkpoint has no "transformer." before its names."""
+    folder = save(config_of("GPT2", tokenizer), tokenizer, tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(folder).transformer.save_pretrained(folder)
+    assert "h.0.attn.c_attn.weight" in load_file(folder / "model.safetensors")
+    finished = run(recipe_of(folder, data, ["c_attn"]), registry, tmp_path / "store", until="sparsify")
+    assert finished["sparsify"].report["sparsity"] == pytest.approx(0.5)
+
+
+def test_an_expert_that_no_token_reaches(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(config_of("Mixtral", tokenizer), tokenizer, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # the first two win by the size of their logits, whichever the sign
+        for block in model.model.layers:
+            block.mlp.gate.weight[2:] = block.mlp.gate.weight[:2] * 0.01
+            block.mlp.gate.weight[1] = -block.mlp.gate.weight[0]
+    model.save_pretrained(folder)
+    finished = run(recipe_of(folder, data, ["q_proj"]), registry, tmp_path / "store", until="sparsify")
+    counts = finished["sparsify"].report["expert_tokens"]
+    per_block = [n for name, n in counts.items() if name.startswith("model.layers.0.") and name.endswith("up_proj")]
+    assert 0 < sum(per_block) <= 2 * 4 * 32
+    alone = {
+        name: weight for name, weight in weights(finished["sparsify"].folder / "model").items() if "experts" in name
+    }
+    assert all(((weight == 0).sum(1) == weight.shape[1] // 2).all() for weight in alone.values())
+
+
+def test_experts_that_cannot_be_taken_apart_stay_and_are_named(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = {"head_dim": 8, "num_local_experts": 4, "sliding_window": 16}
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.GptOssConfig(**common, **SIZES, **MIXTURE, **kind, pad_token_id=1)
+    folder = save(config, tokenizer, tmp_path / "model")
+    before = load_file(folder / "model.safetensors")
+    finished = run(recipe_of(folder, data, ["q_proj"]), registry, tmp_path / "store")
+    assert "model.layers.1.mlp.experts stays as it is: its experts (16384 weights)" in caplog.text.replace(
+        str(4 * 32 * 128 + 4 * 64 * 32), "16384"
+    )
+    after = load_file(finished["merge"].folder / "model" / "model.safetensors")
+    assert torch.equal(before["model.layers.0.mlp.experts.down_proj"], after["model.layers.0.mlp.experts.down_proj"])
+    assert (after["model.layers.0.self_attn.q_proj.weight"] == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"finetune.merger": "unmerged", "merge": None}, "experts.0.down_proj, and stock PEFT"),
+        (
+            {
+                "quantize": {"quantizer": {"name": "rtn", "options": {"group_size": 32}}},
+                "finetune": None,
+                "merge": None,
+            },
+            "checkpoints of MixtralForCausalLM hold their experts under other names",
+        ),
+    ],
+)
+def test_what_no_checkpoint_could_hold(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    folder = save(config_of("Mixtral", tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["down_proj"])
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        place = raw[parents[0]] if parents else raw
+        place[last] = value
+    raw = {key: value for key, value in raw.items() if value is not None}
+    with pytest.raises(StageError, match=words):
+        run(raw, registry, tmp_path / "store")
+    assert not list((tmp_path / "store").glob("artifacts/*"))
