@@ -22,16 +22,22 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     """pydantic's mistakes as ours: a dotted path and a sentence, unknown keys with a suggestion."""
     problems = []
     for item in error.errors(include_url=False):
-        place = ".".join(filter(None, [prefix, *map(str, item["loc"])]))
+        where = _place(item)
+        place = ".".join(filter(None, [prefix, *map(str, where)]))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = _unknown_key(str(item["loc"][-1]), _keys_at(model, item["loc"][:-1]))
+            message = _unknown_key(str(where[-1]), _keys_at(model, where[:-1]))
         elif item["type"] == "missing":
             message = "is missing"
         elif item["type"] not in ("value_error",):
             message = f"{message[0].lower()}{message[1:]}, found {brief(item['input'])}"
         problems.append(Problem(place, message))
     return problems
+
+
+def _place(item: Any) -> Place:
+    """Where a mistake is, in the user's words: pydantic's path without the tags of a union ("@one")."""
+    return tuple(part for part in item["loc"] if not str(part).startswith("@"))
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
@@ -86,13 +92,13 @@ def without_mistakes(model: type[M], raw: Any) -> M | None:
         except ValidationError as error:
             # The last first, so that what is taken out of a list moves no other place.
             wrong = sorted(error.errors(), key=_position, reverse=True)
-            if not all(_take_out(raw, item["loc"], item["type"]) for item in wrong):
+            if not all(_take_out(raw, _place(item), item["type"]) for item in wrong):
                 return None
     return None
 
 
 def _position(item: Any) -> list[tuple[bool, str | int]]:
-    return [(isinstance(part, int), part) for part in item["loc"]]
+    return [(isinstance(part, int), part) for part in _place(item)]
 
 
 def _take_out(raw: Any, place: Place, mistake: str) -> bool:

@@ -161,7 +161,11 @@ class _Planner(Fitting):
             except Exception as error:  # a plugin's code: whatever it raises is a mistake to report with the others
                 said = str(error) if isinstance(error, SqftError) else f"{adapter.entry} raised {error!r}"
                 self._problem("finetune.adapter", said)
-        files = {"data": self._records(section.data, "finetune.data")}
+        place = "finetune.data.{}" if isinstance(section.data, tuple) else "finetune.data"
+        files = {
+            role: self._records(data, place.format(index))
+            for index, (role, data) in enumerate(section.data_sets.items())
+        }
         section = self._within_window(section, "max_length", "finetune")
         if section.steps and section.warmup_steps >= section.steps:
             self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
@@ -183,9 +187,13 @@ class _Planner(Fitting):
         files = {}
         answer = section.answer if section.metric == "exact_match" else None
         if searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates:
-            if section.data is None:
-                self._problem("search.data", f"is missing: searcher '{section.searcher.name}' evaluates on it")
-            else:
+            if section.data is None and self.recipe.finetune and not self.recipe.finetune.holdout:
+                self._problem(
+                    "search.data",
+                    f"is missing: searcher '{section.searcher.name}' evaluates on it; "
+                    'or keep records of the training data for it: "finetune": {"holdout": 0.1}',
+                )
+            elif section.data is not None:
                 files = {"data": self._records(section.data, "search.data", answer)}
         elif section.data is not None:
             section = section.model_copy(update={"data": None})

@@ -7,7 +7,6 @@ that the registry has for the name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +15,19 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
+from sqft.data.templates import TEMPLATES, mistake_in
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.mistakes import brief, problems_of, without_mistakes
+from sqft.raw import apply, read_json
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -107,11 +110,55 @@ class Quantize(Section):
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
 
 
-class Data(Section):
-    """Records of {prompt, completion}, {messages} or {text}, one JSON object a line."""
+class Prompt(Section):
+    """Jinja templates over a record's fields: "Question: {{question}}"."""
 
-    path: str
+    prompt: str = Field(min_length=1)
+    completion: str = Field(min_length=1)
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _is_template(cls, source: str) -> str:
+        if mistake := mistake_in(source):
+            raise ValueError(f"is no Jinja template: {mistake}")
+        return source
+
+
+def _by_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in TEMPLATES:
+        raise ValueError(f"no prompt template is named '{value}'; there are {', '.join(TEMPLATES)}, or write your own")
+    return {"prompt": TEMPLATES[value].prompt, "completion": TEMPLATES[value].completion}
+
+
+NamedPrompt = Annotated[Prompt, BeforeValidator(_by_name, json_schema_input_type=str | Prompt)]
+
+
+class Data(Section):
+    """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}; of other fields with a
+    prompt template."""
+
+    path: str = Field(
+        description="a .jsonl, .json, .csv or .parquet file, or a data set of Hugging Face's: a folder or an id"
+    )
+    prompt: NamedPrompt | None = Field(
+        None,
+        description=f"how a record's fields become a prompt and a completion: {', '.join(TEMPLATES)}, or "
+        "{prompt, completion} templates of your own",
+    )
     limit: Count | None = Field(None, description="take only the first so many records")
+    config: str | None = Field(None, description="of a data set of several, the one that is meant")
+    split: str = Field("train", description="of a data set with splits, the one that is meant")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+
+
+class TrainingData(Data):
+    """One of the data sets to train on."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="how often each record comes in an epoch; of a broken number, a drawn part comes once more"
+    )
 
 
 def _short_data(value: Any) -> Any:
@@ -119,6 +166,12 @@ def _short_data(value: Any) -> Any:
 
 
 DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
+_One = Annotated[TrainingData, BeforeValidator(_short_data, json_schema_input_type=str | TrainingData)]
+DataRefs = Annotated[
+    Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
+    Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),
+]
+"""One data set, or several. The tags are no part of a place in the recipe: `mistakes` leaves them out."""
 
 
 class Finetune(Section):
@@ -141,7 +194,11 @@ class Finetune(Section):
         description="what a merger keeps at zero: what the base does (a model that came as codes does not say, and "
         "keeps nothing), or every weight whose code stands for 0",
     )
-    data: DataRef
+    data: DataRefs = Field(description="one data set, or a list of several that are mixed")
+    holdout: Fraction = Field(
+        0.0,
+        description="fraction of the records, drawn by the seed, that a search without data of its own evaluates on",
+    )
     epochs: Annotated[float, Field(gt=0)] = 3.0
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
     batch_size: Count = 16
@@ -155,9 +212,19 @@ class Finetune(Section):
     max_length: Annotated[int, Field(ge=8)] = Field(
         512, description="tokens; longer examples are cut at the left, a longer {text} is several"
     )
+    packing: bool = Field(
+        False, description="put short examples into one row of max_length; none attends to another, batch_size is rows"
+    )
     loss_on: Literal["completion", "all"] = "completion"
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
+
+    @property
+    def data_sets(self) -> dict[str, TrainingData]:
+        """The data sets by the part that names them in a step's files: "data", or "data.0", "data.1", …"""
+        if isinstance(self.data, TrainingData):
+            return {"data": self.data}
+        return {f"data.{index}": data for index, data in enumerate(self.data)}
 
 
 class Search(Section):
@@ -278,7 +345,7 @@ class Recipe(Section):
         path = Path(path)
         raw = read_json(path)
         for change in changes:
-            _apply(raw, change, str(path))
+            apply(raw, change, str(path))
         return cls.parse(raw, folder=path.resolve().parent, source=str(path))
 
     @classmethod
@@ -300,67 +367,3 @@ class Recipe(Section):
         self._folder = (folder or Path.cwd()).resolve()
         self._source = source
         return self
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, strictly: no duplicate keys, no NaN.
-
-    Raises:
-        RecipeError: naming the file and the place in it.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except OSError as error:
-        raise RecipeError([Problem("", f"cannot be read: {error.strerror}")], str(path)) from None
-    except UnicodeDecodeError:
-        raise RecipeError([Problem("", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise RecipeError([Problem(place, f"not valid JSON: {error.msg}")], str(path)) from None
-    except ValueError as error:
-        raise RecipeError([Problem("", str(error))], str(path)) from None
-    except RecursionError:
-        raise RecipeError([Problem("", "nested too deeply to be a recipe")], str(path)) from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
-        seen[key] = value
-    return seen
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number JSON has; write a finite number")
-
-
-def _apply(raw: Any, change: str, source: str) -> None:
-    """Put one `--set path=value` into plain data; the value is JSON, or else text."""
-    path, equals, text = change.partition("=")
-    if not equals or not path:
-        raise RecipeError([Problem("", f"--set takes path=value, found {change!r}")], source)
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except ValueError:
-        value = text
-    *parents, last = path.split(".")
-    here = raw
-    for depth, part in enumerate(parents):
-        try:
-            if isinstance(here, list):
-                here = here[int(part)]
-                continue
-            if isinstance(here.get(part), str):  # the short forms grow into what they are short for
-                here[part] = {"path" if part == "data" else "name": here[part]}
-            here = here.setdefault(part, {})
-        except (AttributeError, IndexError, ValueError):
-            where = ".".join(parents[: depth + 1])
-            raise RecipeError([Problem(where, f"--set {change}: there is no such place")], source) from None
-    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
-        here[int(last)] = value
-    elif isinstance(here, dict):
-        here[last] = value
-    else:
-        raise RecipeError([Problem(path, f"--set {change}: there is no such place")], source)

@@ -10,13 +10,14 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from sqft.contracts import LinearShape, Quantizer
-from sqft.data.prompts import Answer, answer_of, completion_of, read_records
+from sqft.data.prompts import Answer, answer_of, completion_of
+from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
 from sqft.recipe import ComponentRef, Data, Recipe, Section
 from sqft.registry import Registry
-from sqft.source import Digests, ModelSource, find_model
+from sqft.source import HUB_ID, Digests, ModelSource, find_model, hub_data
 
 S = TypeVar("S", bound=Section)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -71,14 +72,25 @@ class Resolver:
             self._problem(place, f"{resolved} is empty")
         return resolved
 
+    def _data_set(self, data: Data, place: str) -> Path:
+        """A file of records, a folder that is a data set, or the folder of one fetched from Hugging Face."""
+        try:
+            path = self.recipe.resolve(data.path)
+            if HUB_ID.fullmatch(data.path) and not path.exists():
+                return hub_data(data.path, data.revision, path)
+        except SqftError as error:
+            self._problem(place, str(error))
+            return Path(data.path)
+        return self._file(data.path, place, folder=path.is_dir())
+
     def _records(self, data: Data, place: str, answer: Answer | None = None) -> Path:
         """A file of records, every one of which is read; with `answer`, each has one to compare with."""
         known = len(self.problems)
-        path = self._file(data.path, f"{place}.path")
+        path = self._data_set(data, f"{place}.path")
         if len(self.problems) > known:
             return path
         try:
-            for record in read_records(path, data.limit):
+            for record in records_of(path, data):
                 if answer and not answer_of(completion_of(record), answer):
                     what = "completion" if answer == "text" else "number in the completion"
                     raise DataError(f"{record.place}: there is no {what} to compare with")

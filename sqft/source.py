@@ -22,6 +22,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 """What is fetched of a Hugging Face id, and what a folder's digest is of: never a pickle. Code runs only when the
 recipe trusts it, and then it makes the result."""
+DATA_FILES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "README.md"]
+"""What is fetched of a data set; its card says which file belongs to which split."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF_LINEARS = {
     "attn_q": "self_attn.q_proj",
@@ -140,7 +142,7 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
         if place.exists():
             raise SqftError(f"{place} is neither a folder nor a .gguf file")
         if HUB_ID.fullmatch(path):
-            return _hub(path, revision, digests, place)
+            return _folder(_fetched(path, revision, place, "model", HUB_FILES), digests)
     except OSError as error:
         raise _unreadable(error, place) from None
     raise SqftError(f"no file or folder {place}, and '{path}' is no Hugging Face id (owner/name)")
@@ -249,19 +251,28 @@ def _weights(path: Path) -> dict[Path, set[str]]:
     raise SqftError(f"{path} holds no .safetensors file; a model folder has config.json and weights")
 
 
-def _hub(name: str, revision: str | None, digests: Digests, place: Path) -> ModelSource:
+def hub_data(name: str, revision: str | None, place: Path) -> Path:
+    """The folder of a Hugging Face data set in the hub's cache, fetched when it is not there: never its code.
+
+    Raises:
+        SqftError: when it cannot be had.
+    """
+    return _fetched(name, revision, place, "data set", DATA_FILES)
+
+
+def _fetched(name: str, revision: str | None, place: Path, what: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    kind = "dataset" if what == "data set" else "model"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SqftError(
-            f"there is no folder {place}, and the Hugging Face model '{name}' cannot be had, "
+            f"there is no folder {place}, and the Hugging Face {what} '{name}' cannot be had, "
             f"here or from the hub: {reason}"
         ) from None
-    return _folder(folder, digests)
 
 
 def _gguf(path: Path, digests: Digests) -> ModelSource:

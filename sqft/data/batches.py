@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.data.prompts import IGNORED, encode, named, read_records
+from sqft.data.prompts import IGNORED, Example, encode
+from sqft.data.records import SUFFIXES, named, read_records
 from sqft.errors import DataError
 
 
@@ -35,11 +36,46 @@ class Collator:
         }
 
 
+class PackingCollator:
+    """Rows of several examples as tensors [batch, tokens]: each example's positions begin at 0, which is how
+    transformers' masks tell them apart. What fills a row up is one more that carries no loss."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(sum(len(example.input_ids) for example in row["examples"]) for row in rows)
+        ids, labels, positions = [], [], []
+        for row in rows:
+            examples: Sequence[Example] = row["examples"]
+            rest = longest - sum(len(example.input_ids) for example in examples)
+            ids.append([token for e in examples for token in e.input_ids] + [self.pad_id] * rest)
+            labels.append([label for e in examples for label in (IGNORED, *e.labels[1:])] + [IGNORED] * rest)
+            positions.append([place for e in examples for place in range(len(e.input_ids))] + list(range(rest)))
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "position_ids": torch.tensor(positions)}
+
+
+def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Examples in rows of at most `length` tokens, the longest first, each in the first row that has room."""
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
+        size = len(example.input_ids)
+        place = next((index for index, left in enumerate(room) if left >= size), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[place].append(example)
+        room[place] -= size
+    return rows
+
+
 def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
     """`samples` windows [samples, length] that do not overlap, drawn from a file by `seed`.
 
-    A .jsonl file holds records, anything else is plain text. Documents follow one another with an
-    end-of-sequence token between.
+    A .jsonl, .json, .csv or .parquet file holds records, anything else is plain text. Documents follow one another
+    with an end-of-sequence token between.
 
     Raises:
         DataError: when the file is too short, saying how many windows it holds.
@@ -69,7 +105,7 @@ def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) ->
 
 
 def _stream(path: Path, tokenizer: Any) -> list[int]:
-    if path.suffix == ".jsonl":
+    if path.suffix in SUFFIXES:
         stream: list[int] = []
         for number, record in enumerate(read_records(path), 1):
             with named(record, number):

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from sqft.data.records import named
 from sqft.errors import DataError
 
 IGNORED = -100
 """The label of a token that carries no loss."""
-SHAPES = "'prompt' and 'completion', or 'messages', or 'text'"
 NUMBER = re.compile(
     r"(?:(?<![\w)])([-−])[$€£]?)?"  # a minus, which the hyphen of "10-5", "2024-05" or "GPT-4" is not
     r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"  # commas only between thousands: "1,2" is two numbers
     r"(?:\.(\d+))?"
 )
-SURROGATE = re.compile("[\ud800-\udfff]")
 Answer = Literal["text", "first_number", "last_number"]
-
-
-class Record(dict[str, Any]):
-    """A record of a file; `place` is the file and the line it came from."""
-
-    place: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,83 +37,6 @@ class Encoded:
     examples: list[Example]
     truncated: int
     tokens_cut: int
-
-
-def read_records(path: Path, limit: int | None = None) -> list[Record]:
-    """The records of a JSON Lines file, each a `Record`; lines after the first `limit` records are not read.
-
-    Raises:
-        DataError: naming the file and the first bad lines, or saying that there is no record.
-    """
-    records: list[Record] = []
-    wrong: list[str] = []
-    try:
-        with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
-            for number, line in enumerate(stream, 1):
-                if len(records) == limit:
-                    break
-                try:
-                    records += _records_of(line, f"{path}:{number}")
-                except DataError as error:
-                    wrong.append(str(error))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if wrong:
-        more = f"\n… and {len(wrong) - 5} more lines" if len(wrong) > 5 else ""
-        raise DataError("\n".join(wrong[:5]) + more)
-    if not records:
-        raise DataError(f"{path} holds no record; expected one JSON object a line with {SHAPES}")
-    return records
-
-
-def _records_of(line: bytes, place: str) -> list[Record]:
-    """One record, or none of a blank line."""
-    try:
-        text = line.decode("utf-8-sig")
-        content: Any = json.loads(text) if text.strip() else None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from None
-    if not text.strip():
-        return []
-    if mistake := _mistake(content):
-        raise DataError(f"{place}: {mistake}")
-    record = Record(content)
-    record.place = place
-    return [record]
-
-
-def _mistake(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return f"expected a JSON object with {SHAPES}, found {type(record).__name__}"
-    if "messages" in record:
-        messages = record["messages"]
-        whole = isinstance(messages, list) and all(
-            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
-        )
-        if not whole or not any(m["role"] == "assistant" for m in messages):
-            return "'messages' must be a list of {role, content} with at least one assistant turn"
-        return None
-    keys = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
-    for key in keys:
-        if not _is_text(record.get(key)):
-            return f"expected {SHAPES}; '{key}' is {'not text' if key in record else 'missing'}"
-    return None
-
-
-def _is_text(value: Any) -> bool:
-    """A string that can be tokenized: JSON can also spell half of a surrogate pair."""
-    return isinstance(value, str) and not SURROGATE.search(value)
-
-
-@contextmanager
-def named(record: dict[str, Any], number: int) -> Iterator[None]:
-    """A DataError raised inside says whose it is: the record's file and line, else its number."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{getattr(record, 'place', f'record {number}')}: {error}") from None
 
 
 def encode_all(records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int, loss_on: str) -> Encoded:

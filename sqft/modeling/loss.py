@@ -6,10 +6,30 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqft.data.prompts import IGNORED
+
+
+@torch.no_grad()
+def sees_across(model: nn.Module) -> bool:
+    """Whether an example in a packed row sees those before it, or the model cannot be told where one begins."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return True
+    device = next(model.parameters()).device
+    ids = torch.arange(2, 10, device=device)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    training = model.training
+    model.eval()
+    alone = model(input_ids=ids[:, 4:], use_cache=False).logits
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:] - alone
+    # The measure is what a mask of ones lets through: it tells transformers that the row is one sequence.
+    everything = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
+    across = model(input_ids=ids, use_cache=False, **everything).logits[:, 4:] - alone
+    model.train(training)
+    return float(packed.abs().max()) > 0.1 * float(across.abs().max())
 
 
 class CompletionLoss(nn.Module):
@@ -31,18 +51,22 @@ class CompletionLoss(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """The sum of cross-entropies over labels, over `num_items_in_batch` or their own number.
 
-        `input_ids`, `attention_mask`, `labels` [batch, tokens].
+        `input_ids`, `labels`, `attention_mask` or `position_ids` [batch, tokens]; without a mask, positions that begin
+        at 0 again begin an example of their own.
         """
         targets = labels[:, 1:]
         positions = (targets != IGNORED).any(0).nonzero().squeeze(1)  # where the next token has a label
-        only = {"logits_to_keep": positions} if self._keeps else {}
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **only).logits
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given |= {"logits_to_keep": positions} if self._keeps else {}
+        given = {name: value for name, value in given.items() if value is not None}
+        logits = self.model(input_ids=input_ids, use_cache=False, **given).logits
         if not self._keeps:
             logits = logits[:, positions]
         targets = targets[:, positions].reshape(-1)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TypeVar, cast
 
 from torch import nn
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.contracts import Component, LinearStats, Statistic
 from sqft.data.batches import calibration_windows
+from sqft.data.records import Record, records_of, repeated, split_off
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
 from sqft.progress import Track
+from sqft.recipe import Data, Finetune
 from sqft.store import Artifact
 
 log = logging.getLogger("sqft")
@@ -60,6 +63,25 @@ class Context:
     def base(self) -> Base:
         """What lies under the adapters of this step."""
         return Base.of(self.plan, {role: artifact.folder for role, artifact in self.inputs.items()})
+
+    def records(self, role: str, how: Data, step: Step | None = None) -> list[Record]:
+        """The records of one of this step's data sets (or another step's)."""
+        return records_of((step or self.step).files[role], how)
+
+    def training_records(self) -> tuple[list[Record], list[Record]]:
+        """What `finetune` trains on, each data set as often as its weight says, and what it holds out.
+
+        Raises:
+            DataError: when a data set is too small to hold anything out.
+        """
+        step = self.plan.step("finetune")
+        section, training, held = cast(Finetune, step.section), [], []
+        for role, data in section.data_sets.items():
+            rng = Random(self.seed_for("holdout", role))
+            kept, out = split_off(self.records(role, data, step), section.holdout, rng)
+            training += repeated(kept, data.weight, rng)
+            held += out
+        return training, held
 
     def feed(
         self,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft import checks
 from sqft.contracts import Choice, Searcher
 from sqft.data.batches import text_windows
-from sqft.data.prompts import read_records
 from sqft.errors import StageError
 from sqft.modeling.adapted import acting_weight, frozen
 from sqft.modeling.blocks import decoder_blocks
@@ -35,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
             results["perplexity"] = perplexity(model, windows, context.track)
         if section.exact_match:
             match = section.exact_match
-            records = read_records(context.step.files["exact_match"], match.data.limit)
+            records = context.records("exact_match", match.data)
             results["exact_match"] = exact_match(
                 model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, context.track
             )

@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from sqft import checks
 from sqft.contracts import Adapter, Merger
-from sqft.data.batches import Collator
-from sqft.data.prompts import encode_all, read_records
+from sqft.data.batches import Collator, PackingCollator, pack
+from sqft.data.prompts import Example, encode_all
 from sqft.errors import ArtifactError, ContractError, StageError
-from sqft.modeling.loss import CompletionLoss
+from sqft.modeling.loss import CompletionLoss, sees_across
 from sqft.modeling.tuning import Tuned, build, restore, store_deltas
 from sqft.modeling.weights import FrozenWeight
 from sqft.recipe import Finetune
@@ -37,7 +37,7 @@ def run(context: Context) -> dict[str, Any]:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = cast(Finetune, context.step.section)
     tuned = build(context.plan, context.base(), context.seed_for("adapter"), context.device)
-    records = read_records(context.step.files["data"], section.data.limit)
+    records, _ = context.training_records()
     encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
     if encoded.truncated:
         log.warning("%d of %d examples were cut to %d tokens", encoded.truncated, len(records), section.max_length)
@@ -47,15 +47,15 @@ def run(context: Context) -> dict[str, Any]:
     if section.gradient_checkpointing:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_first_combine(context, tuned)
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples]
+    rows, collator = _rows(context, tuned, encoded.examples)
     model = CompletionLoss(tuned.model)
     checkpoints = context.folder / CHECKPOINTS
     progress = _Progress(context)
     trainer = _Trainer(
         model=model,
         args=_arguments(context, section, checkpoints),
-        train_dataset=examples,
-        data_collator=Collator(tuned.tokenizer.pad_token_id),
+        train_dataset=rows,
+        data_collator=collator,
         callbacks=[_RankSampler(context, tuned), progress, _FiniteLoss(), _Checkpoints()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -73,7 +73,8 @@ def run(context: Context) -> dict[str, Any]:
     return {
         "trainable": tuned.trainable,
         "steps": state.global_step,
-        "examples": len(examples),
+        "examples": len(encoded.examples),
+        "rows": len(rows),
         "truncated": encoded.truncated,
         "tokens_cut": encoded.tokens_cut,
         "loss_first": losses[0]["loss"],
@@ -94,6 +95,23 @@ def prove(context: Context) -> None:
             raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
+
+
+def _rows(context: Context, tuned: Tuned, examples: list[Example]) -> tuple[list[dict[str, Any]], Any]:
+    """What Trainer draws from, and how a batch is made of it.
+
+    Raises:
+        StageError: when examples are to be packed, and the model would let one see another.
+    """
+    section, pad = cast(Finetune, context.step.section), tuned.tokenizer.pad_token_id
+    if not section.packing:
+        return [{"input_ids": e.input_ids, "labels": e.labels} for e in examples], Collator(pad)
+    if sees_across(tuned.model):
+        kind = type(tuned.model).__name__
+        raise StageError(f"finetune.packing: examples in one row of {kind} would see one another; set it to false")
+    rows = pack(examples, section.max_length)
+    log.info("%d examples in %d rows of %d tokens", len(examples), len(rows), section.max_length)
+    return [{"examples": row} for row in rows], PackingCollator(pad)
 
 
 def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sqft.contracts import Merger, Quantized
-from sqft.data.prompts import encode_all, read_records
+from sqft.data.prompts import encode_all
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
 from sqft.modeling.checkpoint import open_folder, read_quantized, save_quantized
 from sqft.modeling.load import save_model
 from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
 from sqft.modeling.weights import PackedWeight
-from sqft.recipe import Finetune
+from sqft.recipe import Finetune, Search
 from sqft.stages.base import Context, log
 
 COMPARED = 4
@@ -132,10 +132,11 @@ def _logits_apart(context: Context, tuned: Tuned) -> float:
         ArtifactError: when it is larger than rounding explains.
     """
     # Validation examples where there are some: what was not trained on.
-    held_out = context.plan.step("search").files.get("data")
-    section = cast(Finetune, context.plan.step("finetune").section)
-    records = read_records(held_out or context.plan.step("finetune").files["data"], COMPARED)
-    examples = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on).examples
+    search = context.plan.step("search")
+    given, section = cast(Search, search.section).data, cast(Finetune, context.plan.step("finetune").section)
+    training, held = context.training_records()
+    records = context.records("data", given, search) if given else held or training
+    examples = encode_all(records[:COMPARED], tuned.tokenizer, section.max_length, section.loss_on).examples
     merged, _ = open_folder(context.folder / "model", context.plan.recipe.model.trust_remote_code)
     gaps, sizes = [0.0], [0.0]
     for example in examples:

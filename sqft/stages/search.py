@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from sqft import checks
 from sqft.contracts import Choice, Merger, Searcher
-from sqft.data.prompts import Record, encode_all, read_records
+from sqft.data.prompts import encode_all
+from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapted import frozen
 from sqft.modeling.measure import exact_match, mean_loss
@@ -70,9 +71,9 @@ class _Remembered:
         self.file = context.folder / "trials.jsonl"
         self.known: dict[tuple[Choice, int], float] = {}
         self.records: list[Record] = []
-        if "data" in context.step.files:
-            assert self.section.data is not None
-            self.records = read_records(context.step.files["data"], self.section.data.limit)
+        if context.component(Searcher).evaluates:
+            given = self.section.data
+            self.records = context.records("data", given) if given else context.training_records()[1]
             Random(context.seed_for("proxy")).shuffle(self.records)
         self._recall()
 

@@ -12,7 +12,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from sqft.data.batches import text_windows
-from sqft.data.prompts import IGNORED, answer_of, encode, encode_all, prompt_ids, prompts_of, read_records
+from sqft.data.prompts import IGNORED, answer_of, encode, encode_all, prompt_ids, prompts_of
+from sqft.data.records import read_records
 from sqft.errors import DataError
 
 
@@ -115,7 +116,7 @@ def test_empty_and_limited_files(tmp_path: Path) -> None:
     file.write_bytes(b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n{\n\xff\n')
     assert read_records(file, 2) == [{"text": "a"}, {"text": "b"}]
     with pytest.raises(DataError, match=r"d\.jsonl:4: not valid JSON(.|\n)*d\.jsonl:5: not UTF-8"):
-        read_records(file, 3)
+        read_records(file, 4)
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read"):
         read_records(tmp_path / "gone.jsonl")
 

@@ -275,3 +275,30 @@ def test_lm_eval_by_name_from_a_local_folder(raw: dict[str, Any], registry: Regi
     raw["evaluate"]["tasks"] = ["nope"]
     with pytest.raises(StageError, match="no task 'nope'"):
         run(raw, registry, tmp_path / "store")
+
+
+def test_training_data_of_several_files(raw: dict[str, Any], registry: Registry, tmp_path: Path, data: Path) -> None:
+    """A template, a weight, another format, and a part kept for the search."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    table = [f'{row["prompt"]},{row["completion"]}\n' for row in rows[:10]]
+    (tmp_path / "more.csv").write_text("question,answer\n" + "".join(table))
+    prompt = {"prompt": "{{question}}", "completion": "{{answer}}"}
+    raw["finetune"]["data"] = [
+        str(data / "train.jsonl"),
+        {"path": str(tmp_path / "more.csv"), "prompt": prompt, "weight": 2.5},
+    ]
+    raw["finetune"] |= {"holdout": 0.25, "packing": True, "max_length": 32}
+    del raw["search"]["data"], raw["evaluate"]
+    finished = run(raw, registry, tmp_path / "store")
+    report = finished["finetune"].report
+    # Of 64 and 10 records, 16 and 2 are held out; 8 come two times, half of them a third.
+    assert report["examples"] == 48 + 2 * 8 + 4
+    assert 1 < report["rows"] < report["examples"] / 3
+    trials = (finished["search"].folder / "trials.jsonl").read_text().splitlines()
+    assert {json.loads(trial)["samples"] for trial in trials} <= {8, 18}
+
+
+def test_a_search_needs_data_of_its_own_or_a_holdout(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    del raw["search"]["data"]
+    with pytest.raises(SqftError, match=r'search\.data: is missing.*"holdout": 0\.1'):
+        run(raw, registry, tmp_path)

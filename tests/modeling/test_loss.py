@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from sqft.data.batches import Collator
+from sqft.data.batches import Collator, PackingCollator, pack
 from sqft.data.prompts import IGNORED, encode_all
-from sqft.modeling.loss import CompletionLoss
+from sqft.modeling.loss import CompletionLoss, sees_across
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
 
@@ -109,3 +109,24 @@ def test_a_checkpoint_brings_back_what_trained(model: LlamaForCausalLM) -> None:
         wrapped.load_state_dict({})
     with pytest.raises(RuntimeError, match="does not fit"):
         wrapped.load_state_dict({**state, "stranger": trained})
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_packed_rows_train_as_padded_ones(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str
+) -> None:
+    assert not sees_across(model)
+    wrapped, batch = CompletionLoss(model), batch_of(SUMS, tokenizer, loss_on)
+    padded = wrapped(**batch)["loss"]
+    padded.backward()
+    wanted = gradients(model)
+    rows = pack(encode_all(SUMS, tokenizer, 32, loss_on).examples, 32)
+    assert 1 < len(rows) < len(SUMS)
+    packed = wrapped(**PackingCollator(1)([{"examples": row} for row in rows]))["loss"]
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
+    packed.backward()
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_told_where_an_example_begins(model: LlamaForCausalLM) -> None:
+    assert sees_across(Plain(model))

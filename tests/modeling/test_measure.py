@@ -18,7 +18,8 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft.data.batches import Collator, text_windows
-from sqft.data.prompts import Record, encode_all
+from sqft.data.prompts import encode_all
+from sqft.data.records import Record
 from sqft.errors import DataError, StageError
 from sqft.modeling.loss import CompletionLoss
 from sqft.modeling.measure import exact_match, lm_eval_tasks, mean_loss, perplexity

@@ -1,0 +1,238 @@
+"""Records in: JSON Lines, JSON, CSV, Parquet or a Hugging Face data set, each row a prompt and completion, a
+conversation or a text."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from sqft.data.templates import INSTRUCTION, Template, render
+from sqft.errors import DataError
+
+SHAPES = "'prompt' and 'completion', or 'messages', or 'instruction' and 'output', or 'text'"
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SURROGATE = re.compile("[\ud800-\udfff]")
+WRONG = 5
+"""How many bad records a message names."""
+
+
+class Record(dict[str, Any]):
+    """A record of a file; `place` is the file and the line or row it came from."""
+
+    place: str
+
+
+class HowToRead(Protocol):
+    """What a recipe says of a data set; all but `path`, which has been found by then."""
+
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def prompt(self) -> Template | None: ...
+    @property
+    def config(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+
+
+def records_of(path: Path, how: HowToRead) -> list[Record]:
+    """The records of a data set as a recipe wants them read. See `read_records`."""
+    return read_records(path, how.limit, how.prompt, how.config, how.split)
+
+
+def read_records(
+    path: Path,
+    limit: int | None = None,
+    template: Template | None = None,
+    config: str | None = None,
+    split: str = "train",
+) -> list[Record]:
+    """The records of a file, each a `Record`; nothing after the first `limit` is read.
+
+    `template` makes prompt and completion of a row's fields. A folder is a data set as `datasets` reads it, of which
+    `config` and `split` are taken. A file of no known suffix is JSON Lines.
+
+    Raises:
+        DataError: naming the file and the first bad rows, or saying that there is no record.
+    """
+    records: list[Record] = []
+    wrong: list[str] = []
+    try:
+        for place, row in islice(_rows(path, config, split), limit):
+            try:
+                records.append(_record(row, place, template))
+            except DataError as error:
+                wrong.append(f"{place}: {error}")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if wrong:
+        more = f"\n… and {len(wrong) - WRONG} more" if len(wrong) > WRONG else ""
+        raise DataError("\n".join(wrong[:WRONG]) + more)
+    if not records:
+        raise DataError(f"{path} holds no record; expected {SHAPES} in each")
+    return records
+
+
+def split_off(records: Sequence[Record], fraction: float, rng: Random) -> tuple[list[Record], list[Record]]:
+    """The records without a drawn `fraction` of them, and those, both in their order; at least one each.
+
+    Raises:
+        DataError: when there are fewer than two.
+    """
+    if not fraction:
+        return list(records), []
+    if len(records) < 2:
+        raise DataError("one record cannot be split into training and validation; give more, or set holdout to 0")
+    count = min(max(1, round(fraction * len(records))), len(records) - 1)
+    held = set(rng.sample(range(len(records)), count))
+    return (
+        [record for index, record in enumerate(records) if index not in held],
+        [record for index, record in enumerate(records) if index in held],
+    )
+
+
+def repeated(records: Sequence[Record], weight: float, rng: Random) -> list[Record]:
+    """Each record `weight` times; of a broken number, a drawn part of them comes once more."""
+    whole, part = divmod(weight, 1)
+    extra = sorted(rng.sample(range(len(records)), round(part * len(records))))
+    return [*list(records) * int(whole), *(records[index] for index in extra)]
+
+
+@contextmanager
+def named(record: dict[str, Any], number: int) -> Iterator[None]:
+    """A DataError raised inside says whose it is: the record's file and line, else its number."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{getattr(record, 'place', f'record {number}')}: {error}") from None
+
+
+def _record(row: Any, place: str, template: Template | None) -> Record:
+    if isinstance(row, DataError):
+        raise row
+    if isinstance(row, dict) and template is None and "instruction" in row and "prompt" not in row:
+        template = INSTRUCTION
+    if isinstance(row, dict) and template is not None:
+        row = render(template, row)
+    if mistake := _mistake(row):
+        raise DataError(mistake)
+    record = Record(row)
+    record.place = place
+    return record
+
+
+def _mistake(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"expected a JSON object with {SHAPES}, found {type(record).__name__}"
+    if "messages" in record:
+        messages = record["messages"]
+        whole = isinstance(messages, list) and all(
+            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
+        )
+        if not whole or not any(m["role"] == "assistant" for m in messages):
+            return "'messages' must be a list of {role, content} with at least one assistant turn"
+        return None
+    keys = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
+    for key in keys:
+        if not _is_text(record.get(key)):
+            has = ", ".join(f"'{name}'" for name in record) or "nothing"
+            what = "not text" if key in record else f"missing; it has {has}: a prompt template may fit them"
+            return f"expected {SHAPES}; '{key}' is {what}"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be tokenized: JSON can also spell half of a surrogate pair."""
+    return isinstance(value, str) and not SURROGATE.search(value)
+
+
+# -- formats: (place, row) pairs; a row that cannot be had is the DataError that says why ----------
+
+
+def _rows(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    if path.is_dir():
+        return _data_set(path, config, split)
+    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
+    return readers.get(path.suffix, _json_lines)(path)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield f"{path}:{number}", json.loads(text)
+            except UnicodeDecodeError as error:
+                yield f"{path}:{number}", DataError(f"not UTF-8 text: {error}")
+            except (ValueError, RecursionError) as error:
+                yield f"{path}:{number}", DataError(f"not valid JSON: {error}")
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of objects in one file; a file that is JSON Lines by another name is read as such."""
+    content = path.read_bytes()
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _json_lines(path)
+        return
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, record {number}", row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    heads = len(reader.fieldnames or ())
+                    yield (
+                        place,
+                        DataError(f"the row has {'more' if None in row else 'fewer'} cells than its {heads} heads"),
+                    )
+                else:
+                    yield place, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text: {error}") from None
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _data_set(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(str(path), config, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{path.name} {split}, row {number}", row
+    except Exception as error:  # its builders raise anything
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: datasets cannot read split '{split}' of config '{config}': {said}") from None

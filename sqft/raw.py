@@ -1,0 +1,73 @@
+"""A recipe file as plain data, before anything is made of it: strict JSON, and the changes of `--set`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sqft.errors import Problem, RecipeError
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, strictly: no duplicate keys, no NaN.
+
+    Raises:
+        RecipeError: naming the file and the place in it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except OSError as error:
+        raise RecipeError([Problem("", f"cannot be read: {error.strerror}")], str(path)) from None
+    except UnicodeDecodeError:
+        raise RecipeError([Problem("", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise RecipeError([Problem(place, f"not valid JSON: {error.msg}")], str(path)) from None
+    except ValueError as error:
+        raise RecipeError([Problem("", str(error))], str(path)) from None
+    except RecursionError:
+        raise RecipeError([Problem("", "nested too deeply to be a recipe")], str(path)) from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
+        seen[key] = value
+    return seen
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a number JSON has; write a finite number")
+
+
+def apply(raw: Any, change: str, source: str) -> None:
+    """Put one `--set path=value` into plain data; the value is JSON, or else text."""
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise RecipeError([Problem("", f"--set takes path=value, found {change!r}")], source)
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except ValueError:
+        value = text
+    *parents, last = path.split(".")
+    here = raw
+    for depth, part in enumerate(parents):
+        try:
+            if isinstance(here, list):
+                here = here[int(part)]
+                continue
+            if isinstance(here.get(part), str):  # the short forms grow into what they are short for
+                here[part] = {"path" if part == "data" else "name": here[part]}
+            here = here.setdefault(part, {})
+        except (AttributeError, IndexError, ValueError):
+            where = ".".join(parents[: depth + 1])
+            raise RecipeError([Problem(where, f"--set {change}: there is no such place")], source) from None
+    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise RecipeError([Problem(path, f"--set {change}: there is no such place")], source)

@@ -1,0 +1,163 @@
+"""Records in every format, mixed and split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from sqft.data.records import Record, read_records, records_of, repeated, split_off
+from sqft.data.templates import TEMPLATES, Named
+from sqft.errors import DataError
+
+ROWS = [{"prompt": f'{n}, "two"\nlines', "completion": f"é{n}"} for n in range(5)]
+
+
+def written(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
+    path = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".csv":
+        import csv
+
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
+def test_every_format_says_the_same(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path, suffix, ROWS)
+    found = read_records(path)
+    assert found == ROWS
+    assert all(record.place.startswith(str(path)) for record in found)
+    assert len({record.place for record in found}) == 5
+    assert read_records(path, 2) == ROWS[:2]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_conversations(tmp_path: Path, suffix: str) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    assert read_records(written(tmp_path, suffix, rows)) == rows
+
+
+def test_json_lines_by_another_name(tmp_path: Path) -> None:
+    path = written(tmp_path, ".jsonl", ROWS).rename(tmp_path / "lines.json")
+    assert read_records(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.csv", b"prompt,completion\na\n", "d.csv:2: the row has fewer cells than the 2 heads|than its 2 heads"),
+        ("d.csv", b"prompt,completion\na,b,c\n", "has more cells"),
+        ("d.csv", b'prompt,completion\n"a,b\n', "not valid CSV: unexpected end"),
+        ("d.csv", b"prompt,completion\n\xff,b\n", "not UTF-8"),
+        (
+            "d.csv",
+            b"question,answer\na,b\n",
+            "'text' is missing; it has 'question', 'answer': a prompt template may fit",
+        ),
+        ("d.csv", b"", "holds no record"),
+        ("d.json", b"[{]", "d.json: not valid JSON"),
+        ("d.json", b"[1]", "d.json, record 1: expected a JSON object"),
+        ("d.parquet", b"PAR1 not really", "no whole Parquet file"),
+        ("d.parquet", b"", "no whole Parquet file"),
+    ],
+)
+def test_a_bad_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_records(tmp_path / name)
+
+
+def test_instructions_need_no_template(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3", "answer": "3"},
+        {"instruction": "Hi", "output": "x"},
+    ]
+    with_input, without = read_records(written(tmp_path, ".jsonl", rows))
+    assert with_input["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n")
+    assert without["prompt"].endswith("### Instruction:\nHi\n\n### Response:\n")
+    assert (with_input["completion"], without["completion"]) == ("3", "x")
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    path = written(tmp_path, ".jsonl", [{"q": "2 + 2?", "a": 4.0}, {"q": "1 / 2?", "a": 0.5}])
+    template = Named("{{q}}\n", "{{a}}")
+    assert [dict(r) for r in read_records(path, template=template)] == [
+        {"prompt": "2 + 2?\n", "completion": "4"},
+        {"prompt": "1 / 2?\n", "completion": "0.5"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (Named("{{question}}", "{{a}}"), r"data.jsonl:1: .*'question' is undefined; it has 'q', 'a'"),
+        (Named("{{q}}", "{{a[7]}}"), "data.jsonl:1: the prompt template"),
+        (Named("{{q}}", "{{a / 0}}"), "data.jsonl:1: the prompt template cannot be filled"),
+        (
+            Named("{{q.__class__.__mro__}}", "{{a}}"),
+            "data.jsonl:1: the prompt template cannot be filled: SecurityError",
+        ),
+    ],
+)
+def test_a_template_that_does_not_fit(tmp_path: Path, template: Named, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_records(written(tmp_path, ".jsonl", [{"q": "x", "a": 1}]), template=template)
+
+
+def test_a_folder_is_a_data_set_with_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        table = pyarrow.Table.from_pylist([{"question": f"{split} {n}", "answer": str(n)} for n in range(count)])
+        parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    how = SimpleNamespace(limit=None, prompt=TEMPLATES["gsm8k"], config=None, split="test")
+    assert [dict(r) for r in records_of(folder, how)] == [
+        {"prompt": f"Question: test {n}\nAnswer:", "completion": f" {n}"} for n in range(2)
+    ]
+    with pytest.raises(DataError, match="cannot read split 'validation'"):
+        records_of(folder, SimpleNamespace(limit=None, prompt=None, config=None, split="validation"))
+
+
+def records(count: int) -> list[Record]:
+    return [Record({"text": str(n)}) for n in range(count)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_a_split_loses_and_doubles_nothing(count: int, fraction: float, seed: int) -> None:
+    kept, held = split_off(records(count), fraction, Random(seed))
+    assert kept and held and abs(len(held) - fraction * count) <= 1
+    assert sorted([*kept, *held], key=lambda r: int(r["text"])) == records(count)
+    assert (kept, held) == split_off(records(count), fraction, Random(seed))
+
+
+def test_no_split() -> None:
+    assert split_off(records(3), 0, Random(0)) == (records(3), [])
+    with pytest.raises(DataError, match="one record cannot be split"):
+        split_off(records(1), 0.5, Random(0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.floats(0.01, 4))
+def test_weights(count: int, weight: float) -> None:
+    found = [record["text"] for record in repeated(records(count), weight, Random(0))]
+    assert len(found) == int(weight) * count + round((weight % 1) * count)
+    assert all(int(weight) <= found.count(str(n)) <= int(weight) + 1 for n in range(count))
