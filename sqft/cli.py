@@ -170,6 +170,45 @@ def bench(
 
 
 @main.command()
+@recipe_argument
+@set_option
+@click.option("--examples", type=click.IntRange(min=0), default=2, show_default=True, help="How many of each to show.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@store_option
+@disable_option
+@explained
+def data(
+    recipe: Path, changes: tuple[str, ...], examples: int, as_json: bool, store: Path, disable: tuple[str, ...]
+) -> None:
+    """Show RECIPE's data as the model will see them. What it learns from stands between ⟪ and ⟫."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from sqft.orchestrator import Orchestrator
+    from sqft.preview import previews
+    from sqft.registry import Registry
+
+    found = previews(Orchestrator(Registry.discover(disable), store).load(recipe, changes), examples)
+    if as_json:
+        click.echo(json.dumps([asdict(preview) for preview in found], indent=2, ensure_ascii=False))
+        return
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    nothing = True
+    for preview in found:
+        nothing = False
+        console.print(Text(preview.place, "bold"))
+        for name, said in preview.facts.items():
+            console.print(f"  {name}: {said}", markup=False)
+        for pieces in preview.examples:
+            marked = [("⟪" + p.text + "⟫", "bold green") if p.learned else (p.text, "dim") for p in pieces]
+            console.print(Text.assemble(*marked), "")
+    if nothing:
+        console.print("this recipe names no records: it neither fine-tunes nor asks questions")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @disable_option
 @explained

@@ -42,9 +42,10 @@ MAY: dict[str, set[str]] = {
     "modeling": DEEP,
     "stages": DEEP | {"stages", ""},
     "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", ""},
+    "preview": PLANNING | {"data", "modeling"},
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "orchestrator", "schema", ""},
+    "cli": PLANNING | {"bench", "preview", "orchestrator", "schema", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 

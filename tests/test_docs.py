@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from sqft import Recipe, errors
+from sqft.recipe import TrainingData
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -70,4 +71,9 @@ def test_recipes_validate() -> None:
     shown = [json.loads(block) for page in PAGES for block in blocks(page, "json")]
     assert shown
     for content in shown:
+        if content.keys() <= TrainingData.model_fields.keys():  # a data section alone
+            content = {"data": content}
+        if content.keys() == {"data"}:
+            finetune = {"adapter": "lora", "merger": "unmerged", **content}
+            content = {"name": "part", "model": {"path": "m"}, "finetune": finetune}
         Recipe.parse(content)

@@ -102,6 +102,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return _tokenizer({"pretrained_model_name_or_path": folder}, trust_remote_code)
 
 
+def source_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that a recipe names, without the model.
+
+    Raises:
+        StageError: when transformers cannot make one of its files.
+    """
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            return _tokenizer(_where(source), trust_remote_code)
+    except Exception as error:
+        raise StageError(f"transformers cannot load the tokenizer of {source.path}: {_first(error)}") from error
+
+
 def _tokenizer(where: dict[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:

@@ -35,14 +35,15 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         files = {file.name: file for file in self.folder.iterdir()}
         name = self.path.rpartition("/")[2]
-        if self.path.startswith(f"/api/models/{REPO}/revision/"):
+        api = self.path.replace("/api/datasets/", "/api/models/")
+        if api.startswith(f"/api/models/{REPO}/revision/"):
             siblings = [{"rfilename": name} for name in sorted(files)]
             content = json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings}).encode()
-        elif self.path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
+        elif api.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
             sizes = {name: file.stat().st_size for name, file in sorted(files.items())}
             listed = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in sizes.items()]
             content = json.dumps(listed).encode()
-        elif self.path.startswith(f"/{REPO}/resolve/") and name in files:
+        elif self.path.removeprefix("/datasets").startswith(f"/{REPO}/resolve/") and name in files:
             content = files[name].read_bytes()
         else:
             self.send_error(404)
@@ -110,3 +111,29 @@ def test_an_id_that_cannot_be_had(hub: tuple[str, Path, list[str]], raw: dict[st
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the Hugging Face model 'someone/else' cannot be had" in done.stderr
+
+
+def test_a_data_set_from_the_hub(
+    hub: tuple[str, Path, list[str]], raw: dict[str, Any], tmp_path: Path, data: Path
+) -> None:
+    address, folder, asked = hub
+    for file in folder.iterdir():
+        file.unlink()
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for split in ("train", "test"):
+        renamed = [{"question": row["prompt"], "answer": f"{split} {row['completion']}"} for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    (folder / "sums.py").write_text("raise SystemExit('code that nobody may run')")
+    raw["finetune"]["data"] = {"path": REPO, "split": "test", "prompt": "gsm8k", "limit": 9}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+    environment |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
+    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--until", "finetune"]
+    done = subprocess.run(
+        [*command, "--store", str(tmp_path / "store")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (manifest,) = (tmp_path / "store" / "artifacts").glob("finetune-*/manifest.json")
+    assert json.loads(manifest.read_text())["report"]["examples"] == 9
+    assert any("test.jsonl" in path for path in asked) and not any("sums.py" in path for path in asked)

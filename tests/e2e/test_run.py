@@ -280,7 +280,7 @@ def test_lm_eval_by_name_from_a_local_folder(raw: dict[str, Any], registry: Regi
 def test_training_data_of_several_files(raw: dict[str, Any], registry: Registry, tmp_path: Path, data: Path) -> None:
     """A template, a weight, another format, and a part kept for the search."""
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    table = [f'{row["prompt"]},{row["completion"]}\n' for row in rows[:10]]
+    table = [f"{row['prompt']},{row['completion']}\n" for row in rows[:10]]
     (tmp_path / "more.csv").write_text("question,answer\n" + "".join(table))
     prompt = {"prompt": "{{question}}", "completion": "{{answer}}"}
     raw["finetune"]["data"] = [
