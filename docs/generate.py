@@ -36,7 +36,7 @@ def components() -> Iterator[str]:
 
 def commands() -> Iterator[str]:
     yield "# Commands"
-    for name, command in main.commands.items():
+    for name, command in sorted(main.commands.items()):
         context = click.Context(command, info_name=f"sqft {name}", max_content_width=100, terminal_width=100)
         yield f"## sqft {name}"
         yield f"```text\n{command.get_help(context)}\n```"

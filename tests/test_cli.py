@@ -16,7 +16,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sqft.cli import _without_fresh, main
+from sqft.cli import main
+from sqft.cli.base import _without_fresh
 
 
 @pytest.fixture

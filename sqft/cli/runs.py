@@ -1,81 +1,22 @@
-"""The commands: parse, call, print.
-
-Exit status 0: done. 2: something the user can mend, in one message. 130: interrupted; the same
-command resumes. 1: a bug of sqft, with its traceback.
-"""
+"""Commands that run a recipe, or would."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-import sqft
-from sqft.contracts import KINDS
+from sqft.cli.base import disable_option, explained, json_option, main, set_option, show_table, store_option
 from sqft.errors import SqftError
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def explained(command: F) -> F:
-    """Turn what the user can mend into one message and status 2, and Ctrl-C into a line and 130."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except SqftError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
-            click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
-            sys.exit(130)
-
-    return wrapper  # type: ignore[return-value]
-
-
-def _without_fresh(words: list[str]) -> list[str]:
-    """A command line without --fresh, which would throw away what it made when it is repeated."""
-    kept = []
-    for before, word in zip(["", *words], words, strict=False):
-        if before != "--fresh" and word != "--fresh" and not word.startswith("--fresh="):
-            kept.append(word)
-    return kept
-
-
-disable_option = click.option("--disable", multiple=True, metavar="PLUGIN", help="Skip a plugin (repeatable).")
-store_option = click.option(
-    "--store",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("store"),
-    show_default=True,
-    help="Folder of artifacts and runs.",
-)
-set_option = click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Change the recipe (repeatable): sparsify.sparsity=0.6",
-)
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-
-
-@click.group()
-@click.version_option(sqft.__version__, prog_name="sqft")
-def main() -> None:
-    """One small, fast model out of a large one: sparse, low-precision, fine-tuned, merged."""
 
 
 @main.command()
@@ -104,6 +45,7 @@ def run(
     from sqft.orchestrator import Orchestrator
     from sqft.progress import tracker
     from sqft.registry import Registry
+    from sqft.report import table, title
 
     if output and (output.is_symlink() or output.exists()) and (not output.is_dir() or any(output.iterdir())):
         raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
@@ -113,7 +55,9 @@ def run(
     device = _only_gpu(device)
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
-    _show_table(console, finished.report)
+    heads, cells = table(finished.report)
+    if cells:
+        show_table(console, title(finished.report), heads, cells)
     console.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
     result = finished.result()
     if result is None:
@@ -149,7 +93,7 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
 @store_option
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns each recipe takes.")
 @click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="Training steps a turn.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@json_option
 @explained
 def bench(
     recipes: tuple[Path, ...], changes: tuple[str, ...], store: Path, rounds: int, steps: int, as_json: bool
@@ -167,74 +111,6 @@ def bench(
         return
     for line in (HEADS, ["---"] * len(HEADS), *table(rows)):
         click.echo("| " + " | ".join(line) + " |")
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@disable_option
-@explained
-def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
-    """List every installed component and every plugin that is broken."""
-    from sqft.registry import Registry
-
-    registry = Registry.discover(disable)
-    rows = [
-        {
-            "kind": entry.component.kind,
-            "name": entry.component.name,
-            "plugin": entry.provider.plugin,
-            "provider": entry.provider.source,
-            "summary": _summary(entry.component),
-        }
-        for entry in registry.entries()
-    ]
-    rows += [
-        {"kind": "broken", "name": b.plugin, "plugin": b.plugin, "provider": b.source, "summary": b.reason}
-        for b in registry.broken()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    heads = ("kind", "name", "provider", "summary")
-    lines = [[head.upper() for head in heads], *([row[head] for head in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)] + [0]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-@main.command()
-@click.argument("kind", type=click.Choice(list(KINDS)))
-@click.argument("name")
-@disable_option
-@explained
-def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
-    """Help of one component: what it does, its options with defaults and ranges."""
-    import inspect
-
-    from sqft.registry import Registry
-    from sqft.schema import option_lines
-
-    entry = Registry.discover(disable).get(kind, name)
-    click.echo(f"{kind} {entry.component.name}, offered by {entry.provider}\n")
-    click.echo(inspect.getdoc(entry.component) or "(no description)")
-    click.echo("\noptions:" if entry.component.model_fields else "\nno options")
-    for line in option_lines(entry.component):
-        click.echo(f"  {line}")
-
-
-@main.command()
-@disable_option
-@explained
-def schema(disable: tuple[str, ...]) -> None:
-    """Print the JSON Schema of a recipe, with the options of every installed plugin."""
-    from sqft.registry import Registry
-    from sqft.schema import recipe_schema
-
-    click.echo(json.dumps(recipe_schema(Registry.discover(disable)), indent=2))
-
-
-def _summary(component: type[Any]) -> str:
-    return (component.__doc__ or "").strip().partition("\n")[0]
 
 
 def _copy(result: Path, output: Path) -> None:
@@ -291,25 +167,6 @@ def _how_to_load(result: Path) -> str:
         "from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'
     )
-
-
-def _show_table(console: Any, report: dict[str, Any]) -> None:
-    """The report's table: drawn on a terminal, folded where that is narrow, and Markdown anywhere else."""
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    from sqft.report import report_markdown, table
-
-    heads, cells = table(report)
-    if not cells:
-        return
-    if not console.is_terminal:
-        console.print(f"\n{report_markdown(report)}", highlight=False, markup=False)
-        return
-    shown = Table(*(Column(head, overflow="fold") for head in heads))
-    for row in cells:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
 
 
 def _log_to(echo: Callable[..., None]) -> None:
