@@ -41,8 +41,9 @@ MAY: dict[str, set[str]] = {
     "stages": DEEP | {"stages", ""},
     "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", ""},
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
+    "inspection": BASIC | {"kernels", "modeling", "plan", "progress", "source"},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "orchestrator", "schema", ""},
+    "cli": PLANNING | {"bench", "inspection", "orchestrator", "schema", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 

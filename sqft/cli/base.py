@@ -68,17 +68,24 @@ def main() -> None:
     """One small, fast model out of a large one: sparse, low-precision, fine-tuned, merged."""
 
 
-def show_table(console: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+def console(err: bool = False) -> Any:
+    """Where tables and progress go; lines stay whole where there is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=err, soft_wrap=not (sys.stderr if err else sys.stdout).isatty())
+
+
+def show_table(on: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """A table: drawn on a terminal, folded where that is narrow, and Markdown under its title anywhere else."""
     from rich.markup import escape
     from rich.table import Column, Table
 
     from sqft.report import markdown
 
-    if not console.is_terminal:
-        console.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
+    if not on.is_terminal:
+        on.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
         return
     shown = Table(*(Column(head, overflow="fold") for head in heads))
     for row in cells:
         shown.add_row(*map(escape, row))
-    console.print(shown)
+    on.print(shown)

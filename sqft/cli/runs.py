@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.base import disable_option, explained, json_option, main, set_option, show_table, store_option
+from sqft.cli.base import console, disable_option, explained, json_option, main, set_option, show_table, store_option
 from sqft.errors import SqftError
 
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
@@ -40,8 +40,6 @@ def run(
     disable: tuple[str, ...],
 ) -> None:
     """Run RECIPE: reuse what is done, do what is not, print what was gained."""
-    from rich.console import Console
-
     from sqft.orchestrator import Orchestrator
     from sqft.progress import tracker
     from sqft.registry import Registry
@@ -49,19 +47,19 @@ def run(
 
     if output and (output.is_symlink() or output.exists()) and (not output.is_dir() or any(output.iterdir())):
         raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    _log_to(console.print)
+    screen = console()
+    _log_to(screen.print)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = _only_gpu(device)
-    orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
+    orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(screen))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
     heads, cells = table(finished.report)
     if cells:
-        show_table(console, title(finished.report), heads, cells)
-    console.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
+        show_table(screen, title(finished.report), heads, cells)
+    screen.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
     result = finished.result()
     if result is None:
-        console.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
+        screen.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
         if output:
             raise SqftError(f"there is nothing to put into --output {output}; run on to search or merge")
         return
@@ -69,8 +67,8 @@ def run(
         _copy(result, output)
         result = output
     result = result.resolve()
-    console.print(f"result: {result}", highlight=False, markup=False)
-    console.print(_how_to_load(result), highlight=False, markup=False)
+    screen.print(f"result: {result}", highlight=False, markup=False)
+    screen.print(_how_to_load(result), highlight=False, markup=False)
 
 
 @main.command()
