@@ -95,14 +95,14 @@ class Inspection:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def as_json(self) -> dict[str, Any]:
-        totals = {name: asdict(total) | {"sparsity": total.sparsity} for name, total in self._totals().items()}
+        totals = {"linears": self.linears, "all": self.all}
         return {
             "path": str(self.path),
             "format": self.format,
             "details": self.details,
             "size": self.size,
             "precision": self.precision,
-            "totals": totals,
+            "totals": {name: asdict(total) | {"sparsity": total.sparsity} for name, total in totals.items()},
             "modules": [asdict(module) for module in self.modules],
         }
 
@@ -125,13 +125,10 @@ class Inspection:
                 share = module.zeros / module.weights if module.zeros is not None and module.weights else None
                 shape = "×".join(map(str, module.shape))
                 cells.append([module.name, shape, module.precision, *_counts(module.weights, module.zeros, share)])
-        for name, total in self._totals().items():
+        for name, total in (("linear layers in decoder blocks", self.linears), ("all", self.all)):
             counts = _counts(total.weights, total.zeros if total.modules else None, total.sparsity)
             cells.append([f"total, {name}", f"{total.modules} modules", "", *counts])
         return heads, cells
-
-    def _totals(self) -> dict[str, Total]:
-        return {"linear layers in decoder blocks": self.linears, "all": self.all}
 
 
 def inspect_model(path: Path, track: Track = silent) -> Inspection:

@@ -42,8 +42,9 @@ MAY: dict[str, set[str]] = {
     "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", ""},
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
     "inspection": BASIC | {"kernels", "modeling", "plan", "progress", "source"},
+    "status": {"errors", "plan", "store"},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "inspection", "orchestrator", "schema", ""},
+    "cli": PLANNING | {"bench", "inspection", "orchestrator", "schema", "status", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 
@@ -87,10 +88,20 @@ def test_sizes(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["plugins"], ["schema"], ["show", "scorer", "wanda"], ["plan", "RECIPE"]], ids=str
+    "command",
+    [
+        ["--help"],
+        ["plugins"],
+        ["schema"],
+        ["show", "scorer", "wanda"],
+        ["plan", "RECIPE"],
+        ["status"],
+    ],
+    ids=str,
 )
 def test_light_commands_import_no_torch(command: list[str], tmp_path: Path, model_folder: Path) -> None:
     recipe = tmp_path / "r.json"
+    (tmp_path / "store" / "runs").mkdir(parents=True)
     recipe.write_text(f'{{"name": "x", "model": {{"path": "{model_folder}"}}, "sparsify": {{"scorer": "magnitude"}}}}')
     code = (
         "import sys; from sqft.cli import main\n"

@@ -181,7 +181,5 @@ def test_the_command(model_folder: Path) -> None:
     assert "| model.layers.1.mlp.down_proj | 32×64 | float32 | 2,048 | 0 | 0.00% |" in shown.output
     assert "| total, linear layers in decoder blocks | 14 modules |" in shown.output
     content = json.loads(CliRunner().invoke(main, ["inspect", str(model_folder), "--json"]).stdout)
-    assert content["totals"]["linear layers in decoder blocks"]["sparsity"] == 0 and content["precision"].keys() == {
-        "float32"
-    }
+    assert content["totals"]["linears"]["sparsity"] == 0 and content["precision"].keys() == {"float32"}
     assert len(content["modules"]) == 14 + 1 + 5

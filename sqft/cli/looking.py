@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.base import console, explained, json_option, main, show_table
+from sqft.cli.base import console, explained, json_option, main, show_table, store_option
+from sqft.errors import SqftError
 
 
 @main.command()
@@ -30,3 +31,50 @@ def inspect(model: Path, as_json: bool) -> None:
     for line in found.lines():
         click.echo(line)
     show_table(console(), str(found.path), *found.table())
+
+
+@main.command()
+@store_option
+@json_option
+@click.option("--prune", is_flag=True, help="Delete what no run refers to, and unfinished work that nobody works on.")
+@click.option("--yes", is_flag=True, help="Do not ask before deleting.")
+@explained
+def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
+    """Say what a store holds: runs, artifacts, who uses them, and how large they are.
+
+    Delete a run's folder to let go of what it alone uses, then --prune. What an interrupted run would go on
+    from is unfinished work.
+    """
+    from sqft import status
+    from sqft.plan import human
+    from sqft.store import Store
+
+    held, screen = Store(store), console()
+    holdings = status.survey(held)
+    if not as_json:
+        show_table(screen, "runs", *holdings.runs_table())
+        show_table(screen, "artifacts", *holdings.artifacts_table())
+        click.echo(f"in all: {human(holdings.size)}; no run needs {human(status.total(holdings.prunable))} of it")
+    deleted = []
+    if prune and holdings.prunable:
+        for one in holdings.prunable:
+            users = f" (run {one.runs[0]} would go on from it)" if one.runs else ""
+            click.echo(f"  {one.state} {one.folder}: {human(one.size)}{users}", err=True)
+        size = human(status.total(holdings.prunable))
+        if yes or _agreed(f"delete these {len(holdings.prunable)} folders, {size} in all?"):
+            deleted = status.prune(held, holdings.prunable)
+    if as_json:
+        names = [one.folder.name for one in deleted]
+        click.echo(json.dumps(holdings.as_json() | ({"deleted": names} if prune else {}), indent=2))
+    elif prune:
+        click.echo(f"deleted {len(deleted)} folders, {human(status.total(deleted))}")
+        for one in holdings.prunable if deleted else ():
+            if one not in deleted:
+                click.echo(f"kept {one.folder}: a run has come to need it, or works on it")
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        raise SqftError("nobody answered, so nothing is deleted; say --yes where nobody can") from None
