@@ -43,8 +43,9 @@ MAY: dict[str, set[str]] = {
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
     "inspection": BASIC | {"kernels", "modeling", "plan", "progress", "source"},
     "status": {"errors", "plan", "store"},
+    "doctor": {"contracts", "kernels", "modeling", "registry", ""},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "inspection", "orchestrator", "schema", "status", ""},
+    "cli": PLANNING | {"bench", "doctor", "inspection", "orchestrator", "schema", "status", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -78,3 +80,33 @@ def _agreed(question: str) -> bool:
         return click.confirm(question, err=True)
     except click.Abort:
         raise SqftError("nobody answered, so nothing is deleted; say --yes where nobody can") from None
+
+
+@main.command()
+@store_option
+@json_option
+@explained
+def doctor(store: Path, as_json: bool) -> None:
+    """Say what this machine and this installation can do, and what is missing.
+
+    Status 0, or 2 when something that sqft needs is missing or of a version that it does not know.
+    """
+    from sqft.doctor import checks
+
+    marks, seen, group = {"ok": "ok", "absent": "-", "wrong": "!"}, [], ""
+    for check in checks(store):
+        seen.append(check)
+        if as_json:
+            continue
+        if check.group != group:
+            group = check.group
+            click.echo(f"{group}:")
+        note = f"  {check.note}" if check.note else ""
+        click.echo(f"  {marks[check.state]:2}  {check.name:18}  {check.found}{note}")
+    failed = [check for check in seen if check.fails]
+    if as_json:
+        click.echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in seen]}, indent=2))
+    if failed:
+        what = "\n".join(f"  {check.name}: {check.found}; {check.note}" for check in failed)
+        click.echo(f"error: what sqft needs is missing or wrong\n{what}", err=True)
+        sys.exit(2)

@@ -8,7 +8,23 @@ from typing import Any
 import click
 
 from sqft.cli.base import disable_option, explained, json_option, main
-from sqft.contracts import KINDS
+from sqft.errors import PluginError
+
+
+def _kinds(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell may complete a kind to."""
+    from sqft.contracts import KINDS
+
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
+
+
+def _names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell may complete the name of a component of the kind before it to."""
+    from sqft.registry import Registry
+
+    entries = [entry.component for entry in Registry.discover().entries()]
+    kind = context.params.get("kind")
+    return [entry.name for entry in entries if entry.kind == kind and entry.name.startswith(incomplete)]
 
 
 @main.command()
@@ -45,17 +61,23 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(list(KINDS)))
-@click.argument("name")
+@click.argument("kind", shell_complete=_kinds)
+@click.argument("name", shell_complete=_names)
 @disable_option
 @explained
 def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
-    """Help of one component: what it does, its options with defaults and ranges."""
+    """Help of one component: what it does, its options with defaults and ranges.
+
+    KIND is a word of the first column of `sqft plugins`, NAME of the second.
+    """
     import inspect
 
+    from sqft.contracts import KINDS
     from sqft.registry import Registry
     from sqft.schema import option_lines
 
+    if kind not in KINDS:
+        raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
     entry = Registry.discover(disable).get(kind, name)
     click.echo(f"{kind} {entry.component.name}, offered by {entry.provider}\n")
     click.echo(inspect.getdoc(entry.component) or "(no description)")
