@@ -44,8 +44,10 @@ MAY: dict[str, set[str]] = {
     "inspection": BASIC | {"kernels", "modeling", "plan", "progress", "source"},
     "status": {"errors", "plan", "store"},
     "doctor": {"contracts", "kernels", "modeling", "registry", ""},
+    "pipelines": BASIC | {"mistakes", "recipe", "registry", "source"},
+    "stored": {"recipe"},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "doctor", "inspection", "orchestrator", "schema", "status", ""},
+    "cli": PLANNING | {"bench", "doctor", "inspection", "orchestrator", "pipelines", "schema", "status", "stored", ""},
     "": {"orchestrator", "recipe", "registry"},
 }
 
@@ -97,6 +99,7 @@ def test_sizes(file: Path) -> None:
         ["show", "scorer", "wanda"],
         ["plan", "RECIPE"],
         ["status"],
+        ["init", "qa-sparsepeft"],
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ Exit status 0: done. 2: something the user can mend, in one message. 130: interr
 command resumes. 1: a bug of sqft, with its traceback.
 """
 
-from sqft.cli import looking, plugins, runs
+from sqft.cli import looking, plugins, runs, start
 from sqft.cli.base import main
 
-__all__ = ["looking", "main", "plugins", "runs"]
+__all__ = ["looking", "main", "plugins", "runs", "start"]
