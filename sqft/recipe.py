@@ -277,10 +277,18 @@ class Recipe(Section):
             RecipeError: with every mistake and its path in the file.
         """
         path = Path(path)
-        raw = read_json(path)
+        return cls.changed(read_json(path), changes, path.resolve().parent, str(path))
+
+    @classmethod
+    def changed(cls, raw: Any, changes: Sequence[str], folder: Path | None = None, source: str = "recipe") -> Recipe:
+        """A recipe from plain data with changes, which are made in it.
+
+        Raises:
+            RecipeError: with every mistake and its path.
+        """
         for change in changes:
-            _apply(raw, change, str(path))
-        return cls.parse(raw, folder=path.resolve().parent, source=str(path))
+            _apply(raw, change, source)
+        return cls.parse(raw, folder, source)
 
     @classmethod
     def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:

@@ -10,13 +10,29 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from sqft.cli.base import console, disable_option, explained, json_option, main, set_option, show_table, store_option
 from sqft.errors import SqftError
 
+if TYPE_CHECKING:
+    from sqft.orchestrator import Orchestrator, Run
+
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+output_option = click.option(
+    "--output", type=click.Path(path_type=Path), help="Also put the finished model or adapter here."
+)
+
+
+def _runs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell may complete a run to: the names in the store, or else a path."""
+    runs = Path(context.params.get("store") or "store") / "runs"
+    names = sorted(file.parent.name for file in runs.glob("*/recipe.json") if file.parent.name.startswith(incomplete))
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 @main.command()
@@ -24,9 +40,9 @@ recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_
 @set_option
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--fresh", metavar="STAGE", help="Make this stage, and all that follows from it, again.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
+@device_option
 @store_option
-@click.option("--output", type=click.Path(path_type=Path), help="Also put the finished model or adapter here.")
+@output_option
 @disable_option
 @explained
 def run(
@@ -40,35 +56,81 @@ def run(
     disable: tuple[str, ...],
 ) -> None:
     """Run RECIPE: reuse what is done, do what is not, print what was gained."""
-    from sqft.orchestrator import Orchestrator
-    from sqft.progress import tracker
-    from sqft.registry import Registry
-    from sqft.report import table, title
+    _check_output(output)
+    screen, orchestrator = _ready(store, device, disable)
+    _finish(screen, orchestrator.run(orchestrator.load(recipe, changes), until, fresh), output)
 
-    if output and (output.is_symlink() or output.exists()) and (not output.is_dir() or any(output.iterdir())):
-        raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
-    screen = console()
-    _log_to(screen.print)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    device = _only_gpu(device)
-    orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(screen))
-    finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
-    heads, cells = table(finished.report)
-    if cells:
-        show_table(screen, title(finished.report), heads, cells)
-    screen.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
-    result = finished.result()
-    if result is None:
-        screen.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
-        if output:
-            raise SqftError(f"there is nothing to put into --output {output}; run on to search or merge")
-        return
-    if output:
-        _copy(result, output)
-        result = output
-    result = result.resolve()
-    screen.print(f"result: {result}", highlight=False, markup=False)
-    screen.print(_how_to_load(result), highlight=False, markup=False)
+
+@main.command()
+@click.argument("run", metavar="RUN", shell_complete=_runs)
+@set_option
+@device_option
+@store_option
+@output_option
+@disable_option
+@explained
+def merge(
+    run: str, changes: tuple[str, ...], device: str, store: Path, output: Path | None, disable: tuple[str, ...]
+) -> None:
+    """Run the recipe of RUN, which the store keeps, to the merge. Its own file is not needed.
+
+    RUN is a folder of store/runs, its name, or the recipe's name, of which the newest run is taken.
+    """
+    from sqft.stored import find_run
+
+    _check_output(output)
+    folder, store = find_run(run, store)
+    screen, orchestrator = _ready(store, device, disable)
+    _finish(
+        screen, orchestrator.run(orchestrator.load(folder / "recipe.json", ["merge={}", *changes]), "merge"), output
+    )
+
+
+@main.command("eval")
+@click.argument("subject", metavar="RUN_OR_MODEL", shell_complete=_runs)
+@click.option("--of", multiple=True, metavar="STAGE", help="What to measure (repeatable).  [default: what stands]")
+@click.option("--tasks", metavar="A,B", help="lm-eval tasks.")
+@click.option("--perplexity", type=click.Path(path_type=Path), metavar="FILE", help="A text.")
+@click.option("--exact-match", type=click.Path(path_type=Path), metavar="FILE", help="Records with right answers.")
+@set_option
+@device_option
+@store_option
+@disable_option
+@explained
+def evaluate(
+    subject: str,
+    of: tuple[str, ...],
+    tasks: str | None,
+    perplexity: Path | None,
+    exact_match: Path | None,
+    changes: tuple[str, ...],
+    device: str,
+    store: Path,
+    disable: tuple[str, ...],
+) -> None:
+    """Measure what stands of a run, as its recipe does or as the options say; or a model's folder.
+
+    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, or a GGUF file.
+    STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; what of it is not made yet is made.
+    """
+    from sqft.recipe import Recipe, read_json
+    from sqft.stored import find_run, measuring, recipe_of_model, standing
+
+    measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
+    measures |= {"perplexity": {"text": str(perplexity.resolve())}} if perplexity else {}
+    measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
+    place = Path(subject)
+    if place.exists() and not (place / "recipe.json").is_file():
+        raw, source = recipe_of_model(place), subject
+    else:
+        folder, store = find_run(subject, store)
+        raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")
+    screen, orchestrator = _ready(store, device, disable)
+    of = of or tuple(standing(raw, lambda recipe: orchestrator.plan(recipe).reused))
+    if not of:
+        raise SqftError(f"no step of {subject} stands that could be measured; run its recipe, or say --of what")
+    recipe = Recipe.changed(raw, [*measuring(raw, of, measures), *changes], source=source)
+    _show(screen, orchestrator.run(orchestrator.plan(recipe)))
 
 
 @main.command()
@@ -109,6 +171,50 @@ def bench(
         return
     for line in (HEADS, ["---"] * len(HEADS), *table(rows)):
         click.echo("| " + " | ".join(line) + " |")
+
+
+def _check_output(output: Path | None) -> None:
+    if output and (output.is_symlink() or output.exists()) and (not output.is_dir() or any(output.iterdir())):
+        raise SqftError(f"--output {output} exists and is not an empty folder; name another or empty it")
+
+
+def _ready(store: Path, device: str, disable: tuple[str, ...]) -> tuple[Any, Orchestrator]:
+    """A screen that shows the log, and what runs recipes."""
+    from sqft.orchestrator import Orchestrator
+    from sqft.progress import tracker
+    from sqft.registry import Registry
+
+    screen = console()
+    _log_to(screen.print)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    device = _only_gpu(device)
+    return screen, Orchestrator(Registry.discover(disable), store, device, tracker(screen))
+
+
+def _show(screen: Any, finished: Run) -> None:
+    from sqft.report import table, title
+
+    heads, cells = table(finished.report)
+    if cells:
+        show_table(screen, title(finished.report), heads, cells)
+    screen.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
+
+
+def _finish(screen: Any, finished: Run, output: Path | None) -> None:
+    """The table, and where the model is that was made."""
+    _show(screen, finished)
+    result = finished.result()
+    if result is None:
+        screen.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
+        if output:
+            raise SqftError(f"there is nothing to put into --output {output}; run on to search or merge")
+        return
+    if output:
+        _copy(result, output)
+        result = output
+    result = result.resolve()
+    screen.print(f"result: {result}", highlight=False, markup=False)
+    screen.print(_how_to_load(result), highlight=False, markup=False)
 
 
 def _copy(result: Path, output: Path) -> None:
