@@ -126,7 +126,9 @@ class Inspection:
                 shape = "×".join(map(str, module.shape))
                 cells.append([module.name, shape, module.precision, *_counts(module.weights, module.zeros, share)])
         for name, total in (("linear layers in decoder blocks", self.linears), ("all", self.all)):
-            counts = _counts(total.weights, total.zeros if total.modules else None, total.sparsity)
+            if not total.modules:  # an adapter has none
+                continue
+            counts = _counts(total.weights, total.zeros, total.sparsity)
             cells.append([f"total, {name}", f"{total.modules} modules", "", *counts])
         return heads, cells
 
@@ -222,7 +224,7 @@ def _layer(name: str, layer: Quantized) -> Module:
 
 
 def _on_grid(bits: int, group_size: int) -> str:
-    return f"int{bits}, " + ("a group a row" if group_size == -1 else f"groups of {group_size}")
+    return f"int{bits} " + ("by rows" if group_size == -1 else f"in groups of {group_size}")
 
 
 def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] | None) -> Read:

@@ -68,7 +68,7 @@ def test_gptq_zeros_are_codes_at_the_zero_point(quantized_folder: Path) -> None:
     assert found.format == "GPTQ, version 1"
     assert found.details == {"bits": 4, "group_size": 16, "sym": False, "desc_act": True}
     floats = 2 * 32 * 64
-    assert found.precision["int4, groups of 16"] == found.linears.weights - floats
+    assert found.precision["int4 in groups of 16"] == found.linears.weights - floats
     assert found.all.weights == sum(tensor.numel() for tensor in weights.values())  # the head is stored
 
 
@@ -91,6 +91,7 @@ def test_artifacts_and_adapters(raw: dict[str, Any], registry: Registry, tmp_pat
     adapter = inspect_model(run["search"].folder)
     assert adapter.format == "sqft adapter" and adapter.details["merger"] == "sparsepeft"
     assert adapter.all.weights == run["search"].report["trainable"] and not adapter.linears.modules
+    assert [row[0] for row in adapter.table()[1]][-1] == "total, all" and "decoder blocks" not in str(adapter.table())
     raw["finetune"]["merger"], raw["search"] = "unmerged", {"searcher": "minimal"}
     raw.pop("merge")
     run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))

@@ -52,7 +52,7 @@ def test_written_planned_and_explained(
     raw = json.loads(Path("r.json").read_text())
     assert all(f"## {key}" in done.output for key, value in raw.items() if isinstance(value, dict))
     assert ": None" not in done.output and PIPELINES[name].summary in done.output
-    assert "still to be had" not in done.output and "next: sqft plan r.json" in done.output
+    assert "not there yet" not in done.output and "next: sqft plan r.json" in done.output
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2 and "r.json exists, and is not written over" in again.stderr
     assert json.loads(Path("r.json").read_text()) == raw
@@ -96,7 +96,7 @@ def test_the_command_lists_and_refuses(tmp_path: Path, monkeypatch: pytest.Monke
     unknown = CliRunner().invoke(main, ["init", "sparsepft"])
     assert unknown.exit_code == 2 and "pipelines: sparsify, quantize" in unknown.stderr
     missing = CliRunner().invoke(main, ["init", "sqft"])
-    assert missing.exit_code == 0 and f"still to be had: {tmp_path / 'data' / 'train.jsonl'}" in missing.output
+    assert missing.exit_code == 0 and f"not there yet: {tmp_path / 'data' / 'train.jsonl'}" in missing.output
     nowhere = CliRunner().invoke(main, ["init", "sqft", "--output", "no/folder/r.json"])
     assert nowhere.exit_code == 2 and "cannot be written" in nowhere.stderr
 

@@ -56,7 +56,7 @@ def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
     if not as_json:
         show_table(screen, "runs", *holdings.runs_table())
         show_table(screen, "artifacts", *holdings.artifacts_table())
-        click.echo(f"in all: {human(holdings.size)}; no run needs {human(status.total(holdings.prunable))} of it")
+        click.echo(f"in all: {human(holdings.size)}; --prune would delete {human(status.total(holdings.prunable))}")
     deleted = []
     if prune and holdings.prunable:
         for one in holdings.prunable:

@@ -61,5 +61,5 @@ def init(
     click.echo(f"written: {output}")
     for path in dict.fromkeys(paths(recipe).values()):
         if not recipe.resolve(path).exists():
-            click.echo(f"still to be had: {recipe.resolve(path)}")
+            click.echo(f"not there yet: {recipe.resolve(path)}")
     click.echo(f"next: sqft plan {output}")
