@@ -10,6 +10,7 @@ import click
 
 from sqft import Registry, hookspecs
 from sqft.cli import main
+from sqft.mistakes import model_in
 from sqft.recipe import Recipe
 from sqft.schema import option_lines
 
@@ -36,7 +37,7 @@ def components() -> Iterator[str]:
 
 def commands() -> Iterator[str]:
     yield "# Commands"
-    for name, command in main.commands.items():
+    for name, command in sorted(main.commands.items()):
         context = click.Context(command, info_name=f"sqft {name}", max_content_width=100, terminal_width=100)
         yield f"## sqft {name}"
         yield f"```text\n{command.get_help(context)}\n```"
@@ -47,7 +48,7 @@ def recipe() -> Iterator[str]:
     yield inspect.getdoc(Recipe) or ""
     for name, field in Recipe.model_fields.items():
         yield f"## `{field.alias or name}`"
-        section = _section(field.annotation)
+        section = model_in(field.annotation)
         if section is None:
             yield field.description or f"Default: {field.default!r}."
             continue
@@ -56,12 +57,6 @@ def recipe() -> Iterator[str]:
             f"- `{key}`" + (f": {f.description}" if f.description else "") for key, f in section.model_fields.items()
         ]
         yield "\n".join(rows)
-
-
-def _section(annotation: object) -> type | None:
-    if inspect.isclass(annotation) and hasattr(annotation, "model_fields"):
-        return annotation
-    return next(filter(None, map(_section, getattr(annotation, "__args__", ()))), None)
 
 
 PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe}

@@ -27,6 +27,7 @@ from sqft.recipe import Recipe
 from sqft.registry import Registry
 from sqft.report import make_report, report_markdown
 from sqft.store import Artifact, Store, write_json
+from sqft.stored import anchored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -293,7 +294,7 @@ class Orchestrator:
         folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
         with self.store.writing():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "recipe.json", plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
+            write_json(folder / "recipe.json", anchored(plan.recipe))
             write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
         return folder
 

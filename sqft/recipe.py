@@ -32,6 +32,7 @@ from sqft.raw import apply, read_json
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 DTYPES = Literal["float32", "bfloat16", "float16"]
+ANSWER = "what of the generation is compared: all of it, or a number in it"
 
 
 class Section(BaseModel):
@@ -113,8 +114,8 @@ class Quantize(Section):
 class Prompt(Section):
     """Jinja templates over a record's fields: "Question: {{question}}"."""
 
-    prompt: str = Field(min_length=1)
-    completion: str = Field(min_length=1)
+    prompt: str = Field(min_length=1, description="what is asked")
+    completion: str = Field(min_length=1, description="what is to be answered")
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -177,8 +178,8 @@ DataRefs = Annotated[
 class Finetune(Section):
     """How a low-rank delta is trained, and which merger defines the effective weight."""
 
-    adapter: Named
-    merger: Named
+    adapter: Named = Field(description="how the low-rank delta is made, and of which ranks")
+    merger: Named = Field(description="the effective weight, trained through and stored by merge")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
         min_length=1,
@@ -199,15 +200,17 @@ class Finetune(Section):
         0.0,
         description="fraction of the records, drawn by the seed, that a search without data of its own evaluates on",
     )
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the records")
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Count = 16
+    batch_size: Count = Field(16, description="examples a batch")
     gradient_accumulation: Count = Field(1, description="batches a step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's, at its highest")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="how the learning rate falls"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
     max_length: Annotated[int, Field(ge=8)] = Field(
         512, description="tokens; longer examples are cut at the left, a longer {text} is several"
@@ -215,7 +218,7 @@ class Finetune(Section):
     packing: bool = Field(
         False, description="put short examples into one row of max_length; none attends to another, batch_size is rows"
     )
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens are learnt; of a {text}, all")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
 
@@ -230,12 +233,12 @@ class Finetune(Section):
 class Search(Section):
     """Which sub-adapter is kept."""
 
-    searcher: Named = ComponentRef(name="heuristic")
+    searcher: Named = Field(ComponentRef(name="heuristic"), description="how ranks are chosen")
     data: DataRef | None = Field(None, description="validation records; needed by searchers that evaluate")
-    metric: Literal["exact_match", "loss"] = "exact_match"
-    max_new_tokens: Count = 8
-    answer: Literal["text", "first_number", "last_number"] = "text"
-    batch_size: Count = 64
+    metric: Literal["exact_match", "loss"] = Field("exact_match", description="what a configuration is judged by")
+    max_new_tokens: Count = Field(8, description="tokens generated for an answer")
+    answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
+    batch_size: Count = Field(64, description="prompts, or examples, at once")
 
 
 class Merge(Section):
@@ -245,13 +248,13 @@ class Merge(Section):
 class Export(Section):
     """Write the finished model for a runtime."""
 
-    exporter: Named
+    exporter: Named = Field(description="the format")
 
 
 class Perplexity(Section):
     """Perplexity of a text, in windows that do not overlap."""
 
-    text: str
+    text: str = Field(description="a text file that nothing was trained or calibrated on")
     tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="take only the first so many tokens")
     length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens a window")
 
@@ -259,12 +262,10 @@ class Perplexity(Section):
 class ExactMatch(Section):
     """Greedy generation from each prompt, compared with its completion."""
 
-    data: DataRef
-    max_new_tokens: Count = 8
-    answer: Literal["text", "first_number", "last_number"] = Field(
-        "text", description="what of the generation is compared: all of it, or a number in it"
-    )
-    batch_size: Count = 64
+    data: DataRef = Field(description="records with a prompt and a completion that nothing was trained on")
+    max_new_tokens: Count = Field(8, description="tokens generated for an answer")
+    answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
+    batch_size: Count = Field(64, description="prompts at once")
 
 
 class Evaluate(Section):
@@ -276,8 +277,8 @@ class Evaluate(Section):
         description='"model", "sparsify", "quantize", "finetune:NAME" (a searcher that needs no evaluation), "search", '
         '"merge"',
     )
-    perplexity: Perplexity | None = None
-    exact_match: ExactMatch | None = None
+    perplexity: Perplexity | None = Field(None, description="how well a text is predicted")
+    exact_match: ExactMatch | None = Field(None, description="how often the answer is the right one")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks by name")
 
     @field_validator("tasks")
@@ -343,10 +344,18 @@ class Recipe(Section):
             RecipeError: with every mistake and its path in the file.
         """
         path = Path(path)
-        raw = read_json(path)
+        return cls.changed(read_json(path), changes, path.resolve().parent, str(path))
+
+    @classmethod
+    def changed(cls, raw: Any, changes: Sequence[str], folder: Path | None = None, source: str = "recipe") -> Recipe:
+        """A recipe from plain data with changes, which are made in it.
+
+        Raises:
+            RecipeError: with every mistake and its path.
+        """
         for change in changes:
-            apply(raw, change, str(path))
-        return cls.parse(raw, folder=path.resolve().parent, source=str(path))
+            apply(raw, change, source)
+        return cls.parse(raw, folder, source)
 
     @classmethod
     def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:

@@ -81,12 +81,18 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return heads, cells
 
 
+def title(report: Mapping[str, Any]) -> str:
+    return f"{report['recipe']} (seed {report['seed']})"
+
+
 def report_markdown(report: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    heads, cells = table(report)
-    lines = [f"# {report['recipe']} (seed {report['seed']})", ""]
-    lines += [_line(heads), "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *map(_line, cells)]) + "\n"
+    return markdown(title(report), *table(report))
+
+
+def markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Any table as Markdown, under its title."""
+    return "\n".join([f"# {title}", "", _line(heads), "|" + "---|" * len(heads), *map(_line, cells)]) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ GGUF_LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's names of a Llama block's linear layers, as transformers calls them."""
+GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """The tensors that GPTQ's checkpoints have in the place of a layer's weight."""
 SETTLED = 2 * 10**9  # nanoseconds: the coarsest clock of a file system in use, FAT's
@@ -149,16 +150,16 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
 
 
 def _folder(path: Path, digests: Digests) -> ModelSource:
-    config = _json(path / "config.json")
+    config = read_object(path / "config.json")
     quantization = gptq_settings(path, config)
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, promised in _weights(path).items():
+    for file, promised in weight_files(path).items():
         header = safetensors_header(file)
         if lacking := sorted(promised - header.keys()):
             raise ArtifactError(f"{file} lacks {lacking[0]}, which {path / INDEX} promises; copy the model again")
         shapes.update(header)
     if quantization:
-        if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - _weights(path).keys()):
+        if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - weight_files(path).keys()):
             raise SqftError(f"{path} holds {stray[0]} beside the weights that transformers reads; move it elsewhere")
         shapes = _unpacked(path, shapes, quantization)
     elif any(name.endswith(".qweight") for name in shapes):
@@ -226,13 +227,13 @@ def _unpacked(path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str
     return whole
 
 
-def _weights(path: Path) -> dict[Path, set[str]]:
+def weight_files(path: Path) -> dict[Path, set[str]]:
     """The files that transformers reads a folder's weights from, and the tensors that an index puts there."""
     if (path / WEIGHTS).is_file():
         return {path / WEIGHTS: set()}
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     if INDEX in names:
-        places = _json(path / INDEX).get("weight_map")
+        places = read_object(path / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
             raise ArtifactError(f"{path / INDEX} has no weight_map of tensors to files; copy the model again")
         if missing := sorted(set(places.values()) - set(names)):
@@ -276,17 +277,12 @@ def _fetched(name: str, revision: str | None, place: Path, what: str, files: lis
 
 
 def _gguf(path: Path, digests: Digests) -> ModelSource:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise SqftError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
-
     def value(key: str) -> Any:
         field = reader.get_field(key)
         return field.contents() if field is not None else None
 
     try:
-        reader = GGUFReader(path)
+        reader = open_gguf(path)
         shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
         family = value("general.architecture")
         config = {
@@ -303,10 +299,26 @@ def _gguf(path: Path, digests: Digests) -> ModelSource:
         raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
     named: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        match = GGUF_BLOCK.fullmatch(name)
         if match and match[2] in GGUF_LINEARS:
             named[f"model.layers.{match[1]}.{GGUF_LINEARS[match[2]]}.weight"] = shape
     return ModelSource("gguf", path, digests.file(path), config, shapes, guess_linears(named))
+
+
+def open_gguf(path: Path) -> Any:
+    """gguf's reader of a file.
+
+    Raises:
+        SqftError: when the package is not installed, or the file is damaged.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise SqftError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -330,7 +342,12 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ArtifactError(f"{path} is no whole safetensors file: {error}; copy it again") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder, which holds an object.
+
+    Raises:
+        SqftError: naming the file and what is wrong with it.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

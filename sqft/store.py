@@ -12,8 +12,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from sqft.source import Digests
 log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
+LOCKS = ".locks"
+LEFT = re.compile(r"^\.(partial|pruned)-")
+"""What precedes an artifact's name in the folder of one that was begun, or whose deletion was."""
 CHECKPOINTS = "checkpoints"
 """A folder that a stage resumes from: no part of the artifact, and gone once that stands."""
 UNFINISHED = (".*.tmp", ".tmp??????")
@@ -63,7 +67,7 @@ class Store:
         self.digests = Digests(self.root / "digests.json")
 
     def folder(self, stage: str, fingerprint: str) -> Path:
-        return self.artifacts / f"{stage}-{fingerprint[:12]}"
+        return self.artifacts / name_of(stage, fingerprint)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The artifact with that fingerprint, or None when it was never finished.
@@ -113,7 +117,7 @@ class Store:
         """Forget an artifact and whatever was begun of it; waits while another run makes it."""
         if not self.artifacts.is_dir():
             return
-        with self._locked(stage, fingerprint), self.writing():
+        with self._locked(name_of(stage, fingerprint)), self.writing():
             for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -128,7 +132,7 @@ class Store:
             StageError: when the store cannot be written, or its disk is full before the work is done.
         """
         partial = self._partial(stage, fingerprint)
-        with self._locked(stage, fingerprint):
+        with self._locked(name_of(stage, fingerprint)):
             if not self.folder(stage, fingerprint).exists():
                 with self.writing():
                     partial.mkdir(exist_ok=True)
@@ -177,9 +181,37 @@ class Store:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return Artifact(folder, manifest)
 
+    def is_held(self, name: str) -> bool:
+        """Whether a run works on the artifact of that name at this moment."""
+        try:
+            with (self.artifacts / LOCKS / name).open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock, so nobody has begun it
+            return False
+        return False
+
+    def remove(self, folder: Path, unless: Callable[[], bool]) -> bool:
+        """Delete a folder of artifacts, finished or not; whether it was done.
+
+        It is not when another run holds it, or `unless`, asked when nobody can begin to use it any more.
+        """
+        name = LEFT.sub("", folder.name)
+        with self._locked(name, wait=False) as free, self.writing():
+            if not free or unless():
+                return False
+            gone = folder.with_name(f".pruned-{name}")  # a kill in the middle leaves no half of an artifact
+            if gone != folder:
+                shutil.rmtree(gone, ignore_errors=True)
+                os.replace(folder, gone)
+            gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+        return True
+
     @contextmanager
-    def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:
-        lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}"
+    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold an artifact's lock; where another run does, and we do not `wait`, False is what the block gets."""
+        lock, free = self.artifacts / LOCKS / name, True
         with self.writing():
             lock.parent.mkdir(parents=True, exist_ok=True)
             stream = lock.open("w")
@@ -188,9 +220,11 @@ class Store:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    log.info("another run works on %s; waiting for it", lock.name)
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+                    free = False
+                    if wait:
+                        log.info("another run works on %s; waiting for it", lock.name)
+                        fcntl.flock(stream, fcntl.LOCK_EX)
+            yield free or wait
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -210,7 +244,12 @@ class Store:
         return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < 1 << 20
 
     def _partial(self, stage: str, fingerprint: str) -> Path:
-        return self.artifacts / f".partial-{stage}-{fingerprint[:12]}"
+        return self.artifacts / f".partial-{name_of(stage, fingerprint)}"
+
+
+def name_of(stage: str, fingerprint: str) -> str:
+    """The name of an artifact's folder."""
+    return f"{stage}-{fingerprint[:12]}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -41,11 +41,29 @@ MAY: dict[str, set[str]] = {
     "data": {"errors"} | {"data"},
     "modeling": DEEP,
     "stages": DEEP | {"stages", ""},
-    "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", ""},
+    "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", "stored", ""},
     "preview": PLANNING | {"data", "modeling"},
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
+    "inspection": BASIC | {"kernels", "layers", "modeling", "plan", "progress", "source"},
+    "status": {"errors", "plan", "store"},
+    "doctor": {"contracts", "kernels", "modeling", "registry", ""},
+    "pipelines": BASIC | {"mistakes", "recipe", "registry", "source"},
+    "stored": {"errors", "raw", "recipe", "source"},
     "__main__": {"cli"},
-    "cli": PLANNING | {"bench", "preview", "orchestrator", "schema", ""},
+    "cli": PLANNING
+    | {
+        "bench",
+        "doctor",
+        "inspection",
+        "orchestrator",
+        "pipelines",
+        "preview",
+        "raw",
+        "schema",
+        "status",
+        "stored",
+        "",
+    },
     "": {"orchestrator", "recipe", "registry"},
 }
 
@@ -89,10 +107,21 @@ def test_sizes(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["plugins"], ["schema"], ["show", "scorer", "wanda"], ["plan", "RECIPE"]], ids=str
+    "command",
+    [
+        ["--help"],
+        ["plugins"],
+        ["schema"],
+        ["show", "scorer", "wanda"],
+        ["plan", "RECIPE"],
+        ["status"],
+        ["init", "qa-sparsepeft"],
+    ],
+    ids=str,
 )
 def test_light_commands_import_no_torch(command: list[str], tmp_path: Path, model_folder: Path) -> None:
     recipe = tmp_path / "r.json"
+    (tmp_path / "store" / "runs").mkdir(parents=True)
     recipe.write_text(f'{{"name": "x", "model": {{"path": "{model_folder}"}}, "sparsify": {{"scorer": "magnitude"}}}}')
     code = (
         "import sys; from sqft.cli import main\n"

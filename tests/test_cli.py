@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from sqft.cli import _without_fresh, main
+from sqft.cli import main
+from sqft.cli.base import _without_fresh
 
 
 @pytest.fixture
@@ -133,3 +135,39 @@ def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "To go on: sqft run" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "offered"),
+    [
+        (["show"], "se", ["searcher"]),
+        (["show", "searcher"], "hill", ["hill-climbing"]),
+        (["show", "scorer"], "hill", []),
+        (["init"], "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory"]),
+        (["merge", "--store", "s"], "ti", ["tiny-00000000"]),
+        (["eval", "--store", "s"], "", ["other-00000000", "tiny-00000000"]),
+        ([], "doc", ["doctor"]),
+    ],
+)
+def test_a_shell_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], begun: str, offered: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-00000000", "other-00000000"):
+        (tmp_path / "s" / "runs" / name).mkdir(parents=True)
+        (tmp_path / "s" / "runs" / name / "recipe.json").write_text("{}")
+    completions = ShellComplete(main, {}, "sqft", "_SQFT_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in completions] == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shells_own_script(shell: str) -> None:
+    code = "from sqft.cli import main; main(prog_name='sqft')"
+    environment = os.environ | {"_SQFT_COMPLETE": f"{shell}_source"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "_SQFT_COMPLETE" in done.stdout
+
+
+def test_a_kind_that_is_none() -> None:
+    done = CliRunner().invoke(main, ["show", "scorers", "wanda"])
+    assert done.exit_code == 2 and "kinds: scorer, allocator" in done.stderr

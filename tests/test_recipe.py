@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import RecipeError, SqftError
+from sqft.recipe import ComponentRef, Section
 
 
 def planned(raw: dict[str, Any], registry: Registry, store: Path) -> str:
@@ -236,3 +237,9 @@ def test_no_data_makes_a_traceback(content: dict[str, Any]) -> None:
         Recipe.parse(content)
     except SqftError as error:
         assert isinstance(getattr(error, "rest", None), Recipe | None)
+
+
+def test_every_key_of_a_section_is_described() -> None:
+    for section in Section.__subclasses__():
+        fields = {} if section in (Recipe, ComponentRef) else section.model_fields
+        assert section.__doc__ and all(field.description for field in fields.values()), section

@@ -1,0 +1,91 @@
+"""What the commands have in common: the group they hang from, options, errors, tables."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import sqft
+from sqft.errors import SqftError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def explained(command: F) -> F:
+    """Turn what the user can mend into one message and status 2, and Ctrl-C into a line and 130."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SqftError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
+            click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
+            sys.exit(130)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _without_fresh(words: list[str]) -> list[str]:
+    """A command line without --fresh, which would throw away what it made when it is repeated."""
+    kept = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before != "--fresh" and word != "--fresh" and not word.startswith("--fresh="):
+            kept.append(word)
+    return kept
+
+
+disable_option = click.option("--disable", multiple=True, metavar="PLUGIN", help="Skip a plugin (repeatable).")
+store_option = click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("store"),
+    show_default=True,
+    help="Folder of artifacts and runs.",
+)
+set_option = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change the recipe (repeatable): sparsify.sparsity=0.6",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+
+
+@click.group()
+@click.version_option(sqft.__version__, prog_name="sqft")
+def main() -> None:
+    """One small, fast model out of a large one: sparse, low-precision, fine-tuned, merged."""
+
+
+def console(err: bool = False) -> Any:
+    """Where tables and progress go; lines stay whole where there is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=err, soft_wrap=not (sys.stderr if err else sys.stdout).isatty())
+
+
+def show_table(on: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """A table: drawn on a terminal, folded where that is narrow, and Markdown under its title anywhere else."""
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    from sqft.report import markdown
+
+    if not on.is_terminal:
+        on.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
+        return
+    shown = Table(*(Column(head, overflow="fold") for head in heads))
+    for row in cells:
+        shown.add_row(*map(escape, row))
+    on.print(shown)

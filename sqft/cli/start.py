@@ -1,0 +1,65 @@
+"""A recipe to start from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sqft.cli.base import console, disable_option, explained, main
+from sqft.errors import SqftError
+
+
+def _pipelines(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell may complete a pipeline to."""
+    from sqft.pipelines import PIPELINES
+
+    return [name for name in PIPELINES if name.startswith(incomplete)]
+
+
+@main.command()
+@click.argument("pipeline", required=False, shell_complete=_pipelines)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="The recipe's file.  [default: PIPELINE.json]"
+)
+@click.option("--model", metavar="PATH", help="A folder, a GGUF file or a Hugging Face id.")
+@click.option("--data", metavar="PATH", help="A folder of train.jsonl, test.jsonl, …, or a file to train on.")
+@disable_option
+@explained
+def init(
+    pipeline: str | None, output: Path | None, model: str | None, data: str | None, disable: tuple[str, ...]
+) -> None:
+    """Write a recipe to start from, and print what each choice in it means. Without PIPELINE, list them."""
+    from sqft.pipelines import DATA, MODEL, PIPELINES, as_text, explanation, starting_recipe
+    from sqft.recipe import Recipe
+    from sqft.registry import Registry
+    from sqft.stored import paths
+
+    if pipeline is None:
+        width = max(map(len, PIPELINES))
+        for name, known in PIPELINES.items():
+            click.echo(f"{name:{width}}  {known.summary}")
+        return
+    output = output or Path(f"{pipeline}.json")
+    raw = starting_recipe(pipeline, output, model or MODEL, data or DATA)
+    recipe = Recipe.parse(raw, output.resolve().parent)
+    said = explanation(pipeline, raw, Registry.discover(disable))
+    try:
+        with output.open("x", encoding="utf-8") as stream:
+            stream.write(as_text(raw) + "\n")
+    except FileExistsError:
+        raise SqftError(f"{output} exists, and is not written over; name another with --output") from None
+    except OSError as error:
+        raise SqftError(f"{output} cannot be written: {error.strerror}") from None
+    if sys.stdout.isatty():
+        from rich.markdown import Markdown
+
+        console().print(Markdown(said))
+    else:
+        click.echo(said)
+    click.echo(f"written: {output}")
+    for path in dict.fromkeys(paths(recipe).values()):
+        if not recipe.resolve(path).exists():
+            click.echo(f"not there yet: {recipe.resolve(path)}")
+    click.echo(f"next: sqft plan {output}")
