@@ -3,7 +3,8 @@
     python benchmarks/six_methods.py DATA [--steps 100] [--seeds 0] [--methods sqft …] [--store DIR]
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
-a number is compared as a number. One sparse base, and one quantized one, are made and shared through the store, which
+a number is compared as a number. With --choices, LLM-Adapters' questions of several answers are asked as lm-eval asks
+ARC: the likeliest answer counts, and the letters or numbers of answers play no part. One sparse base, and one quantized one, are made and shared through the store, which
 keeps what is done: several of these may run at once, and the last prints the whole table.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,29 @@ def prompts(source: Path, target: Path, records: int | None = None) -> Path:
     return target
 
 
+def choices_of(record: dict[str, Any]) -> dict[str, Any]:
+    """One of LLM-Adapters' multiple-choice instructions, taken apart."""
+    asked, listed = re.split(r"\n\n", record["instruction"].partition("Answer format:")[0].strip(), maxsplit=1)
+    question = asked.partition(": ")[2].strip()
+    options = [option.strip() for option in re.split(r"(?:Answer|Solution|Ending|Option)\d: ", listed)[1:]]
+    return {"question": question, "choices": options, "answer": int(re.sub(r"\D", "", record["answer"])) - 1}
+
+
+def choices(folder: Path, target: Path, records: int | None) -> None:
+    """train.jsonl and test.jsonl of questions with choices, and an lm-eval task of the latter."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", None), ("test", records)):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()[:count]]
+        lines = [json.dumps(choices_of(row)) + "\n" for row in rows]
+        (target / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    (target / "task").mkdir(exist_ok=True)
+    (target / "task" / "choices.yaml").write_text(
+        f"task: choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {target / 'test.jsonl'}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "Question: {{question}}\\nAnswer:"\n'
+        'doc_to_target: answer\ndoc_to_choice: "{{choices}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
+    )
+
+
 def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) -> Recipe:
     raw = json.loads((RECIPES / f"{method}.json").read_text("utf-8"))
     raw |= {"name": f"{method}-{data.name}-seed-{seed}", "seed": seed}
@@ -48,11 +73,17 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
         "max_length": arguments.max_length,
         "learning_rate": arguments.learning_rate,
     }
-    raw["evaluate"]["exact_match"] = {
-        "data": str(data / "test.jsonl"),
-        "max_new_tokens": arguments.max_new_tokens,
-        "answer": arguments.answer,
-    }
+    raw["evaluate"]["of"] = ["model", *raw["evaluate"]["of"]]
+    if arguments.choices:
+        raw["finetune"]["data"] = {"path": str(data / "train.jsonl"), "prompt": "multiple-choice"}
+        del raw["evaluate"]["exact_match"]
+        raw["evaluate"] |= {"tasks": ["choices"], "include_path": str(data / "task")}
+    else:
+        raw["evaluate"]["exact_match"] = {
+            "data": str(data / "test.jsonl"),
+            "max_new_tokens": arguments.max_new_tokens,
+            "answer": arguments.answer,
+        }
     return Recipe.parse(raw, folder=RECIPES)
 
 
@@ -68,11 +99,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=6)
     parser.add_argument("--test-records", type=int, help="the first ones of test.jsonl; unless told, all")
     parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
+    parser.add_argument("--choices", action="store_true", help="the likeliest of several answers counts")
     parser.add_argument("--store", type=Path, default=Path("store-six"))
     arguments = parser.parse_args()
     data = arguments.store.resolve() / "data" / arguments.data.resolve().name
-    prompts(arguments.data / "train.jsonl", data / "train.jsonl")
-    prompts(arguments.data / "test.jsonl", data / "test.jsonl", arguments.test_records)
+    if arguments.choices:
+        choices(arguments.data, data, arguments.test_records)
+    else:
+        prompts(arguments.data / "train.jsonl", data / "train.jsonl")
+        prompts(arguments.data / "test.jsonl", data / "test.jsonl", arguments.test_records)
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
@@ -84,7 +119,9 @@ def main() -> None:
     print("| configuration | accuracy by seed | mean | perplexity, mean | sparsity |\n|---|---|---|---|---|")
     for label, rows in found.items():
         rows = list({json.dumps(row, sort_keys=True): row for row in rows}.values())  # a shared base comes once a seed
-        accuracies = [100 * row["accuracy"] for row in rows]
+        accuracies = [
+            100 * (row["tasks"]["choices"]["acc_norm"] if arguments.choices else row["accuracy"]) for row in rows
+        ]
         print(
             f"| {label} | {', '.join(f'{a:.1f}' for a in accuracies)} | {statistics.mean(accuracies):.1f} "
             f"| {statistics.mean(row['perplexity'] for row in rows):.2f} | {100 * rows[0]['sparsity']:.2f} % |"
