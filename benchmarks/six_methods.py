@@ -4,8 +4,9 @@
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
 a number is compared as a number. With --choices, LLM-Adapters' questions of several answers are asked as lm-eval asks
-ARC: the likeliest answer counts, and the letters or numbers of answers play no part. One sparse base, and one quantized one, are made and shared through the store, which
-keeps what is done: several of these may run at once, and the last prints the whole table.
+ARC: the likeliest answer counts, and the letters or numbers of answers play no part. One sparse base, and one
+quantized one, are made and shared through the store, which keeps what is done: several of these may run at once, and
+the last prints the whole table.
 """
 
 from __future__ import annotations

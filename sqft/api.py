@@ -21,6 +21,7 @@ from sqft.contracts import (
     Scorer,
     Searcher,
     SearchSpace,
+    Select,
     Statistic,
 )
 from sqft.errors import ContractError, PluginError, SqftError, StageError
@@ -50,6 +51,7 @@ __all__ = [
     "Scorer",
     "SearchSpace",
     "Searcher",
+    "Select",
     "ShardSize",
     "SqftError",
     "StageError",

@@ -22,6 +22,33 @@ def check_scores(who: str, place: str, weight: Tensor, scores: object) -> None:
     _check_tensor(who, place, "scores", scores, tuple(weight.shape), weight.device)
 
 
+def check_pruned(who: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> None:
+    """A new weight and its mask, both of the weight's shape: finite, 0 where the mask is false, about as sparse as the
+    layer is to be."""
+    if not isinstance(pruned, tuple) or len(pruned) != 2:
+        raise ContractError(f"{who} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
+    new = _check_tensor(who, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
+    mask = pruned[1]
+    if str(getattr(mask, "dtype", None)) != "torch.bool" or mask.shape != weight.shape or mask.device != weight.device:
+        raise ContractError(
+            f"{who} returned a mask for {place} that is no bool tensor of the weight's shape and device"
+        )
+    if changed := int(((new != 0) & ~mask).sum()):
+        raise ContractError(f"{who} left {changed} pruned weights of {place} that are not 0")
+    spent = 1 - mask.double().mean().item()
+    if abs(spent - sparsity) > 0.02:
+        raise ContractError(f"{who} pruned {spent:.3f} of {place}, where {sparsity:.3f} was asked for; use `select`")
+
+
+def check_measured(who: str, names: Sequence[str], measured: object) -> None:
+    """A finite number for every layer of the block."""
+    if not isinstance(measured, Mapping) or set(measured) != set(names):
+        raise ContractError(f"{who} did not measure just the layers it was given, such as {names[0]}")
+    for name, value in measured.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ContractError(f"{who} measured {name} as {value!r}, expected a finite number")
+
+
 def check_unchanged(who: str, place: str, before: Tensor, after: Tensor, what: str = "the weight") -> None:
     """The component did not edit its argument."""
     if before.shape != after.shape or not before.equal(after):

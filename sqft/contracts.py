@@ -200,15 +200,34 @@ class Component(BaseModel):
     verb: ClassVar[str]
 
 
+class Select(Protocol):
+    """What a scorer that updates weights asks with: which of a layer's entries stay, by the recipe's pattern."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Bool [out, some], true where kept, for the scores [out, some] of whole columns that follow one another; as
+        many as the pattern's M, or a multiple. The layer's sparsity holds among them."""
+        ...
+
+
 class Scorer(Component):
     """Says how much each weight matters. The core keeps the largest."""
 
     kind: ClassVar[str] = "scorer"
     verb: ClassVar[str] = "score"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUT_NORM})
+    updates: ClassVar[bool] = False
+    """True when the weights that stay change too, to make up for those that go: `prune` says how."""
 
     def score(self, weight: Tensor, stats: LinearStats) -> Tensor:
         """Scores [out, in], finite, any float dtype, for a float32 `weight` [out, in] it must not change."""
+        raise NotImplementedError
+
+    def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
+        """The weight [out, in] that takes the place of a float32 `weight`, which it must not change, and the bool mask
+        [out, in] of what `select` let it keep; where that is false the new weight is 0.
+
+        Called where `updates` is true, and `score` is then not.
+        """
         raise NotImplementedError
 
 
@@ -217,9 +236,21 @@ class Allocator(Component):
 
     kind: ClassVar[str] = "allocator"
     verb: ClassVar[str] = "allocate"
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    """What it measures the dense layers by; with any, calibration text walks the model once more for it."""
 
-    def allocate(self, linears: Sequence[LinearShape], sparsity: float) -> Mapping[str, float]:
-        """A fraction in [0, 1) for each linear's name, given the fraction wanted over all of them."""
+    def measure(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> Mapping[str, float]:
+        """A finite number for each layer of one decoder block, of float32 weights [out, in] it must not change.
+
+        Called block by block where `needs` asks for anything.
+        """
+        raise NotImplementedError
+
+    def allocate(
+        self, linears: Sequence[LinearShape], sparsity: float, measured: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """A fraction in [0, 1) for each linear's name, given the fraction wanted of all their weights together;
+        `measured` has what `measure` gave."""
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.checks import check_space
-from sqft.contracts import Adapter, Merger, Quantizer, Scorer, Searcher, Statistic
+from sqft.contracts import Adapter, Allocator, Merger, Quantizer, Scorer, Searcher, Statistic
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
 from sqft.fitting import Fitting
@@ -78,6 +78,8 @@ class _Planner(Fitting):
         allocator = self._part("allocator", section.allocator, "sparsify.allocator")
         needs = scorer.component.needs if scorer and isinstance(scorer.component, Scorer) else frozenset()
         calibration, files = self._calibration(needs, f"scorer '{section.scorer.name}'")
+        if allocator and isinstance(allocator.component, Allocator) and allocator.component.needs and not calibration:
+            calibration, files = self._calibration(allocator.component.needs, f"allocator '{section.allocator.name}'")
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
         weights, size = self._weights()

@@ -250,7 +250,8 @@ def _component_mistake(kind: str, hook: str, component: Any) -> str | None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return f"offers {label}, whose name is {name!r}; a name is lower-case letters, digits and dashes"
     abstract = [verb for verb, method in vars(base).items() if _is_stub(method)]
-    missing = [verb for verb in abstract if getattr(component, verb) is getattr(base, verb)]
+    spare = _spare(component)
+    missing = [verb for verb in abstract if getattr(component, verb) is getattr(base, verb) and verb not in spare]
     if missing:
         return f"offers {kind} '{name}', which does not define {', '.join(f'{verb}()' for verb in missing)}"
     if kind == "merger" and not hasattr(component, "bases"):
@@ -265,6 +266,13 @@ def _component_mistake(kind: str, hook: str, component: Any) -> str | None:
     except Exception as error:
         return f"offers {kind} '{name}', with an option that JSON cannot hold: {str(error).splitlines()[0]}"
     return None
+
+
+def _spare(component: Any) -> set[str]:
+    """The verbs that a component may leave undefined, for what it says of itself."""
+    if component.kind == "scorer":
+        return {"score"} if component.updates else {"prune"}
+    return {"measure"} if component.kind == "allocator" and not component.needs else set()
 
 
 def _is_stub(method: object) -> bool:

@@ -87,6 +87,10 @@ def check_scorer(scorer: Scorer) -> None:
 
     _check_options(scorer)
     who = _who(scorer)
+    if scorer.updates:
+        for shape in SHAPES:
+            _check_prune(who, scorer, _weight(shape))
+        return
     for shape in SHAPES:
         for weight in (_weight(shape), torch.zeros(shape)):
             first, again = (_score(who, scorer, weight) for _ in range(2))
@@ -109,11 +113,38 @@ def _score(who: str, scorer: Scorer, weight: Tensor) -> Tensor:
     return scores
 
 
+def _check_prune(who: str, scorer: Scorer, weight: Tensor) -> None:
+    """Half of each row goes, the same twice, arguments untouched."""
+    import torch
+
+    from sqft.kernels.masks import keep_mask
+
+    found = []
+    for _ in range(2):
+        before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
+        pruned = scorer.prune(weight, stats, lambda scores: keep_mask(scores, 0.5, "row"))
+        checks.check_unchanged(who, PLACE, before, weight)
+        _check_stats_unchanged(who, scorer.needs, stats, weight.shape[1])
+        checks.check_pruned(who, PLACE, weight, pruned, 0.5)
+        found.append(pruned)
+    if not all(torch.equal(first, again) for first, again in zip(*found, strict=True)):
+        raise ContractError(f"{who} pruned the same weight in two ways, of the same statistics and generator")
+
+
 def check_allocator(allocator: Allocator) -> None:
     """A fraction in [0, 1) for every layer, and over all of them about what was asked for."""
     _check_options(allocator)
-    for sparsity in (0.0, 0.5, 0.9):
-        result = allocator.allocate(LINEARS, sparsity)
+    measured: dict[str, float] = {}
+    if allocator.needs:
+        for linear in LINEARS:  # each a block of its own
+            weights = {linear.name: _weight((linear.out_features, linear.in_features))}
+            before, stats = weights[linear.name].clone(), _stats(linear.in_features, allocator.needs)
+            found = allocator.measure(weights, {linear.name: stats})
+            checks.check_unchanged(_who(allocator), linear.name, before, weights[linear.name])
+            checks.check_measured(_who(allocator), [linear.name], found)
+            measured |= found
+    for sparsity in (0.1, 0.5, 0.9):
+        result = allocator.allocate(LINEARS, sparsity, measured)
         checks.check_allocation(_who(allocator), LINEARS, result)
         sizes = {linear.name: linear.out_features * linear.in_features for linear in LINEARS}
         total = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())

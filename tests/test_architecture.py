@@ -36,7 +36,7 @@ MAY: dict[str, set[str]] = {
     "report": {"plan", "store"},
     "schema": {"contracts", "recipe", "registry"},
     "checks": BASIC,
-    "testing": BASIC | {"checks"},
+    "testing": BASIC | {"checks", "kernels"},
     "kernels": BASIC,
     "data": {"errors"} | {"data"},
     "modeling": DEEP,

@@ -57,7 +57,7 @@ CASES = [
     ("sparsify.include", ["nope"], "sparsify.include: matches no linear layer of the model; it has down_proj"),
     ("sparsify.scorer", "wnda", "sparsify.scorer: no scorer named 'wnda'; installed: .*wanda.*Did you mean 'wanda'"),
     ("sparsify.scorer", {"name": "wanda", "options": {"power": 1}}, "sparsify.scorer.options.power: unknown key"),
-    ("sparsify.allocator", "owl", "sparsify.allocator: no allocator named 'owl'"),
+    ("sparsify.allocator", "owls", "sparsify.allocator: no allocator named 'owls'"),
     ("quantize", {"quantizer": "gptg"}, "quantize.quantizer: no quantizer named 'gptg'; installed: .*mean 'gptq'"),
     (
         "quantize",

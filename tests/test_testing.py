@@ -172,8 +172,14 @@ BREACHES = [
     (scorer(lambda weight, stats: weight * stats.hessian[0]), "of the statistics it was given input-norm, as `needs`"),
     (variant(Wanda, needs=frozenset())(), "of the statistics it was given nothing, as `needs` says"),
     (variant(Wanda, needs=HESSIAN)(), "of the statistics it was given hessian, as `needs` says"),
-    (variant(Uniform, allocate=lambda self, linears, s: {at.name: s / 2 for at in linears})(), "where 0.5 was asked"),
-    (variant(Uniform, allocate=lambda self, linears, s: {at.name: s for at in linears[1:]})(), "the sparsity None"),
+    (
+        variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s / 2 for at in linears})(),
+        "where 0.1 was asked",
+    ),
+    (
+        variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s for at in linears[1:]})(),
+        "the sparsity None",
+    ),
     (quantizer(lambda weight, mask, codes: codes.masked_fill_(~mask, 9)), "pruned weights"),
     (quantizer(lambda weight, mask, codes: codes.add_(8)), "outside [0, 15]"),
     (quantizer(lambda weight, mask, codes: weight.add_(1)), "edited the weight"),

@@ -1,4 +1,5 @@
-"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter of their codes."""
+"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter of their codes. A
+scorer that makes up for what it prunes by the same Hessian."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ from sqft.api import (
     ModelReader,
     Quantized,
     Quantizer,
+    Scorer,
+    Select,
     ShardSize,
     StageError,
+    Statistic,
     float_layers,
     hookimpl,
     parameters,
@@ -115,6 +119,28 @@ class GptqCheckpoint(Exporter):
         grids = {layer: model.codes(layer).grid for layer in model.quantized()}
         write_gptq_config(folder, gptq_config(grids, float_layers(model)))
         write_shards(parameters(model, to_gptq), folder, self.max_shard_size)
+
+
+class SparseGpt(Scorer):
+    """SparseGPT (Frantar and Alistarh, ICML 2023): the weights that stay make up for those that go."""
+
+    name = "sparsegpt"
+    needs = frozenset({Statistic.HESSIAN})
+    updates = True
+    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    block: int = Field(128, ge=1, description="inputs among which what goes is chosen; N:M wants a multiple of its M")
+
+    def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
+        from sqft_gptq.pruner import sparsegpt
+
+        if stats.hessian is None or not stats.hessian.isfinite().all():
+            raise StageError("sparsegpt needs a finite Hessian; use float32, or other calibration text")
+        return sparsegpt(weight, stats.hessian, select, damp=self.damp, block=self.block)
+
+
+@hookimpl
+def sqft_scorers() -> Iterator[type[Scorer]]:
+    yield SparseGpt
 
 
 @hookimpl

@@ -6,21 +6,30 @@ sparsity a layer gets, and `kernels.masks` which entries are then kept.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft import checks
 from sqft.contracts import Allocator, LinearStats, Scorer
 from sqft.errors import ArtifactError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
-from sqft.modeling.blocks import linears, shape_of
+from sqft.modeling.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.load import load_folder, load_source, save_model
 from sqft.plan import selected
 from sqft.recipe import Sparsify
 from sqft.stages.base import Context
+from sqft.store import write_json
+
+DIGESTS = "digests.json"
+"""What a scorer that updates weights gave for each layer, to hold against what is read back."""
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -34,22 +43,32 @@ def run(context: Context) -> dict[str, Any]:
     if not layers:
         raise StageError("sparsify.include matches no linear layer of the model's decoder blocks")
     shapes = [shape_of(name, linear) for name, linear in layers.items()]
-    allocation = context.component(Allocator).allocate(shapes, section.sparsity)
+    allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
+    allocation = allocator.allocate(shapes, section.sparsity, measured)
     checks.check_allocation(context.who(Allocator), shapes, allocation)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
     seen: dict[str, int] = {}
+    digests: dict[str, str] = {}
 
     def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
         weight = linear.weight.detach().to(torch.float32, copy=True)
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("sparsify", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        scores = scorer.score(weight, stats)
-        checks.check_unchanged(who, name, kept, weight)
-        checks.check_scores(who, name, kept, scores)
-        mask = keep_mask(scores, allocation[name], section.pattern)
-        linear.weight.data.masked_fill_(~mask, 0)
+        if scorer.updates:
+            pruned = scorer.prune(weight, stats, partial(_select, section.pattern, allocation[name]))
+            checks.check_unchanged(who, name, kept, weight)
+            checks.check_pruned(who, name, kept, pruned, allocation[name])
+            mask = pruned[1]
+            linear.weight.data.copy_(pruned[0])
+            digests[name] = _digest(linear.weight)
+        else:
+            scores = scorer.score(weight, stats)
+            checks.check_unchanged(who, name, kept, weight)
+            checks.check_scores(who, name, kept, scores)
+            mask = keep_mask(scores, allocation[name], section.pattern)
+            linear.weight.data.masked_fill_(~mask, 0)
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
         seen[name] = stats.tokens
@@ -57,6 +76,8 @@ def run(context: Context) -> dict[str, Any]:
     tokens = context.feed(model, tokenizer, layers, scorer.needs, compress, "scoring")
     save_model(model, tokenizer, context.folder / "model")
     save_file(masks, context.folder / "masks.safetensors")
+    if scorer.updates:
+        write_json(context.folder / DIGESTS, digests)
     total = sum(linear.weight.numel() for linear in layers.values())
     zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
     return {
@@ -70,19 +91,66 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
+def _measured(
+    context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
+) -> dict[str, float]:
+    """What the allocator measures of the dense layers, block by block; nothing when it measures nothing."""
+    allocator, who = context.component(Allocator), context.who(Allocator)
+    if not allocator.needs:
+        return {}
+    stats: dict[str, LinearStats] = {}
+
+    def note(name: str, linear: nn.Linear, found: LinearStats) -> None:
+        stats[name] = found
+
+    context.feed(model, tokenizer, layers, allocator.needs, note, "measuring")
+    measured: dict[str, float] = {}
+    for block in decoder_blocks(model):
+        names = [name for name in layers if name.startswith(f"{block}.")]
+        if not names:
+            continue
+        weights = {name: layers[name].weight.detach().to(torch.float32, copy=True) for name in names}
+        kept = {name: weight.clone() for name, weight in weights.items()}
+        found = allocator.measure(weights, {name: stats.pop(name) for name in names})
+        for name in names:
+            checks.check_unchanged(who, name, kept[name], weights[name])
+        checks.check_measured(who, names, found)
+        measured |= found
+    return measured
+
+
+def _select(pattern: str, sparsity: float, scores: Tensor) -> Tensor:
+    """`contracts.Select` of one layer."""
+    if ":" in pattern and scores.shape[1] % int(pattern.partition(":")[2]):
+        raise StageError(
+            f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M of "
+            f"'{pattern}'; change its block, or the pattern"
+        )
+    return keep_mask(scores, sparsity, pattern)
+
+
+def _digest(weight: Tensor) -> str:
+    """SHA-256 over the bits of a weight."""
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def prove(context: Context) -> None:
-    """Read back, every pruned entry is zero, every kept one is the original bit for bit, all are finite."""
+    """Read back, every pruned entry is zero, every other one is the original bit for bit, or in the layers of a scorer
+    that updates weights what it gave; all are finite."""
     recipe = context.plan.recipe.model
     original, _ = load_source(context.plan.source, recipe.dtype, recipe.trust_remote_code)
     stored, _ = load_folder(context.folder / "model", trust_remote_code=recipe.trust_remote_code)
     packed, who = load_file(context.folder / "masks.safetensors"), context.who(Scorer)
+    given = json.loads((context.folder / DIGESTS).read_text("utf-8")) if context.component(Scorer).updates else {}
     found = dict(stored.named_parameters())
     for name, parameter in original.named_parameters():
         expected, layer = parameter.detach(), name.removesuffix(".weight")
         if layer in packed:
             mask = unpack_mask(packed[layer], (expected.shape[0], expected.shape[1]))
-            expected = expected.masked_fill(~mask, 0)
+            expected = (found[name] if layer in given else expected).masked_fill(~mask, 0)
         tensor = found[name]
+        if layer in given and _digest(tensor) != given[layer]:
+            raise ArtifactError(f"sparsify ({who}): {name} as stored is not what the scorer gave")
         if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
             wrong = int((tensor != expected).sum())
             raise ArtifactError(

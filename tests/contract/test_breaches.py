@@ -29,7 +29,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 def allocator(change: Any) -> Any:
     """`uniform`, with `change` made to its dictionary."""
-    return Uniform, {"allocate": lambda self, linears, s: change({linear.name: s for linear in linears})}
+    return Uniform, {"allocate": lambda self, linears, s, measured: change({linear.name: s for linear in linears})}
 
 
 def scorer(score: Any) -> Any:
