@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -81,16 +82,21 @@ class Store:
         try:
             root = folder.resolve()
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+            sealed = manifest.pop("checksum", None)
             if manifest["schema"] != SCHEMA:
                 raise ArtifactError(f"{folder} is of schema {manifest['schema']}, this sqft reads {SCHEMA}; {remedy}")
             if manifest["fingerprint"] != fingerprint:
                 raise ArtifactError(f"{folder} belongs to another fingerprint; {remedy}")
+            if not isinstance(manifest["report"], dict) or manifest["stage"] != folder.name.rpartition("-")[0]:
+                raise ArtifactError(f"{folder} is damaged (its manifest is none of this step); {remedy}")
             for name, entry in manifest["files"].items():
                 file = root / name
                 if not file.is_relative_to(root) or file.resolve() != file:  # "..", an absolute path, a link
                     raise ArtifactError(f"{folder} is damaged ({name} leads out of it, or is a link); {remedy}")
                 if file.stat().st_size != entry["size"]:
                     raise ArtifactError(f"{folder / name} is not the file that was stored (size); {remedy}")
+            if sealed not in (None, _seal(manifest)):  # the first artifacts have none
+                raise ArtifactError(f"{folder / MANIFEST} has changed since it was stored (checksum); {remedy}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"{folder} is damaged ({_reason(error)}); {remedy}") from None
         return Artifact(folder, manifest)
@@ -99,15 +105,19 @@ class Store:
         """Compare every file with the checksum it was stored with (remembered between runs).
 
         Raises:
-            ArtifactError: naming the file that changed.
+            ArtifactError: naming the file that changed, or that was added.
         """
-        for name, entry in artifact.manifest["files"].items():
-            if self.digests.file(artifact.folder / name) != entry.get("sha256"):
-                stage = artifact.manifest["stage"]
+        folder, files = artifact.folder, artifact.manifest["files"]
+        remedy = f"or run with --fresh {folder.name.rpartition('-')[0]}"
+        for name, entry in files.items():
+            if self.digests.file(folder / name) != entry.get("sha256"):
                 raise ArtifactError(
-                    f"{artifact.folder / name} has changed since it was stored (checksum); "
-                    f"delete {artifact.folder}, or run with --fresh {stage}"
+                    f"{folder / name} has changed since it was stored (checksum); delete {folder}, {remedy}"
                 )
+        known = {folder / name for name in (*files, MANIFEST)}
+        for place in _inside(folder):  # a stage that reads a folder would read what was put there later
+            if place not in known and not place.is_dir():
+                raise ArtifactError(f"{place} is no part of what was stored; move it elsewhere, {remedy}")
 
     def discard(self, stage: str, fingerprint: str) -> None:
         """Forget an artifact and whatever was begun of it; waits while another run makes it."""
@@ -115,8 +125,13 @@ class Store:
             return
         with self._locked(stage, fingerprint), self.writing():
             for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
+                if folder.is_symlink():
+                    raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
+                gone = self._gone(stage, fingerprint)
+                shutil.rmtree(gone, ignore_errors=True)
                 if folder.exists():
-                    shutil.rmtree(folder)
+                    folder.rename(gone)  # at once: a kill may come while it is deleted
+                    shutil.rmtree(gone)
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
@@ -129,9 +144,11 @@ class Store:
         """
         partial = self._partial(stage, fingerprint)
         with self._locked(stage, fingerprint):
-            if not self.folder(stage, fingerprint).exists():
+            if not (folder := self.folder(stage, fingerprint)).exists():
                 with self.writing():
                     partial.mkdir(exist_ok=True)
+            for left in (folder / CHECKPOINTS, self._gone(stage, fingerprint)):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 yield partial
             except SqftError:
@@ -154,7 +171,7 @@ class Store:
             for file in list(partial.rglob(pattern)):
                 file.unlink()
         entries, readable = {}, partial.stat().st_mode & 0o444
-        places = sorted(p for p in partial.rglob("*") if partial / CHECKPOINTS not in (p, *p.parents))
+        places = _inside(partial)
         for place in places:
             if place.is_symlink():
                 raise ArtifactError(
@@ -167,8 +184,8 @@ class Store:
             _sync(place)
             name = place.relative_to(partial).as_posix()
             entries[name] = {"size": place.stat().st_size, "sha256": self.digests.file(place)}
-        manifest = {"schema": SCHEMA, **manifest, "files": entries}
-        write_json(partial / MANIFEST, manifest)
+        manifest = json.loads(json.dumps({"schema": SCHEMA, **manifest, "files": entries}))  # as it will be read
+        write_json(partial / MANIFEST, manifest | {"checksum": _seal(manifest)})
         for folder in (*filter(Path.is_dir, places), partial):
             _sync(folder)
         folder = self.folder(manifest["stage"], manifest["fingerprint"])
@@ -211,6 +228,19 @@ class Store:
 
     def _partial(self, stage: str, fingerprint: str) -> Path:
         return self.artifacts / f".partial-{stage}-{fingerprint[:12]}"
+
+    def _gone(self, stage: str, fingerprint: str) -> Path:
+        return self.artifacts / f".gone-{stage}-{fingerprint[:12]}"
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The checksum of all else that a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _inside(folder: Path) -> list[Path]:
+    """All files and folders of an artifact, in order: those below `CHECKPOINTS` are no part of it."""
+    return sorted(place for place in folder.rglob("*") if folder / CHECKPOINTS not in (place, *place.parents))
 
 
 def write_json(path: Path, content: Any) -> None:
