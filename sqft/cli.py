@@ -16,13 +16,16 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import sqft
 from sqft.contracts import KINDS
 from sqft.errors import SqftError
+
+if TYPE_CHECKING:
+    from sqft.orchestrator import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -126,7 +129,7 @@ def run(
         result = output
     result = result.resolve()
     console.print(f"result: {result}", highlight=False, markup=False)
-    console.print(_how_to_load(result), highlight=False, markup=False)
+    console.print(_how_to_load(result, finished), highlight=False, markup=False)
 
 
 @main.command()
@@ -269,9 +272,9 @@ def _only_gpu(device: str) -> str:
     return "cuda"
 
 
-def _how_to_load(result: Path) -> str:
+def _how_to_load(result: Path, run: Run) -> str:
     if (result / "adapter_config.json").is_file():
-        base = Path(json.loads((result / "adapter_config.json").read_text())["base_model_name_or_path"])
+        base = run.base().resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
         model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
         return (

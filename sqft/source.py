@@ -9,6 +9,7 @@ import re
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,8 +99,9 @@ class Digests:
         try:
             temporary.write_text(json.dumps(self._known))
             os.replace(temporary, self._memory)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except OSError:  # a store that may not be written serves as it is
+            with suppress(OSError):
+                temporary.unlink()
 
 
 @dataclass(frozen=True)
