@@ -71,11 +71,12 @@ class Store:
 
         Raises:
             ArtifactError: when it is there but damaged (a file missing, of another size, or elsewhere).
+            StageError: when the store cannot be read.
         """
         folder = self.folder(stage, fingerprint)
-        if not folder.is_dir():
-            return None
-        return self._open(folder, fingerprint)
+        with self.writing("read"):
+            there = folder.is_dir()
+        return self._open(folder, fingerprint) if there else None
 
     def _open(self, folder: Path, fingerprint: str) -> Artifact:
         remedy = f"delete that folder, or run with --fresh {folder.name.rpartition('-')[0]}"
@@ -210,13 +211,13 @@ class Store:
             yield
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, how: str = "written") -> Iterator[None]:
         """What the system refuses inside becomes a StageError that says what to do."""
         try:
             yield
         except OSError as error:
             raise StageError(
-                f"the store {self.root} cannot be written: {_reason(error)}; mend that, or name another with --store"
+                f"the store {self.root} cannot be {how}: {_reason(error)}; mend that, or name another with --store"
             ) from None
 
     def _is_full(self, error: Exception) -> bool:
