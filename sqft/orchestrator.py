@@ -339,7 +339,7 @@ def _log_file(path: Path, store: Store) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     try:
         yield
-    except Exception as error:  # the screen shows a message; the file keeps where it came from
+    except (Exception, SystemExit) as error:  # the screen shows a message; the file keeps where it came from
         where = (type(error), error, error.__traceback__)
         handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
         raise

@@ -33,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
     }
     if not layers:
         raise StageError("sparsify.include matches no linear layer of the model's decoder blocks")
-    shapes = [shape_of(name, linear) for name, linear in layers.items()]
+    shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
     allocation = context.component(Allocator).allocate(shapes, section.sparsity)
     checks.check_allocation(context.who(Allocator), shapes, allocation)
     masks: dict[str, Tensor] = {}
