@@ -12,10 +12,10 @@ DATA := examples/quickstart/data
 CONSUMERS ?= gptqmodel compressed_tensors
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup model quickstart check test test-fast test-slow consumers clean
+.PHONY: help setup model quickstart check test test-fast test-slow kill-test consumers clean
 
 help:
-	@echo "make quickstart | test | check | test-slow | clean"
+	@echo "make quickstart | test | check | test-slow | kill-test | clean"
 
 setup: $(VENV)/.done
 
@@ -55,6 +55,10 @@ test-fast: setup
 
 test-slow: setup consumers $(MODEL) $(DATA)/heldout.txt
 	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800
+
+# Seeded kills in every stage; a failure names its seed. KILLS=3 SEED=7 make kill-test
+kill-test: setup
+	SQFT_KILLS=$(or $(KILLS),20) SQFT_KILL_SEED=$(or $(SEED),0) $(OFFLINE) $(BIN)/pytest -s tests/e2e/test_kill_anywhere.py
 
 # Other programs that open what sqft writes, each in an environment of its own, without sqft.
 consumers: $(CONSUMERS:%=.consumers/%/.done)

@@ -25,7 +25,7 @@ def blaming(entries: Iterable[Entry], log: Path) -> Iterator[None]:
         yield
     except SqftError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a component that leaves has not done its work
         if (found := culprit(error, entries)) is None:
             raise
         entry, place = found
@@ -33,7 +33,7 @@ def blaming(entries: Iterable[Entry], log: Path) -> Iterator[None]:
         raise PluginError(f"{entry} raised {what}\n  at {place}; the traceback is in {log}") from error
 
 
-def culprit(error: Exception, entries: Iterable[Entry]) -> tuple[Entry, str] | None:
+def culprit(error: BaseException, entries: Iterable[Entry]) -> tuple[Entry, str] | None:
     """The component in whose code an exception arose, and "file:line"; None when it was in no component's.
 
     The innermost frame that is either sqft's or a component's decides: torch's error three calls below a

@@ -79,7 +79,7 @@ class Fitting(Resolver):
     def _grid_fits(self, part: Part, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
         try:
             reasons = [(layer, said) for layer in chosen if (said := quantizer.misfit(layer))]
-        except Exception as error:  # a plugin's code
+        except (Exception, SystemExit) as error:  # a plugin's code
             self._problem("quantize.quantizer", f"{part.entry} raised {error!r}")
             return
         if reasons:
@@ -98,10 +98,10 @@ class Fitting(Resolver):
                 f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
             )
 
-    def _targets(self, section: Finetune) -> list[LinearShape]:
+    def _targets(self, section: Finetune) -> tuple[LinearShape, ...]:
         if self.source is None:
-            return []
-        chosen = [linear for linear in self.source.linears if selected(linear.name, section.targets, ())]
+            return ()
+        chosen = tuple(linear for linear in self.source.linears if selected(linear.name, section.targets, ()))
         for index, target in enumerate(section.targets):
             if not any(selected(linear.name, [target], ()) for linear in chosen):
                 self._problem(

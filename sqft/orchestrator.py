@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -90,6 +90,11 @@ class Run(Mapping[str, Outcome]):
         places = [made[-1].folder / name for name in ("model", "adapter")] if made else []
         return next(filter(Path.is_dir, places), None)
 
+    def base(self) -> Path:
+        """What the chosen adapter acts on, where it lies now: a step's model, or the recipe's own."""
+        step = self.plan.step("search").inputs.get("base")
+        return self.outcomes[step].folder / "model" if step else self.plan.source.path
+
 
 class Orchestrator:
     """Plans recipes against a registry and runs them in a store."""
@@ -165,7 +170,7 @@ class Orchestrator:
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
-        with blaming(entries, folder / "run.log"), _log_file(folder / "run.log"):
+        with blaming(entries, folder / "run.log"), _log_file(folder / "run.log", self.store):
             started = datetime.now(UTC).isoformat(timespec="seconds")
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
@@ -173,7 +178,7 @@ class Orchestrator:
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, self._standing(plan, outcomes))
-            links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
+            links = {name: f"../../artifacts/{outcome.folder.name}" for name, outcome in outcomes.items()}
             finished = datetime.now(UTC).isoformat(timespec="seconds")
             with self.store.writing():
                 write_json(folder / "report.json", report)
@@ -318,22 +323,31 @@ def versions() -> dict[str, str]:
     return {"sqft": sqft.__version__} | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short: whoever needs the room says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+def _log_file(path: Path, store: Store) -> Iterator[None]:
+    with store.writing():
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("sqft")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
-    except Exception as error:  # the screen shows a message; the file keeps where it came from
+    except (Exception, SystemExit) as error:  # the screen shows a message; the file keeps where it came from
         where = (type(error), error, error.__traceback__)
         handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # it writes what it could not write before
+            handler.close()
 
 
 @contextmanager

@@ -160,7 +160,10 @@ class _Planner(Fitting):
                 check_space(str(adapter.entry), targets, space)
                 top = {member: max(group.ranks) for group in space.groups for member in group.members}
                 trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
-            except Exception as error:  # a plugin's code: whatever it raises is a mistake to report with the others
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # a plugin's code
                 said = str(error) if isinstance(error, SqftError) else f"{adapter.entry} raised {error!r}"
                 self._problem("finetune.adapter", said)
         place = "finetune.data.{}" if isinstance(section.data, tuple) else "finetune.data"

@@ -8,6 +8,9 @@ from typing import Any
 
 from sqft.errors import Problem, RecipeError
 
+DIGITS = 1000
+"""Of the longest integer that is read: Python makes none of more than some thousands."""
+
 
 def read_json(path: Path) -> Any:
     """A JSON file, strictly: no duplicate keys, no NaN.
@@ -16,7 +19,7 @@ def read_json(path: Path) -> Any:
         RecipeError: naming the file and the place in it.
     """
     try:
-        return json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return _strictly(path.read_text("utf-8-sig"))
     except OSError as error:
         raise RecipeError([Problem("", f"cannot be read: {error.strerror}")], str(path)) from None
     except UnicodeDecodeError:
@@ -28,6 +31,16 @@ def read_json(path: Path) -> Any:
         raise RecipeError([Problem("", str(error))], str(path)) from None
     except RecursionError:
         raise RecipeError([Problem("", "nested too deeply to be a recipe")], str(path)) from None
+
+
+def _strictly(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_of_some_digits)
+
+
+def _of_some_digits(word: str) -> int:
+    if len(word) > DIGITS:
+        raise ValueError(f"{word[:10]}… is a number of {len(word)} digits; write one of at most {DIGITS}")
+    return int(word)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,8 +62,8 @@ def apply(raw: Any, change: str, source: str) -> None:
     if not equals or not path:
         raise RecipeError([Problem("", f"--set takes path=value, found {change!r}")], source)
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except ValueError:
+        value = _strictly(text)
+    except (ValueError, RecursionError):
         value = text
     *parents, last = path.split(".")
     here = raw

@@ -53,7 +53,7 @@ class Resolver:
             return Part(entry, entry.component.model_validate(ref.options))
         except ValidationError as error:
             self.problems += problems_of(error, entry.component, f"{place}.options")
-        except Exception as error:  # a validator of the plugin's own
+        except (Exception, SystemExit) as error:  # a validator of the plugin's own
             self._problem(f"{place}.options", f"{entry} raised {type(error).__name__}: {error}")
         return None
 

@@ -9,6 +9,7 @@ import re
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,14 +95,15 @@ class Digests:
             raise _unreadable(error, path) from None
 
     def _remember(self) -> None:
-        if self._memory is None or not self._memory.parent.is_dir():
+        if self._memory is None:
             return
         temporary = self._memory.with_name(f".{self._memory.name}-{os.getpid()}")
         try:
             temporary.write_text(json.dumps(self._known))
             os.replace(temporary, self._memory)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except OSError:  # a store that may not be written serves as it is
+            with suppress(OSError):
+                temporary.unlink()
 
 
 @dataclass(frozen=True)
@@ -332,14 +334,18 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if 8 + length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length).decode())
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size < 8 + length + end:
             raise ValueError("the file is shorter than its header says; it was cut off")
-        return {name: tuple(entry["shape"]) for name, entry in header.items()}
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        if odd := [name for name, shape in shapes.items() if not all(type(n) is int and n >= 0 for n in shape)]:
+            raise ValueError(f"{odd[0]} has the shape {shapes[odd[0]]!r:.60}")
+        return shapes
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ArtifactError(f"{path} is no whole safetensors file: {error}; copy it again") from None
+        said = error if isinstance(error, ValueError) else "its header is none"
+        raise ArtifactError(f"{path} is no whole safetensors file: {said}; copy it again") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -352,10 +358,10 @@ def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise SqftError(f"{path.parent} has no {path.name}; a model folder has config.json and weights") from None
-    except ValueError as error:
-        raise SqftError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SqftError(f"{path} is not valid JSON: {error}; copy the model again") from None
     if not isinstance(content, dict):
-        raise SqftError(f"{path} is not a JSON object")
+        raise SqftError(f"{path} is not a JSON object; copy the model again")
     return content
 
 

@@ -213,7 +213,7 @@ def _held(store: Store, folder: Path, users: Mapping[str, Sequence[str]]) -> Hel
                 return None  # deleted since it was listed
         except ArtifactError as error:
             state, problem = "damaged", str(error)
-    elif folder.name.startswith(".pruned-"):
+    elif folder.name.startswith(".gone-"):
         problem = "deleted in part"
     try:
         size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LOCKS = ".locks"
-LEFT = re.compile(r"^\.(partial|pruned)-")
+LEFT = re.compile(r"^\.(partial|gone)-")
 """What precedes an artifact's name in the folder of one that was begun, or whose deletion was."""
 CHECKPOINTS = "checkpoints"
 """A folder that a stage resumes from: no part of the artifact, and gone once that stands."""
@@ -74,27 +75,33 @@ class Store:
 
         Raises:
             ArtifactError: when it is there but damaged (a file missing, of another size, or elsewhere).
+            StageError: when the store cannot be read.
         """
         folder = self.folder(stage, fingerprint)
-        if not folder.is_dir():
-            return None
-        return self._open(folder, fingerprint)
+        with self.writing("read"):
+            there = folder.is_dir()
+        return self._open(folder, fingerprint) if there else None
 
     def _open(self, folder: Path, fingerprint: str) -> Artifact:
         remedy = f"delete that folder, or run with --fresh {folder.name.rpartition('-')[0]}"
         try:
             root = folder.resolve()
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+            sealed = manifest.pop("checksum", None)
             if manifest["schema"] != SCHEMA:
                 raise ArtifactError(f"{folder} is of schema {manifest['schema']}, this sqft reads {SCHEMA}; {remedy}")
             if manifest["fingerprint"] != fingerprint:
                 raise ArtifactError(f"{folder} belongs to another fingerprint; {remedy}")
+            if not isinstance(manifest["report"], dict) or manifest["stage"] != folder.name.rpartition("-")[0]:
+                raise ArtifactError(f"{folder} is damaged (its manifest is none of this step); {remedy}")
             for name, entry in manifest["files"].items():
                 file = root / name
                 if not file.is_relative_to(root) or file.resolve() != file:  # "..", an absolute path, a link
                     raise ArtifactError(f"{folder} is damaged ({name} leads out of it, or is a link); {remedy}")
                 if file.stat().st_size != entry["size"]:
                     raise ArtifactError(f"{folder / name} is not the file that was stored (size); {remedy}")
+            if sealed not in (None, _seal(manifest)):  # the first artifacts have none
+                raise ArtifactError(f"{folder / MANIFEST} has changed since it was stored (checksum); {remedy}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"{folder} is damaged ({_reason(error)}); {remedy}") from None
         return Artifact(folder, manifest)
@@ -103,15 +110,19 @@ class Store:
         """Compare every file with the checksum it was stored with (remembered between runs).
 
         Raises:
-            ArtifactError: naming the file that changed.
+            ArtifactError: naming the file that changed, or that was added.
         """
-        for name, entry in artifact.manifest["files"].items():
-            if self.digests.file(artifact.folder / name) != entry.get("sha256"):
-                stage = artifact.manifest["stage"]
+        folder, files = artifact.folder, artifact.manifest["files"]
+        remedy = f"or run with --fresh {folder.name.rpartition('-')[0]}"
+        for name, entry in files.items():
+            if self.digests.file(folder / name) != entry.get("sha256"):
                 raise ArtifactError(
-                    f"{artifact.folder / name} has changed since it was stored (checksum); "
-                    f"delete {artifact.folder}, or run with --fresh {stage}"
+                    f"{folder / name} has changed since it was stored (checksum); delete {folder}, {remedy}"
                 )
+        known = {folder / name for name in (*files, MANIFEST)}
+        for place in _inside(folder):  # a stage that reads a folder would read what was put there later
+            if place not in known and not place.is_dir():
+                raise ArtifactError(f"{place} is no part of what was stored; move it elsewhere, {remedy}")
 
     def discard(self, stage: str, fingerprint: str) -> None:
         """Forget an artifact and whatever was begun of it; waits while another run makes it."""
@@ -119,8 +130,13 @@ class Store:
             return
         with self._locked(name_of(stage, fingerprint)), self.writing():
             for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
+                if folder.is_symlink():
+                    raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
+                gone = self._gone(name_of(stage, fingerprint))
+                shutil.rmtree(gone, ignore_errors=True)
                 if folder.exists():
-                    shutil.rmtree(folder)
+                    folder.rename(gone)
+                    shutil.rmtree(gone)
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
@@ -133,9 +149,11 @@ class Store:
         """
         partial = self._partial(stage, fingerprint)
         with self._locked(name_of(stage, fingerprint)):
-            if not self.folder(stage, fingerprint).exists():
+            if not (folder := self.folder(stage, fingerprint)).exists():
                 with self.writing():
                     partial.mkdir(exist_ok=True)
+            for left in (folder / CHECKPOINTS, self._gone(name_of(stage, fingerprint))):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 yield partial
             except SqftError:
@@ -158,7 +176,7 @@ class Store:
             for file in list(partial.rglob(pattern)):
                 file.unlink()
         entries, readable = {}, partial.stat().st_mode & 0o444
-        places = sorted(p for p in partial.rglob("*") if partial / CHECKPOINTS not in (p, *p.parents))
+        places = _inside(partial)
         for place in places:
             if place.is_symlink():
                 raise ArtifactError(
@@ -171,8 +189,8 @@ class Store:
             _sync(place)
             name = place.relative_to(partial).as_posix()
             entries[name] = {"size": place.stat().st_size, "sha256": self.digests.file(place)}
-        manifest = {"schema": SCHEMA, **manifest, "files": entries}
-        write_json(partial / MANIFEST, manifest)
+        manifest = json.loads(json.dumps({"schema": SCHEMA, **manifest, "files": entries}))  # as it will be read
+        write_json(partial / MANIFEST, manifest | {"checksum": _seal(manifest)})
         for folder in (*filter(Path.is_dir, places), partial):
             _sync(folder)
         folder = self.folder(manifest["stage"], manifest["fingerprint"])
@@ -201,11 +219,11 @@ class Store:
         with self._locked(name, wait=False) as free, self.writing():
             if not free or unless():
                 return False
-            gone = folder.with_name(f".pruned-{name}")  # a kill in the middle leaves no half of an artifact
+            gone = folder.with_name(self._gone(name).name)
             if gone != folder:
                 shutil.rmtree(gone, ignore_errors=True)
                 os.replace(folder, gone)
-            gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+            gone.unlink() if gone.is_symlink() else shutil.rmtree(gone, ignore_errors=not gone.exists())
         return True
 
     @contextmanager
@@ -227,13 +245,13 @@ class Store:
             yield free or wait
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, how: str = "written") -> Iterator[None]:
         """What the system refuses inside becomes a StageError that says what to do."""
         try:
             yield
         except OSError as error:
             raise StageError(
-                f"the store {self.root} cannot be written: {_reason(error)}; mend that, or name another with --store"
+                f"the store {self.root} cannot be {how}: {_reason(error)}; mend that, or name another with --store"
             ) from None
 
     def _is_full(self, error: Exception) -> bool:
@@ -246,10 +264,24 @@ class Store:
     def _partial(self, stage: str, fingerprint: str) -> Path:
         return self.artifacts / f".partial-{name_of(stage, fingerprint)}"
 
+    def _gone(self, name: str) -> Path:
+        """What a folder is called while it is deleted: a kill in the middle leaves no half of an artifact."""
+        return self.artifacts / f".gone-{name}"
+
 
 def name_of(stage: str, fingerprint: str) -> str:
     """The name of an artifact's folder."""
     return f"{stage}-{fingerprint[:12]}"
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The checksum of all else that a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _inside(folder: Path) -> list[Path]:
+    """All files and folders of an artifact, in order: those below `CHECKPOINTS` are no part of it."""
+    return sorted(place for place in folder.rglob("*") if folder / CHECKPOINTS not in (place, *place.parents))
 
 
 def write_json(path: Path, content: Any) -> None:

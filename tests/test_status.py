@@ -155,7 +155,7 @@ def test_nothing_is_deleted_while_a_run_cannot_be_read(store: Store, content: st
 
 def test_a_deletion_that_was_killed_is_finished(store: Store) -> None:
     folder = put(store)
-    folder.rename(folder.with_name(f".pruned-{folder.name}"))
+    folder.rename(folder.with_name(f".gone-{folder.name}"))
     held = only(store)
     assert held.state == "unfinished" and held.problem == "deleted in part"
     put(store)

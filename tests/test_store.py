@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from sqft.errors import ArtifactError, StageError
-from sqft.store import Artifact, Store, write_json
+from sqft.store import Artifact, Store, _seal, write_json
 
 PRINT = "0123456789abcdef" * 4
 START = "import os, signal, sys; from pathlib import Path; from sqft import store as s; st = s.Store(sys.argv[1])\n"
@@ -46,8 +47,10 @@ def make(store: Store) -> Artifact:
 
 
 def edit(artifact: Artifact, **changes: Any) -> None:
+    """Change a manifest as somebody would who seals it again."""
     path = artifact.folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | changes
+    path.write_text(json.dumps(manifest | {"checksum": _seal(manifest)}))
 
 
 @contextmanager
@@ -130,6 +133,8 @@ def test_the_disk_has_all_of_it_before_the_name(store: Store, monkeypatch: pytes
         ({"files": {"/etc/hostname": {"size": 3, "sha256": "x"}}}, "leads out of it"),
         ({"files": {"model/weights.bin": {}}}, "is damaged"),
         ({"files": ["choice.json"]}, "is damaged"),
+        ({"report": None}, "is damaged"),
+        ({"stage": "search"}, "is damaged"),
         ({"files": None}, "is damaged"),
     ],
 )
@@ -141,6 +146,27 @@ def test_a_manifest_that_is_not_right_is_refused_with_a_remedy(store: Store, cha
         store.find("merge", PRINT)
     assert str(artifact.folder) in str(caught.value)
     assert str(caught.value).endswith("; delete that folder, or run with --fresh merge")
+
+
+def test_a_manifest_that_was_edited_is_damage_and_one_without_a_seal_is_of_old(store: Store) -> None:
+    path = make(store).folder / "manifest.json"
+    path.write_text(path.read_text().replace('"sparsity": 0.5', '"sparsity": 0.7'))
+    with pytest.raises(ArtifactError, match=r"manifest\.json has changed since it was stored .*--fresh merge"):
+        store.find("merge", PRINT)
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert (found := store.find("merge", PRINT)) and found.report == {"sparsity": 0.7}
+
+
+@pytest.mark.parametrize("place", ["more.txt", "model/weights.bin2", "model/.more.safetensors", "below/more"])
+def test_verify_finds_what_was_added(store: Store, place: str) -> None:
+    """A stage that reads every .safetensors of a folder would read it."""
+    artifact = make(store)
+    (artifact.folder / place).parent.mkdir(exist_ok=True)
+    (artifact.folder / place).write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=rf"{place} is no part of what was stored; move it .*--fresh merge"):
+        store.verify(artifact)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"schema": 1', "\udcff", "[" * 100_000])
@@ -292,6 +318,35 @@ def test_discard_forgets_what_is_done_and_what_was_begun(store: Store) -> None:
         fill(scratch)
     store.discard("merge", PRINT)
     assert not scratch.exists()
+
+
+def test_killed_while_it_forgets_it_has_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of an artifact under its own name would be damage."""
+    artifact, rmtree = make(store), shutil.rmtree
+
+    def interrupted(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.discard("merge", PRINT)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert store.find("merge", PRINT) is None
+    again = make(store)
+    assert again.manifest == artifact.manifest
+    assert [p.name for p in store.artifacts.iterdir() if p.name != ".locks"] == [again.folder.name]
+
+
+def test_killed_before_checkpoints_are_gone_the_next_run_sees_to_it(store: Store) -> None:
+    artifact = make(store)
+    (artifact.folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (artifact.folder / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_bytes(b"x")
+    store.verify(artifact)
+    with store.begin("merge", PRINT):
+        pass
+    assert not (artifact.folder / "checkpoints").exists() and store.find("merge", PRINT) == artifact
 
 
 def test_discard_waits_for_a_run_that_makes_it(store: Store) -> None:

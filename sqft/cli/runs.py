@@ -252,7 +252,7 @@ def _finish(screen: Any, finished: Run, output: Path | None) -> None:
         result = output
     result = result.resolve()
     screen.print(f"result: {result}", highlight=False, markup=False)
-    screen.print(_how_to_load(result), highlight=False, markup=False)
+    screen.print(_how_to_load(result, finished), highlight=False, markup=False)
 
 
 def _copy(result: Path, output: Path) -> None:
@@ -287,9 +287,9 @@ def _only_gpu(device: str) -> str:
     return "cuda"
 
 
-def _how_to_load(result: Path) -> str:
+def _how_to_load(result: Path, run: Run) -> str:
     if (result / "adapter_config.json").is_file():
-        base = Path(json.loads((result / "adapter_config.json").read_text())["base_model_name_or_path"])
+        base = run.base().resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
         model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
         return (

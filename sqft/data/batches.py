@@ -85,7 +85,8 @@ def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, s
     if there < samples:
         raise DataError(
             f"{path} has {len(stream)} tokens, and {samples} windows of {length} need {samples * length}; "
-            f"set calibration.samples to at most {there}, shorten calibration.length, or give more text"
+            + (f"set calibration.samples to at most {there}, " if there else "")
+            + "shorten calibration.length, or give more text"
         )
     picks = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples]
     return stream[: there * length].reshape(there, length)[picks]

@@ -65,8 +65,11 @@ def _where(source: ModelSource) -> dict[str, Any]:
 
 
 def _first(error: Exception) -> str:
-    """The first line of what it says, or its name when it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first sentence of what it says, or its name when that is nothing or a bare key."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
 
 
 def load_folder(
@@ -80,16 +83,35 @@ def _load(
     where: dict[str, Any], dtype: str, trust_remote_code: bool, place: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     wanted = getattr(torch, dtype) if dtype != "auto" else "auto"
+    what = f"the tokenizer of {place}"
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             tokenizer = _tokenizer(where, trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=True
+            what = place
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told below, by name
+                output_loading_info=True,
             )
     except Exception as error:  # a file or config that transformers makes nothing of
-        raise StageError(f"transformers cannot load {place}: {_first(error)}") from error
+        raise StageError(f"transformers cannot load {what}: {_first(error)}") from error
+    if odd := sorted(found["mismatched_keys"]):
+        name, stored, expected = odd[0]
+        raise StageError(f"{place}: {name} is {list(stored)}, and config.json makes it {list(expected)}; copy it again")
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise StageError(f"{place} lacks {missing[0]}, which {type(model).__name__} has by config.json; copy it again")
     _forget_quantization(model)
+    # Tokens that were added besides may have no row (Gemma 3's of images): text does not make them.
+    ordinary = len(tokenizer) - len(tokenizer.get_added_vocab())
+    if ordinary > (rows := len(model.get_input_embeddings().weight)):
+        raise StageError(
+            f"{place}: the tokenizer knows {ordinary} tokens, and the model {rows}; bring the model's own "
+            "tokenizer, or give the model rows for all with resize_token_embeddings"
+        )
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
@@ -120,6 +142,8 @@ def _tokenizer(where: dict[str, Any], trust_remote_code: bool) -> PreTrainedToke
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:  # nothing else can stand for it: what pads is left out of generated text
+        raise ValueError("it has no end of sequence; name its eos_token in tokenizer_config.json")
     return tokenizer
 
 

@@ -116,7 +116,7 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
     if not layers:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
-    shapes = [shape_of(n, layer) for n, layer in layers.items()]
+    shapes = tuple(shape_of(n, layer) for n, layer in layers.items())
     space = adapter.space(shapes)
     checks.check_space(who, shapes, space)
     ranks = {member: group.ranks for group in space.groups for member in group.members}

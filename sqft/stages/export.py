@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from sqft.contracts import Exporter
-from sqft.errors import ArtifactError
+from sqft.errors import ArtifactError, ContractError
 from sqft.modeling.load import FolderReader
 from sqft.modeling.reader import FinishedModel
 from sqft.stages.base import Context
@@ -17,7 +18,14 @@ def run(context: Context) -> dict[str, Any]:
     folder = context.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed try left
     folder.mkdir()
-    context.component(Exporter).export(_model(context), folder)
+    model = _model(context)
+    before = _states(model.folder)
+    context.component(Exporter).export(model, folder)
+    if odd := [place for place, state in before ^ _states(model.folder)]:
+        raise ContractError(
+            f"{context.who(Exporter)} changed {min(odd)}, a part of the model it was to export; "
+            "make that again with --fresh"
+        )
     return {"exporter": context.component(Exporter).name}
 
 
@@ -28,6 +36,10 @@ def prove(context: Context) -> None:
         raise ArtifactError(f"export ({who}) wrote nothing")
     source, written = _model(context), FolderReader(folder)
     known = set(source.names())
+    try:
+        written.names()
+    except ArtifactError as error:
+        raise ArtifactError(f"export ({who}): {error}") from None
     for name, tensor in written.tensors():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ArtifactError(
@@ -37,6 +49,12 @@ def prove(context: Context) -> None:
             lost = int(((original == 0) & (tensor != 0)).sum())
             if lost:
                 raise ArtifactError(f"export ({who}): {lost} zeros of {name} are not zero any more")
+
+
+def _states(folder: Path) -> set[tuple[Path, tuple[int, int, int]]]:
+    """What of every file below a folder shows that it was written to."""
+    files = [place for place in folder.rglob("*") if place.is_file()]
+    return {(file, ((state := file.stat()).st_size, state.st_mtime_ns, state.st_ino)) for file in files}
 
 
 def _model(context: Context) -> FinishedModel:

@@ -68,7 +68,7 @@ def run(context: Context) -> dict[str, Any]:
     losses = [entry for entry in state.log_history if "loss" in entry]
     store_deltas(tuned, context.folder)
     with (context.folder / "log.jsonl").open("w") as stream:
-        stream.writelines(json.dumps(entry) + "\n" for entry in losses)
+        stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in losses)
     tail = losses[-10:]
     return {
         "trainable": tuned.trainable,

@@ -53,6 +53,7 @@ def run(context: Context) -> dict[str, Any]:
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         result = quantizer.quantize(weight, mask, stats)
         checks.check_unchanged(who, name, kept, weight)
+        checks.check_unchanged(who, name, kept != 0, mask, "the mask")
         checks.check_quantized(who, name, result, kept, mask)
         value = dequantize(result)
         linear.weight.data.copy_(value)

@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, Any]:
     }
     if not layers:
         raise StageError("sparsify.include matches no linear layer of the model's decoder blocks")
-    shapes = [shape_of(name, linear) for name, linear in layers.items()]
+    shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
     allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
     checks.check_allocation(context.who(Allocator), shapes, allocation)

@@ -1,0 +1,66 @@
+"""Two runs at once in one store: both succeed, and what they share is made once."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def made(stage: str, *runs: Any) -> int:
+    return sum(f"] {stage}: done in" in ended.said for ended in runs)
+
+
+def test_the_same_recipe_twice(nursery: Any, content: Any, recipe: Path, tmp_path: Path) -> None:
+    command = ["run", recipe, "--store", tmp_path / "store"]
+    both = nursery.together(command, command)
+    assert [ended.status for ended in both] == [0, 0], "\n".join(ended.said for ended in both)
+    for stage in ("sparsify", "quantize", "finetune", "search", "merge", "export", "evaluate:merge"):
+        assert made(stage, *both) == 1, stage
+    alone = nursery.run("run", recipe, "--store", tmp_path / "alone")
+    assert alone.status == 0 and content(tmp_path / "store") == content(tmp_path / "alone")
+    (folder,) = (tmp_path / "store" / "runs").iterdir()
+    assert json.loads((folder / "report.json").read_text())["rows"]
+
+
+def test_recipes_that_share_the_sparse_base(nursery: Any, raw: dict[str, Any], tmp_path: Path) -> None:
+    for section in ("search", "merge", "evaluate"):
+        raw.pop(section)
+    recipes = []
+    for number, adapter in enumerate([{"name": "lora", "options": {"rank": 4}}, raw["finetune"]["adapter"]]):
+        raw["finetune"]["adapter"] = adapter
+        recipes.append(tmp_path / f"{number}.json")
+        recipes[-1].write_text(json.dumps(raw))
+    store = tmp_path / "store"
+    both = nursery.together(*(["run", recipe, "--store", store] for recipe in recipes))
+    assert [ended.status for ended in both] == [0, 0], "\n".join(ended.said for ended in both)
+    assert made("sparsify", *both) == 1 and made("finetune", *both) == 2
+    assert len(list(store.glob("artifacts/sparsify-*"))) == 1
+
+
+def test_the_one_that_waits_goes_on_where_the_other_was_killed(nursery: Any, recipe: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert nursery.run("run", recipe, "--store", store, "--until", "quantize").status == 0
+    command = ["run", recipe, "--store", store, "--until", "finetune"]
+    alone = nursery.run(*command[:-3], tmp_path / "alone", *command[-2:], stage="finetune")
+    killed, other = nursery.together(command, command, stage="finetune", first={"at": alone.changes // 2})
+    assert other.status == 0, other.said
+    assert made("finetune", killed, other) == 1
+    if killed.status != 0:  # else the other came first
+        assert killed.status == -signal.SIGKILL and "resuming fine-tuning" in other.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sparsify", "finetune"])
+def test_one_begins_afresh_while_the_other_reuses(nursery: Any, recipe: Path, tmp_path: Path, stage: str) -> None:
+    """Artifacts vanish under a run that builds on them: it succeeds, or says in a message what happened."""
+    store = tmp_path / "store"
+    assert nursery.run("run", recipe, "--store", store).status == 0
+    command = ["run", recipe, "--store", store]
+    fresh, other = nursery.together([*command, "--fresh", stage], [*command, "--fresh", "search"])
+    assert fresh.status == 0, fresh.said
+    assert other.status in (0, 2) and "Traceback" not in other.said, other.said
+    assert nursery.run(*command).status == 0

@@ -1,0 +1,123 @@
+"""A disk that is full or may not be written: one message, status 2; the same command goes on once that is mended."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LARGE = 64 << 20
+
+
+class Disk:
+    """A file system of its own in memory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.store = place, place / "store"
+
+    def mount(self, options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    def leave(self, room: int) -> None:
+        """Fill all but so many bytes."""
+        free = shutil.disk_usage(self.place).free
+        (self.place / "filler").write_bytes(b"\1" * max(0, free - room))
+
+    def clear(self) -> None:
+        (self.place / "filler").unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    disk = Disk(place)
+    disk.mount(f"size={LARGE}")
+    yield disk
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def told(ended: Any, *words: str) -> None:
+    assert ended.status == 2, f"{ended.status}: {ended.said}"
+    assert len(re.findall("(?m)^error: ", ended.said)) == 1 and "Traceback" not in ended.said, ended.said
+    message = ended.said.partition("error: ")[2]
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [
+        ("sparsify", 0.5),
+        ("finetune", 0.1),
+        *(
+            pytest.param(stage, share, marks=pytest.mark.slow)
+            for stage in ("sparsify", "quantize", "finetune", "search", "merge", "export", "evaluate")
+            for share in (0.0, 0.4, 0.97)
+        ),
+    ],
+)
+def test_full(nursery: Any, content: Any, disk: Disk, recipe: Path, tmp_path: Path, stage: str, share: float) -> None:
+    """The disk fills up while a stage works, with a share of what the stage needs still free."""
+    stages = ["sparsify", "quantize", "finetune", "search", "merge", "export", "evaluate"]
+    command = ["run", recipe, "--store", disk.store, "--until"]
+    if before := stages[: stages.index(stage)]:
+        assert nursery.run(*command, before[-1]).status == 0
+    whole = tmp_path / "whole"
+    if before:
+        shutil.copytree(disk.store, whole)
+    undisturbed = nursery.run("run", recipe, "--store", whole, "--until", stage)
+    assert undisturbed.status == 0, undisturbed.said
+    known = content(disk.store)
+    (made,) = whole.glob(f"artifacts/{stage}-*")
+    disk.leave(int(share * sum(-(-f.stat().st_size // 4096) * 4096 for f in made.rglob("*"))))
+    ended = nursery.run(*command, stage, blind=True)
+    told(ended, str(disk.store), "--store")
+    assert content(disk.store) == known
+    disk.clear()
+    again = nursery.run(*command, stage)
+    assert again.status == 0, again.said
+    assert content(disk.store) == content(whole)
+
+
+def test_too_little_room_is_seen_before_anything_is_done(nursery: Any, disk: Disk, recipe: Path) -> None:
+    disk.leave(1 << 14)
+    told(nursery.run("run", recipe, "--store", disk.store), "needs about", "free; make room", "--store")
+    assert not list(disk.store.glob("artifacts/*"))
+
+
+def test_read_only(nursery: Any, content: Any, disk: Disk, recipe: Path) -> None:
+    command = ["run", recipe, "--store", disk.store]
+    disk.mount(f"remount,ro,size={LARGE}")
+    told(nursery.run(*command), "cannot be written: Read-only file system", "--store")
+    disk.mount(f"remount,rw,size={LARGE}")
+    assert nursery.run(*command, "--until", "sparsify").status == 0
+    known = content(disk.store)
+    disk.mount(f"remount,ro,size={LARGE}")
+    plan = nursery.run("plan", recipe, "--store", disk.store)
+    assert plan.status == 0 and "reuse" in plan.said, plan.said
+    for more in ([], ["--until", "sparsify"], ["--fresh", "sparsify"]):
+        told(nursery.run(*command, *more), "cannot be written: Read-only file system", "--store")
+    assert content(disk.store) == known
+    disk.mount(f"remount,rw,size={LARGE}")
+    assert nursery.run(*command).status == 0
+
+
+@pytest.mark.parametrize("ready", [lambda disk: disk.leave(1 << 14), lambda disk: disk.mount("remount,ro,size=64m")])
+def test_the_output(nursery: Any, disk: Disk, recipe: Path, tmp_path: Path, ready: Callable[[Disk], None]) -> None:
+    store = tmp_path / "store"
+    command = ["run", recipe, "--store", store, "--until", "sparsify", "--output", disk.place / "model"]
+    ready(disk)
+    told(nursery.run(*command), f"--output {disk.place / 'model'} cannot be written", f"the result stays in {store}")
+    assert {file.name for file in disk.place.iterdir()} <= {"filler"}
+    disk.mount(f"remount,rw,size={LARGE}")
+    (disk.place / "filler").unlink(missing_ok=True)
+    ended = nursery.run(*command)
+    assert ended.status == 0 and (disk.place / "model" / "model.safetensors").is_file(), ended.said
