@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.data.prompts import Record, read_records
+from sqft.data.records import Record, read_records
 from sqft.errors import ArtifactError, DataError, RecipeError, SqftError
 from sqft.modeling.checkpoint import read_quantized
 from sqft.plan import Plan
