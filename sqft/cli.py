@@ -23,6 +23,7 @@ import click
 import sqft
 from sqft.contracts import KINDS
 from sqft.errors import SqftError
+from sqft.processes import processes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,11 +36,17 @@ def explained(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except SqftError as error:
-            click.echo(f"error: {error}", err=True)
+            if processes().speaks():
+                click.echo(f"error: {error}", err=True)
             sys.exit(2)
+        except Exception:
+            if processes().speaks():
+                raise
+            sys.exit(1)
         except KeyboardInterrupt:
             words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
-            click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
+            if processes().first:
+                click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
             sys.exit(130)
 
     return wrapper  # type: ignore[return-value]
@@ -113,6 +120,8 @@ def run(
     device = _only_gpu(device)
     orchestrator = Orchestrator(Registry.discover(disable), store, device, tracker(console))
     finished = orchestrator.run(orchestrator.load(recipe, changes), until, fresh)
+    if not processes().first:
+        return
     _show_table(console, finished.report)
     console.print(f"report: {finished.folder / 'report.md'}", highlight=False, markup=False)
     result = finished.result()
@@ -258,6 +267,7 @@ def _only_gpu(device: str) -> str:
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return device
+    index = index or os.environ.get("LOCAL_RANK", "")  # of several processes, each has its own
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = visible.split(",") if visible is not None else None
     number = int(index) if index.isdecimal() else 0

@@ -22,6 +22,7 @@ from sqft.errors import ArtifactError, Problem, RecipeError, StageError
 from sqft.mistakes import related
 from sqft.plan import Plan, Step, human
 from sqft.planner import make_plan
+from sqft.processes import processes
 from sqft.progress import Track, silent
 from sqft.recipe import Recipe
 from sqft.registry import Registry
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("sqft")
+TOGETHER = ("finetune",)
+"""Stages that all processes of a run make together; the first one makes the others."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Orchestrator:
             "cpu" if device == "cpu:0" else device,
             track,
         )
+        self.processes = processes()
 
     def plan(self, recipe: Recipe) -> Plan:
         """What a recipe will do here, and which of it is done already. Loads no model.
@@ -156,11 +160,14 @@ class Orchestrator:
             SqftError: when something is the user's to mend. Finished steps stay, a killed one resumes.
         """
         steps = self._until(plan, until)
-        if fresh:
-            self._discard(plan, fresh)
-        self._check_disk(steps)
+        if self.processes.first:
+            if fresh:
+                self._discard(plan, fresh)
+            self._check_disk(steps)
+            self._check_model(plan, steps)
         self._check_device()
-        self._check_model(plan, steps)
+        self._check_batch(steps)
+        self.processes.agree(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
@@ -172,16 +179,18 @@ class Orchestrator:
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, self._standing(plan, outcomes))
-            links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
-            finished = datetime.now(UTC).isoformat(timespec="seconds")
-            with self.store.writing():
-                write_json(folder / "report.json", report)
-                (folder / "report.md").write_text(report_markdown(report), "utf-8")
-                write_json(
-                    folder / "run.json",
-                    {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
-                )
+            if self.processes.first:
+                self._write_report(folder, report, outcomes, started)
         return Run(plan, folder, outcomes, report)
+
+    def _write_report(self, folder: Path, report: dict[str, Any], outcomes: dict[str, Outcome], started: str) -> None:
+        links = {name: str(outcome.folder) for name, outcome in outcomes.items()}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        with self.store.writing():
+            write_json(folder / "report.json", report)
+            (folder / "report.md").write_text(report_markdown(report), "utf-8")
+            content = {"started": started, "finished": finished, "versions": versions(), "artifacts": links}
+            write_json(folder / "run.json", content)
 
     def _standing(self, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Artifact]:
         """Every artifact of the plan that stands, those of steps beyond `until` too."""
@@ -192,18 +201,20 @@ class Orchestrator:
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
         """The step's artifact: found, or made, proved and committed."""
+        if not self.processes.first:
+            return self._follow(plan, step, inputs)
         with self.store.begin(step.stage, step.fingerprint) as scratch:
             found = self.store.find(step.stage, step.fingerprint)
             if found:
                 self.store.verify(found)
                 log.info("%s: reused %s", label, found.folder.name)
+                self.processes.tell("stands")
                 return found
-            from sqft.stages.base import Context
-
             log.info("%s", label)
             self._notify("sqft_stage_started", step=step)
-            stage = importlib.import_module(f"sqft.stages.{step.stage}")
-            context = Context(plan, step, inputs, scratch, self.device, self.track)
+            stage, context = self._stage(plan, step, inputs, scratch)
+            if step.stage in TOGETHER:
+                self.processes.tell("together")
             start = time.monotonic()
             with peak_memory() as peak:
                 report = stage.run(context)
@@ -220,6 +231,7 @@ class Orchestrator:
                     "components": {kind: part.identity for kind, part in step.parts.items()},
                     "versions": versions(),
                     "device": self.device,
+                    "processes": self.processes.count if step.stage in TOGETHER else 1,
                     "seconds": seconds,
                     "proof_seconds": proof,
                     "peak_memory": peak[0],
@@ -227,7 +239,30 @@ class Orchestrator:
                 },
             )
             log.info("%s: done in %.0f s, peak %s", label, seconds, human(peak[0]))
+            self.processes.tell("stands")
             return artifact
+
+    def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact]) -> Artifact:
+        """Take part in the step if all make it together; its artifact once the first process says that it stands."""
+        if self.processes.hear() == "together":
+            stage, context = self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint))
+            stage.run(context)
+            self.processes.hear()
+        found = self.store.find(step.stage, step.fingerprint)
+        if found is None:
+            raise StageError(
+                f"process {self.processes.rank} does not see what the first one stored in {self.store.root}; "
+                "all processes need the same store"
+            )
+        return found
+
+    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], scratch: Path) -> tuple[Any, Any]:
+        """A step's module, imported only now, and its context."""
+        from sqft.stages.base import Context
+
+        stage = importlib.import_module(f"sqft.stages.{step.stage}")
+        track = self.track if self.processes.first else silent
+        return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes)
 
     def _until(self, plan: Plan, until: str | None) -> list[Step]:
         if until is None:
@@ -281,6 +316,15 @@ class Orchestrator:
                 "meant (`sqft run --device cuda:1` does so) and name it cuda"
             )
 
+    def _check_batch(self, steps: list[Step]) -> None:
+        for step in steps:
+            batch = getattr(step.section, "batch_size", 0)
+            if step.stage in TOGETHER and batch < self.processes.count:
+                raise StageError(
+                    f"{step.stage}.batch_size: {batch} examples are too few for {self.processes.count} processes, "
+                    "which share them; raise it, or start fewer processes"
+                )
+
     def _check_model(self, plan: Plan, steps: list[Step]) -> None:
         """Hold the plan against the model's own modules, when there is anything left to do."""
         if not all(map(self._is_done, steps)):
@@ -293,6 +337,8 @@ class Orchestrator:
         folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
         with self.store.writing():
             folder.mkdir(parents=True, exist_ok=True)
+            if not self.processes.first:
+                return folder
             write_json(folder / "recipe.json", plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
             write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
         return folder

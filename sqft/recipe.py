@@ -144,7 +144,7 @@ class Finetune(Section):
     data: DataRef
     epochs: Annotated[float, Field(gt=0)] = 3.0
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Count = 16
+    batch_size: Count = Field(16, description="examples in a batch, of all processes together")
     gradient_accumulation: Count = Field(1, description="batches a step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4

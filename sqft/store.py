@@ -114,7 +114,7 @@ class Store:
         if not self.artifacts.is_dir():
             return
         with self._locked(stage, fingerprint), self.writing():
-            for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
+            for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
                 if folder.exists():
                     shutil.rmtree(folder)
 
@@ -127,7 +127,7 @@ class Store:
         Raises:
             StageError: when the store cannot be written, or its disk is full before the work is done.
         """
-        partial = self._partial(stage, fingerprint)
+        partial = self.partial(stage, fingerprint)
         with self._locked(stage, fingerprint):
             if not self.folder(stage, fingerprint).exists():
                 with self.writing():
@@ -209,7 +209,8 @@ class Store:
             return error.errno in (errno.ENOSPC, errno.EDQUOT)
         return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < 1 << 20
 
-    def _partial(self, stage: str, fingerprint: str) -> Path:
+    def partial(self, stage: str, fingerprint: str) -> Path:
+        """Where an artifact is in the making: for the holder of its lock, and processes that it asked to help."""
         return self.artifacts / f".partial-{stage}-{fingerprint[:12]}"
 
 

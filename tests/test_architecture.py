@@ -11,12 +11,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASIC = {"errors", "contracts"}
-PLANNING = BASIC | {"hookspecs", "registry", "recipe", "source", "plan", "planner", "store", "progress", "report"}
+PLANNING = BASIC | {
+    "hookspecs",
+    "registry",
+    "recipe",
+    "source",
+    "plan",
+    "planner",
+    "store",
+    "progress",
+    "processes",
+    "report",
+}
 DEEP = PLANNING | {"kernels", "data", "modeling", "checks", "folders"}
 MAY: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
     "progress": set(),
+    "processes": {"errors"},
     "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
     "api": {"contracts", "errors", "folders", "hookspecs"},
     "folders": {"contracts", "source"},

@@ -26,6 +26,9 @@ class CompletionLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
+        """torch's word for: every process has these already, and no forward sends packed codes around."""
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(

@@ -17,6 +17,7 @@ from sqft.data.batches import calibration_windows
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
+from sqft.processes import Processes
 from sqft.progress import Track
 from sqft.store import Artifact
 
@@ -34,6 +35,7 @@ class Context:
     folder: Path
     device: str
     track: Track
+    processes: Processes
 
     @property
     def seed(self) -> int:

@@ -18,7 +18,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from sqft import Orchestrator, Recipe, Registry
-import sqft.stages.finetune as finetune, sqft.stages.search as search
+import sqft.modeling.resume as resume, sqft.stages.finetune as finetune, sqft.stages.search as search
 
 where, at = sys.argv[3], int(sys.argv[4])
 
@@ -38,8 +38,8 @@ elif where == "checkpoint":  # written, but not sealed, and one file cut short a
             file.write_bytes(file.read_bytes()[:100])
             die()
         sealed(folder)
-    sealed = finetune._seal
-    finetune._seal = seal
+    sealed = resume.seal
+    resume.seal = seal
 elif where == "proof":  # trained to the end, not yet an artifact
     finetune.prove = lambda context: die()
 elif where == "trial":
