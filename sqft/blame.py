@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,25 @@ from sqft.registry import Entry
 
 PASSED_OVER = ("sqft.contracts", "sqft.kernels")
 """Rooms of ours that components call on their own behalf."""
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Inside, what sqft logs is also in this file, and the traceback of what is raised."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("sqft")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception as error:  # the screen shows a message; the file keeps where it came from
+        where = (type(error), error, error.__traceback__)
+        handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 from sqft.recipe import ComponentRef, Section
 from sqft.registry import digest_files
 
-WITHOUT_EFFECT = {"save_every"}
-"""Settings that change when work is saved, not what comes out."""
+WITHOUT_EFFECT = {"save_every", "report_to", "logging_dir"}
+"""Settings that change when work is saved and who hears of it, not what comes out."""
 
 
 def fingerprint_of(stage: str, section: Section, **content: Any) -> str:

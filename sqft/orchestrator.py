@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqft
-from sqft.blame import blaming
+from sqft.blame import blaming, logged
 from sqft.errors import ArtifactError, Problem, RecipeError, StageError
 from sqft.mistakes import related
 from sqft.plan import Plan, Step, human
 from sqft.planner import make_plan
 from sqft.processes import processes
 from sqft.progress import Track, silent
-from sqft.recipe import Recipe
+from sqft.recipe import Finetune, Recipe
 from sqft.registry import Registry
 from sqft.report import make_report, report_markdown
 from sqft.store import Artifact, Store, write_json
@@ -166,12 +166,12 @@ class Orchestrator:
             self._check_disk(steps)
             self._check_model(plan, steps)
         self._check_device()
-        self._check_batch(steps)
+        self._check_training(steps)
         self.processes.agree(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
-        with blaming(entries, folder / "run.log"), _log_file(folder / "run.log"):
+        with blaming(entries, folder / "run.log"), logged(folder / "run.log"):
             started = datetime.now(UTC).isoformat(timespec="seconds")
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
@@ -316,12 +316,19 @@ class Orchestrator:
                 "meant (`sqft run --device cuda:1` does so) and name it cuda"
             )
 
-    def _check_batch(self, steps: list[Step]) -> None:
+    def _check_training(self, steps: list[Step]) -> None:
+        """What training needs of the device and of the processes, before anything is made."""
         for step in steps:
-            batch = getattr(step.section, "batch_size", 0)
-            if step.stage in TOGETHER and batch < self.processes.count:
+            if not isinstance(step.section, Finetune) or self._is_done(step):
+                continue
+            if self.device == "cpu" and step.section.precision == "float16":
                 raise StageError(
-                    f"{step.stage}.batch_size: {batch} examples are too few for {self.processes.count} processes, "
+                    "finetune.precision: float16 loses small gradients unless the loss is scaled, which needs an "
+                    "accelerator; on the CPU use bfloat16 or float32"
+                )
+            if (batch := step.section.batch_size) < self.processes.count:
+                raise StageError(
+                    f"finetune.batch_size: {batch} examples are too few for {self.processes.count} processes, "
                     "which share them; raise it, or start fewer processes"
                 )
 
@@ -361,24 +368,6 @@ def _step_json(step: Step) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The versions a result was made with."""
     return {"sqft": sqft.__version__} | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("sqft")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    except Exception as error:  # the screen shows a message; the file keeps where it came from
-        where = (type(error), error, error.__traceback__)
-        handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 @contextmanager

@@ -163,8 +163,9 @@ class _Planner(Fitting):
                 self._problem("finetune.adapter", said)
         files = {"data": self._records(section.data, "finetune.data")}
         section = self._within_window(section, "max_length", "finetune")
-        if section.steps and section.warmup_steps >= section.steps:
-            self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
+        if section.validation:
+            files["validation"] = self._records(section.validation, "finetune.validation")
+        self._training_fits(section)
         _, size = self._weights()
         memory = size + 16 * trained + (activation_bytes(self.source, section) if self.source else 0) + (1 << 29)
         self._add(

@@ -121,6 +121,9 @@ def _short_data(value: Any) -> Any:
 DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
+
+
 class Finetune(Section):
     """How a low-rank delta is trained, and which merger defines the effective weight."""
 
@@ -148,16 +151,45 @@ class Finetune(Section):
     gradient_accumulation: Count = Field(1, description="batches a step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
+    ] = Field("linear", description="how the learning rate goes on after warm-up; transformers' names")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_ratio: Fraction = Field(0.0, description="fraction of all steps in which it rises, instead of warmup_steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's; a grid's scales do not decay")
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients")
+    adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of their squares")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's addition to the denominator")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
     max_length: Annotated[int, Field(ge=8)] = Field(
         512, description="tokens; longer examples are cut at the left, a longer {text} is several"
     )
     loss_on: Literal["completion", "all"] = "completion"
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
+    precision: DTYPES = Field(
+        "float32", description="compute precision (autocast); float16 scales its losses and needs an accelerator"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="of fine-tuning alone: first deltas, order of the data, ranks, dropout; else the recipe's"
+    )
+    validation: DataRef | None = Field(
+        None, description="records whose mean loss a label is taken while training, at the largest ranks"
+    )
+    evaluate_every: Count = Field(50, description="optimizer steps between two looks at validation; the last counts")
+    patience: Count | None = Field(
+        None,
+        description="stop after so many looks at validation in a row without a lower loss; the deltas of the lowest "
+        "are kept, and without patience the last",
+    )
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
+    report_to: tuple[Tracker, ...] = Field((), description="trackers that get each step's loss; transformers' names")
+    logging_dir: str | None = Field(
+        None, description="folder of tensorboard's files; else logs/ in the artifact of this step"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
 
 class Search(Section):
@@ -353,7 +385,7 @@ def _apply(raw: Any, change: str, source: str) -> None:
                 here = here[int(part)]
                 continue
             if isinstance(here.get(part), str):  # the short forms grow into what they are short for
-                here[part] = {"path" if part == "data" else "name": here[part]}
+                here[part] = {"path" if part in ("data", "validation") else "name": here[part]}
             here = here.setdefault(part, {})
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])

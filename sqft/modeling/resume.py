@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
+from sqft.modeling.training import Best, DeltaTrainer
 from sqft.processes import Processes
 from sqft.source import Digests
 from sqft.store import write_json
@@ -35,7 +36,7 @@ class Sealing(TrainerCallback):
             seal(folder)
 
 
-def resume(trainer: Trainer, newest: Path | None) -> TrainerState:
+def resume(trainer: DeltaTrainer, best: Best, newest: Path | None) -> TrainerState:
     """Train from the newest checkpoint to the end; what Trainer then knows of the run.
 
     A checkpoint of the last step is only read: Trainer would take one step more from it.
@@ -43,7 +44,8 @@ def resume(trainer: Trainer, newest: Path | None) -> TrainerState:
     if newest:
         log.info("resuming fine-tuning from %s", newest.name)
         state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
+        best.load(newest)
+        if state.global_step >= state.max_steps or best.stops:
             trainer.model.load_state_dict(load_file(newest / "model.safetensors"))
             return state
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)

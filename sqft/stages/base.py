@@ -39,7 +39,8 @@ class Context:
 
     @property
     def seed(self) -> int:
-        return self.plan.recipe.seed
+        own: int | None = getattr(self.step.section, "seed", None)
+        return self.plan.recipe.seed if own is None else own
 
     def seed_for(self, *names: object) -> int:
         """A seed of 63 bits for one use: a pure function of the recipe's seed and these names."""

@@ -10,19 +10,19 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from sqft import checks
 from sqft.contracts import Adapter, Merger
 from sqft.data.batches import Collator
-from sqft.data.prompts import encode_all, read_records
+from sqft.data.prompts import Encoded, Example, encode_all, read_records
 from sqft.errors import ArtifactError, ContractError
 from sqft.modeling.loss import CompletionLoss
 from sqft.modeling.resume import Sealing, newest_complete, resume
-from sqft.modeling.training import DeltaTrainer, FiniteLoss, Share, arguments
+from sqft.modeling.training import Best, DeltaTrainer, FiniteLoss, Share, arguments
 from sqft.modeling.tuning import Tuned, build, restore, store_deltas
 from sqft.modeling.weights import FrozenWeight
-from sqft.recipe import Finetune
+from sqft.recipe import Data, Finetune
 from sqft.stages.base import Context, log
 from sqft.store import CHECKPOINTS
 
@@ -31,40 +31,41 @@ def run(context: Context) -> dict[str, Any]:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = cast(Finetune, context.step.section)
     tuned = build(context.plan, context.base(), context.seed_for("adapter"), context.device)
-    records = read_records(context.step.files["data"], section.data.limit)
-    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
-    if encoded.truncated:
-        log.warning("%d of %d examples were cut to %d tokens", encoded.truncated, len(records), section.max_length)
+    encoded = _encode(context, tuned, "data", section.data)
+    validation = _encode(context, tuned, "validation", section.validation).examples if section.validation else None
     layer = next(iter(tuned.adapted.values()))
     if layer.merger.merges and layer.dropout.p > 0:
         log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
     if section.gradient_checkpointing:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_first_combine(context, tuned)
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded.examples]
     progress = _Progress(context)
     frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
     with context.processes.together(context.device):
-        newest, state = _train(context, tuned, examples, progress)
+        newest, state, best = _train(context, tuned, encoded.examples, validation, progress)
     for name, layer in tuned.adapted.items():
         if _checksum(layer.base) != frozen[name]:
             raise ContractError(f"{context.who(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
+    looks = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     if context.processes.first:
         store_deltas(tuned, context.folder)
         with (context.folder / "log.jsonl").open("w") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in losses)
+            stream.writelines(
+                json.dumps(entry) + "\n" for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}
+            )
     tail = losses[-10:]
     return {
         "trainable": tuned.trainable,
         "steps": state.global_step,
-        "examples": len(examples),
+        "examples": len(encoded.examples),
         "truncated": encoded.truncated,
         "tokens_cut": encoded.tokens_cut,
         "loss_first": losses[0]["loss"],
         "loss_last": sum(entry["loss"] for entry in tail) / len(tail),
         "step_seconds": statistics.median(progress.times) if progress.times else None,
         "resumed_from": newest.name if newest else None,
+        **({"validation_losses": looks, "best_step": best.step} if looks else {}),
     }
 
 
@@ -81,22 +82,42 @@ def prove(context: Context) -> None:
             checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
 
 
+def _encode(context: Context, tuned: Tuned, name: str, data: Data) -> Encoded:
+    """The records of one of the section's files as tokens."""
+    section = cast(Finetune, context.step.section)
+    records = read_records(context.step.files[name], data.limit)
+    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
+    if encoded.truncated:
+        log.warning(
+            "finetune.%s: %d of %d examples were cut to %d tokens",
+            name, encoded.truncated, len(records), section.max_length,
+        )  # fmt: skip
+    return encoded
+
+
 def _train(
-    context: Context, tuned: Tuned, examples: list[dict[str, Any]], progress: _Progress
-) -> tuple[Path | None, TrainerState]:
-    """The checkpoint that training went on from, if there was one, and what Trainer knows at its end."""
+    context: Context, tuned: Tuned, examples: list[Example], validation: list[Example] | None, progress: _Progress
+) -> tuple[Path | None, TrainerState, Best]:
+    """The checkpoint that training went on from, if there was one, what Trainer knows at its end, and the best look."""
     section, processes = cast(Finetune, context.step.section), context.processes
-    checkpoints = context.folder / CHECKPOINTS
+    checkpoints, model = context.folder / CHECKPOINTS, CompletionLoss(tuned.model)
+    best = Best(model, section.patience, processes)
+    logs = context.plan.recipe.resolve(section.logging_dir) if section.logging_dir else context.folder / "logs"
     trainer = DeltaTrainer(
-        model=CompletionLoss(tuned.model),
+        tuned,
+        processes,
+        logs,
+        model=model,
         args=arguments(section, checkpoints, context.seed, context.device),
-        train_dataset=examples,
+        train_dataset=[{"input_ids": e.input_ids, "labels": e.labels} for e in examples],
+        eval_dataset=validation,
         data_collator=Share(Collator(tuned.tokenizer.pad_token_id), processes),
-        callbacks=[_RankSampler(context, tuned), progress, FiniteLoss(), Sealing(processes)],
+        callbacks=[_RankSampler(context, tuned), progress, FiniteLoss(), best, Sealing(processes)],
     )
-    trainer.remove_callback(PrinterCallback)
     newest = newest_complete(checkpoints, processes)
-    return newest, resume(trainer, newest)
+    state = resume(trainer, best, newest)
+    best.restore()
+    return newest, state, best
 
 
 def _checksum(weight: FrozenWeight) -> int:
