@@ -21,7 +21,13 @@ from sqft.errors import StageError
 
 POLL = 0.05  # seconds between two looks for a word
 GRACE = 5.0  # seconds for the process that failed first to say why
-LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL")
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+)
 """What torch's collectives say when a process at their other end is gone."""
 
 

@@ -165,6 +165,9 @@ class Finetune(Section):
         512, description="tokens; longer examples are cut at the left, a longer {text} is several"
     )
     loss_on: Literal["completion", "all"] = "completion"
+    loss_chunk: Count | None = Field(
+        None, description="labels whose logits are made at a time, and again in the backward pass; else all at once"
+    )
     precision: DTYPES = Field(
         "float32", description="compute precision (autocast); float16 scales its losses and needs an accelerator"
     )
@@ -177,14 +180,11 @@ class Finetune(Section):
     evaluate_every: Count = Field(50, description="optimizer steps between two looks at validation; the last counts")
     patience: Count | None = Field(
         None,
-        description="stop after so many looks at validation in a row without a lower loss; the deltas of the lowest "
-        "are kept, and without patience the last",
+        description="looks at validation in a row without a lower loss that end training; keeps the best deltas",
     )
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
     report_to: tuple[Tracker, ...] = Field((), description="trackers that get each step's loss; transformers' names")
-    logging_dir: str | None = Field(
-        None, description="folder of tensorboard's files; else logs/ in the artifact of this step"
-    )
+    logging_dir: str | None = Field(None, description="folder of tensorboard's files; else logs/ in the artifact")
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -100,7 +100,9 @@ def _train(
 ) -> tuple[Path | None, TrainerState, Best]:
     """The checkpoint that training went on from, if there was one, what Trainer knows at its end, and the best look."""
     section, processes = cast(Finetune, context.step.section), context.processes
-    checkpoints, model = context.folder / CHECKPOINTS, CompletionLoss(tuned.model)
+    checkpoints, model = context.folder / CHECKPOINTS, CompletionLoss(tuned.model, section.loss_chunk)
+    if section.loss_chunk:
+        model.check_head(torch.tensor([examples[0].input_ids[:64]], device=tuned.model.device))
     best = Best(model, section.patience, processes)
     logs = context.plan.recipe.resolve(section.logging_dir) if section.logging_dir else context.folder / "logs"
     trainer = DeltaTrainer(

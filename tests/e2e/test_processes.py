@@ -54,11 +54,13 @@ def deltas(folder: Path, store: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def folder(raw: dict[str, Any], tmp_path: Path) -> Path:
-    """A recipe of two epochs of 13 batches; neither the batch nor the epoch can be divided by two."""
+def folder(raw: dict[str, Any], data: Path, tmp_path: Path) -> Path:
+    """A recipe of two epochs of 13 batches; neither the batch, the epoch nor the validation can be divided by two."""
     raw.pop("evaluate")
     raw["finetune"] |= {"steps": None, "epochs": 2, "batch_size": 5, "save_every": 4}
     raw["finetune"]["data"] = {"path": raw["finetune"]["data"], "limit": 61}
+    raw["finetune"] |= {"validation": {"path": str(data / "validation.jsonl"), "limit": 7}, "evaluate_every": 5}
+    raw["finetune"] |= {"patience": 6, "loss_chunk": 3}
     (tmp_path / "recipe.json").write_text(json.dumps(raw))
     return tmp_path
 
@@ -74,8 +76,12 @@ def test_two_processes_make_what_one_makes_killed_or_not(folder: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    (manifest,) = folder.glob("two/artifacts/finetune-*/manifest.json")
-    assert json.loads(manifest.read_text())["processes"] == 2
+    made = [
+        json.loads(next(folder.glob(f"{s}/artifacts/finetune-*/manifest.json")).read_text()) for s in ("one", "two")
+    ]
+    assert [manifest["processes"] for manifest in made] == [1, 2]
+    looks = [manifest["report"]["validation_losses"] for manifest in made]
+    assert len(looks[0]) == 6 and looks[1] == pytest.approx(looks[0], rel=1e-4)
 
     assert drive(folder, "killed", 2, "kill:1:18").returncode != 0
     assert not list(folder.glob("killed/artifacts/finetune-*"))

@@ -147,6 +147,13 @@ def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     assert torch.equal(again.model.weight, model.weight)  # type: ignore[arg-type]
 
 
+def test_a_chunk_at_a_time_trains_the_same(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    whole, chunks = (finetuned(raw, registry, tmp_path, loss_chunk=chunk) for chunk in (None, 3))
+    ours, theirs = load_file(chunks / "deltas.safetensors"), load_file(whole / "deltas.safetensors")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
 def test_a_seed_of_its_own_leaves_the_base_alone(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     plain, seeded, same = (finetuned(raw, registry, tmp_path, seed=seed) for seed in (None, 1, 0))
     assert len(list((tmp_path / "artifacts").glob("sparsify-*"))) == 1
