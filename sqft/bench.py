@@ -133,7 +133,14 @@ def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, ste
 def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
     """A few steps of fine-tuning, whose artifact is thrown away."""
     orchestrator = Orchestrator(Registry.discover(), store)
-    shorter = [f"finetune.steps={steps}", "finetune.warmup_steps=0", NOBODYS, "search={}", 'name="bench"']
+    shorter = [
+        f"finetune.steps={steps}",
+        "finetune.warmup_steps=0",
+        "finetune.report_to=[]",
+        NOBODYS,
+        "search={}",
+        'name="bench"',
+    ]
     plan = orchestrator.load(recipe, [*changes, *shorter])
     try:
         artifact = orchestrator.run(plan, "finetune", "finetune")["finetune"].artifact

@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqft.recipe import ComponentRef, Section
+from sqft.recipe import ComponentRef
 from sqft.registry import digest_files
+from sqft.sections import Section
 
-WITHOUT_EFFECT = {"save_every"}
-"""Settings that change when work is saved, not what comes out."""
+WITHOUT_EFFECT = {"save_every", "report_to", "logging_dir"}
+"""Settings that change when work is saved and who hears of it, not what comes out."""
 
 
 def fingerprint_of(stage: str, section: Section, **content: Any) -> str:

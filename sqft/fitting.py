@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from sqft.contracts import Adapter, BaseKind, Exporter, LinearShape, Merger, Quantizer
 from sqft.plan import Part, selected
@@ -59,6 +60,22 @@ class Fitting(Resolver):
                 self._problem("finetune.base", 'the model has no floats, only codes; remove this, or say "codes"')
             return section.model_copy(update={"base": "codes"})
         return section
+
+    def _training_fits(self, section: Finetune) -> None:
+        if section.steps and section.warmup_steps >= section.steps:
+            self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
+        if section.warmup_steps and section.warmup_ratio:
+            self._problem("finetune.warmup_ratio", "warmup_steps says it too; remove one of them")
+        if section.schedule == "polynomial" and section.learning_rate <= 1e-7:
+            self._problem("finetune.learning_rate", "a polynomial schedule ends at 1e-7; start above it")
+        for name in ("patience", "evaluate_every"):
+            if name in section.model_fields_set and getattr(section, name) and section.validation is None:
+                self._problem(f"finetune.{name}", 'there is nothing to evaluate on; add "validation": "….jsonl"')
+        for index, name in enumerate(section.report_to):
+            if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
+                self._problem(
+                    f"finetune.report_to.{index}", f"'{name}' is not installed; pip install {name}, or remove it here"
+                )
 
     def _exporter_fits(self, part: Part | None, place: str) -> None:
         if part is None or not isinstance(part.component, Exporter):

@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqft
-from sqft.blame import blaming
+from sqft.blame import blaming, logged
 from sqft.errors import ArtifactError, Problem, RecipeError, StageError
 from sqft.mistakes import related
 from sqft.plan import Plan, Step, human
 from sqft.planner import make_plan
+from sqft.processes import processes
 from sqft.progress import Track, silent
-from sqft.recipe import Recipe
+from sqft.recipe import Finetune, Recipe
 from sqft.registry import Registry
 from sqft.report import make_report, report_markdown
 from sqft.store import Artifact, Store, write_json
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("sqft")
+TOGETHER = ("finetune",)
+"""Stages that all processes of a run make together; the first one makes the others."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Orchestrator:
             "cpu" if device == "cpu:0" else device,
             track,
         )
+        self.processes = processes()
 
     def plan(self, recipe: Recipe) -> Plan:
         """What a recipe will do here, and which of it is done already. Loads no model.
@@ -162,15 +166,18 @@ class Orchestrator:
             SqftError: when something is the user's to mend. Finished steps stay, a killed one resumes.
         """
         steps = self._until(plan, until)
-        if fresh:
-            self._discard(plan, fresh)
-        self._check_disk(steps)
+        if self.processes.first:
+            if fresh:
+                self._discard(plan, fresh)
+            self._check_disk(steps)
+            self._check_model(plan, steps)
         self._check_device()
-        self._check_model(plan, steps)
+        self._check_training(steps)
+        self.processes.agree(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
-        with blaming(entries, folder / "run.log"), _log_file(folder / "run.log", self.store):
+        with blaming(entries, folder / "run.log"), logged(folder / "run.log", self.store.writing):
             started = datetime.now(UTC).isoformat(timespec="seconds")
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
@@ -178,16 +185,18 @@ class Orchestrator:
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, self._standing(plan, outcomes))
-            links = {name: f"../../artifacts/{outcome.folder.name}" for name, outcome in outcomes.items()}
-            finished = datetime.now(UTC).isoformat(timespec="seconds")
-            with self.store.writing():
-                write_json(folder / "report.json", report)
-                (folder / "report.md").write_text(report_markdown(report), "utf-8")
-                write_json(
-                    folder / "run.json",
-                    {"started": started, "finished": finished, "versions": versions(), "artifacts": links},
-                )
+            if self.processes.first:
+                self._write_report(folder, report, outcomes, started)
         return Run(plan, folder, outcomes, report)
+
+    def _write_report(self, folder: Path, report: dict[str, Any], outcomes: dict[str, Outcome], started: str) -> None:
+        links = {name: f"../../artifacts/{outcome.folder.name}" for name, outcome in outcomes.items()}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        with self.store.writing():
+            write_json(folder / "report.json", report)
+            (folder / "report.md").write_text(report_markdown(report), "utf-8")
+            content = {"started": started, "finished": finished, "versions": versions(), "artifacts": links}
+            write_json(folder / "run.json", content)
 
     def _standing(self, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Artifact]:
         """Every artifact of the plan that stands, those of steps beyond `until` too."""
@@ -198,18 +207,20 @@ class Orchestrator:
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
         """The step's artifact: found, or made, proved and committed."""
+        if not self.processes.first:
+            return self._follow(plan, step, inputs)
         with self.store.begin(step.stage, step.fingerprint) as scratch:
             found = self.store.find(step.stage, step.fingerprint)
             if found:
                 self.store.verify(found)
                 log.info("%s: reused %s", label, found.folder.name)
+                self.processes.tell("stands")
                 return found
-            from sqft.stages.base import Context
-
             log.info("%s", label)
             self._notify("sqft_stage_started", step=step)
-            stage = importlib.import_module(f"sqft.stages.{step.stage}")
-            context = Context(plan, step, inputs, scratch, self.device, self.track)
+            stage, context = self._stage(plan, step, inputs, scratch)
+            if step.stage in TOGETHER:
+                self.processes.tell("together")
             start = time.monotonic()
             with peak_memory() as peak:
                 report = stage.run(context)
@@ -226,6 +237,7 @@ class Orchestrator:
                     "components": {kind: part.identity for kind, part in step.parts.items()},
                     "versions": versions(),
                     "device": self.device,
+                    "processes": self.processes.count if step.stage in TOGETHER else 1,
                     "seconds": seconds,
                     "proof_seconds": proof,
                     "peak_memory": peak[0],
@@ -233,7 +245,30 @@ class Orchestrator:
                 },
             )
             log.info("%s: done in %.0f s, peak %s", label, seconds, human(peak[0]))
+            self.processes.tell("stands")
             return artifact
+
+    def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact]) -> Artifact:
+        """Take part in the step if all make it together; its artifact once the first process says that it stands."""
+        if self.processes.hear() == "together":
+            stage, context = self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint))
+            stage.run(context)
+            self.processes.hear()
+        found = self.store.find(step.stage, step.fingerprint)
+        if found is None:
+            raise StageError(
+                f"process {self.processes.rank} does not see what the first one stored in {self.store.root}; "
+                "all processes need the same store"
+            )
+        return found
+
+    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], scratch: Path) -> tuple[Any, Any]:
+        """A step's module, imported only now, and its context."""
+        from sqft.stages.base import Context
+
+        stage = importlib.import_module(f"sqft.stages.{step.stage}")
+        track = self.track if self.processes.first else silent
+        return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes)
 
     def _until(self, plan: Plan, until: str | None) -> list[Step]:
         if until is None:
@@ -287,6 +322,22 @@ class Orchestrator:
                 "meant (`sqft run --device cuda:1` does so) and name it cuda"
             )
 
+    def _check_training(self, steps: list[Step]) -> None:
+        """What training needs of the device and of the processes, before anything is made."""
+        for step in steps:
+            if not isinstance(step.section, Finetune) or self._is_done(step):
+                continue
+            if self.device == "cpu" and step.section.precision == "float16":
+                raise StageError(
+                    "finetune.precision: float16 loses small gradients unless the loss is scaled, which needs an "
+                    "accelerator; on the CPU use bfloat16 or float32"
+                )
+            if (batch := step.section.batch_size) < self.processes.count:
+                raise StageError(
+                    f"finetune.batch_size: {batch} examples are too few for {self.processes.count} processes, "
+                    "which share them; raise it, or start fewer processes"
+                )
+
     def _check_model(self, plan: Plan, steps: list[Step]) -> None:
         """Hold the plan against the model's own modules, when there is anything left to do."""
         if not all(map(self._is_done, steps)):
@@ -299,6 +350,8 @@ class Orchestrator:
         folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
         with self.store.writing():
             folder.mkdir(parents=True, exist_ok=True)
+            if not self.processes.first:
+                return folder
             write_json(folder / "recipe.json", anchored(plan.recipe))
             write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
         return folder
@@ -321,33 +374,6 @@ def _step_json(step: Step) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The versions a result was made with."""
     return {"sqft": sqft.__version__} | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-class _LogFile(logging.FileHandler):
-    """A log that a full disk cuts short: whoever needs the room says so."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-@contextmanager
-def _log_file(path: Path, store: Store) -> Iterator[None]:
-    with store.writing():
-        handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("sqft")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # the screen shows a message; the file keeps where it came from
-        where = (type(error), error, error.__traceback__)
-        handler.handle(logger.makeRecord("sqft", logging.ERROR, __file__, 0, "stopped", (), where))
-        raise
-    finally:
-        logger.removeHandler(handler)
-        with suppress(OSError):  # it writes what it could not write before
-            handler.close()
 
 
 @contextmanager

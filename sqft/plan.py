@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft.contracts import Component
-from sqft.recipe import Finetune, Recipe, Section
+from sqft.recipe import Finetune, Recipe
 from sqft.registry import Entry
+from sqft.sections import Section
 from sqft.source import ModelSource
 
 
@@ -105,7 +106,8 @@ def activation_bytes(source: ModelSource, section: Finetune) -> int:
     inner = size("intermediate_size", default=4 * hidden)
     tokens = section.batch_size * section.max_length
     kept = (hidden if section.gradient_checkpointing else 14 * hidden + 4 * inner) * layers
-    logits = size("vocab_size") * 3 * (tokens if section.loss_on == "all" else tokens // 4)
+    labels = tokens if section.loss_on == "all" else tokens // 4
+    logits = size("vocab_size") * 3 * min(labels, section.loss_chunk or labels)
     return 4 * (tokens * kept + logits)
 
 

@@ -16,8 +16,9 @@ from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
 from sqft.fitting import Fitting
 from sqft.plan import Estimate, Part, Plan, Step, activation_bytes
-from sqft.recipe import Calibration, ComponentRef, Evaluate, Recipe, Search, Section
+from sqft.recipe import Calibration, ComponentRef, Evaluate, Recipe, Search
 from sqft.registry import Registry
+from sqft.sections import Section
 from sqft.source import Digests
 
 
@@ -172,8 +173,9 @@ class _Planner(Fitting):
             for index, (role, data) in enumerate(section.data_sets.items())
         }
         section = self._within_window(section, "max_length", "finetune")
-        if section.steps and section.warmup_steps >= section.steps:
-            self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
+        if section.validation:
+            files["validation"] = self._records(section.validation, "finetune.validation")
+        self._training_fits(section)
         _, size = self._weights()
         memory = size + 16 * trained + (activation_bytes(self.source, section) if self.source else 0) + (1 << 29)
         self._add(

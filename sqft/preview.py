@@ -13,7 +13,8 @@ from sqft.data.prompts import IGNORED, Example, encode_all, prompt_ids
 from sqft.data.records import records_of
 from sqft.modeling.load import source_tokenizer
 from sqft.plan import Plan
-from sqft.recipe import Data, Evaluate, Finetune, Search
+from sqft.recipe import Evaluate, Finetune, Search
+from sqft.sections import Data
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def apply(raw: Any, change: str, source: str) -> None:
                 here = here[int(part)]
                 continue
             if isinstance(here.get(part), str):  # the short forms grow into what they are short for
-                here[part] = {"path" if part == "data" else "name": here[part]}
+                here[part] = {"path" if part in ("data", "validation") else "name": here[part]}
             here = here.setdefault(part, {})
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])

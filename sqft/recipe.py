@@ -12,33 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from sqft.data.templates import TEMPLATES, mistake_in
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.mistakes import brief, problems_of, without_mistakes
 from sqft.raw import apply, read_json
+from sqft.sections import Count, DataRef, DataRefs, Fraction, Section, TrainingData
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
 DTYPES = Literal["float32", "bfloat16", "float16"]
 ANSWER = "what of the generation is compared: all of it, or a number in it"
-
-
-class Section(BaseModel):
-    """A part of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ComponentRef(Section):
@@ -111,68 +99,7 @@ class Quantize(Section):
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
 
 
-class Prompt(Section):
-    """Jinja templates over a record's fields: "Question: {{question}}"."""
-
-    prompt: str = Field(min_length=1, description="what is asked")
-    completion: str = Field(min_length=1, description="what is to be answered")
-
-    @field_validator("prompt", "completion")
-    @classmethod
-    def _is_template(cls, source: str) -> str:
-        if mistake := mistake_in(source):
-            raise ValueError(f"is no Jinja template: {mistake}")
-        return source
-
-
-def _by_name(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if value not in TEMPLATES:
-        raise ValueError(f"no prompt template is named '{value}'; there are {', '.join(TEMPLATES)}, or write your own")
-    return {"prompt": TEMPLATES[value].prompt, "completion": TEMPLATES[value].completion}
-
-
-NamedPrompt = Annotated[Prompt, BeforeValidator(_by_name, json_schema_input_type=str | Prompt)]
-
-
-class Data(Section):
-    """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}; of other fields with a
-    prompt template."""
-
-    path: str = Field(
-        description="a .jsonl, .json, .csv or .parquet file, or a data set of Hugging Face's: a folder or an id"
-    )
-    prompt: NamedPrompt | None = Field(
-        None,
-        description=f"how a record's fields become a prompt and a completion: {', '.join(TEMPLATES)}, or "
-        "{prompt, completion} templates of your own",
-    )
-    limit: Count | None = Field(None, description="take only the first so many records")
-    config: str | None = Field(None, description="of a data set of several, the one that is meant")
-    split: str = Field("train", description="of a data set with splits, the one that is meant")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-
-
-class TrainingData(Data):
-    """One of the data sets to train on."""
-
-    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
-        1.0, description="how often each record comes in an epoch; of a broken number, a drawn part comes once more"
-    )
-
-
-def _short_data(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
-_One = Annotated[TrainingData, BeforeValidator(_short_data, json_schema_input_type=str | TrainingData)]
-DataRefs = Annotated[
-    Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
-    Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),
-]
-"""One data set, or several. The tags are no part of a place in the recipe: `mistakes` leaves them out."""
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
 
 
 class Finetune(Section):
@@ -202,15 +129,19 @@ class Finetune(Section):
     )
     epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the records")
     steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Count = Field(16, description="examples a batch")
+    batch_size: Count = Field(16, description="examples in a batch, of all processes together")
     gradient_accumulation: Count = Field(1, description="batches a step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's, at its highest")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="how the learning rate falls"
-    )
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
+    ] = Field("linear", description="how the learning rate goes on after warm-up; transformers' names")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's")
+    warmup_ratio: Fraction = Field(0.0, description="fraction of all steps in which it rises, instead of warmup_steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's; a grid's scales do not decay")
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients")
+    adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of their squares")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's addition to the denominator")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
     max_length: Annotated[int, Field(ge=8)] = Field(
         512, description="tokens; longer examples are cut at the left, a longer {text} is several"
@@ -219,8 +150,31 @@ class Finetune(Section):
         False, description="put short examples into one row of max_length; none attends to another, batch_size is rows"
     )
     loss_on: Literal["completion", "all"] = Field("completion", description="which tokens are learnt; of a {text}, all")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="compute precision (autocast)")
+    loss_chunk: Count | None = Field(
+        None, description="labels whose logits are made at a time, and again in the backward pass; else all at once"
+    )
+    precision: DTYPES = Field(
+        "float32", description="compute precision (autocast); float16 scales its losses and needs an accelerator"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None, description="of fine-tuning alone: first deltas, order of the data, ranks, dropout; else the recipe's"
+    )
+    validation: DataRef | None = Field(
+        None, description="records whose mean loss a label is taken while training, at the largest ranks"
+    )
+    evaluate_every: Count = Field(50, description="optimizer steps between two looks at validation; the last counts")
+    patience: Count | None = Field(
+        None,
+        description="looks at validation in a row without a lower loss that end training; keeps the best deltas",
+    )
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
+    report_to: tuple[Tracker, ...] = Field((), description="trackers that get each step's loss; transformers' names")
+    logging_dir: str | None = Field(None, description="folder of tensorboard's files; else logs/ in the artifact")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
     @property
     def data_sets(self) -> dict[str, TrainingData]:

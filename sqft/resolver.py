@@ -15,8 +15,9 @@ from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
-from sqft.recipe import ComponentRef, Data, Recipe, Section
+from sqft.recipe import ComponentRef, Recipe
 from sqft.registry import Registry
+from sqft.sections import Data, Section
 from sqft.source import HUB_ID, Digests, ModelSource, find_model, hub_data
 
 S = TypeVar("S", bound=Section)

@@ -129,7 +129,7 @@ class Store:
         if not self.artifacts.is_dir():
             return
         with self._locked(name_of(stage, fingerprint)), self.writing():
-            for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
+            for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
                 if folder.is_symlink():
                     raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
                 gone = self._gone(name_of(stage, fingerprint))
@@ -147,7 +147,7 @@ class Store:
         Raises:
             StageError: when the store cannot be written, or its disk is full before the work is done.
         """
-        partial = self._partial(stage, fingerprint)
+        partial = self.partial(stage, fingerprint)
         with self._locked(name_of(stage, fingerprint)):
             if not (folder := self.folder(stage, fingerprint)).exists():
                 with self.writing():
@@ -261,7 +261,8 @@ class Store:
             return error.errno in (errno.ENOSPC, errno.EDQUOT)
         return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < 1 << 20
 
-    def _partial(self, stage: str, fingerprint: str) -> Path:
+    def partial(self, stage: str, fingerprint: str) -> Path:
+        """Where an artifact is in the making: for the holder of its lock, and processes that it asked to help."""
         return self.artifacts / f".partial-{name_of(stage, fingerprint)}"
 
     def _gone(self, name: str) -> Path:

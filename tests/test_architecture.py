@@ -11,26 +11,40 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASIC = {"errors", "contracts"}
-PLANNING = BASIC | {"hookspecs", "registry", "recipe", "source", "plan", "planner", "store", "progress", "report"}
+PLANNING = BASIC | {
+    "hookspecs",
+    "registry",
+    "recipe",
+    "sections",
+    "source",
+    "plan",
+    "planner",
+    "store",
+    "progress",
+    "processes",
+    "report",
+}
 DEEP = PLANNING | {"layers", "kernels", "data", "modeling", "checks", "folders"}
 MAY: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
     "progress": set(),
+    "processes": {"errors"},
     "hookspecs": {"contracts", "plan", "store"},  # plan and store for type checkers only
     "api": {"contracts", "errors", "folders", "hookspecs"},
     "folders": {"contracts", "layers"},
     "registry": BASIC | {"hookspecs", ""},
     "mistakes": {"errors"},
     "raw": {"errors"},
-    "recipe": {"data", "errors", "mistakes", "raw"},
+    "sections": {"data"},
+    "recipe": {"errors", "mistakes", "raw", "sections"},
     "layers": {"contracts"},
     "source": BASIC | {"layers"},
-    "plan": BASIC | {"recipe", "registry", "source"},
-    "fingerprint": {"recipe", "registry"},
-    "resolver": BASIC | {"data", "mistakes", "plan", "recipe", "registry", "source"},
+    "plan": BASIC | {"recipe", "sections", "registry", "source"},
+    "fingerprint": {"recipe", "registry", "sections"},
+    "resolver": BASIC | {"data", "mistakes", "plan", "recipe", "sections", "registry", "source"},
     "fitting": BASIC | {"plan", "recipe", "resolver"},
-    "planner": BASIC | {"checks", "fingerprint", "fitting", "plan", "recipe", "registry", "source"},
+    "planner": BASIC | {"checks", "fingerprint", "fitting", "plan", "recipe", "sections", "registry", "source"},
     "blame": {"errors", "registry"},
     "store": {"errors", "source"},
     "report": {"plan", "store"},

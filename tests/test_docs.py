@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from sqft import Recipe, errors
-from sqft.recipe import TrainingData
+from sqft.sections import TrainingData
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

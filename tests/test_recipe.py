@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import RecipeError, SqftError
-from sqft.recipe import ComponentRef, Section
+from sqft.recipe import ComponentRef
+from sqft.sections import Section
 
 
 def planned(raw: dict[str, Any], registry: Registry, store: Path) -> str:
@@ -84,6 +85,12 @@ CASES = [
     ("evaluate.perplexity.length", 300, "evaluate.perplexity.length: 300 tokens, but the model's window is 256"),
     ("finetune.max_length", 300, "finetune.max_length: 300 tokens, but the model's window is 256"),
     ("finetune.warmup_steps", 6, "finetune.warmup_steps: 6 of 6 steps"),
+    ("finetune.warmup_ratio", 1.0, "finetune.warmup_ratio: input should be less than 1"),
+    ("finetune.schedule", "cosine_with_min_lr", "finetune.schedule: input should be 'linear', 'cosine'"),
+    ("finetune.patience", 3, 'finetune.patience: there is nothing to evaluate on; add "validation"'),
+    ("finetune.validation", "no.jsonl", "finetune.validation.path: there is no file"),
+    ("finetune.report_to", "tensorbord", "finetune.report_to.0: input should be 'tensorboard'"),
+    ("finetune.report_to", "dvclive", "finetune.report_to.0: 'dvclive' is not installed; pip install dvclive"),
     ("finetune.data", "a\0b", "finetune.data.path: .* is no path on this machine"),
     ("finetune.data", "~nosuchuser/x", "finetune.data.path: .* is no path on this machine"),
     ("model.path", "x" * 300, "model.path: .* is no path on this machine: .*too long"),

@@ -13,6 +13,7 @@ import click
 
 import sqft
 from sqft.errors import SqftError
+from sqft.processes import processes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,11 +26,17 @@ def explained(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except SqftError as error:
-            click.echo(f"error: {error}", err=True)
+            if processes().speaks():
+                click.echo(f"error: {error}", err=True)
             sys.exit(2)
+        except Exception:
+            if processes().speaks():
+                raise
+            sys.exit(1)
         except KeyboardInterrupt:
             words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
-            click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
+            if processes().first:
+                click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
             sys.exit(130)
 
     return wrapper  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 
 from sqft.cli.base import console, disable_option, explained, json_option, main, set_option, show_table, store_option
 from sqft.errors import SqftError
+from sqft.processes import processes
 
 if TYPE_CHECKING:
     from sqft.orchestrator import Orchestrator, Run
@@ -240,6 +241,8 @@ def _show(screen: Any, finished: Run) -> None:
 
 def _finish(screen: Any, finished: Run, output: Path | None) -> None:
     """The table, and where the model is that was made."""
+    if not processes().first:
+        return
     _show(screen, finished)
     result = finished.result()
     if result is None:
@@ -276,6 +279,7 @@ def _only_gpu(device: str) -> str:
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return device
+    index = index or os.environ.get("LOCAL_RANK", "")  # of several processes, each has its own
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     shown = visible.split(",") if visible is not None else None
     number = int(index) if index.isdecimal() else 0

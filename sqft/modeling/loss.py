@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sqft.data.prompts import IGNORED
+from sqft.errors import StageError
 
 
 @torch.no_grad()
@@ -36,16 +38,20 @@ class CompletionLoss(nn.Module):
     """A causal LM as transformers' Trainer sees it: batches in, loss out.
 
     The head runs only at positions where some row has a label: with a vocabulary of 49k and short
-    completions that is a large part of a step. The state dict holds only what trains, and so do
-    Trainer's checkpoints.
+    completions that is a large part of a step. With `chunk` it runs for that many labels at a time, and
+    again in the backward pass: logits of one chunk are all that there ever are. The state dict holds only
+    what trains, and so do Trainer's checkpoints.
     """
 
     accepts_loss_kwargs = True
     """Trainer's word for: pass `num_items_in_batch`, so that accumulated batches weigh by their labels."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.chunk = model, chunk
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
+        """torch's word for: every process has these already, and no forward sends packed codes around."""
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -62,17 +68,58 @@ class CompletionLoss(nn.Module):
         at 0 again begin an example of their own.
         """
         targets = labels[:, 1:]
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: tensor for name, tensor in whole.items() if tensor is not None}
+        total = self._in_chunks(given, targets) if self.chunk else self._at_once(given, targets)
+        return {"loss": total / count}
+
+    def _at_once(self, given: Mapping[str, Tensor], targets: Tensor) -> Tensor:
         positions = (targets != IGNORED).any(0).nonzero().squeeze(1)  # where the next token has a label
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given |= {"logits_to_keep": positions} if self._keeps else {}
-        given = {name: value for name, value in given.items() if value is not None}
-        logits = self.model(input_ids=input_ids, use_cache=False, **given).logits
+        only = {"logits_to_keep": positions} if self._keeps else {}
+        logits = self.model(**given, use_cache=False, **only).logits
         if not self._keeps:
             logits = logits[:, positions]
-        targets = targets[:, positions].reshape(-1)
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
-        return {"loss": total / count}
+        return _summed(logits.flatten(0, 1), targets[:, positions].reshape(-1))
+
+    def _in_chunks(self, given: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        hidden, head = self._before_head(given)
+        labelled = targets != IGNORED
+        rows_and_labels = (hidden[:, :-1][labelled], targets[labelled])
+        parts = zip(*(torch.split(whole, self.chunk or 1) for whole in rows_and_labels), strict=True)
+
+        def part(rows: Tensor, wanted: Tensor) -> Tensor:
+            return _summed(head(rows), wanted)
+
+        # Nothing is drawn at random in a head, so no generator's state needs to be kept.
+        losses = [checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in parts]
+        return torch.stack(losses).sum()
+
+    def _before_head(self, given: Mapping[str, Tensor]) -> tuple[Tensor, nn.Module]:
+        """What the head reads, [batch, tokens, hidden], and the head."""
+        model: Any = self.model
+        states = model.base_model(**given, use_cache=False)
+        return states.last_hidden_state, model.get_output_embeddings()
+
+    @torch.no_grad()
+    def check_head(self, input_ids: Tensor) -> None:
+        """Whether the model's logits are its head's, and can be made in chunks: of `input_ids` [batch, tokens].
+
+        Raises:
+            StageError: when the model does something to them afterwards, as Gemma 2 does, or hides its head.
+        """
+        given = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        wanted = self.model(**given, use_cache=False).logits
+        try:
+            hidden, head = self._before_head(given)
+            alike = torch.allclose(head(hidden).float(), wanted.float(), rtol=1e-5, atol=1e-5)
+        except (AttributeError, TypeError, RuntimeError):
+            alike = False
+        if not alike:
+            raise StageError(
+                f"finetune.loss_chunk: the logits of {type(self.model).__name__} are not what its head makes of its "
+                "last hidden states, so they cannot be made in chunks; remove it"
+            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -87,3 +134,8 @@ class CompletionLoss(nn.Module):
         if strict and (result.missing_keys or result.unexpected_keys):
             raise RuntimeError(f"the checkpoint does not fit: {result}")
         return result
+
+
+def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

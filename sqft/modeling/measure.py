@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sqft.data.batches import Collator
@@ -89,19 +89,27 @@ def exact_match(
     return {"accuracy": p, "stderr": error, "correct": correct, "samples": n, "outcomes": outcomes}
 
 
-@torch.inference_mode()
 def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track) -> float:
     """The mean cross-entropy of a labelled token."""
-    loss, collate = CompletionLoss(model), Collator(pad_id)
+    total, labels = summed_loss(CompletionLoss(model), examples, batch_size, pad_id, track)
+    return total / labels
+
+
+@torch.no_grad()
+def summed_loss(
+    loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
+) -> tuple[float, int]:
+    """The sum of the cross-entropies of all labelled tokens, and their number."""
+    collate, device = Collator(pad_id), next(loss.parameters()).device
     total, labels = 0.0, 0
     starts = range(0, len(examples), batch_size)
-    with _evaluating(model):
+    with _evaluating(loss):
         for start in track(starts, "loss", len(starts)):
             rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples[start : start + batch_size]]
-            batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
             total += loss(**batch, num_items_in_batch=1)["loss"].item()
             labels += int((batch["labels"] != IGNORED).sum())
-    return total / labels
+    return total, labels
 
 
 def lm_eval_tasks(
@@ -152,7 +160,7 @@ def _metrics(entries: dict[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -19,8 +19,10 @@ from sqft.data.records import Record, records_of, repeated, split_off
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
+from sqft.processes import Processes
 from sqft.progress import Track
-from sqft.recipe import Data, Finetune
+from sqft.recipe import Finetune
+from sqft.sections import Data
 from sqft.store import Artifact
 
 log = logging.getLogger("sqft")
@@ -37,10 +39,12 @@ class Context:
     folder: Path
     device: str
     track: Track
+    processes: Processes
 
     @property
     def seed(self) -> int:
-        return self.plan.recipe.seed
+        own: int | None = getattr(self.step.section, "seed", None)
+        return self.plan.recipe.seed if own is None else own
 
     def seed_for(self, *names: object) -> int:
         """A seed of 63 bits for one use: a pure function of the recipe's seed and these names."""
@@ -77,7 +81,8 @@ class Context:
         step = self.plan.step("finetune")
         section, training, held = cast(Finetune, step.section), [], []
         for role, data in section.data_sets.items():
-            rng = Random(self.seed_for("holdout", role))
+            # The recipe's seed, not a step's own: search and merge ask for the same records.
+            rng = Random(f"{self.plan.recipe.seed}/holdout/{role}")
             kept, out = split_off(self.records(role, data, step), section.holdout, rng)
             training += repeated(kept, data.weight, rng)
             held += out

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -13,34 +10,31 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from sqft import checks
 from sqft.contracts import Adapter, Merger
 from sqft.data.batches import Collator, PackingCollator, pack
-from sqft.data.prompts import Example, encode_all
+from sqft.data.prompts import Encoded, Example, encode_all
+from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.loss import CompletionLoss, sees_across
+from sqft.modeling.resume import Sealing, newest_complete, resume
+from sqft.modeling.training import Best, DeltaTrainer, FiniteLoss, Share, arguments
 from sqft.modeling.tuning import Tuned, build, restore, store_deltas
 from sqft.modeling.weights import FrozenWeight
 from sqft.recipe import Finetune
-from sqft.source import Digests
 from sqft.stages.base import Context, log
-from sqft.store import CHECKPOINTS, write_json
-
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
+from sqft.store import CHECKPOINTS
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = cast(Finetune, context.step.section)
     tuned = build(context.plan, context.base(), context.seed_for("adapter"), context.device)
-    records, _ = context.training_records()
-    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
-    if encoded.truncated:
-        log.warning("%d of %d examples were cut to %d tokens", encoded.truncated, len(records), section.max_length)
+    encoded = _encode(context, tuned, "data", context.training_records()[0])
+    held = context.records("validation", section.validation) if section.validation else []
+    validation = _encode(context, tuned, "validation", held).examples if held else None
     layer = next(iter(tuned.adapted.values()))
     if layer.merger.merges and layer.dropout.p > 0:
         log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
@@ -48,27 +42,23 @@ def run(context: Context) -> dict[str, Any]:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
     _check_first_combine(context, tuned)
     rows, collator = _rows(context, tuned, encoded.examples)
-    model = CompletionLoss(tuned.model)
-    checkpoints = context.folder / CHECKPOINTS
+    model = CompletionLoss(tuned.model, section.loss_chunk)
+    if section.loss_chunk:
+        model.check_head(torch.tensor([encoded.examples[0].input_ids[:64]], device=tuned.model.device))
     progress = _Progress(context)
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(context, section, checkpoints),
-        train_dataset=rows,
-        data_collator=collator,
-        callbacks=[_RankSampler(context, tuned), progress, _FiniteLoss(), _Checkpoints()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    newest = _newest_complete(checkpoints)
     frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
-    state = _resume(trainer, newest)
+    with context.processes.together(context.device):
+        newest, state, best = _train(context, tuned, model, rows, collator, validation, progress)
     for name, layer in tuned.adapted.items():
         if _checksum(layer.base) != frozen[name]:
             raise ContractError(f"{context.who(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
-    store_deltas(tuned, context.folder)
-    with (context.folder / "log.jsonl").open("w") as stream:
-        stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in losses)
+    looks = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    if context.processes.first:
+        store_deltas(tuned, context.folder)
+        with (context.folder / "log.jsonl").open("w") as stream:
+            told = [entry for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}]
+            stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in told)
     tail = losses[-10:]
     return {
         "trainable": tuned.trainable,
@@ -81,6 +71,7 @@ def run(context: Context) -> dict[str, Any]:
         "loss_last": sum(entry["loss"] for entry in tail) / len(tail),
         "step_seconds": statistics.median(progress.times) if progress.times else None,
         "resumed_from": newest.name if newest else None,
+        **({"validation_losses": looks, "best_step": best.step} if looks else {}),
     }
 
 
@@ -97,7 +88,21 @@ def prove(context: Context) -> None:
             checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
 
 
-def _rows(context: Context, tuned: Tuned, examples: list[Example]) -> tuple[list[dict[str, Any]], Any]:
+def _encode(context: Context, tuned: Tuned, name: str, records: list[Record]) -> Encoded:
+    """Records as tokens."""
+    section = cast(Finetune, context.step.section)
+    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
+    if encoded.truncated:
+        log.warning(
+            "finetune.%s: %d of %d examples were cut to %d tokens",
+            name, encoded.truncated, len(records), section.max_length,
+        )  # fmt: skip
+    return encoded
+
+
+def _rows(
+    context: Context, tuned: Tuned, examples: list[Example]
+) -> tuple[list[dict[str, Any]], Collator | PackingCollator]:
     """What Trainer draws from, and how a batch is made of it.
 
     Raises:
@@ -114,19 +119,35 @@ def _rows(context: Context, tuned: Tuned, examples: list[Example]) -> tuple[list
     return [{"examples": row} for row in rows], PackingCollator(pad)
 
 
-def _resume(trainer: Trainer, newest: Path | None) -> TrainerState:
-    """Train from the newest checkpoint to the end; what Trainer then knows of the run.
-
-    A checkpoint of the last step is only read: Trainer would take one step more from it.
-    """
-    if newest:
-        log.info("resuming fine-tuning from %s", newest.name)
-        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            trainer.model.load_state_dict(load_file(newest / "model.safetensors"))
-            return state
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return trainer.state
+def _train(
+    context: Context,
+    tuned: Tuned,
+    model: CompletionLoss,
+    rows: list[dict[str, Any]],
+    collator: Collator | PackingCollator,
+    validation: list[Example] | None,
+    progress: _Progress,
+) -> tuple[Path | None, TrainerState, Best]:
+    """The checkpoint that training went on from, if there was one, what Trainer knows at its end, and the best look."""
+    section, processes = cast(Finetune, context.step.section), context.processes
+    checkpoints = context.folder / CHECKPOINTS
+    best = Best(model, section.patience, processes)
+    logs = context.plan.recipe.resolve(section.logging_dir) if section.logging_dir else context.folder / "logs"
+    trainer = DeltaTrainer(
+        tuned,
+        processes,
+        logs,
+        model=model,
+        args=arguments(section, checkpoints, context.seed, context.device),
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=Share(collator, processes),
+        callbacks=[_RankSampler(context, tuned), progress, FiniteLoss(), best, Sealing(processes)],
+    )
+    newest = newest_complete(checkpoints, processes)
+    state = resume(trainer, best, newest)
+    best.restore()
+    return newest, state, best
 
 
 def _checksum(weight: FrozenWeight) -> int:
@@ -154,43 +175,6 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     checks.check_derivative(context.who(Merger), name, base, derivative)
 
 
-def _arguments(context: Context, section: Finetune, checkpoints: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=section.epochs,
-        max_steps=section.steps or -1,
-        per_device_train_batch_size=section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.schedule,
-        warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        bf16=section.precision == "bfloat16",
-        use_cpu=context.device == "cpu",
-        seed=context.seed,
-        data_seed=context.seed,
-        optim="adamw_torch",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="steps",
-        save_steps=section.save_every,
-        save_total_limit=2,  # the newest may be cut off while it is written; the one before it is whole
-        dataloader_pin_memory=False,
-    )
-
-
-class _Trainer(Trainer):
-    """Trainer, but scales do not decay: towards 0 they would leave the base's grid."""
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gain")]
-
-
 class _RankSampler(TrainerCallback):
     """One configuration for each optimizer step: a pure function of the seed and the global step.
 
@@ -207,26 +191,6 @@ class _RankSampler(TrainerCallback):
         choice = self.adapter.sample(self.tuned.space, rng)
         checks.check_choice(self.who, self.tuned.space, choice)
         self.tuned.choose(choice)
-
-
-class _FiniteLoss(TrainerCallback):
-    """Stop at the first loss that is not finite, before a checkpoint is made of it."""
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = (kwargs.get("logs") or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise StageError(
-                f"the loss is not finite at step {state.global_step}; lower finetune.learning_rate or use float32"
-            )
-
-
-class _Checkpoints(TrainerCallback):
-    """Seal each checkpoint once it is whole."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that nothing reads
-        _seal(folder)
 
 
 class _Progress(TrainerCallback):
@@ -248,34 +212,3 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(time.perf_counter() - self.start)
         next(self.bar, None)
-
-
-def _seal(folder: Path) -> None:
-    digests = Digests()
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    write_json(folder / COMPLETE, {f.name: digests.file(f) for f in sorted(folder.iterdir()) if f.name != COMPLETE})
-
-
-def _newest_complete(checkpoints: Path) -> Path | None:
-    """The newest checkpoint whose every file is as it was sealed; all others are deleted."""
-    newest = None
-    folders = [folder for folder in checkpoints.glob("checkpoint-*") if folder.is_dir()]
-    for folder in sorted(folders, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True):
-        if newest is None and _is_complete(folder):
-            newest = folder
-        elif newest is None:
-            log.warning("%s was cut off while it was written and is not used", folder.name)
-            shutil.rmtree(folder)
-    return newest
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        sealed: dict[str, str] = json.loads((folder / COMPLETE).read_text())
-        digests = Digests()
-        return all(digests.file(folder / name) == digest for name, digest in sealed.items())
-    except (OSError, ValueError, AttributeError):
-        return False

@@ -18,7 +18,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from sqft import Orchestrator, Recipe, Registry
-import sqft.stages.finetune as finetune, sqft.stages.search as search
+import sqft.modeling.resume as resume, sqft.stages.finetune as finetune, sqft.stages.search as search
 
 where, at = sys.argv[3], int(sys.argv[4])
 
@@ -38,8 +38,8 @@ elif where == "checkpoint":  # written, but not sealed, and one file cut short a
             file.write_bytes(file.read_bytes()[:100])
             die()
         sealed(folder)
-    sealed = finetune._seal
-    finetune._seal = seal
+    sealed = resume.seal
+    resume.seal = seal
 elif where == "proof":  # trained to the end, not yet an artifact
     finetune.prove = lambda context: die()
 elif where == "trial":
@@ -108,3 +108,22 @@ def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], tmp_path: Path) 
     names = set(load_file(checkpoint / "model.safetensors"))
     assert names and all(".delta." in name for name in names)
     assert not (checkpoint / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize(("where", "at"), [("step", 5), ("proof", 0)], ids=["before it stops", "after"])
+def test_early_stopping_survives_a_kill(raw: dict[str, Any], data: Path, tmp_path: Path, where: str, at: int) -> None:
+    """The best deltas and the looks without a better one lie in the checkpoint: by then nothing else knows them."""
+    raw.pop("evaluate")
+    ruinous = {"steps": 30, "learning_rate": 0.3, "schedule": "constant", "save_every": 1}
+    raw["finetune"] |= {**ruinous, "validation": str(data / "validation.jsonl"), "evaluate_every": 1, "patience": 4}
+    recipe, whole, store = tmp_path / "recipe.json", tmp_path / "whole", tmp_path / "store"
+    recipe.write_text(json.dumps(raw))
+    assert drive(recipe, whole) == 0
+    assert drive(recipe, store, where, at) == -signal.SIGKILL
+    assert drive(recipe, store) == 0
+    reports = [json.loads((only(s, "finetune") / "manifest.json").read_text())["report"] for s in (whole, store)]
+    assert reports[0]["best_step"] < 5 <= reports[0]["steps"] < 30 and reports[1]["resumed_from"]
+    for name in ("best_step", "steps", "validation_losses"):
+        assert reports[0][name] == reports[1][name]
+    files = [load_file(only(s, "finetune") / "deltas.safetensors") for s in (whole, store)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])

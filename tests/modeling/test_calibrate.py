@@ -18,6 +18,7 @@ from sqft.data.batches import calibration_windows
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.calibrate import walk
+from sqft.processes import Processes
 from sqft.progress import silent
 
 BOTH = frozenset({Statistic.INPUT_NORM, Statistic.HESSIAN})
@@ -98,7 +99,7 @@ def check_wanda(folder: Path, source: Path, run: Any, layers: int) -> None:
 
     plan, step = run.plan, run["sparsify"].step
     model, tokenizer = load_source(plan.source, "float32")
-    seed = Context(plan, step, {}, folder, "cpu", silent).seed_for("calibration")
+    seed = Context(plan, step, {}, folder, "cpu", silent, Processes()).seed_for("calibration")
     calibration = plan.recipe.calibration
     windows = calibration_windows(step.files["calibration"], tokenizer, calibration.samples, calibration.length, seed)
     packed, checked = load_file(folder / "masks.safetensors"), 0

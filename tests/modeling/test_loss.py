@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 
 from sqft.data.batches import Collator, PackingCollator, pack
 from sqft.data.prompts import IGNORED, encode_all
+from sqft.errors import StageError
 from sqft.modeling.loss import CompletionLoss, sees_across
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
@@ -54,6 +55,67 @@ def test_every_gradient_equals_transformers_own(
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         ours.backward()
         torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_chunks_change_neither_loss_nor_gradients(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Against cross-entropy over all logits; in float64 too, where nothing but a mistake differs."""
+    batch = batch_of(SUMS, tokenizer, loss_on)
+    model.to(dtype)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    plain.backward()
+    wanted = gradients(model)
+    for chunk in (1, 3, 1000):
+        ours = CompletionLoss(model, chunk)(**batch)["loss"]
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+        ours.backward()
+        torch.testing.assert_close(gradients(model), wanted, rtol=tolerance, atol=tolerance)
+        with torch.no_grad():
+            torch.testing.assert_close(CompletionLoss(model, chunk)(**batch)["loss"], plain, rtol=tolerance, atol=0)
+
+
+def test_no_more_logits_than_a_chunk(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = batch_of(SUMS, tokenizer)
+    labels = int((batch["labels"] != IGNORED).sum())
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    CompletionLoss(model, 4)(**batch)["loss"].backward()
+    assert max(seen) == 4 and sum(seen) == 2 * labels
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chunk: int | None
+) -> None:
+    """What a process without rows of a batch takes part with: its gradients are there, and nothing."""
+    batch = batch_of(SUMS[:1], tokenizer)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    loss = CompletionLoss(model, chunk)(**batch, num_items_in_batch=7)["loss"]
+    loss.backward()
+    found = gradients(model)
+    assert loss == 0 and found.keys() == dict(model.named_parameters()).keys()
+    assert not any(value.any() for value in found.values())
+
+
+def test_logits_that_are_not_the_head_s_are_refused(model: LlamaForCausalLM) -> None:
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    ids = torch.arange(2, 20)[None]
+    CompletionLoss(model, 4).check_head(ids)
+    capped = Capped(model.config).eval()
+    capped.lm_head.weight.data *= 100
+    with pytest.raises(StageError, match="loss_chunk: the logits of Capped are not"):
+        CompletionLoss(capped, 4).check_head(ids)
+    with pytest.raises(StageError, match="loss_chunk"):
+        CompletionLoss(Plain(model), 4).check_head(ids)
 
 
 def test_the_head_runs_only_where_a_label_follows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
