@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,11 @@ class Store:
                 raise ArtifactError(f"{place} is no part of what was stored; move it elsewhere, {remedy}")
 
     def discard(self, stage: str, fingerprint: str) -> None:
-        """Forget an artifact and whatever was begun of it; waits while another run makes it."""
+        """Forget an artifact and whatever was begun of it; waits while another run makes or uses it."""
         if not self.artifacts.is_dir():
             return
-        with self._locked(stage, fingerprint), self.writing():
+        used = self._locked(stage, fingerprint, ".used")
+        with self._locked(stage, fingerprint), used, self.writing():
             for folder in (self.folder(stage, fingerprint), self._partial(stage, fingerprint)):
                 if folder.is_symlink():
                     raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
@@ -133,6 +134,10 @@ class Store:
                 if folder.exists():
                     folder.rename(gone)  # at once: a kill may come while it is deleted
                     shutil.rmtree(gone)
+
+    def using(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
+        """Keep an artifact from being forgotten by another run. To be entered while it is held by `begin`."""
+        return self._locked(stage, fingerprint, ".used", fcntl.LOCK_SH)
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
@@ -196,18 +201,18 @@ class Store:
         return Artifact(folder, manifest)
 
     @contextmanager
-    def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:
-        lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}"
+    def _locked(self, stage: str, fingerprint: str, what: str = "", how: int = fcntl.LOCK_EX) -> Iterator[None]:
+        lock = self.artifacts / ".locks" / f"{stage}-{fingerprint[:12]}{what}"
         with self.writing():
             lock.parent.mkdir(parents=True, exist_ok=True)
             stream = lock.open("w")
         with stream:
             with self.writing():
                 try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(stream, how | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    log.info("another run works on %s; waiting for it", lock.name)
-                    fcntl.flock(stream, fcntl.LOCK_EX)
+                    log.info("another run works on %s; waiting for it", lock.stem)
+                    fcntl.flock(stream, how)
             yield
 
     @contextmanager
