@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -177,11 +177,14 @@ class Orchestrator:
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
         entries = [part.entry for step in plan.steps for part in step.parts.values()]
-        with blaming(entries, folder / "run.log"), logged(folder / "run.log", self.store.writing):
+        log_file = folder / "run.log"
+        with blaming(entries, log_file), logged(log_file, self.store.writing), ExitStack() as used:
             started = datetime.now(UTC).isoformat(timespec="seconds")
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].artifact for role, name in step.inputs.items()}
-                artifact = self._obtain(plan, step, inputs, f"[{number}/{len(steps)}] {step.name}")
+                label = f"[{number}/{len(steps)}] {step.name}"
+                twins = (o.artifact for o in outcomes.values() if o.step.fingerprint == step.fingerprint)
+                artifact = next(twins, None) or self._obtain(plan, step, inputs, label, used)
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, self._standing(plan, outcomes))
@@ -205,11 +208,12 @@ class Orchestrator:
         made = {name: outcome.artifact for name, outcome in outcomes.items()}
         return made | {name: artifact for name, artifact in found.items() if artifact}
 
-    def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str) -> Artifact:
-        """The step's artifact: found, or made, proved and committed."""
+    def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Artifact], label: str, used: ExitStack) -> Artifact:
+        """The step's artifact: found, or made, proved and committed; nobody forgets it while `used` is open."""
         if not self.processes.first:
             return self._follow(plan, step, inputs)
         with self.store.begin(step.stage, step.fingerprint) as scratch:
+            used.enter_context(self.store.using(step.stage, step.fingerprint))
             found = self.store.find(step.stage, step.fingerprint)
             if found:
                 self.store.verify(found)

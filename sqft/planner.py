@@ -193,6 +193,7 @@ class _Planner(Fitting):
         searcher = self._part("searcher", section.searcher, "search.searcher")
         files = {}
         answer = section.answer if section.metric == "exact_match" else None
+        self._within_window(section, "max_new_tokens", "search")
         if searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates:
             if section.data is None and self.recipe.finetune and not self.recipe.finetune.holdout:
                 self._problem(
@@ -262,6 +263,7 @@ class _Planner(Fitting):
             shorter = self._within_window(section.perplexity, "length", "evaluate.perplexity")
             section = section.model_copy(update={"perplexity": shorter})
         if section.exact_match:
+            self._within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")
             files["exact_match"] = self._records(
                 section.exact_match.data, "evaluate.exact_match.data", section.exact_match.answer
             )

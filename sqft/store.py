@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ log = logging.getLogger("sqft")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LOCKS = ".locks"
+USED = ".used"
+"""What a lock's name ends in that all runs share which use the artifact."""
 LEFT = re.compile(r"^\.(partial|gone)-")
 """What precedes an artifact's name in the folder of one that was begun, or whose deletion was."""
 CHECKPOINTS = "checkpoints"
@@ -125,10 +127,11 @@ class Store:
                 raise ArtifactError(f"{place} is no part of what was stored; move it elsewhere, {remedy}")
 
     def discard(self, stage: str, fingerprint: str) -> None:
-        """Forget an artifact and whatever was begun of it; waits while another run makes it."""
+        """Forget an artifact and whatever was begun of it; waits while another run makes or uses it."""
         if not self.artifacts.is_dir():
             return
-        with self._locked(name_of(stage, fingerprint)), self.writing():
+        name = name_of(stage, fingerprint)
+        with self._locked(name), self._locked(name + USED), self.writing():
             for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
                 if folder.is_symlink():
                     raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
@@ -137,6 +140,10 @@ class Store:
                 if folder.exists():
                     folder.rename(gone)
                     shutil.rmtree(gone)
+
+    def using(self, stage: str, fingerprint: str) -> AbstractContextManager[bool]:
+        """Keep an artifact from being forgotten by another run. To be entered while it is held by `begin`."""
+        return self._locked(name_of(stage, fingerprint) + USED, how=fcntl.LOCK_SH)
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
@@ -216,8 +223,9 @@ class Store:
         It is not when another run holds it, or `unless`, asked when nobody can begin to use it any more.
         """
         name = LEFT.sub("", folder.name)
-        with self._locked(name, wait=False) as free, self.writing():
-            if not free or unless():
+        held, used = self._locked(name, wait=False), self._locked(name + USED, wait=False)
+        with held as free, used as unused, self.writing():
+            if not (free and unused) or unless():
                 return False
             gone = folder.with_name(self._gone(name).name)
             if gone != folder:
@@ -227,8 +235,8 @@ class Store:
         return True
 
     @contextmanager
-    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold an artifact's lock; where another run does, and we do not `wait`, False is what the block gets."""
+    def _locked(self, name: str, wait: bool = True, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
+        """Hold a lock; where another run does, and we do not `wait`, False is what the block gets."""
         lock, free = self.artifacts / LOCKS / name, True
         with self.writing():
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -236,12 +244,12 @@ class Store:
         with stream:
             with self.writing():
                 try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(stream, how | fcntl.LOCK_NB)
                 except BlockingIOError:
                     free = False
                     if wait:
-                        log.info("another run works on %s; waiting for it", lock.name)
-                        fcntl.flock(stream, fcntl.LOCK_EX)
+                        log.info("another run works on %s; waiting for it", lock.stem)
+                        fcntl.flock(stream, how)
             yield free or wait
 
     @contextmanager

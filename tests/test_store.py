@@ -349,6 +349,21 @@ def test_killed_before_checkpoints_are_gone_the_next_run_sees_to_it(store: Store
     assert not (artifact.folder / "checkpoints").exists() and store.find("merge", PRINT) == artifact
 
 
+def test_discard_waits_for_a_run_that_uses_it(store: Store) -> None:
+    artifact = make(store)
+    code = f"with st.using('merge', {PRINT!r}): print('ready', flush=True); sys.stdin.read()"
+    with another_process(store, code) as process:
+        with store.using("merge", PRINT), store.begin("merge", PRINT):
+            pass  # to use it is nobody's hindrance
+        forgetting = threading.Thread(target=store.discard, args=("merge", PRINT))
+        forgetting.start()
+        forgetting.join(0.3)
+        assert forgetting.is_alive() and artifact.folder.exists()
+        process.kill()
+        forgetting.join(60)
+    assert not artifact.folder.exists()
+
+
 def test_discard_waits_for_a_run_that_makes_it(store: Store) -> None:
     code = f"""
 with st.begin("merge", {PRINT!r}) as scratch:

@@ -25,6 +25,7 @@ from sqft.errors import StageError
 from sqft.modeling.loss import CompletionLoss
 from sqft.progress import Track
 
+log = logging.getLogger("sqft")
 BOOTSTRAP = 1000
 """Resamples for the standard errors that lm-eval cannot compute in closed form (F1, BLEU, a median; a mean
 has a formula): they know that error to 1/sqrt(2 * 1000), about 2%. lm-eval's 100,000 take minutes for a third digit."""
@@ -58,10 +59,21 @@ def exact_match(
 ) -> dict[str, Any]:
     """Greedy generation from every prompt, compared with its completion; batches padded at the left.
 
+    A prompt that leaves no room for `max_new_tokens` in the model's window is cut at the left, as in training.
+
     Raises:
         DataError: naming a record that has no prompt or no completion.
+        StageError: when no prompt would leave room.
     """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if (room := window - max_new_tokens) < 1:
+        raise StageError(f"max_new_tokens of {max_new_tokens} leave no room for a prompt in a window of {window}")
     prompts = prompts_of(records, tokenizer)
+    if long := sum(len(ids) > room for ids, _ in prompts):
+        log.warning(
+            "%d of %d prompts were cut at the left to %d tokens: the window is %d", long, len(prompts), room, window
+        )
+        prompts = [(ids[-room:], completion) for ids, completion in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     outcomes = [False] * len(prompts)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,6 +1,7 @@
 """Runs of `sqft` in forks of one process that has done its imports, which may be killed at a chosen moment.
 
-Reads a JSON object a line: {"runs": [{"argv", "said", "stage"?, "after"?, "at"?, "blind"?}, …]}, all started at once.
+Reads a JSON object a line: {"runs": [{"argv", "said", "stage"?, "after"?, "at"?, "blind"?, "later"?}, …]}, all started
+at once, or some seconds `later`.
 A run is killed `after` seconds from the start of `stage`, or `at` its so-many-th change to the file system from there
 on; a `blind` one does not see beforehand that the disk has too little room. Writes a JSON list a line: each run's
 {"status", "seconds", "changes"}, from the start of `stage`.
@@ -59,6 +60,7 @@ def live(run: dict[str, Any], pipe: int) -> None:
     notified, Orchestrator._notify = Orchestrator._notify, notify  # type: ignore[method-assign]
     if run.get("blind"):
         Orchestrator._check_disk = lambda *_: None  # type: ignore[method-assign]
+    time.sleep(run.get("later", 0))
     sys.addaudithook(count)
     sys.argv = ["sqft", *run["argv"]]
     said = os.open(run["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -219,6 +219,8 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("half a step", put("finetune.steps", 1.5), "finetune.steps: input should be a valid integer"),
     ("a precision there is not", put("finetune.precision", "int8"), "finetune.precision: input should be 'float32' or 'bfloat16'"),
     ("longer than the window", put("finetune.max_length", 257), "finetune.max_length: 257 tokens, but the model's window is 256"),
+    ("an answer beyond the window", put("evaluate.exact_match.max_new_tokens", 257), "evaluate.exact_match.max_new_tokens: 257 tokens, but the model's window is 256"),
+    ("an answer of a search beyond the window", put("search.max_new_tokens", 257), "search.max_new_tokens: 257 tokens, but the model's window is 256"),
     ("calibration beyond the window", put("calibration.length", 257), "calibration.length: 257 tokens, but the model's window is 256"),
     ("no calibration", put("calibration"), "calibration: is missing: scorer 'wanda' needs input-norm; add"),
     ("a search without data", put("search.data"), "search.data: is missing: searcher 'hill-climbing' evaluates on it"),
@@ -286,6 +288,7 @@ THE_DATA: list[tuple[str, Change, str]] = [
     ("calibration too short", all_of(JUST_SPARSE, data("calibration.data", "few words", "c.txt")), "c.txt has 9 tokens, and 4 windows of 32 need 128; shorten calibration.length, or give more text"),
     ("calibration that is binary", all_of(JUST_SPARSE, data("calibration.data", b"\xff\xfe\x00", "c.txt")), "c.txt cannot be read as UTF-8 text"),
     ("calibration of bad records", all_of(JUST_SPARSE, data("calibration.data", "{")), "bad.jsonl:1: not valid JSON"),
+    ("a loss that is not finite", all_of(only("finetune"), lambda c: c.raw["finetune"].update(learning_rate=1e30, max_grad_norm=0)), "the loss is not finite at step |lower finetune.learning_rate or use float32"),
     ("completions of nothing", data("finetune.data", '{"prompt": "1", "completion": ""}'), "bad.jsonl:1: there is no token to learn from"),
     ("a fifo", lambda c: (os.mkfifo(c.folder / "pipe"), put("finetune.data", str(c.folder / "pipe"))(c)), "finetune.data.path: there is no file"),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft.data.batches import Collator, text_windows
 from sqft.data.prompts import encode_all
@@ -46,6 +46,21 @@ def test_a_perplexity_that_is_not_finite_is_refused(model: LlamaForCausalLM) -> 
         model.model.norm.weight *= 1e6
     with pytest.raises(StageError, match="not finite"):
         perplexity(model, [torch.arange(2, 20)], silent)
+
+
+def test_a_prompt_beyond_the_window_is_cut_at_the_left(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table of positions has no row for what comes after it."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=24, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    long, cut = ({"prompt": prompt, "completion": "x"} for prompt in ("ab" * 40, "ab" * 10))
+    caplog.set_level("WARNING", "sqft")
+    for records in ([long, *SUMS], [cut, *SUMS]):
+        assert exact_match(model, tokenizer, records, "text", 4, 2, silent)["samples"] == 7
+    assert caplog.messages == ["1 of 7 prompts were cut at the left to 20 tokens: the window is 24"]
+    with pytest.raises(StageError, match="max_new_tokens of 24 leave no room for a prompt in a window of 24"):
+        exact_match(model, tokenizer, SUMS, "text", 24, 2, silent)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
