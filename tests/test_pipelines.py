@@ -26,7 +26,10 @@ def methods(raw: dict[str, Any]) -> dict[str, Any]:
     return kept | {"of": raw["evaluate"]["of"]}
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {QUICKSTART}))
+TASKS = {"mawps", "boolq", "arc-easy"}  # one pipeline on other data
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - TASKS - {QUICKSTART}))
 def test_the_same_methods_as_the_example_of_that_name(name: str) -> None:
     assert methods(starting_recipe(name, Path("r.json"))) == methods(json.loads(EXAMPLES[name].read_text()))
 
