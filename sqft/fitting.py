@@ -47,7 +47,7 @@ class Fitting(Resolver):
         """Whether codes lie under the adapters."""
         return bool(self.recipe.quantize or (self.source and self.source.quantization))
 
-    def _start(self, section: Finetune) -> Finetune:
+    def _start(self, section: Finetune, merger: Part | None) -> Finetune:
         """The section with a place to start from that there is."""
         if section.base == "codes" and self.source and not self._on_codes():
             self._problem(
@@ -55,6 +55,13 @@ class Fitting(Resolver):
             )
         if section.mask == "codes" and self.source and not self.source.quantization:
             self._problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
+        elif (
+            section.mask == "codes" and merger and isinstance(merger.component, Merger) and not merger.component.merges
+        ):
+            self._problem(
+                "finetune.mask",
+                f"'{merger.component.name}' leaves the codes as they are and masks nothing; remove this",
+            )
         if self.source and self.source.quantization and section.base == "floats":
             if "base" in section.model_fields_set:
                 self._problem("finetune.base", 'the model has no floats, only codes; remove this, or say "codes"')
@@ -106,6 +113,10 @@ class Fitting(Resolver):
     def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
         if ":" not in section.pattern:
             return
+        if section.allocator != Sparsify.model_fields["allocator"].default:
+            self._problem(
+                "sparsify.allocator", f"has no say: '{section.pattern}' is one sparsity everywhere; remove it"
+            )
         block = int(section.pattern.partition(":")[2])
         odd = [linear for linear in pruned if linear.in_features % block]
         if odd:

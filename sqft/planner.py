@@ -125,7 +125,9 @@ class _Planner(Fitting):
             self.base,
             files,
             Estimate(
-                weights, self._in_codes(chosen, quantizer), size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29)
+                weights,
+                self._in_codes(chosen, getattr(quantizer, "bits", None)),
+                size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29),
             ),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
@@ -151,7 +153,7 @@ class _Planner(Fitting):
         merger = self._part("merger", section.merger, "finetune.merger")
         self._base_fits(merger)
         self._no_dropout(adapter, merger)
-        section = self._start(section)
+        section = self._start(section, merger)
         targets = self._targets(section)
         trained = 0
         if adapter and targets:
@@ -231,6 +233,8 @@ class _Planner(Fitting):
         weights, size = self._weights()
         inputs = {"search": "search", "finetune": "finetune", **self.base}
         stored = self.steps["quantize"].estimate.storage if "quantize" in self.steps else size
+        if self.source and self.source.quantization:
+            stored = self._in_codes(self.source.linears, self.source.quantization["bits"])
         self._add(
             "merge", section, {}, inputs, {}, Estimate(weights, stored, 2 * size + (1 << 29)), self._tuning_code()
         )

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from sqft.contracts import LinearShape, Quantizer
+from sqft.contracts import LinearShape
 from sqft.data.prompts import Answer, answer_of, completion_of
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
@@ -128,13 +128,13 @@ class Resolver:
         parameters = self.source.parameters if self.source else 0
         return parameters, parameters * BYTES[self.recipe.model.dtype]
 
-    def _in_codes(self, chosen: Sequence[LinearShape], quantizer: Quantizer | None) -> int:
-        """About the bytes of a quantized model: codes of the quantizer's `bits`, if it says them, with a scale and a
-        zero point of each group and a mask, all else as it is, and a head of its own."""
+    def _in_codes(self, chosen: Sequence[LinearShape], bits: float | None) -> int:
+        """About the bytes of a quantized model: codes of so many bits, as many as a float's where nothing says, with a
+        scale and a zero point of each group and a mask, all else as it is, and a head of its own."""
         parameters, _ = self._weights()
         width = BYTES[self.recipe.model.dtype]
         codes = sum(layer.out_features * layer.in_features for layer in chosen)
-        bits = getattr(quantizer, "bits", 8 * width) + 0.5 + 1
+        bits = (bits or 8 * width) + 0.5 + 1
         tied = self.source and not any(name.startswith(("lm_head", "output.")) for name in self.source.shapes)
         head = self.source.size("vocab_size") * self.source.size("hidden_size") if self.source and tied else 0
         return int((parameters - codes + head) * width + codes * bits / 8)

@@ -278,3 +278,13 @@ def test_a_mask_that_is_not_the_bases(quantized: dict[str, Any], tmp_path: Path)
     masks = load_file(file)
     save_file({name: mask ^ 1 for name, mask in masks.items()}, file)
     assert "masks.safetensors" in said(quantized, tmp_path)
+
+
+def test_a_mask_of_codes_for_an_adapter_beside_them(
+    raw: dict[str, Any], quantized_folder: Path, tmp_path: Path
+) -> None:
+    raw["model"]["path"] = str(quantized_folder)
+    raw["finetune"] |= {"merger": "unmerged", "mask": "codes"}
+    for name in ("sparsify", "merge", "evaluate"):
+        del raw[name]
+    assert "finetune.mask: 'unmerged' leaves the codes as they are" in said(raw, tmp_path)

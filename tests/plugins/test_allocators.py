@@ -85,3 +85,11 @@ def test_owl_on_a_model(raw: dict[str, Any], registry: Registry, tmp_path: Path)
     del kept["calibration"]
     with pytest.raises(RecipeError, match="calibration: is missing: allocator 'owl' needs input-norm"):
         orchestrator.plan(Recipe.parse(kept))
+
+
+def test_n_m_leaves_nothing_to_allocate(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["sparsify"] |= {"allocator": "owl", "pattern": "2:4"}
+    with pytest.raises(RecipeError, match=r"sparsify\.allocator: has no say: '2:4' is one sparsity everywhere"):
+        Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
+    raw["sparsify"]["allocator"] = "uniform"
+    Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
