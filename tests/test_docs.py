@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +45,17 @@ def test_every_error_is_documented() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    command = ["-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "trees")]
+    site = tmp_path / "site"
+    done = subprocess.run([sys.executable, *command, str(ROOT / "docs"), str(site)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loads = re.compile(r"""src="(https?:)?//|<link[^>]+href="(https?:)?//|url\(["']?(https?:)?//|@import""")
+    for file in (*site.rglob("*.html"), *site.rglob("*.css")):
+        assert not loads.search(file.read_text("utf-8")), f"{file} loads something from elsewhere"
 
 
 def blocks(page: Path, language: str) -> list[str]:
