@@ -12,10 +12,10 @@ DATA := examples/quickstart/data
 CONSUMERS ?= gptqmodel compressed_tensors
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup model quickstart check test test-fast test-slow kill-test consumers clean
+.PHONY: help setup model quickstart check docs test test-fast test-slow kill-test consumers clean
 
 help:
-	@echo "make quickstart | test | check | test-slow | kill-test | clean"
+	@echo "make quickstart | test | check | docs | test-slow | kill-test | clean"
 
 setup: $(VENV)/.done
 
@@ -23,7 +23,7 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[gguf,dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf,dev,docs]"
 	@touch $@
 
 model: $(MODEL)
@@ -48,6 +48,10 @@ check: setup
 	$(BIN)/mypy sqft plugins
 	$(OFFLINE) $(BIN)/pytest tests/test_architecture.py tests/test_docs.py
 
+# Warnings are errors: a link to nowhere, or a page that no index names.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -n -q -d build/doctrees docs site
+
 test: check test-fast
 
 test-fast: setup
@@ -71,4 +75,4 @@ consumers: $(CONSUMERS:%=.consumers/%/.done)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .consumers .models store $(DATA) build *.egg-info
+	rm -rf $(VENV) .consumers .models store $(DATA) build site *.egg-info

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("sqft")
 hookimpl = pluggy.HookimplMarker("sqft")
+"""Marks a function as an implementation of the hook whose name it has: `@hookimpl`."""
 
 
 @hookspec

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sqft.contracts import LinearShape
 from sqft.data.prompts import Answer, answer_of, completion_of
-from sqft.data.records import records_of
+from sqft.data.records import SUFFIXES, records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
@@ -77,7 +77,7 @@ class Resolver:
         """A file of records, a folder that is a data set, or the folder of one fetched from Hugging Face."""
         try:
             path = self.recipe.resolve(data.path)
-            if HUB_ID.fullmatch(data.path) and not path.exists():
+            if HUB_ID.fullmatch(data.path) and path.suffix not in SUFFIXES and not path.exists():
                 return hub_data(data.path, data.revision, path)
         except SqftError as error:
             self._problem(place, str(error))

@@ -1,4 +1,4 @@
-"""Docs that cannot rot: generated pages are current, code blocks run, links lead somewhere, recipes validate."""
+"""Docs that cannot rot: generated pages are current, every page works as it reads, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from sqft import Recipe, errors
+import sqft
+from sqft import Orchestrator, Recipe, Registry, api, errors
+from sqft.cli import main
 from sqft.sections import TrainingData
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +36,19 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["hooks", "components", "commands", "recipe"])
+@pytest.mark.parametrize("name", ["hooks", "components", "commands", "recipe", "python"])
 def test_reference_is_current(name: str) -> None:
     generate = load(ROOT / "docs" / "generate.py")
     page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
     assert page == generate.page(name), "run: .venv/bin/python docs/generate.py"
+
+
+def test_every_public_name_is_documented() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    taken = {name for name, value in vars(api).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert taken == set(api.__all__)
+    for name in {*api.__all__, *sqft.__all__} - {"__version__"}:
+        assert f"### `{name}`\n" in page
 
 
 def test_every_error_is_documented() -> None:
@@ -46,21 +64,122 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    command = ["-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "trees")]
+    site = tmp_path / "site"
+    done = subprocess.run([sys.executable, *command, str(ROOT / "docs"), str(site)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loads = re.compile(r"""src="(https?:)?//|<link[^>]+href="(https?:)?//|url\(["']?(https?:)?//|@import""")
+    for file in (*site.rglob("*.html"), *site.rglob("*.css")):
+        assert not loads.search(file.read_text("utf-8")), f"{file} loads something from elsewhere"
 
 
-def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = 0
-    for page in PAGES:
-        scope: dict[str, object] = {"__name__": "docs"}
-        for block in blocks(page, "python"):
-            if "quickstart.json" in block and not (ROOT / "examples/quickstart/data/test.jsonl").is_file():
-                continue  # needs the model that `make quickstart` fetches
-            monkeypatch.chdir(ROOT)
-            exec(compile(block, str(page), "exec"), scope)
-            ran += 1
-    assert ran >= 2
+FENCE = re.compile(r"(?:`([^`\n]+)`[^`\n]*:\n\n)?^```(\w+)(?: needs (\w+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+"""A block: the file that the line above names it, its language, the package it needs, its text."""
+
+
+def json_blocks() -> list[Any]:
+    found = [FENCE.findall(page.read_text()) for page in PAGES]
+    return [json.loads(text) for of_page in found for _, language, _, text in of_page if language == "json"]
+
+
+def small(raw: dict[str, Any], model: Path) -> dict[str, Any]:
+    """A recipe with less of everything, on a model of two layers."""
+    raw = json.loads(json.dumps(raw))
+    raw["model"] = raw["model"] | {"path": str(model)}
+    raw.get("calibration", {}).update(samples=4, length=32)
+    quantizer = raw.get("quantize", {}).get("quantizer")
+    if isinstance(quantizer, dict):
+        quantizer["options"]["group_size"] = 32
+    if "finetune" in raw:
+        raw["finetune"].update(steps=3, batch_size=4, save_every=2)
+        raw["finetune"] |= {} if "warmup_ratio" in raw["finetune"] else {"warmup_steps": 1}
+        raw["finetune"].pop("report_to", None)  # its packages are not installed
+    raw.get("evaluate", {}).get("perplexity", {}).update(tokens=128, length=64)
+    return raw
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def here(
+    model_folder: Path, data: Path, shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder that has what the pages speak of: data, the example recipes, a store; all of it small."""
+    quickstart, recipes = tmp_path / "examples" / "quickstart" / "data", tmp_path / "examples" / "recipes"
+    recipes.mkdir(parents=True)
+    shutil.copytree(data, quickstart)
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    for file in ROOT.glob("examples/recipes/*.json"):
+        (recipes / file.name).write_text(json.dumps(small(json.loads(file.read_text()), model_folder)))
+    (tmp_path / "store").symlink_to(shared_store)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_page_works_from_top_to_bottom(page: Path, here: Path, model_folder: Path) -> None:
+    scope: dict[str, object] = {"__name__": "docs"}
+    for file, language, needed, text in FENCE.findall(page.read_text()):
+        if language == "json":
+            raw = json.loads(text)
+            if whole(raw) is not raw:  # its data are nobody's
+                continue
+            raw = small(raw, model_folder)
+            Orchestrator(Registry.discover(), here / "store").plan(Recipe.parse(raw, here))
+            text = json.dumps(raw)
+        if file:
+            (here / file).parent.mkdir(parents=True, exist_ok=True)
+            (here / file).write_text(text)
+        if language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                command(shlex.split(line, comments=True), here)
+        if language == "python" and not (needed and importlib.util.find_spec(needed) is None):
+            exec(compile(text, file or str(page), "exec"), scope)
+
+
+def command(words: list[str], here: Path) -> None:
+    """Do what a line of a page says, or see that it could be done: nothing is installed, and no GPU is asked for."""
+    if words[:1] == ["sqft"]:
+        if "cuda" in " ".join(words) or words[1] == "bench":  # tests/test_bench.py runs that
+            main.commands[words[1]].make_context(words[1], words[2:])
+            return
+        done = CliRunner().invoke(main, words[1:])
+        assert done.exit_code == 0, f"{shlex.join(words)}: {done.output}\n{done.exception!r}"
+    elif words[:1] == ["make"]:
+        rules = (ROOT / "Makefile").read_text()
+        for target in [word for word in words[1:] if "=" not in word]:
+            assert f"\n{target}:" in rules, f"make {target}"
+    elif words[:2] == ["pip", "install"] and (here / words[-1] / "pyproject.toml").is_file():
+        pretend_to_install(here / words[-1])
+    elif words:
+        for word in words[1:]:
+            if word.startswith("examples/"):
+                assert (ROOT / word).exists(), shlex.join(words)
+
+
+def pretend_to_install(folder: Path) -> None:
+    """Metadata beside its modules: as good as installed to whoever looks for entry points."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    metadata.mkdir()
+    requires = "".join(f"Requires-Dist: {line}\n" for line in project["dependencies"])
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n{requires}"
+    )
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in groups]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    sys.path.insert(0, str(folder))  # the fixture puts it back
 
 
 def test_recipes_validate() -> None:
@@ -68,12 +187,16 @@ def test_recipes_validate() -> None:
     assert recipes
     for recipe in recipes:
         Recipe.load(recipe)
-    shown = [json.loads(block) for page in PAGES for block in blocks(page, "json")]
-    assert shown
+    shown = json_blocks()
+    assert len(shown) >= 8
     for content in shown:
-        if content.keys() <= TrainingData.model_fields.keys():  # a data section alone
-            content = {"data": content}
-        if content.keys() == {"data"}:
-            finetune = {"adapter": "lora", "merger": "unmerged", **content}
-            content = {"name": "part", "model": {"path": "m"}, "finetune": finetune}
-        Recipe.parse(content)
+        Recipe.parse(whole(content))
+
+
+def whole(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, or the least one around a data section that is shown alone."""
+    if content.keys() <= TrainingData.model_fields.keys():
+        content = {"data": content}
+    if content.keys() != {"data"}:
+        return content
+    return {"name": "part", "model": {"path": "m"}, "finetune": {"adapter": "lora", "merger": "unmerged", **content}}
