@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 from torch.distributed import HashStore
 
 import sqft.processes
-from sqft.data.prompts import IGNORED
+from sqft.data.batches import Collator, PackingCollator
+from sqft.data.prompts import IGNORED, Example
 from sqft.errors import StageError
 from sqft.modeling.training import Share
 from sqft.processes import Processes
@@ -59,11 +59,17 @@ def test_the_first_to_fail_speaks_and_nobody_waits_for_it(monkeypatch: pytest.Mo
 def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -> None:
     rows = [{"input_ids": [n, n], "labels": [IGNORED, n]} for n in range(examples)]
     seen: list[int] = []
-
-    def collate(own: Any) -> Any:
-        seen.extend(row["labels"][1] for row in own)
-        return own
-
     for rank in range(count):
-        assert Share(collate, Processes(rank, count))(rows)
+        batch = Share(Collator(0), Processes(rank, count))(rows)
+        seen += batch["labels"][:, 1].tolist()
     assert sorted(n for n in seen if n != IGNORED) == list(range(examples))
+
+
+def test_each_packed_row_belongs_to_one_process() -> None:
+    rows = [{"examples": [Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))]} for n in (7, 8)]
+    batches = [Share(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
+    assert [batch["labels"].tolist() for batch in batches] == [
+        [[IGNORED, 7, IGNORED, 7]],
+        [[IGNORED, 8, IGNORED, 8]],
+        [[IGNORED] * 4],  # it takes part, and learns nothing
+    ]

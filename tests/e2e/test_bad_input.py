@@ -217,7 +217,7 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("a warm-up of all steps", put("finetune.warmup_steps", 6), "finetune.warmup_steps: 6 of 6 steps; warm up in fewer"),
     ("no batch", put("finetune.batch_size", 0), "finetune.batch_size: input should be greater than or equal to 1"),
     ("half a step", put("finetune.steps", 1.5), "finetune.steps: input should be a valid integer"),
-    ("a precision there is not", put("finetune.precision", "int8"), "finetune.precision: input should be 'float32' or 'bfloat16'"),
+    ("a precision there is not", put("finetune.precision", "int8"), "finetune.precision: input should be 'float32', 'bfloat16' or 'float16'"),
     ("longer than the window", put("finetune.max_length", 257), "finetune.max_length: 257 tokens, but the model's window is 256"),
     ("an answer beyond the window", put("evaluate.exact_match.max_new_tokens", 257), "evaluate.exact_match.max_new_tokens: 257 tokens, but the model's window is 256"),
     ("an answer of a search beyond the window", put("search.max_new_tokens", 257), "search.max_new_tokens: 257 tokens, but the model's window is 256"),

@@ -97,7 +97,8 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     """The last look against the loss that a search measures of the stored deltas."""
     folder = finetuned(raw, registry, tmp_path, validation={"path": validation, "limit": 8})
     (seen,) = [json.loads(x)["eval_loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in x]
-    from sqft.data.prompts import encode_all, read_records
+    from sqft.data.prompts import encode_all
+    from sqft.data.records import read_records
     from sqft.modeling.measure import mean_loss
     from sqft.modeling.tuning import Base, restore
     from sqft.progress import silent
