@@ -10,7 +10,10 @@ author = "the sqft authors"
 extensions = ["myst_parser"]
 html_theme = "furo"
 html_title = "sqft"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sphinx = html_copy_source = html_show_copyright = False
+smartquotes = False  # what is quoted here is often to be typed
 
 
 def setup(app: Any) -> None:

@@ -26,7 +26,8 @@ def hooks() -> Iterator[str]:
     yield "# Hooks"
     for name, hook in inspect.getmembers(hookspecs, inspect.isfunction):
         if name.startswith("sqft_"):
-            yield f"## `{name}{inspect.signature(hook)}`".replace("'", "")
+            yield f"## `{name}`"
+            yield _code(_signature(name, hook))
             yield inspect.getdoc(hook) or ""
 
 
@@ -37,7 +38,7 @@ def components() -> Iterator[str]:
             yield f"## {entry.component.kind} `{entry.component.name}`"
             yield inspect.getdoc(entry.component) or ""
             if lines := list(option_lines(entry.component)):
-                yield "\n".join(f"- `{line}`" for line in lines)
+                yield "\n".join("- `{}`:{}".format(*line.split(":", 1)) for line in lines)
 
 
 def commands() -> Iterator[str]:
@@ -184,7 +185,7 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
         parameters.append(parameter.replace(annotation=_bare(parameter.annotation), default=default))
     whole = signature.replace(parameters=parameters, return_annotation=_bare(signature.return_annotation))
     unbroken = re.sub(r"(?<!,) ", "\xa0", f"def {name}{whole}")
-    lines = textwrap.wrap(unbroken, 100, subsequent_indent=" " * 8, break_on_hyphens=False)
+    lines = textwrap.wrap(unbroken, 84, subsequent_indent=" " * 8, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 
 
