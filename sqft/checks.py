@@ -22,6 +22,17 @@ def check_scores(who: str, place: str, weight: Tensor, scores: object) -> None:
     _check_tensor(who, place, "scores", scores, tuple(weight.shape), weight.device)
 
 
+def check_some_scores(who: str, place: str, scores: object) -> None:
+    """Scores of some of a layer's columns: a finite floating matrix."""
+    shape = getattr(scores, "shape", ())
+    device = getattr(scores, "device", None)
+    if len(shape) != 2 or device is None:
+        raise ContractError(
+            f"{who} asked `select` about {type(scores).__name__} for {place}, expected scores [out, some]"
+        )
+    _check_tensor(who, place, "scores", scores, tuple(shape), device)
+
+
 def check_pruned(who: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> None:
     """A new weight and its mask, both of the weight's shape: finite, 0 where the mask is false, about as sparse as the
     layer is to be."""
@@ -36,8 +47,8 @@ def check_pruned(who: str, place: str, weight: Tensor, pruned: object, sparsity:
     if changed := int(((new != 0) & ~mask).sum()):
         raise ContractError(f"{who} left {changed} pruned weights of {place} that are not 0")
     spent = 1 - mask.double().mean().item()
-    if abs(spent - sparsity) > 0.02:
-        raise ContractError(f"{who} pruned {spent:.3f} of {place}, where {sparsity:.3f} was asked for; use `select`")
+    if abs(spent - sparsity) > 1e-6:
+        raise ContractError(f"{who} pruned {spent:.3f} of {place}, where `select` let go of {sparsity:.3f}")
 
 
 def check_measured(who: str, names: Sequence[str], measured: object) -> None:

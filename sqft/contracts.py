@@ -57,6 +57,8 @@ class LinearStats:
     input_sq_sum: Tensor | None = None  # [in]
     hessian: Tensor | None = None  # [in, in]
     generator: Generator | None = None
+    unreached: bool = False
+    """True of an expert that no token was routed to: what it saw is every token instead."""
 
 
 @dataclass(frozen=True, slots=True)

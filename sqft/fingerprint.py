@@ -37,6 +37,8 @@ def _settings(section: Section) -> dict[str, Any]:
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_paths(inner) for key, inner in value.items() if key not in ("path", "text")}
+    if isinstance(value, list | tuple):
+        return [_without_paths(inner) for inner in value]
     return value
 
 

@@ -56,7 +56,9 @@ def _experts(shapes: Shapes) -> Shapes:
     apart: Shapes = {}
     for name, shape in shapes.items():
         mixture, _, part = name.rpartition(".")
-        plain = part in ("gate_up_proj", "down_proj") and f"{name}_bias" not in shapes
+        both, down = (shapes.get(f"{mixture}.{each}", ()) for each in ("gate_up_proj", "down_proj"))
+        # Others hold them transposed, or with biases.
+        plain = both[1:] == (2 * down[2], down[1]) and f"{name}_bias" not in shapes if len(down) == 3 else False
         if len(shape) == 3 and mixture.endswith(".experts") and plain:
             split = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
             one = (shape[1] // len(split), shape[2])

@@ -105,11 +105,11 @@ class _Planner(Fitting):
         quantizer = part.component if part and isinstance(part.component, Quantizer) else None
         if part and quantizer:
             self._grid_fits(part, quantizer, chosen)
-        in_blocks: dict[str, set[str]] = {}
+        taken: dict[str, set[bool]] = {}  # blocks may hold other layers than their neighbours
         for layer in self.source.linears if self.source else ():
-            block, number, inner = re.split(r"\.(\d+)\.", layer.name, maxsplit=1)
-            in_blocks.setdefault(f"{block}.{number}", set()).update({inner} if layer in chosen else ())
-        if len(set(map(frozenset, in_blocks.values()))) > 1:
+            inner = re.split(r"\.\d+\.", layer.name, maxsplit=1)[-1]
+            taken.setdefault(inner, set()).add(layer in chosen)
+        if any(len(found) > 1 for found in taken.values()):
             self._problem("quantize.include", "differs from block to block, which no checkpoint format can say")
         calibration, files = self._calibration(
             quantizer.needs if quantizer else frozenset(), f"quantizer '{section.quantizer.name}'"
@@ -169,11 +169,7 @@ class _Planner(Fitting):
             ) as error:  # a plugin's code
                 said = str(error) if isinstance(error, SqftError) else f"{adapter.entry} raised {error!r}"
                 self._problem("finetune.adapter", said)
-        place = "finetune.data.{}" if isinstance(section.data, tuple) else "finetune.data"
-        files = {
-            role: self._records(data, place.format(index))
-            for index, (role, data) in enumerate(section.data_sets.items())
-        }
+        files = self._training_data(section)
         section = self._within_window(section, "max_length", "finetune")
         if section.validation:
             files["validation"] = self._records(section.validation, "finetune.validation")
@@ -203,6 +199,8 @@ class _Planner(Fitting):
                     f"is missing: searcher '{section.searcher.name}' evaluates on it; "
                     'or keep records of the training data for it: "finetune": {"holdout": 0.1}',
                 )
+            elif section.data is None and self.recipe.finetune:
+                self._training_data(self.recipe.finetune, answer)
             elif section.data is not None:
                 files = {"data": self._records(section.data, "search.data", answer)}
         elif section.data is not None:

@@ -70,6 +70,8 @@ def apply(raw: Any, change: str, source: str) -> None:
     for depth, part in enumerate(parents):
         try:
             if isinstance(here, list):
+                if isinstance(here[int(part)], str):
+                    here[int(part)] = {"path": here[int(part)]}
                 here = here[int(part)]
                 continue
             if isinstance(here.get(part), str):  # the short forms grow into what they are short for

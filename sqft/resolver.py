@@ -15,7 +15,7 @@ from sqft.data.records import SUFFIXES, records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
-from sqft.recipe import ComponentRef, Recipe
+from sqft.recipe import ComponentRef, Finetune, Recipe
 from sqft.registry import Registry
 from sqft.sections import Data, Section
 from sqft.source import HUB_ID, Digests, ModelSource, find_model, hub_data
@@ -82,6 +82,8 @@ class Resolver:
         except SqftError as error:
             self._problem(place, str(error))
             return Path(data.path)
+        if path.is_file() and (said := data.model_fields_set & {"config", "split", "revision"}):
+            self._problem(place, f"is one file, and has no {min(said)}; remove that, or name a data set")
         return self._file(data.path, place, folder=path.is_dir())
 
     def _records(self, data: Data, place: str, answer: Answer | None = None) -> Path:
@@ -98,6 +100,14 @@ class Resolver:
         except DataError as error:
             self._problem(f"{place}.path", str(error).replace("\n", "\n    "))
         return path
+
+    def _training_data(self, section: Finetune, answer: Answer | None = None) -> dict[str, Path]:
+        """The files of `finetune.data` by their roles."""
+        place = "finetune.data.{}" if isinstance(section.data, tuple) else "finetune.data"
+        return {
+            role: self._records(data, place.format(index), answer)
+            for index, (role, data) in enumerate(section.data_sets.items())
+        }
 
     def _chosen(self, include: Iterable[str], exclude: Iterable[str], place: str) -> list[LinearShape]:
         if self.source is None:

@@ -16,6 +16,8 @@ from sqft.source import HUB_ID
 PLACES = (
     "calibration.data",
     "finetune.data.path",
+    "finetune.validation.path",
+    "finetune.logging_dir",
     "search.data.path",
     "evaluate.perplexity.text",
     "evaluate.exact_match.data.path",
@@ -47,7 +49,7 @@ def anchored(recipe: Recipe) -> dict[str, Any]:
     raw = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True, exclude={"json_schema"})
     for place, path in (*paths(recipe).items(), ("model.path", recipe.model.path)):
         whole = recipe.resolve(path)
-        if whole.exists() or not HUB_ID.fullmatch(path):
+        if whole.exists() or not (place.endswith(".path") and HUB_ID.fullmatch(path)):
             _section(raw, place)[place.rpartition(".")[2]] = str(whole)
     return raw
 

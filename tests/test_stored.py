@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from sqft import Recipe
+from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
 from sqft.errors import SqftError
 from sqft.stored import anchored, find_run, measuring, paths, recipe_of_model
@@ -160,3 +160,23 @@ def test_only_what_is_measured_is_kept(raw: dict[str, Any]) -> None:
     assert tuned.evaluate and tuned.evaluate.exact_match and tuned.evaluate.of == ("search",)
     merged = kept("merge", tasks=["a", "b"])
     assert merged.merge and merged.evaluate and merged.evaluate.tasks == ("a", "b") and merged.name == "tiny.eval"
+
+
+def test_a_list_of_data_and_validation_are_found_again(
+    raw: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored recipe, its paths made absolute, is the same run: nothing is made again."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        (here / name).write_bytes((data / name).read_bytes())
+    raw["finetune"] |= {"data": ["train.jsonl", {"path": "validation.jsonl", "weight": 2}]}
+    raw["finetune"] |= {"validation": "validation.jsonl", "evaluate_every": 3}
+    orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
+    recipe = Recipe.parse(raw, here)
+    stored = Recipe.parse(json.loads(json.dumps(anchored(recipe))), tmp_path)
+    assert [step.fingerprint for step in orchestrator.plan(stored).steps] == [
+        step.fingerprint for step in orchestrator.plan(recipe).steps
+    ]
+    assert stored.finetune and stored.finetune.validation
+    assert stored.finetune.validation.path == str(here / "validation.jsonl")

@@ -30,17 +30,20 @@ class Explicit(Allocator):
     name = "explicit"
     values: dict[str, Fraction] = Field(
         default_factory=dict,
-        description='sparsity by glob pattern of full layer names, the first that fits: {"*.q_proj": 0.3}',
+        description='sparsity by glob pattern of full layer names, the longest that fits: {"*.q_proj": 0.3}',
     )
 
     def allocate(
         self, linears: Sequence[LinearShape], sparsity: float, measured: Mapping[str, float]
     ) -> Mapping[str, float]:
         sizes = {linear.name: linear.out_features * linear.in_features for linear in linears}
-        fitting = {name: [p for p in self.values if fnmatchcase(name, p)] for name in sizes}
-        if unused := [p for p in self.values if not any(p in patterns for patterns in fitting.values())]:
-            raise StageError(f"explicit: no layer that is pruned fits {unused[0]!r}; use full names, with *")
-        given = {name: self.values[patterns[0]] for name, patterns in fitting.items() if patterns}
+        longest = sorted(self.values, key=lambda pattern: (-len(pattern), pattern))
+        fitting = {name: next((p for p in longest if fnmatchcase(name, p)), None) for name in sizes}
+        if unused := [pattern for pattern in self.values if pattern not in fitting.values()]:
+            raise StageError(
+                f"explicit: no layer that is pruned gets its value from {unused[0]!r}; use full names, with *"
+            )
+        given = {name: self.values[pattern] for name, pattern in fitting.items() if pattern}
         others = sum(size for name, size in sizes.items() if name not in given)
         left = sparsity * sum(sizes.values()) - sum(sizes[name] * value for name, value in given.items())
         rest = left / others if others else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,17 @@ class PackingCollator:
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Examples in rows of at most `length` tokens, the longest first, each in the first row that has room."""
+    """Examples in rows of at most `length` tokens, the longest first, each in the row that it fills best."""
     rows: list[list[Example]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # what is left of each row and which it is, in order
     for example in sorted(examples, key=lambda e: -len(e.input_ids)):
         size = len(example.input_ids)
-        place = next((index for index, left in enumerate(room) if left >= size), None)
-        if place is None:
-            place = len(rows)
+        place = bisect_left(room, (size, 0))
+        left, row = room.pop(place) if place < len(room) else (length, len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(length)
-        rows[place].append(example)
-        room[place] -= size
+        rows[row].append(example)
+        insort(room, (left - size, row))
     return rows
 
 

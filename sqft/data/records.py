@@ -80,8 +80,11 @@ def read_records(
     return records
 
 
-def split_off(records: Sequence[Record], fraction: float, rng: Random) -> tuple[list[Record], list[Record]]:
-    """The records without a drawn `fraction` of them, and those, both in their order; at least one each.
+def split_off(records: Sequence[Record], fraction: float, seed: object) -> tuple[list[Record], list[Record]]:
+    """The records without about a `fraction` of them, and those, both in their order; at least one each.
+
+    Whether a record is held out is drawn from `seed` and its number alone: a file that is read twice, with another
+    template or limit, holds out the same ones.
 
     Raises:
         DataError: when there are fewer than two.
@@ -90,8 +93,10 @@ def split_off(records: Sequence[Record], fraction: float, rng: Random) -> tuple[
         return list(records), []
     if len(records) < 2:
         raise DataError("one record cannot be split into training and validation; give more, or set holdout to 0")
-    count = min(max(1, round(fraction * len(records))), len(records) - 1)
-    held = set(rng.sample(range(len(records)), count))
+    drawn = [Random(f"{seed}/{index}").random() for index in range(len(records))]
+    held = {index for index, number in enumerate(drawn) if number < fraction} or {drawn.index(min(drawn))}
+    if len(held) == len(records):
+        held.remove(drawn.index(max(drawn)))
     return (
         [record for index, record in enumerate(records) if index not in held],
         [record for index, record in enumerate(records) if index in held],
@@ -99,9 +104,15 @@ def split_off(records: Sequence[Record], fraction: float, rng: Random) -> tuple[
 
 
 def repeated(records: Sequence[Record], weight: float, rng: Random) -> list[Record]:
-    """Each record `weight` times; of a broken number, a drawn part of them comes once more."""
+    """Each record `weight` times; of a broken number, a drawn part of them comes once more.
+
+    Raises:
+        DataError: when that is none at all.
+    """
     whole, part = divmod(weight, 1)
     extra = sorted(rng.sample(range(len(records)), round(part * len(records))))
+    if not (whole or extra):
+        raise DataError(f"a weight of {weight:g} draws none of its {len(records)} records; raise it, or leave them out")
     return [*list(records) * int(whole), *(records[index] for index in extra)]
 
 
@@ -117,7 +128,7 @@ def named(record: dict[str, Any], number: int) -> Iterator[None]:
 def _record(row: Any, place: str, template: Template | None) -> Record:
     if isinstance(row, DataError):
         raise row
-    if isinstance(row, dict) and template is None and "instruction" in row and "prompt" not in row:
+    if isinstance(row, dict) and template is None and "instruction" in row and not row.keys() & {"prompt", "messages"}:
         template = INSTRUCTION
     if isinstance(row, dict) and template is not None:
         row = render(template, row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -37,13 +37,13 @@ TEMPLATES: Mapping[str, Named] = {
         "### Instruction:\n{{instruction}}\n\n{% if input %}### Input:\n{{input}}\n\n{% endif %}### Response:\n",
         "{{output}}",
     ),
-    "multiple-choice": Named("Question: {{question}}\nAnswer:", " {{choices[answer|int]}}"),
+    "multiple-choice": Named("Question: {{question}}\nAnswer:", " {{nth(choices, answer)}}"),
     "arc": Named("Question: {{question}}\nAnswer:", " {{choices.text[choices.label.index(answerKey)]}}"),
-    "boolq": Named("{{passage}}\nQuestion: {{question}}?\nAnswer:", " {{['no', 'yes'][label]}}"),
+    "boolq": Named("{{passage}}\nQuestion: {{question}}?\nAnswer:", " {{nth(['no', 'yes'], label)}}"),
     "openbookqa": Named("{{question_stem}}", " {{choices.text[choices.label.index(answerKey.lstrip())]}}"),
-    "piqa": Named("Question: {{goal}}\nAnswer:", " {{[sol1, sol2][label]}}"),
+    "piqa": Named("Question: {{goal}}\nAnswer:", " {{nth([sol1, sol2], label)}}"),
     "winogrande": Named(
-        "{{sentence[:sentence.index('_')]}}{{[option1, option2][answer|int - 1]}}",
+        "{{sentence[:sentence.index('_')]}}{{nth([option1, option2], answer, 1)}}",
         " {{sentence[sentence.index('_') + 1:].strip()}}",
     ),
 }
@@ -61,7 +61,8 @@ def render(template: Template, row: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         DataError: naming the field that the row lacks, or what else the template could not do with it.
     """
-    fields = OPTIONAL | {name: value for name, value in row.items() if isinstance(name, str)}
+    # A field that is null is one that is not there.
+    fields = OPTIONAL | {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
     try:
         return {
             "prompt": _compiled(template.prompt).render(fields),
@@ -90,7 +91,17 @@ def _compiled(source: str) -> Compiled:
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_whole, keep_trailing_newline=True)
+    made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_whole, keep_trailing_newline=True)
+    made.globals["nth"] = _nth
+    return made
+
+
+def _nth(choices: Sequence[str], number: Any, first: int = 0) -> str:
+    """The choice of that number, counted from `first`; test sets say -1 or nothing where the answer is secret."""
+    index = int(number) - first
+    if not 0 <= index < len(choices):
+        raise ValueError(f"there is no choice {number} of {len(choices)}")
+    return choices[index]
 
 
 def _whole(value: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,7 +74,7 @@ def walk(
                 log.warning("no token is routed to %s; measured on every token instead", ", ".join(unseen))
                 observed |= more
             for layer, linear in some.items():
-                compress(layer, linear, observed[layer].result(layer))
+                compress(layer, linear, replace(observed[layer].result(layer), unreached=layer in unseen))
         for index, call in enumerate(calls[name]):
             hidden[index] = _replay(block, call, slot, hidden[index], device)
         calls[name] = []

@@ -55,7 +55,7 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             assert isinstance(expert, Expert)
             tokens, place = torch.where(top_k_index == index)
-            if not (len(tokens) or self.everywhere):
+            if not (len(tokens) or self.everywhere or _trains(expert)):
                 continue
             rows = torch.arange(len(hidden_states), device=tokens.device) if self.everywhere else tokens
             x = hidden_states[rows]
@@ -112,6 +112,12 @@ def every_expert(module: nn.Module) -> Iterator[None]:
     finally:
         for mixture in mixtures:
             mixture.everywhere = False
+
+
+def _trains(expert: Expert) -> bool:
+    """Whether an expert's adapters want a gradient, of 0 where no token comes: processes that train together wait for
+    every one."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in expert.parameters())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

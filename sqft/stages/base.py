@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.contracts import Component, LinearStats, Statistic
 from sqft.data.batches import calibration_windows
 from sqft.data.records import Record, records_of, repeated, split_off
+from sqft.errors import DataError
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
@@ -82,9 +83,12 @@ class Context:
         section, training, held = cast(Finetune, step.section), [], []
         for role, data in section.data_sets.items():
             # The recipe's seed, not a step's own: search and merge ask for the same records.
-            rng = Random(f"{self.plan.recipe.seed}/holdout/{role}")
-            kept, out = split_off(self.records(role, data, step), section.holdout, rng)
-            training += repeated(kept, data.weight, rng)
+            seed = self.plan.recipe.seed
+            try:
+                kept, out = split_off(self.records(role, data, step), section.holdout, seed)
+                training += repeated(kept, data.weight, Random(f"{seed}/{role}"))
+            except DataError as error:
+                raise DataError(f"finetune.{role}: {error}") from None
             held += out
         return training, held
 

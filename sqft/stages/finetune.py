@@ -18,6 +18,7 @@ from sqft.data.batches import Collator, PackingCollator, pack
 from sqft.data.prompts import Encoded, Example, encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.modeling.layout import Expert
 from sqft.modeling.loss import CompletionLoss, sees_across
 from sqft.modeling.resume import Sealing, newest_complete, resume
 from sqft.modeling.training import Best, DeltaTrainer, FiniteLoss, Share, arguments
@@ -78,14 +79,18 @@ def run(context: Context) -> dict[str, Any]:
 def prove(context: Context) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
     tuned = restore(context.plan, context.base(), context.folder, "cpu")
-    merger, who = context.component(Merger), context.who(Merger)
+    merger, who, idle = context.component(Merger), context.who(Merger), []
     for name, layer in tuned.adapted.items():
         B, A, scale = layer.delta.factors(layer.rank)
         delta = scale * (B.float() @ A.float())
-        if not delta.any():
+        if not delta.any() and isinstance(tuned.model.get_submodule(name.rpartition(".")[0]), Expert):
+            idle.append(name)  # no example was routed to it
+        elif not delta.any():
             raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
+    if idle:
+        log.warning("%d layers of experts did not train, such as %s: no example was routed to them", len(idle), idle[0])
 
 
 def _encode(context: Context, tuned: Tuned, name: str, records: list[Record]) -> Encoded:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -55,11 +54,14 @@ def run(context: Context) -> dict[str, Any]:
         weight = linear.weight.detach().to(torch.float32, copy=True)
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("sparsify", name))
+        tokens_seen = 0 if stats.unreached else stats.tokens
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
-            pruned = scorer.prune(weight, stats, partial(_select, section.pattern, allocation[name]))
+            select = _Selection(who, name, section.pattern, allocation[name])
+            pruned = scorer.prune(weight, stats, select)
             checks.check_unchanged(who, name, kept, weight)
-            checks.check_pruned(who, name, kept, pruned, allocation[name])
+            select.check()
+            checks.check_pruned(who, name, kept, pruned, select.pruned / max(select.seen, 1))
             mask = pruned[1]
             linear.weight.data.copy_(pruned[0])
             digests[name] = _digest(linear.weight)
@@ -71,7 +73,7 @@ def run(context: Context) -> dict[str, Any]:
             linear.weight.data.masked_fill_(~mask, 0)
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
-        seen[name] = stats.tokens
+        seen[name] = tokens_seen
 
     tokens = context.feed(model, tokenizer, layers, scorer.needs, compress, "scoring")
     save_model(model, tokenizer, context.folder / "model")
@@ -98,35 +100,59 @@ def _measured(
     allocator, who = context.component(Allocator), context.who(Allocator)
     if not allocator.needs:
         return {}
+    measured: dict[str, float] = {}
+    for_block: dict[str, list[str]] = {}
+    for block in decoder_blocks(model):
+        names = [name for name in layers if name.startswith(f"{block}.")]
+        for_block |= dict.fromkeys(names, names)
+    weights: dict[str, Tensor] = {}
     stats: dict[str, LinearStats] = {}
 
     def note(name: str, linear: nn.Linear, found: LinearStats) -> None:
-        stats[name] = found
+        """Measure a block once its last layer has come; what it took is not kept."""
+        weights[name], stats[name] = linear.weight.detach().to(torch.float32, copy=True), found
+        names = for_block[name]
+        if len(weights) < len(names):
+            return
+        kept = {name: weight.clone() for name, weight in weights.items()}
+        numbers = allocator.measure(weights, stats)
+        for one in names:
+            checks.check_unchanged(who, one, kept[one], weights[one])
+        checks.check_measured(who, names, numbers)
+        measured.update(numbers)
+        weights.clear()
+        stats.clear()
 
     context.feed(model, tokenizer, layers, allocator.needs, note, "measuring")
-    measured: dict[str, float] = {}
-    for block in decoder_blocks(model):
-        names = [name for name in layers if name.startswith(f"{block}.")]
-        if not names:
-            continue
-        weights = {name: layers[name].weight.detach().to(torch.float32, copy=True) for name in names}
-        kept = {name: weight.clone() for name, weight in weights.items()}
-        found = allocator.measure(weights, {name: stats.pop(name) for name in names})
-        for name in names:
-            checks.check_unchanged(who, name, kept[name], weights[name])
-        checks.check_measured(who, names, found)
-        measured |= found
     return measured
 
 
-def _select(pattern: str, sparsity: float, scores: Tensor) -> Tensor:
-    """`contracts.Select` of one layer."""
-    if ":" in pattern and scores.shape[1] % int(pattern.partition(":")[2]):
-        raise StageError(
-            f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M of "
-            f"'{pattern}'; change its block, or the pattern"
-        )
-    return keep_mask(scores, sparsity, pattern)
+class _Selection:
+    """`contracts.Select` of one layer, which remembers how much of it went."""
+
+    def __init__(self, who: str, place: str, pattern: str, sparsity: float) -> None:
+        self.who, self.place, self.pattern, self.sparsity = who, place, pattern, sparsity
+        self.pruned = self.seen = 0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        checks.check_some_scores(self.who, self.place, scores)
+        if ":" in self.pattern and scores.shape[1] % int(self.pattern.partition(":")[2]):
+            raise StageError(
+                f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M "
+                f"of '{self.pattern}'; change its block, or the pattern"
+            )
+        mask = keep_mask(scores, self.sparsity, self.pattern)
+        self.pruned, self.seen = self.pruned + int((~mask).sum()), self.seen + mask.numel()
+        return mask
+
+    def check(self) -> None:
+        """Whole entries of a few may be far from the sparsity that was asked for."""
+        spent = self.pruned / max(self.seen, 1)
+        if ":" not in self.pattern and abs(spent - self.sparsity) > 0.02:
+            raise StageError(
+                f"sparsify.scorer: {self.who} chooses among so few inputs of {self.place} at a time that {spent:.3f} "
+                f"of them go where {self.sparsity:.3f} was asked for; give it a larger block"
+            )
 
 
 def _digest(weight: Tensor) -> str:

@@ -141,23 +141,55 @@ def records(count: int) -> list[Record]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_a_split_loses_and_doubles_nothing(count: int, fraction: float, seed: int) -> None:
-    kept, held = split_off(records(count), fraction, Random(seed))
-    assert kept and held and abs(len(held) - fraction * count) <= 1
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5), st.integers(2, 60))
+def test_a_split_loses_and_doubles_nothing(count: int, fraction: float, seed: int, fewer: int) -> None:
+    kept, held = split_off(records(count), fraction, seed)
+    assert kept and held
     assert sorted([*kept, *held], key=lambda r: int(r["text"])) == records(count)
-    assert (kept, held) == split_off(records(count), fraction, Random(seed))
+    assert (kept, held) == split_off(records(count), fraction, seed)
+    # Fewer of the same file: what both know is on the same side, but where one side had to be filled.
+    some, out = split_off(records(min(fewer, count)), fraction, seed)
+    odd = [r for r in out if r in kept] + [r for r in some if r in held]
+    assert len(odd) <= 2
+
+
+def test_about_the_fraction_is_held_out() -> None:
+    _, held = split_off(records(4000), 0.25, 0)
+    assert 900 < len(held) < 1100  # 1000, with a standard deviation of 27
 
 
 def test_no_split() -> None:
-    assert split_off(records(3), 0, Random(0)) == (records(3), [])
+    assert split_off(records(3), 0, 0) == (records(3), [])
     with pytest.raises(DataError, match="one record cannot be split"):
-        split_off(records(1), 0.5, Random(0))
+        split_off(records(1), 0.5, 0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.floats(0.01, 4))
 def test_weights(count: int, weight: float) -> None:
+    if round(weight * count) == 0 and weight < 1:
+        with pytest.raises(DataError, match="draws none"):
+            repeated(records(count), weight, Random(0))
+        return
     found = [record["text"] for record in repeated(records(count), weight, Random(0))]
     assert len(found) == int(weight) * count + round((weight % 1) * count)
     assert all(int(weight) <= found.count(str(n)) <= int(weight) + 1 for n in range(count))
+
+
+def test_a_conversation_stays_one(tmp_path: Path) -> None:
+    row = {"instruction": "x", "output": "y", "messages": [{"role": "assistant", "content": "b"}]}
+    assert read_records(written(tmp_path, ".jsonl", [row])) == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("llm-adapters", {"instruction": "x", "output": None}, "'output' is undefined"),
+        ("multiple-choice", {"question": "x", "choices": ["a", "b"], "answer": "B"}, "cannot be filled: ValueError"),
+        ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}, "there is no choice -1 of 2"),
+        ("winogrande", {"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}, "cannot be filled"),
+    ],
+)
+def test_an_answer_that_is_not_there_is_no_answer(tmp_path: Path, name: str, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_records(written(tmp_path, ".jsonl", [row]), template=TEMPLATES[name])

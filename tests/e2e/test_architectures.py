@@ -263,3 +263,29 @@ def test_what_no_checkpoint_could_hold(
     with pytest.raises(StageError, match=words):
         run(raw, registry, tmp_path / "store")
     assert not list((tmp_path / "store").glob("artifacts/*"))
+
+
+def test_experts_that_no_example_reaches_stay_as_they_were(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of("Mixtral", tokenizer)
+    config.num_local_experts = 32
+    folder = save(config, tokenizer, tmp_path / "model")
+    finished = run(recipe_of(folder, data, ["*"]), registry, tmp_path / "store")
+    assert "layers of experts did not train, such as model.layers.0.mlp.experts." in caplog.text
+    counts = finished["sparsify"].report["expert_tokens"]
+    assert len(counts) == 2 * 32 * 3 and 0 in counts.values() and "no token is routed to" in caplog.text
+    assert finished["merge"].report["logits_difference"] < 1e-4
+
+
+def test_blocks_of_different_layers_can_be_quantized(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    config = config_of("Qwen3Moe", tokenizer)
+    config.mlp_only_layers = [0]
+    folder = save(config, tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["*"])
+    del raw["finetune"], raw["merge"]
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    finished = run(raw, registry, tmp_path / "store")
+    assert finished["quantize"].report["weights"] == finished["sparsify"].report["weights"]

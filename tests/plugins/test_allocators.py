@@ -54,7 +54,7 @@ def test_owl_leaves_0_to_1() -> None:
 
 
 def test_explicit_values_and_the_rest() -> None:
-    found = Explicit(values={"m.0.q_proj": 0.0, "*.q_proj": 0.25}).allocate(LAYERS, 0.5, {})
+    found = Explicit(values={"*.q_proj": 0.25, "m.0.q_proj": 0.0}).allocate(LAYERS, 0.5, {})
     assert (found["m.0.q_proj"], found["m.1.q_proj"], found["m.2.q_proj"]) == (0.0, 0.25, 0.25)
     assert spent(found) == pytest.approx(0.5)
     assert found["m.0.up_proj"] == found["m.2.up_proj"] > 0.5
@@ -63,8 +63,9 @@ def test_explicit_values_and_the_rest() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"q_proj": 0.3}, "no layer that is pruned fits 'q_proj'"),
+        ({"q_proj": 0.3}, "no layer that is pruned gets its value from 'q_proj'"),
         ({"*": 0.3}, r"the values alone prune 0\.300 of all weights, and sparsify.sparsity is 0\.5"),
+        ({"m.0.*": 0.1, "m.*.*_proj": 0.5}, r"gets its value from 'm\.0\.\*'"),
         ({"*.q_proj": 0.99, "m.2.*": 0.99}, r"prune 0\.7\d+ of all weights"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearStats
-from sqft.errors import ArtifactError, StageError
+from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import keep_mask, unpack_mask
 
 
@@ -119,3 +119,25 @@ def test_a_block_that_the_pattern_does_not_divide(raw: dict[str, Any], registry:
     orchestrator = Orchestrator(registry, tmp_path)
     with pytest.raises(StageError, match="chooses among 6 inputs at a time, no multiple of the M of '2:4'"):
         orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer=scorer, pattern="2:4"))))
+
+
+def test_a_block_too_small_for_the_sparsity(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    scorer = {"name": "sparsegpt", "options": {"block": 1}}
+    orchestrator = Orchestrator(registry, tmp_path)
+    with pytest.raises(StageError, match=r"0\.000 of them go where 0\.500 was asked for; give it a larger block"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer=scorer))))
+
+
+@pytest.mark.parametrize("wrong", [[1.0], torch.full((4, 8), torch.nan)])
+def test_select_is_asked_about_scores(raw: dict[str, Any], tmp_path: Path, wrong: Any) -> None:
+    class Bad(SparseGpt):
+        name = "bad"
+
+        def prune(self, weight: Tensor, stats: LinearStats, select: Any) -> tuple[Tensor, Tensor]:
+            return weight, select(wrong)
+
+    found = Registry.discover()
+    found.add(Bad)
+    orchestrator = Orchestrator(found, tmp_path)
+    with pytest.raises(ContractError, match=r"scorer 'bad'.*(asked `select` about list|not finite|scores)"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer="bad"))))
