@@ -70,7 +70,7 @@ def apply(raw: Any, change: str, source: str) -> None:
     for depth, part in enumerate(parents):
         try:
             if isinstance(here, list):
-                if isinstance(here[int(part)], str):
+                if isinstance(here[int(part)], str) and parents[depth - 1] == "data":
                     here[int(part)] = {"path": here[int(part)]}
                 here = here[int(part)]
                 continue

@@ -250,3 +250,10 @@ def test_every_key_of_a_section_is_described() -> None:
     for section in Section.__subclasses__():
         fields = {} if section in (Recipe, ComponentRef) else section.model_fields
         assert section.__doc__ and all(field.description for field in fields.values()), section
+
+
+def test_a_change_inside_a_list_of_data(raw: dict[str, Any]) -> None:
+    raw["finetune"]["data"] = ["a.jsonl", "b.jsonl"]
+    changed = Recipe.changed(raw, ["finetune.data.1.weight=2"])
+    assert changed.finetune and isinstance(changed.finetune.data, tuple)
+    assert [(data.path, data.weight) for data in changed.finetune.data] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
