@@ -14,7 +14,7 @@ from sqft.contracts import Grid, Quantized
 from sqft.errors import ArtifactError, SqftError
 from sqft.kernels.grids import group_index
 from sqft.kernels.packing import unpack
-from sqft.layers import IN_A_BLOCK
+from sqft.layers import IN_A_BLOCK, in_order
 from sqft.modeling.checkpoint import read_layer
 from sqft.modeling.load import FolderReader
 from sqft.plan import human
@@ -179,7 +179,7 @@ def _folder(path: Path, track: Track) -> Inspection:
             details = {key: settings[key] for key in ("bits", "group_size") if key in settings}
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     read = tuple(track(modules, f"reading {path.name}", total))
-    return Inspection(path, form, details, size, tuple(sorted(read, key=lambda module: _in_order(module.name))))
+    return Inspection(path, form, details, size, tuple(sorted(read, key=lambda module: in_order(module.name))))
 
 
 def _files(path: Path) -> list[Path]:
@@ -286,7 +286,7 @@ def _gguf(path: Path, track: Track) -> Inspection:
     if not reader.tensors:
         raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
     read = tuple(track(map(_of_gguf, reader.tensors), f"reading {path.name}", len(reader.tensors)))
-    return Inspection(path, "GGUF", {}, path.stat().st_size, tuple(sorted(read, key=lambda m: _in_order(m.name))))
+    return Inspection(path, "GGUF", {}, path.stat().st_size, tuple(sorted(read, key=lambda m: in_order(m.name))))
 
 
 def _of_gguf(tensor: Any) -> Module:
@@ -326,8 +326,3 @@ def _counts(weights: int, zeros: int | None, share: float | None) -> list[str]:
     if zeros is None:
         return [f"{weights:,}", "–", "–"]
     return [f"{weights:,}", f"{zeros:,}", f"{share:.2%}" if share is not None else "–"]
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Block 10 after block 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -48,7 +48,7 @@ def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tup
             layer = re.sub(old, new, layer)
         out, inputs = shape[::-1] if family in TRANSPOSED and not packed else shape
         found.append(LinearShape(layer, out, inputs))
-    return tuple(sorted(found, key=_in_order))
+    return tuple(sorted(found, key=lambda linear: in_order(linear.name)))
 
 
 def _experts(shapes: Shapes) -> Shapes:
@@ -68,6 +68,6 @@ def _experts(shapes: Shapes) -> Shapes:
     return apart
 
 
-def _in_order(linear: LinearShape) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9, and names among them."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in linear.name.split(".")]
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names of modules by: layer 10 after layer 9, and names among them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

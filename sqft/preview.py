@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from sqft.data.batches import pack
-from sqft.data.prompts import IGNORED, Example, encode_all, prompt_ids
+from sqft.data.prompts import IGNORED, Example, encode_all, prompts_of
 from sqft.data.records import records_of
 from sqft.modeling.load import source_tokenizer
 from sqft.plan import Plan
@@ -69,7 +69,7 @@ def previews(plan: Plan, count: int) -> Iterator[Preview]:
         records = records_of(steps[step].files[role], how)
         if any("text" in record for record in records):  # a search that looks at the loss asks nothing
             continue
-        prompts = [prompt_ids(record, tokenizer) for record in records]
+        prompts = prompts_of(records, tokenizer)
         shown = [[Piece(tokenizer.decode(ids), False), Piece(wanted, True)] for ids, wanted in prompts[:count]]
         sizes = [len(ids) for ids, _ in prompts]
         yield Preview(

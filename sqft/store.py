@@ -135,7 +135,7 @@ class Store:
             for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
                 if folder.is_symlink():
                     raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
-                gone = self._gone(name_of(stage, fingerprint))
+                gone = self._gone(name)
                 shutil.rmtree(gone, ignore_errors=True)
                 if folder.exists():
                     folder.rename(gone)
@@ -154,12 +154,12 @@ class Store:
         Raises:
             StageError: when the store cannot be written, or its disk is full before the work is done.
         """
-        partial = self.partial(stage, fingerprint)
-        with self._locked(name_of(stage, fingerprint)):
+        partial, name = self.partial(stage, fingerprint), name_of(stage, fingerprint)
+        with self._locked(name):
             if not (folder := self.folder(stage, fingerprint)).exists():
                 with self.writing():
                     partial.mkdir(exist_ok=True)
-            for left in (folder / CHECKPOINTS, self._gone(name_of(stage, fingerprint))):  # by a run that was killed
+            for left in (folder / CHECKPOINTS, self._gone(name)):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield partial

@@ -40,9 +40,8 @@ class Owl(Allocator):
         low, high = min(measured.values()), max(measured.values())
         scale = 2 * self.spread / (high - low) if high > low else 0.0
         kept = {name: (measured[name] - low) * scale for name in sizes}
-        mean = sum(kept[name] * size for name, size in sizes.items()) / sum(
-            sizes.values()
-        )  # by size: the whole is exact
+        # By size, so that the whole is exact.
+        mean = sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
         found = {name: sparsity - (kept[name] - mean) for name in sizes}
         if min(found.values()) < 0 or max(found.values()) >= 1:
             raise StageError(

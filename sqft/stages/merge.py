@@ -134,8 +134,11 @@ def _logits_apart(context: Context, tuned: Tuned) -> float:
     # Validation examples where there are some: what was not trained on.
     search = context.plan.step("search")
     given, section = cast(Search, search.section).data, cast(Finetune, context.plan.step("finetune").section)
-    training, held = context.training_records()
-    records = context.records("data", given, search) if given else held or training
+    if given:
+        records = context.records("data", given, search)
+    else:
+        training, held = context.training_records()
+        records = held or training
     examples = encode_all(records[:COMPARED], tuned.tokenizer, section.max_length, section.loss_on).examples
     merged, _ = open_folder(context.folder / "model", context.plan.recipe.model.trust_remote_code)
     gaps, sizes = [0.0], [0.0]

@@ -25,6 +25,13 @@ class Ended:
     seconds: float | None
     changes: int
 
+    def told(self, *words: str) -> None:
+        """It ended with one message that holds these words, and no traceback."""
+        assert self.status == 2, f"{self.status}: {self.said}"
+        assert len(re.findall("(?m)^error: ", self.said)) == 1 and "Traceback" not in self.said, self.said
+        message = self.said.partition("error: ")[2]
+        assert all(word in message for word in words), message
+
 
 class Nursery:
     """`sqft run` as often as wanted; see nursery.py."""

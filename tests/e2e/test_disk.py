@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -45,13 +44,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def told(ended: Any, *words: str) -> None:
-    assert ended.status == 2, f"{ended.status}: {ended.said}"
-    assert len(re.findall("(?m)^error: ", ended.said)) == 1 and "Traceback" not in ended.said, ended.said
-    message = ended.said.partition("error: ")[2]
-    assert all(word in message for word in words), message
-
-
 @pytest.mark.parametrize(
     ("stage", "share"),
     [
@@ -79,7 +71,7 @@ def test_full(nursery: Any, content: Any, disk: Disk, recipe: Path, tmp_path: Pa
     (made,) = whole.glob(f"artifacts/{stage}-*")
     disk.leave(int(share * sum(-(-f.stat().st_size // 4096) * 4096 for f in made.rglob("*"))))
     ended = nursery.run(*command, stage, blind=True)
-    told(ended, str(disk.store), "--store")
+    ended.told(str(disk.store), "--store")
     assert content(disk.store) == known
     disk.clear()
     again = nursery.run(*command, stage)
@@ -89,14 +81,14 @@ def test_full(nursery: Any, content: Any, disk: Disk, recipe: Path, tmp_path: Pa
 
 def test_too_little_room_is_seen_before_anything_is_done(nursery: Any, disk: Disk, recipe: Path) -> None:
     disk.leave(1 << 14)
-    told(nursery.run("run", recipe, "--store", disk.store), "needs about", "free; make room", "--store")
+    nursery.run("run", recipe, "--store", disk.store).told("needs about", "free; make room", "--store")
     assert not list(disk.store.glob("artifacts/*"))
 
 
 def test_read_only(nursery: Any, content: Any, disk: Disk, recipe: Path) -> None:
     command = ["run", recipe, "--store", disk.store]
     disk.mount(f"remount,ro,size={LARGE}")
-    told(nursery.run(*command), "cannot be written: Read-only file system", "--store")
+    nursery.run(*command).told("cannot be written: Read-only file system", "--store")
     disk.mount(f"remount,rw,size={LARGE}")
     assert nursery.run(*command, "--until", "sparsify").status == 0
     known = content(disk.store)
@@ -104,7 +96,7 @@ def test_read_only(nursery: Any, content: Any, disk: Disk, recipe: Path) -> None
     plan = nursery.run("plan", recipe, "--store", disk.store)
     assert plan.status == 0 and "reuse" in plan.said, plan.said
     for more in ([], ["--until", "sparsify"], ["--fresh", "sparsify"]):
-        told(nursery.run(*command, *more), "cannot be written: Read-only file system", "--store")
+        nursery.run(*command, *more).told("cannot be written: Read-only file system", "--store")
     assert content(disk.store) == known
     disk.mount(f"remount,rw,size={LARGE}")
     assert nursery.run(*command).status == 0
@@ -115,7 +107,7 @@ def test_the_output(nursery: Any, disk: Disk, recipe: Path, tmp_path: Path, read
     store = tmp_path / "store"
     command = ["run", recipe, "--store", store, "--until", "sparsify", "--output", disk.place / "model"]
     ready(disk)
-    told(nursery.run(*command), f"--output {disk.place / 'model'} cannot be written", f"the result stays in {store}")
+    nursery.run(*command).told(f"--output {disk.place / 'model'} cannot be written", f"the result stays in {store}")
     assert {file.name for file in disk.place.iterdir()} <= {"filler"}
     disk.mount(f"remount,rw,size={LARGE}")
     (disk.place / "filler").unlink(missing_ok=True)
