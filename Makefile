@@ -45,7 +45,7 @@ quickstart: setup $(MODEL) $(DATA)/heldout.txt
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sqft plugins
+	$(BIN)/mypy sqft plugins benchmarks
 	$(OFFLINE) $(BIN)/pytest tests/test_architecture.py tests/test_docs.py
 
 # Warnings are errors: a link to nowhere, or a page that no index names.

@@ -74,10 +74,11 @@ def main() -> None:
 
 def _seed(plan: Any) -> int:
     """The seed of the calibration windows, as stages draw them."""
+    from sqft.processes import Processes
     from sqft.progress import silent
     from sqft.stages.base import Context
 
-    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent).seed_for("calibration")
+    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent, Processes()).seed_for("calibration")
 
 
 if __name__ == "__main__":
