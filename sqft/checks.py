@@ -10,7 +10,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sqft.contracts import BaseWeight, Choice, DeltaModule, Grid, LinearShape, Quantized, RankGroup, SearchSpace
+from sqft.contracts import (
+    SPARSITY_TOLERANCE,
+    BaseWeight,
+    Choice,
+    DeltaModule,
+    Grid,
+    LinearShape,
+    Quantized,
+    RankGroup,
+    SearchSpace,
+)
 from sqft.errors import ContractError
 
 if TYPE_CHECKING:
@@ -66,17 +76,23 @@ def check_unchanged(who: str, place: str, before: Tensor, after: Tensor, what: s
         raise ContractError(f"{who} edited {what} of {place} in place; it must return a new tensor")
 
 
-def check_allocation(who: str, linears: Sequence[LinearShape], result: object) -> None:
-    """Every layer, and nothing else, has a fraction in [0, 1)."""
+def check_allocation(who: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:
+    """Every layer, and nothing else, has a fraction in [0, 1); over all weights they come to `sparsity`."""
     if not isinstance(result, Mapping):
         raise ContractError(f"{who} returned {type(result).__name__}, expected a mapping of layer names to fractions")
     for linear in linears:
         value = result.get(linear.name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
             raise ContractError(f"{who} gave {linear.name} the sparsity {value!r}, expected a number in [0, 1)")
-    names = {linear.name for linear in linears}
-    if unknown := [name for name in result if name not in names]:
+    sizes = {linear.name: linear.out_features * linear.in_features for linear in linears}
+    if unknown := [name for name in result if name not in sizes]:
         raise ContractError(f"{who} gave {unknown[0]!r} a sparsity, which is none of the layers it was asked about")
+    spent = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if abs(spent - sparsity) > SPARSITY_TOLERANCE:
+        raise ContractError(
+            f"{who} gave the layers a sparsity of {spent:.4f} together, where {sparsity:g} was asked for "
+            f"(within {SPARSITY_TOLERANCE})"
+        )
 
 
 def check_quantized(who: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:

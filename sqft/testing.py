@@ -132,7 +132,11 @@ def _check_prune(who: str, scorer: Scorer, weight: Tensor) -> None:
 
 
 def check_allocator(allocator: Allocator) -> None:
-    """A fraction in [0, 1) for every layer, and over all of them about what was asked for."""
+    """A fraction in [0, 1) for every layer, and over all of them what was asked for, within `SPARSITY_TOLERANCE`.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
     _check_options(allocator)
     measured: dict[str, float] = {}
     if allocator.needs:
@@ -145,11 +149,7 @@ def check_allocator(allocator: Allocator) -> None:
             measured |= found
     for sparsity in (0.1, 0.5, 0.9):
         result = allocator.allocate(LINEARS, sparsity, measured)
-        checks.check_allocation(_who(allocator), LINEARS, result)
-        sizes = {linear.name: linear.out_features * linear.in_features for linear in LINEARS}
-        total = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())
-        if abs(total - sparsity) > 0.02:
-            raise ContractError(f"{_who(allocator)} spent a sparsity of {total:.3f} where {sparsity} was asked for")
+        checks.check_allocation(_who(allocator), LINEARS, sparsity, result)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:

@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
     shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
     allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
-    checks.check_allocation(context.who(Allocator), shapes, allocation)
+    checks.check_allocation(context.who(Allocator), shapes, section.sparsity, allocation)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
     seen: dict[str, int] = {}
