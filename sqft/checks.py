@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from sqft.contracts import (
@@ -17,6 +18,7 @@ from sqft.contracts import (
     DeltaModule,
     Grid,
     LinearShape,
+    LinearStats,
     Quantized,
     RankGroup,
     SearchSpace,
@@ -74,6 +76,27 @@ def check_unchanged(who: str, place: str, before: Tensor, after: Tensor, what: s
     """The component did not edit its argument."""
     if before.shape != after.shape or not before.equal(after):
         raise ContractError(f"{who} edited {what} of {place} in place; it must return a new tensor")
+
+
+@contextmanager
+def statistics_unchanged(who: str, stats: Mapping[str, LinearStats]) -> Iterator[None]:
+    """Inside, the component does not edit the statistics of these layers.
+
+    No copy is kept of a Hessian, which may be larger than all else: version counters see torch's edits in place, and a
+    sum over the bits those that go round them (`.data`, numpy).
+    """
+    before = _states(stats)
+    yield
+    for (place, field), state in _states(stats).items():
+        if state != before[place, field]:
+            raise ContractError(f"{who} edited the statistics ({field}) of {place} in place; it must copy them first")
+
+
+def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int, int]]:
+    from sqft.kernels.statistics import bit_sum
+
+    sums = {(name, field): getattr(one, field) for name, one in stats.items() for field in ("input_sq_sum", "hessian")}
+    return {place: (tensor._version, bit_sum(tensor)) for place, tensor in sums.items() if tensor is not None}
 
 
 def check_allocation(who: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:

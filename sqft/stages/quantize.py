@@ -51,7 +51,8 @@ def run(context: Context) -> dict[str, Any]:
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("quantize", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        result = quantizer.quantize(weight, mask, stats)
+        with checks.statistics_unchanged(who, {name: stats}):
+            result = quantizer.quantize(weight, mask, stats)
         checks.check_unchanged(who, name, kept, weight)
         checks.check_unchanged(who, name, kept != 0, mask, "the mask")
         checks.check_quantized(who, name, result, kept, mask)

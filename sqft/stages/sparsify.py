@@ -58,7 +58,8 @@ def run(context: Context) -> dict[str, Any]:
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
             select = _Selection(who, name, section.pattern, allocation[name])
-            pruned = scorer.prune(weight, stats, select)
+            with checks.statistics_unchanged(who, {name: stats}):
+                pruned = scorer.prune(weight, stats, select)
             checks.check_unchanged(who, name, kept, weight)
             select.check()
             checks.check_pruned(who, name, kept, pruned, select.pruned / max(select.seen, 1))
@@ -66,7 +67,8 @@ def run(context: Context) -> dict[str, Any]:
             linear.weight.data.copy_(pruned[0])
             digests[name] = _digest(linear.weight)
         else:
-            scores = scorer.score(weight, stats)
+            with checks.statistics_unchanged(who, {name: stats}):
+                scores = scorer.score(weight, stats)
             checks.check_unchanged(who, name, kept, weight)
             checks.check_scores(who, name, kept, scores)
             mask = keep_mask(scores, allocation[name], section.pattern)
@@ -115,7 +117,8 @@ def _measured(
         if len(weights) < len(names):
             return
         kept = {name: weight.clone() for name, weight in weights.items()}
-        numbers = allocator.measure(weights, stats)
+        with checks.statistics_unchanged(who, stats):
+            numbers = allocator.measure(weights, stats)
         for one in names:
             checks.check_unchanged(who, one, kept[one], weights[one])
         checks.check_measured(who, names, numbers)
