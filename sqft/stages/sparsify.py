@@ -24,7 +24,7 @@ from sqft.modeling.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.load import load_folder, load_source, save_model
 from sqft.plan import selected
 from sqft.recipe import Sparsify
-from sqft.stages.base import Context
+from sqft.stages.base import Context, put
 from sqft.store import write_json
 
 DIGESTS = "digests.json"
@@ -64,7 +64,7 @@ def run(context: Context) -> dict[str, Any]:
             select.check()
             checks.check_pruned(who, name, kept, pruned, select.pruned / max(select.seen, 1))
             mask = pruned[1]
-            linear.weight.data.copy_(pruned[0])
+            put(who, name, linear, pruned[0])
             digests[name] = _digest(linear.weight)
         else:
             with checks.statistics_unchanged(who, {name: stats}):
