@@ -22,6 +22,8 @@ from sqft.source import ModelSource
 
 BLOCK = re.compile(r".*?\.\d+\.")
 """What the names of a decoder block's layers begin with."""
+HESSIANS = 4 << 30
+"""Bytes of Hessians that are summed at once where layers are compressed one input after the other."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def calibration_bytes(
     sequential: bool = False,
 ) -> int:
     """Bytes that the calibration walk takes beside the model: hidden states of all windows and, where a component needs
-    them, the Hessians of a block's layers, which are summed at once (with `sequential`, those of one module and width),
-    with three more of the widest's size for whoever inverts it."""
+    them, the Hessians of a block's layers, which are summed at once (with `sequential`, those of one module and width,
+    up to `HESSIANS`), with three more of the widest's size for whoever inverts it."""
     if calibration is None:
         return 0
     states = 3 * calibration.samples * calibration.length * source.size("hidden_size") * 4
@@ -138,7 +140,8 @@ def calibration_bytes(
         place = (re.sub(r"\d+", "*", within.rpartition(".")[0]), str(inner)) if sequential else ()
         together[block[0] if block else "", *place] += 4 * inner**2
         widest = max(widest, 4 * inner**2)
-    return states + max(together.values(), default=0) + 3 * widest
+    at_once = max(together.values(), default=0)
+    return states + (min(at_once, max(HESSIANS, widest)) if sequential else at_once) + 3 * widest
 
 
 def human(size: float) -> str:
