@@ -1,6 +1,7 @@
 """All that a plugin may import from sqft's core, besides `sqft.kernels`."""
 
 from sqft.contracts import (
+    SPARSITY_TOLERANCE,
     Adapter,
     Allocator,
     BaseKind,
@@ -29,6 +30,7 @@ from sqft.folders import ShardSize, float_layers, parameters, write_config, writ
 from sqft.hookspecs import hookimpl
 
 __all__ = [
+    "SPARSITY_TOLERANCE",
     "Adapter",
     "Allocator",
     "BaseKind",

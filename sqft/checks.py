@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from sqft.contracts import BaseWeight, Choice, DeltaModule, Grid, LinearShape, Quantized, RankGroup, SearchSpace
+from sqft.contracts import (
+    SPARSITY_TOLERANCE,
+    BaseWeight,
+    Choice,
+    DeltaModule,
+    Grid,
+    LinearShape,
+    LinearStats,
+    Quantized,
+    RankGroup,
+    SearchSpace,
+)
 from sqft.errors import ContractError
 
 if TYPE_CHECKING:
@@ -66,17 +78,44 @@ def check_unchanged(who: str, place: str, before: Tensor, after: Tensor, what: s
         raise ContractError(f"{who} edited {what} of {place} in place; it must return a new tensor")
 
 
-def check_allocation(who: str, linears: Sequence[LinearShape], result: object) -> None:
-    """Every layer, and nothing else, has a fraction in [0, 1)."""
+@contextmanager
+def statistics_unchanged(who: str, stats: Mapping[str, LinearStats]) -> Iterator[None]:
+    """Inside, the component does not edit the statistics of these layers.
+
+    No copy is kept of a Hessian, which may be larger than all else: version counters see torch's edits in place, and a
+    sum over the bits those that go round them (`.data`, numpy).
+    """
+    before = _states(stats)
+    yield
+    for (place, field), state in _states(stats).items():
+        if state != before[place, field]:
+            raise ContractError(f"{who} edited the statistics ({field}) of {place} in place; it must copy them first")
+
+
+def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int, int]]:
+    from sqft.kernels.statistics import bit_sum
+
+    sums = {(name, field): getattr(one, field) for name, one in stats.items() for field in ("input_sq_sum", "hessian")}
+    return {place: (tensor._version, bit_sum(tensor)) for place, tensor in sums.items() if tensor is not None}
+
+
+def check_allocation(who: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:
+    """Every layer, and nothing else, has a fraction in [0, 1); over all weights they come to `sparsity`."""
     if not isinstance(result, Mapping):
         raise ContractError(f"{who} returned {type(result).__name__}, expected a mapping of layer names to fractions")
     for linear in linears:
         value = result.get(linear.name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
             raise ContractError(f"{who} gave {linear.name} the sparsity {value!r}, expected a number in [0, 1)")
-    names = {linear.name for linear in linears}
-    if unknown := [name for name in result if name not in names]:
+    sizes = {linear.name: linear.out_features * linear.in_features for linear in linears}
+    if unknown := [name for name in result if name not in sizes]:
         raise ContractError(f"{who} gave {unknown[0]!r} a sparsity, which is none of the layers it was asked about")
+    spent = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if abs(spent - sparsity) > SPARSITY_TOLERANCE:
+        raise ContractError(
+            f"{who} gave the layers a sparsity of {spent:.4f} together, where {sparsity:g} was asked for "
+            f"(within {SPARSITY_TOLERANCE})"
+        )
 
 
 def check_quantized(who: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:

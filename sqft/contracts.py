@@ -233,6 +233,10 @@ class Scorer(Component):
         raise NotImplementedError
 
 
+SPARSITY_TOLERANCE = 0.005
+"""How far from the sparsity that was asked for an allocation may lie, all its layers together."""
+
+
 class Allocator(Component):
     """Says how much sparsity each linear layer gets."""
 
@@ -252,7 +256,11 @@ class Allocator(Component):
         self, linears: Sequence[LinearShape], sparsity: float, measured: Mapping[str, float]
     ) -> Mapping[str, float]:
         """A fraction in [0, 1) for each linear's name, given the fraction wanted of all their weights together;
-        `measured` has what `measure` gave."""
+        `measured` has what `measure` gave.
+
+        Averaged by the layers' sizes, the fractions are what was wanted, within `SPARSITY_TOLERANCE`; where options
+        that the user gave leave no such allocation, raise `StageError`.
+        """
         raise NotImplementedError
 
 

@@ -30,7 +30,11 @@ def sqft_scorers() -> Iterable[type[Scorer]]:
 
 @hookspec
 def sqft_allocators() -> Iterable[type[Allocator]]:
-    """Allocators: how much sparsity each layer gets. Example: `yield Uniform`."""
+    """Allocators: how much sparsity each layer gets. Example: `yield Uniform`.
+
+    What the layers get is, averaged by their sizes, the sparsity that the recipe asks for (within
+    `SPARSITY_TOLERANCE`, 0.005); the core checks it.
+    """
     raise NotImplementedError
 
 

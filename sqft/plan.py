@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqft.contracts import Component
-from sqft.recipe import Finetune, Recipe
+from sqft.contracts import Component, LinearShape, Statistic
+from sqft.recipe import Calibration, Finetune, Recipe
 from sqft.registry import Entry
 from sqft.sections import Section
 from sqft.source import ModelSource
+
+BLOCK = re.compile(r".*?\.\d+\.")
+"""What the names of a decoder block's layers begin with."""
+HESSIANS = 4 << 30
+"""Bytes of Hessians that are summed at once where layers are compressed one input after the other."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,32 @@ def activation_bytes(source: ModelSource, section: Finetune) -> int:
     labels = tokens if section.loss_on == "all" else tokens // 4
     logits = size("vocab_size") * 3 * min(labels, section.loss_chunk or labels)
     return 4 * (tokens * kept + logits)
+
+
+def calibration_bytes(
+    source: ModelSource,
+    calibration: Calibration | None,
+    needs: frozenset[Statistic],
+    layers: Iterable[LinearShape],
+    sequential: bool = False,
+) -> int:
+    """Bytes that the calibration walk takes beside the model: hidden states of all windows and, where a component needs
+    them, the Hessians of a block's layers, which are summed at once (with `sequential`, those of one module and width,
+    up to `HESSIANS`), with three more of the widest's size for whoever inverts it."""
+    if calibration is None:
+        return 0
+    states = 3 * calibration.samples * calibration.length * source.size("hidden_size") * 4
+    together: Counter[tuple[str, ...]] = Counter()
+    widest = 0
+    for layer in layers if Statistic.HESSIAN in needs else ():
+        block, inner = BLOCK.match(layer.name), layer.in_features
+        within = layer.name[block.end() :] if block else layer.name
+        # Experts are one module, whatever their number.
+        place = (re.sub(r"\d+", "*", within.rpartition(".")[0]), str(inner)) if sequential else ()
+        together[block[0] if block else "", *place] += 4 * inner**2
+        widest = max(widest, 4 * inner**2)
+    at_once = max(together.values(), default=0)
+    return states + (min(at_once, max(HESSIANS, widest)) if sequential else at_once) + 3 * widest
 
 
 def human(size: float) -> str:

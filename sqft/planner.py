@@ -15,7 +15,7 @@ from sqft.contracts import Adapter, Allocator, Merger, Quantizer, Scorer, Search
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.fingerprint import fingerprint_of
 from sqft.fitting import Fitting
-from sqft.plan import Estimate, Part, Plan, Step, activation_bytes
+from sqft.plan import Estimate, Part, Plan, Step, activation_bytes, calibration_bytes
 from sqft.recipe import Calibration, ComponentRef, Evaluate, Recipe, Search
 from sqft.registry import Registry
 from sqft.sections import Section
@@ -78,14 +78,14 @@ class _Planner(Fitting):
         scorer = self._part("scorer", section.scorer, "sparsify.scorer")
         allocator = self._part("allocator", section.allocator, "sparsify.allocator")
         needs = scorer.component.needs if scorer and isinstance(scorer.component, Scorer) else frozenset()
+        more = allocator.component.needs if allocator and isinstance(allocator.component, Allocator) else frozenset()
         calibration, files = self._calibration(needs, f"scorer '{section.scorer.name}'")
-        if allocator and isinstance(allocator.component, Allocator) and allocator.component.needs and not calibration:
-            calibration, files = self._calibration(allocator.component.needs, f"allocator '{section.allocator.name}'")
+        if not calibration:
+            calibration, files = self._calibration(more, f"allocator '{section.allocator.name}'")
         pruned = self._chosen(section.include, section.exclude, "sparsify.include")
         self._n_m(section, pruned)
         weights, size = self._weights()
-        seen = calibration.samples * calibration.length if calibration else 0
-        hidden = self.source.size("hidden_size") if self.source else 0
+        walk = calibration_bytes(self.source, calibration, needs | more, pruned) if self.source else 0
         mask = sum(linear.out_features * linear.in_features for linear in pruned) // 8
         return self._add(
             "sparsify",
@@ -93,7 +93,7 @@ class _Planner(Fitting):
             {"scorer": scorer, "allocator": allocator},
             {},
             files,
-            Estimate(weights, size + mask, size + max(size, 3 * seen * hidden * 4) + (1 << 29)),
+            Estimate(weights, size + mask, size + max(size, walk) + (1 << 29)),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
 
@@ -111,13 +111,10 @@ class _Planner(Fitting):
             taken.setdefault(inner, set()).add(layer in chosen)
         if any(len(found) > 1 for found in taken.values()):
             self._problem("quantize.include", "differs from block to block, which no checkpoint format can say")
-        calibration, files = self._calibration(
-            quantizer.needs if quantizer else frozenset(), f"quantizer '{section.quantizer.name}'"
-        )
+        needs = quantizer.needs if quantizer else frozenset()
+        calibration, files = self._calibration(needs, f"quantizer '{section.quantizer.name}'")
         weights, size = self._weights()
-        hidden = self.source.size("hidden_size") if self.source else 0
-        seen = calibration.samples * calibration.length if calibration else 0
-        widest = max((layer.in_features for layer in chosen), default=0)
+        walk = calibration_bytes(self.source, calibration, needs, chosen, sequential=True) if self.source else 0
         return self._add(
             "quantize",
             section,
@@ -127,7 +124,7 @@ class _Planner(Fitting):
             Estimate(
                 weights,
                 self._in_codes(chosen, getattr(quantizer, "bits", None)),
-                size + 3 * seen * hidden * 4 + 16 * widest**2 + (1 << 29),
+                size + walk + (1 << 29),
             ),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )

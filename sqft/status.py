@@ -52,12 +52,29 @@ class Held:
     """Seconds since 1970."""
     runs: tuple[str, ...]
     in_work: bool
-    """Whether a run holds its lock."""
+    """Whether a run makes it, or opens it."""
+    in_use: bool
+    """Whether a run that has not ended made it or builds on it."""
+
+    @property
+    def busy(self) -> Literal["", "being made", "in use"]:
+        """What a run does with it at this moment."""
+        if self.in_work and self.state == "unfinished":
+            return "being made"
+        return "in use" if self.in_work or self.in_use else ""
+
+    @property
+    def kept(self) -> str:
+        """Why it may not be deleted: a run is busy with it, or it was finished and runs refer to it; else empty."""
+        if self.busy:
+            return f"{self.busy} at this moment"
+        if self.state == "unfinished" or not self.runs:
+            return ""
+        return f"needed by {', '.join(self.runs)}"
 
     @property
     def prunable(self) -> bool:
-        """Whether nobody needs it: no run refers to it, or it was never finished; and nobody works on it."""
-        return not self.in_work and (self.state == "unfinished" or not self.runs)
+        return not self.kept
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,8 @@ class Holdings:
             "size": self.size,
             "runs": [asdict(run) | {"standing": self.standing(run)} for run in self.runs],
             "artifacts": [
-                {**asdict(held), "folder": str(held.folder), "prunable": held.prunable} for held in self.artifacts
+                {**asdict(held), "folder": str(held.folder), "prunable": held.prunable, "kept": held.kept}
+                for held in self.artifacts
             ],
             "prunable": total(self.prunable),
         }
@@ -104,7 +122,7 @@ class Holdings:
     def artifacts_table(self, now: float | None = None) -> tuple[list[str], list[list[str]]]:
         cells = []
         for held in self.artifacts:
-            state = "in work" if held.in_work else held.problem or held.state
+            state = ", ".join(filter(None, (held.problem or held.state, held.busy)))
             cells.append(
                 [
                     held.stage,
@@ -231,6 +249,7 @@ def _held(store: Store, folder: Path, users: Mapping[str, Sequence[str]]) -> Hel
         when,
         tuple(users.get(name, ())),
         store.is_held(name),
+        store.is_used(name),
     )
 
 

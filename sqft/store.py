@@ -207,10 +207,17 @@ class Store:
         return Artifact(folder, manifest)
 
     def is_held(self, name: str) -> bool:
-        """Whether a run works on the artifact of that name at this moment."""
+        """Whether a run makes the artifact of that name at this moment, or opens it."""
+        return self._is_locked(name, fcntl.LOCK_SH)
+
+    def is_used(self, name: str) -> bool:
+        """Whether a run that has not ended made that artifact or builds on it."""
+        return self._is_locked(name + USED, fcntl.LOCK_EX)
+
+    def _is_locked(self, name: str, how: int) -> bool:
         try:
             with (self.artifacts / LOCKS / name).open() as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(stream, how | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:  # no lock, so nobody has begun it

@@ -49,7 +49,7 @@ MAY: dict[str, set[str]] = {
     "store": {"errors", "source"},
     "report": {"plan", "store"},
     "schema": {"contracts", "recipe", "registry"},
-    "checks": BASIC,
+    "checks": BASIC | {"kernels"},
     "testing": BASIC | {"checks", "kernels"},
     "kernels": BASIC,
     "data": {"errors"} | {"data"},

@@ -69,7 +69,8 @@ def test_an_edited_argument() -> None:
 
 
 def test_an_allocation_that_fits() -> None:
-    checks.check_allocation(WHO, [A, B], {"a": 0, "b": 0.999})
+    checks.check_allocation(WHO, [A, B], 0.5, {"a": 0.5, "b": 0.5})
+    checks.check_allocation(WHO, [A, B], 0.45, {"a": 0, "b": 0.999})  # 12 and 10 weights: 0.4541 of all
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,12 @@ def test_an_allocation_that_fits() -> None:
         ({"a": 0.5}, "gave b the sparsity None, expected a number in [0, 1)"),
         ({"a": 0.5, "b": 0.5, "c": 0.5}, "gave 'c' a sparsity, which is none of the layers"),
         ([0.5, 0.5], "returned list, expected a mapping"),
+        ({"a": 0.52, "b": 0.5}, "gave the layers a sparsity of 0.5109 together, where 0.5 was asked for"),
+        ({"a": 0, "b": 0.999}, "gave the layers a sparsity of 0.4541 together, where 0.5 was asked for"),
     ],
 )
 def test_an_allocation_that_does_not(result: Any, message: str) -> None:
-    refused(message, checks.check_allocation, [A, B], result)
+    refused(message, checks.check_allocation, [A, B], 0.5, result)
 
 
 ZERO = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])

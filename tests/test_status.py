@@ -84,11 +84,10 @@ def test_the_command_asks(store: Store) -> None:
 def test_shown(store: Store) -> None:
     put(store, users=("one", "two"))
     (store.runs / "two" / "run.json").write_text(json.dumps({"started": "2026-01-01", "finished": "2026-01-02"}))
-    shown = CliRunner().invoke(main, ["status", "--store", str(store.root)])
-    assert shown.exit_code == 0, shown.output
-    assert "| merge | 0123456789ab | whole |" in shown.output and "| one, two |" in shown.output
-    assert "| two | 2026-01-01 | 2026-01-02 |" in shown.output
-    content = json.loads(CliRunner().invoke(main, ["status", "--store", str(store.root), "--json"]).stdout)
+    said = shown(store)
+    assert "| merge | 0123456789ab | whole |" in said and "| one, two |" in said
+    assert "| two | 2026-01-01 | 2026-01-02 |" in said
+    content = json.loads(shown(store, "--json"))
     assert content["artifacts"][0]["fingerprint"] == PRINT and content["artifacts"][0]["runs"] == ["one", "two"]
     assert content["runs"][0]["standing"] == {"merge": True} and content["runs"][0]["finished"] is None
     assert age(30) == "30 s" and age(7300) == "2 h" and age(200000) == "2 d"
@@ -100,10 +99,40 @@ def test_unfinished_work(store: Store) -> None:
         (scratch / "part").write_bytes(b"x" * 10)
         held = only(store)
         assert held.in_work and not held.prunable and held.state == "unfinished"
+        assert held.kept == "being made at this moment"
+        assert "| unfinished, being made |" in shown(store)
         assert prune(store, [held]) == [] and scratch.is_dir()
     held = only(store)
     assert held.prunable and held.size == 10
     assert prune(store, [held]) == [held] and not held.folder.exists()
+
+
+def shown(store: Store, *arguments: str) -> str:
+    done = CliRunner().invoke(main, ["status", "--store", str(store.root), *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_what_a_run_that_goes_on_builds_on(store: Store) -> None:
+    """Its folder may be gone: the lock says that it has not ended."""
+    folder, other = put(store), put(store, "sparsify", users=("run",))
+    with store.using("merge", PRINT):
+        held = next(one for one in survey(store).artifacts if one.stage == "merge")
+        assert held.in_use and not held.in_work and not held.prunable
+        assert "| whole, in use |" in shown(store)
+        said = shown(store, "--prune", "--yes")
+        assert "deleted 0 folders" in said and folder.is_dir()
+        assert f"kept {folder}: in use at this moment" in said and f"kept {other}: needed by run" in said
+        content = json.loads(shown(store, "--json"))["artifacts"]
+        assert [one["kept"] for one in content] == ["in use at this moment", "needed by run"]
+    said = shown(store, "--prune", "--yes")
+    assert "deleted 1 folders" in said and not folder.exists() and f"kept {other}" in said
+
+
+def test_a_run_that_comes_while_it_is_pruned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put(store)
+    monkeypatch.setattr(Store, "remove", lambda *_: False)
+    assert f"kept {folder}: a run was busy with it a moment ago" in shown(store, "--prune", "--yes")
 
 
 def test_nothing_of_a_run_that_works_in_another_process(store: Store) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sqft.api import Allocator, LinearShape, StageError, hookimpl
+from sqft.api import SPARSITY_TOLERANCE, Allocator, LinearShape, StageError, hookimpl
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,7 +47,7 @@ class Explicit(Allocator):
         others = sum(size for name, size in sizes.items() if name not in given)
         left = sparsity * sum(sizes.values()) - sum(sizes[name] * value for name, value in given.items())
         rest = left / others if others else 0.0
-        if not 0 <= rest < 1 or (not others and abs(left) > 0.005 * sum(sizes.values())):
+        if not 0 <= rest < 1 or (not others and abs(left) > SPARSITY_TOLERANCE * sum(sizes.values())):
             whole = (sum(sizes.values()) * sparsity - left) / sum(sizes.values())
             raise StageError(
                 f"explicit: the values alone prune {whole:.3f} of all weights, and sparsify.sparsity is {sparsity:g}"

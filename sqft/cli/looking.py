@@ -38,7 +38,11 @@ def inspect(model: Path, as_json: bool) -> None:
 @main.command()
 @store_option
 @json_option
-@click.option("--prune", is_flag=True, help="Delete what no run refers to, and unfinished work that nobody works on.")
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Delete what no run refers to, and unfinished work that nobody works on; say why the rest stays.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 @explained
 def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
@@ -57,22 +61,23 @@ def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
         show_table(screen, "runs", *holdings.runs_table())
         show_table(screen, "artifacts", *holdings.artifacts_table())
         click.echo(f"in all: {human(holdings.size)}; --prune would delete {human(status.total(holdings.prunable))}")
-    deleted = []
+    deleted, tried = [], []
     if prune and holdings.prunable:
         for one in holdings.prunable:
             users = f" (run {one.runs[0]} would go on from it)" if one.runs else ""
             click.echo(f"  {one.state} {one.folder}: {human(one.size)}{users}", err=True)
         size = human(status.total(holdings.prunable))
         if yes or _agreed(f"delete these {len(holdings.prunable)} folders, {size} in all?"):
-            deleted = status.prune(held, holdings.prunable)
+            tried = holdings.prunable
+            deleted = status.prune(held, tried)
     if as_json:
         names = [one.folder.name for one in deleted]
         click.echo(json.dumps(holdings.as_json() | ({"deleted": names} if prune else {}), indent=2))
     elif prune:
         click.echo(f"deleted {len(deleted)} folders, {human(status.total(deleted))}")
-        for one in holdings.prunable if deleted else ():
-            if one not in deleted:
-                click.echo(f"kept {one.folder}: a run has come to need it, or works on it")
+        for one in status.survey(held).artifacts:
+            if one.kept or one.folder in [other.folder for other in tried]:
+                click.echo(f"kept {one.folder}: {one.kept or 'a run was busy with it a moment ago'}")
 
 
 def _agreed(question: str) -> bool:

@@ -1,7 +1,8 @@
-"""Sums over calibration tokens, float32 whatever the model's precision."""
+"""Sums: over calibration tokens, float32 whatever the model's precision; and over a tensor's bits."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sqft.contracts import LinearStats, Statistic
@@ -36,3 +37,12 @@ class InputStatistics:
         if not self.tokens:
             raise StageError(f"calibration sent no token through {name}; it cannot be scored")
         return LinearStats(self.tokens, self.input_sq_sum, self.hessian)
+
+
+def bit_sum(tensor: Tensor) -> int:
+    """A sum over the bits of a tensor of any type, modulo 2**64, at the speed of reading it."""
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:  # words begin at multiples of their size
+        octets = octets.clone()
+    whole = len(octets) // 8 * 8
+    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum(dtype=torch.int64))

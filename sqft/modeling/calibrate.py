@@ -23,7 +23,8 @@ from sqft.contracts import LinearStats, Statistic
 from sqft.errors import StageError
 from sqft.kernels.statistics import InputStatistics
 from sqft.modeling.blocks import decoder_blocks
-from sqft.modeling.layout import every_expert
+from sqft.modeling.layout import Expert, every_expert
+from sqft.plan import HESSIANS
 from sqft.progress import Track
 
 log = logging.getLogger("sqft")
@@ -46,7 +47,8 @@ def walk(
 
     `compress(name, linear, stats)` edits the linear's weight in place; the block is then run again, so
     that later blocks see what it became. With `sequential` later layers of the same block see it too: the block is run
-    again for each set of layers that share an input. `model` stays on the CPU.
+    again for each set of layers that share an input, a mixture's experts being one layer in this. `model` stays on the
+    CPU.
 
     Raises:
         StageError: when the blocks cannot be replayed, or an activation is not finite.
@@ -62,7 +64,9 @@ def walk(
         }
         together = [layers] if layers else []
         if sequential and layers:
-            together = _by_input(layers, partial(_replay, block, calls[name][0], slot, hidden[0], device))
+            experts = {f"{name}.{inner}" for inner, module in block.named_modules() if isinstance(module, Expert)}
+            run = partial(_replay, block, calls[name][0], slot, hidden[0], device)
+            together = list(_within(HESSIANS, _by_input(layers, experts, run)))
         for some in together:
             with _observed(some, needs) as observed:
                 for call, state in zip(calls[name], hidden, strict=True):
@@ -176,10 +180,13 @@ def _forward(model: PreTrainedModel, window: Tensor) -> None:
     model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted
 
 
-def _by_input(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> list[dict[str, nn.Linear]]:
+def _by_input(
+    layers: Mapping[str, nn.Linear], experts: set[str], run: Callable[[], object]
+) -> list[dict[str, nn.Linear]]:
     """Layers in the order they run, those that are given the same tensor together.
 
-    A layer that a run leaves out comes last, as far as it goes: other windows may reach it.
+    So are the layers of one kind of all experts, which stand beside one another: what becomes of one, no other sees. A
+    layer that a run leaves out comes with those of its kind, or last: other windows may reach it.
     """
     sets: list[dict[str, nn.Linear]] = []
     inputs: list[Tensor] = []  # kept, so that no other tensor takes the place of one
@@ -200,8 +207,31 @@ def _by_input(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    left = {name: layer for name, layer in layers.items() if not any(name in some for some in sets)}
-    return [*sets, left] if left else sets
+
+    def kind(name: str) -> str:
+        parent, _, last = name.rpartition(".")
+        return f"{parent.rpartition('.')[0]}.*.{last}" if parent in experts else name
+
+    together: dict[frozenset[str], dict[str, nn.Linear]] = {}
+    for some in sets:
+        together.setdefault(frozenset(map(kind, some)), {}).update(some)
+    for name, layer in layers.items():
+        if not any(name in some for some in sets):
+            own = next((kinds for kinds in together if kind(name) in kinds), frozenset())
+            together.setdefault(own, {})[name] = layer
+    return list(together.values())
+
+
+def _within(limit: int, sets: list[dict[str, nn.Linear]]) -> Iterator[dict[str, nn.Linear]]:
+    """The sets in parts whose Hessians take no more bytes than that; a layer of a set sees nothing of the others."""
+    for some in sets:
+        part: dict[str, nn.Linear] = {}
+        for name, layer in some.items():
+            if part and sum(4 * one.in_features**2 for one in (*part.values(), layer)) > limit:
+                yield part
+                part = {}
+            part[name] = layer
+        yield part
 
 
 @contextmanager

@@ -162,8 +162,11 @@ def _before_quantization(
 ) -> dict[str, FrozenWeight]:
     """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
     assert base.folder is not None
-    floats, _ = base_model(plan, base.floats)
     grids = read_grids(base.folder, layers)
+    for name in grids:  # floats take the place of what the codes stand for: both are never in memory together
+        weight = cast(Tensor, layers[name].weight)
+        layers[name].weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+    floats, _ = base_model(plan, base.floats)
     return {
         name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, grids[name])
         if name in grids

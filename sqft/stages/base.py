@@ -10,13 +10,14 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.contracts import Component, LinearStats, Statistic
 from sqft.data.batches import calibration_windows
 from sqft.data.records import Record, records_of, repeated, split_off
-from sqft.errors import DataError
+from sqft.errors import DataError, StageError
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
@@ -28,6 +29,22 @@ from sqft.store import Artifact
 
 log = logging.getLogger("sqft")
 C = TypeVar("C", bound=Component)
+
+
+def put(who: str, name: str, linear: nn.Linear, value: Tensor) -> None:
+    """Give a layer the weight that a component computed in float32, in the model's precision.
+
+    Raises:
+        StageError: when the weight is too large for it.
+    """
+    linear.weight.data.copy_(value)
+    if lost := int((~linear.weight.isfinite()).sum()):
+        dtype = str(linear.weight.dtype).removeprefix("torch.")
+        raise StageError(
+            f"{who} gave {name} {lost} weights that {dtype}, the model's precision, does not hold: the largest is "
+            f"{value.abs().max().item():.3g} and {dtype} ends at {torch.finfo(linear.weight.dtype).max:.3g}; set "
+            "model.dtype to bfloat16 or float32, or give more calibration text"
+        )
 
 
 @dataclass(frozen=True)

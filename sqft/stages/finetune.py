@@ -18,6 +18,7 @@ from sqft.data.batches import Collator, PackingCollator, pack
 from sqft.data.prompts import Encoded, Example, encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.statistics import bit_sum
 from sqft.modeling.layout import Expert
 from sqft.modeling.loss import CompletionLoss, sees_across
 from sqft.modeling.resume import Sealing, newest_complete, resume
@@ -157,9 +158,7 @@ def _train(
 
 def _checksum(weight: FrozenWeight) -> int:
     """A sum over the bits of all that a frozen weight holds, which an edit in place does not leave alone."""
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    held = weight.state_dict().values()
-    return sum(int(t.contiguous().view(bits[t.element_size()]).sum(dtype=torch.int64)) for t in held)
+    return sum(map(bit_sum, weight.state_dict().values()))
 
 
 def _check_first_combine(context: Context, tuned: Tuned) -> None:

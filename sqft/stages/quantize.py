@@ -24,7 +24,7 @@ from sqft.modeling.tuning import base_model
 from sqft.plan import selected
 from sqft.recipe import Quantize
 from sqft.source import GPTQ_PARTS
-from sqft.stages.base import Context
+from sqft.stages.base import Context, put
 from sqft.store import write_json
 
 DIGESTS = "digests.json"
@@ -51,12 +51,13 @@ def run(context: Context) -> dict[str, Any]:
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("quantize", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        result = quantizer.quantize(weight, mask, stats)
+        with checks.statistics_unchanged(who, {name: stats}):
+            result = quantizer.quantize(weight, mask, stats)
         checks.check_unchanged(who, name, kept, weight)
         checks.check_unchanged(who, name, kept != 0, mask, "the mask")
         checks.check_quantized(who, name, result, kept, mask)
         value = dequantize(result)
-        linear.weight.data.copy_(value)
+        put(who, name, linear, value)
         _check_storable(who, name, result, next(iter(quantized.values()), result))
         quantized[name] = _on_cpu(result)
         masks[name] = pack_mask(mask).cpu()

@@ -24,7 +24,7 @@ from sqft.modeling.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.load import load_folder, load_source, save_model
 from sqft.plan import selected
 from sqft.recipe import Sparsify
-from sqft.stages.base import Context
+from sqft.stages.base import Context, put
 from sqft.store import write_json
 
 DIGESTS = "digests.json"
@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
     shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
     allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
-    checks.check_allocation(context.who(Allocator), shapes, allocation)
+    checks.check_allocation(context.who(Allocator), shapes, section.sparsity, allocation)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -58,15 +58,17 @@ def run(context: Context) -> dict[str, Any]:
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
             select = _Selection(who, name, section.pattern, allocation[name])
-            pruned = scorer.prune(weight, stats, select)
+            with checks.statistics_unchanged(who, {name: stats}):
+                pruned = scorer.prune(weight, stats, select)
             checks.check_unchanged(who, name, kept, weight)
             select.check()
             checks.check_pruned(who, name, kept, pruned, select.pruned / max(select.seen, 1))
             mask = pruned[1]
-            linear.weight.data.copy_(pruned[0])
+            put(who, name, linear, pruned[0])
             digests[name] = _digest(linear.weight)
         else:
-            scores = scorer.score(weight, stats)
+            with checks.statistics_unchanged(who, {name: stats}):
+                scores = scorer.score(weight, stats)
             checks.check_unchanged(who, name, kept, weight)
             checks.check_scores(who, name, kept, scores)
             mask = keep_mask(scores, allocation[name], section.pattern)
@@ -115,7 +117,8 @@ def _measured(
         if len(weights) < len(names):
             return
         kept = {name: weight.clone() for name, weight in weights.items()}
-        numbers = allocator.measure(weights, stats)
+        with checks.statistics_unchanged(who, stats):
+            numbers = allocator.measure(weights, stats)
         for one in names:
             checks.check_unchanged(who, one, kept[one], weights[one])
         checks.check_measured(who, names, numbers)

@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sqft_baselines import Magnitude
+from sqft_gptq import Gptq, SparseGpt
 from sqft_hf import HuggingFace
 from sqft_nls.adapter import Lora
 from sqft_nls.delta import LowRankDelta
 from sqft_nls.searchers import Heuristic, HillClimbing
+from sqft_owl import Owl
 from sqft_sparsepeft import SparsePEFT
 from sqft_uniform import Uniform
+from sqft_wanda import Wanda
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import Choice, RankGroup, SearchSpace, hookimpl
@@ -80,6 +83,17 @@ def ask_outside(self: Any, space: Any, evaluate: Any, rng: Any) -> Choice:
     return space.choice([0] * len(space.groups))  # type: ignore[no-any-return]
 
 
+def damping(stats: Any) -> None:
+    """As no version counter sees it."""
+    stats.hessian.numpy()[0, 0] += 1
+
+
+def sorting(stats: Any) -> None:
+    """As no sum over the bits sees it."""
+    for one in stats.values():
+        one.input_sq_sum.copy_(one.input_sq_sum.sort().values)
+
+
 calls = count()
 
 
@@ -98,9 +112,33 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (allocator(lambda given: given | {UP: torch.nan}), ContractError, f"gave {UP} the sparsity nan"),
     (allocator(lambda given: given | {"lm_head": 0.5}), ContractError, "gave 'lm_head' a sparsity"),
     (allocator(lambda given: {Q: given[Q]}), ContractError, "gave model.layers.0.self_attn.k_proj the sparsity None"),
+    (allocator(lambda given: dict.fromkeys(given, 0.25)), ContractError, "0.2500 together, where 0.5 was asked for"),
     (scorer(lambda weight: weight.abs()[:, :1]), ContractError, f"scores of shape [32, 1] for {Q}"),
     (scorer(lambda weight: weight.log()), ContractError, f"not finite for {Q}"),
     (scorer(lambda weight: weight.abs_()), ContractError, f"edited the weight of {Q}"),
+    (
+        (Wanda, {"score": lambda self, weight, stats: weight * stats.input_sq_sum.sqrt_()}),
+        ContractError,
+        f"edited the statistics (input_sq_sum) of {Q} in place",
+    ),
+    (
+        (SparseGpt, {"prune": lambda self, weight, stats, select: damping(stats) or (weight, select(weight))}),
+        ContractError,
+        f"edited the statistics (hessian) of {Q} in place",
+    ),
+    (
+        (Owl, {"measure": lambda self, weights, stats: sorting(stats) or dict.fromkeys(weights, 0.0)}),
+        ContractError,
+        f"edited the statistics (input_sq_sum) of {Q} in place",
+    ),
+    (
+        (
+            Gptq,
+            {"quantize": lambda self, weight, mask, stats: damping(stats) or Gptq.quantize(self, weight, mask, stats)},
+        ),
+        ContractError,
+        f"edited the statistics (hessian) of {Q} in place",
+    ),
     (scorer(lambda weight: weight != 0), ContractError, f"scores of torch.bool for {Q}"),
     (
         adapter(lambda space: SearchSpace(space.groups[:-1])),
@@ -183,6 +221,9 @@ def test_who_broke_what_is_told(
         raw["sparsify"] |= {base.kind: "bad"}
     elif base.kind == "exporter":
         raw = {key: raw[key] for key in ("schema", "name", "model", "sparsify")} | {"export": [{"exporter": "bad"}]}
+    elif base.kind == "quantizer":
+        raw = {key: raw[key] for key in ("schema", "name", "model", "calibration")}
+        raw["quantize"] = {"quantizer": {"name": "bad", "options": {"group_size": 32}}}
     else:
         raw["search" if base.kind == "searcher" else "finetune"] |= {base.kind: "bad"}
     orchestrator = Orchestrator(registry, store)

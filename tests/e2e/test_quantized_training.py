@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
+from sqft.modeling import tuning
 from sqft.modeling.checkpoint import read_quantized
 
 
@@ -92,6 +93,38 @@ def test_the_merged_codes_are_those_of_equation_3(
     assert rows["search (hill-climbing)"]["perplexity"] == rows["merge"]["perplexity"]
     assert rows["search (hill-climbing)"]["sparsity"] == rows["merge"]["sparsity"]
     assert finished.result() == finished["merge"].folder / "model"
+
+
+def test_weights_before_and_after_quantization_are_not_in_memory_together(
+    quantized: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized["quantize"]["exclude"] = ["v_proj"]
+    orchestrator = Orchestrator(registry, tmp_path)
+    plan = orchestrator.plan(Recipe.parse(quantized))
+    done = orchestrator.run(plan, until="quantize")
+    load, loaded, left = tuning.base_model, [], []
+
+    def counting(*given: Any) -> Any:
+        left.extend(sorted(n for n, p in loaded[0].named_parameters() if not p.is_meta) if loaded else ())
+        loaded.append(load(*given)[0])
+        return loaded[-1], None
+
+    monkeypatch.setattr(tuning, "base_model", counting)
+    base = tuning.Base.of(plan, {"base": done["quantize"].folder, "floats": done["sparsify"].folder})
+    tuned = tuning.build(plan, base, 0, "cpu")
+    assert len(loaded) == 2
+    names = {name.rpartition(".")[0].rpartition(".")[2] for name in left if ".layers." in name}
+    assert names == {
+        "o_proj",
+        "gate_proj",
+        "v_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    }  # no targets on codes
+    floats = load_file(done["sparsify"].folder / "model" / "model.safetensors")
+    for name, layer in tuned.adapted.items():
+        assert torch.equal(layer.base.dense(), floats[f"{name}.weight"])
+    assert not any(parameter.is_meta for parameter in tuned.model.parameters())
 
 
 def test_sqft_leaves_a_stock_adapter_beside_the_codes(

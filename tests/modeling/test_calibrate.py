@@ -10,14 +10,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.contracts import Statistic
 from sqft.data.batches import calibration_windows
 from sqft.kernels.masks import unpack_mask
+from sqft.modeling import calibrate
 from sqft.modeling.blocks import decoder_blocks, linears
 from sqft.modeling.calibrate import walk
+from sqft.modeling.layout import as_linears
 from sqft.processes import Processes
 from sqft.progress import silent
 
@@ -66,6 +76,52 @@ def test_one_after_the_other_each_layer_sees_what_all_before_it_became(model: Ll
     for name in linears(model):
         x = inputs_of(model, name, windows)
         torch.testing.assert_close(stats[name].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+
+
+def mixture(experts: int) -> Any:
+    """Blocks of 4 attention layers and that many experts, of which each token takes 2."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(
+        vocab_size=99, num_hidden_layers=2, num_local_experts=experts, num_experts_per_tok=2, **sizes
+    )
+    return as_linears(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_a_mixture_is_run_as_often_whatever_the_number_of_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values; output; gate and up; down; and once to see their sets, once for what comes out."""
+    replay, windows = calibrate._replay, torch.randint(2, 90, (3, 64))
+    runs: list[nn.Module] = []
+    monkeypatch.setattr(calibrate, "_replay", lambda block, *given: runs.append(block) or replay(block, *given))
+    for experts in (3, 8):
+        runs.clear()
+        halved(mixture(experts), windows, sequential=True)
+        assert len(runs) == 2 * (1 + 4 * 3 + 3)
+
+
+def test_experts_together_see_what_each_would_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; and what a plain forward of the finished model shows."""
+    windows, model = torch.randint(2, 90, (3, 64)), mixture(4)
+    stats = halved(model, windows, sequential=True)
+    monkeypatch.setattr(calibrate, "HESSIANS", 1)
+    alone = halved(mixture(4), windows, sequential=True)
+    assert stats.keys() == alone.keys() == set(linears(model))
+    for name, found in stats.items():
+        assert torch.equal(found.hessian, alone[name].hessian) and found.tokens == alone[name].tokens
+        x = inputs_of(model, name, windows)
+        torch.testing.assert_close(found.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_the_first_window_does_not_reach() -> None:
+    """Its down projection too sees what became of its gate."""
+    model = mixture(16)
+    windows = torch.cat([torch.full((1, 8), 5), torch.randint(2, 90, (7, 8))])  # one token: 2 experts of 16
+    stats = halved(model, windows, sequential=True)
+    for name in linears(model):
+        if not stats[name].unreached:
+            x = inputs_of(model, name, windows)
+            torch.testing.assert_close(stats[name].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+    assert not all(found.unreached for name, found in stats.items() if "experts" in name)
 
 
 def others() -> Iterator[nn.Module]:

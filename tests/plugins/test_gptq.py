@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +14,8 @@ from sqft_gptq import Gptq, Rtn
 from sqft_gptq import solver as module
 from torch import Tensor
 
-from sqft.api import LinearShape, LinearStats, StageError
+from sqft import Orchestrator, Recipe, Registry
+from sqft.api import LinearShape, LinearStats, Quantized, StageError
 from sqft.kernels.grids import dequantize, fit
 
 OUT, IN, TOKENS = 6, 64, 256
@@ -184,3 +189,21 @@ def test_sizes_that_do_not_fit() -> None:
     said = Gptq(group_size=128).misfit(LinearShape("l", 576, 576))
     assert said is not None and "576 inputs are no multiple of group_size 128" in said and said.endswith("64, 32, -1")
     assert Gptq(group_size=64).misfit(LinearShape("l", 576, 576)) is None
+
+
+def test_codes_that_stand_for_more_than_float16_holds(raw: dict[str, Any], tmp_path: Path) -> None:
+    class Far(Rtn):
+        name = "far"
+
+        def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+            result = super().quantize(weight, mask, stats)
+            return replace(result, grid=replace(result.grid, scale=torch.full_like(result.grid.scale, 6e4)))
+
+    registry = Registry.discover()
+    registry.add(Far)
+    kept = {key: raw[key] for key in ("schema", "name", "model")}
+    kept["model"] |= {"dtype": "float16"}
+    kept["quantize"] = {"quantizer": {"name": "far", "options": {"group_size": 32}}}
+    orchestrator = Orchestrator(registry, tmp_path)
+    with pytest.raises(StageError, match=r"quantizer 'far' .*q_proj \d+ weights that float16, the model's precision"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(kept)))

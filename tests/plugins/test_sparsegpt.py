@@ -141,3 +141,26 @@ def test_select_is_asked_about_scores(raw: dict[str, Any], tmp_path: Path, wrong
     orchestrator = Orchestrator(found, tmp_path)
     with pytest.raises(ContractError, match=r"scorer 'bad'.*(asked `select` about list|not finite|scores)"):
         orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer="bad"))))
+
+
+def test_an_update_that_the_models_precision_does_not_hold(raw: dict[str, Any], tmp_path: Path) -> None:
+    class Far(SparseGpt):
+        name = "far"
+
+        def prune(self, weight: Tensor, stats: LinearStats, select: Any) -> tuple[Tensor, Tensor]:
+            new, mask = super().prune(weight, stats, select)
+            new[tuple(mask.nonzero()[0])] = 1e5
+            return new, mask
+
+    found = Registry.discover()
+    found.add(Far)
+    orchestrator = Orchestrator(found, tmp_path)
+    raw["model"]["dtype"] = "float16"
+    with pytest.raises(
+        StageError, match=r"scorer 'far' .*layers\.0\.self_attn\.q_proj 1 weights that float16"
+    ) as caught:
+        orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer="far"))))
+    assert "the largest is 1e+05 and float16 ends at 6.55e+04; set model.dtype to bfloat16" in str(caught.value)
+    raw["model"]["dtype"] = "bfloat16"
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(recipe(raw, scorer="far"))))
+    assert run["sparsify"].report["sparsity"] == pytest.approx(0.5)

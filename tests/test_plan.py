@@ -1,0 +1,51 @@
+"""Estimates of memory against sums written out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Orchestrator, Recipe, Registry
+
+SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
+"""The tiny model in float32."""
+STATES = 3 * (4 * 32) * 32 * 4
+BLOCK = 4 * (6 * 32**2 + 64**2)
+"""The Hessians of a block: q, k, v, o, gate and up of 32 inputs, down of 64."""
+WORK = 3 * 4 * 64**2
+
+
+def memory(recipe: dict[str, Any], registry: Registry, folder: Path, step: str) -> int:
+    kept = {key: recipe[key] for key in ("schema", "name", "model", "calibration", step)}
+    found = Orchestrator(registry, folder).plan(Recipe.parse(kept)).step(step).estimate.memory
+    return found - SIZE - (1 << 29)
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "expected"),
+    [
+        ({"scorer": "wanda"}, SIZE),  # the second model that the proof reads is more
+        ({"scorer": "magnitude"}, SIZE),
+        ({"scorer": "sparsegpt"}, STATES + BLOCK + WORK),
+        ({"scorer": "sparsegpt", "exclude": ["down_proj"]}, SIZE),
+        ({"scorer": "sparsegpt", "allocator": "owl"}, STATES + BLOCK + WORK),
+    ],
+    ids=str,
+)
+def test_sparsify_counts_hessians(
+    sparsify: dict[str, Any], expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    assert memory(raw | {"sparsify": sparsify}, registry, tmp_path, "sparsify") == expected
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "expected"),
+    [("gptq", STATES + 4 * 4 * 32**2 + WORK), ("rtn", 0)],  # q, k, v and o are as much as down
+)
+def test_quantize_counts_those_of_one_module(
+    quantizer: str, expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    raw["quantize"] = {"quantizer": {"name": quantizer, "options": {"group_size": 32}}}
+    assert memory(raw, registry, tmp_path, "quantize") == expected
