@@ -36,8 +36,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": SIZES
     | MIXTURE
     | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "GraniteMoe": SIZES | MIXTURE | {"num_local_experts": 4},
+    "RecurrentGemma": SIZES
+    | {"num_hidden_layers": 2, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+    "Lfm2": SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
-MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe"}
+MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe", "GraniteMoe"}
 
 
 def config_of(family: str, tokenizer: Any) -> PretrainedConfig:
