@@ -11,7 +11,7 @@ from sqft.contracts import Allocator, LinearShape, Merger, Quantizer, Scorer, St
 from sqft.errors import StageError
 from sqft.modeling.blocks import linears, shape_of
 from sqft.modeling.layout import Expert, fused_experts
-from sqft.modeling.load import skeleton
+from sqft.modeling.load import check_vocabulary, skeleton, source_tokenizer
 from sqft.modeling.trial import check_walk
 from sqft.plan import Plan, selected
 
@@ -26,10 +26,14 @@ def check_fit(plan: Plan) -> None:
     layers inside decoder blocks.
 
     Raises:
-        StageError: when the model has no decoder blocks, or naming the layers that do not fit.
+        StageError: when the model has no decoder blocks, when its tokenizer knows more tokens than it has rows for,
+            or naming the layers that do not fit.
     """
     recipe = plan.recipe
     model = skeleton(plan.source, recipe.model.trust_remote_code)
+    if plan.source.kind != "gguf":  # which would be read whole for it
+        tokenizer = source_tokenizer(plan.source, recipe.model.trust_remote_code)
+        check_vocabulary(model, tokenizer, str(plan.source.path))
     layers = linears(model)
     actual = {name: shape_of(name, linear) for name, linear in layers.items()}
     owners: dict[int, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
+from sqft.modeling.load import FolderReader
 
 
 def test_a_model_of_other_layers_is_refused_before_its_weights_are_read(
@@ -59,4 +61,33 @@ def test_a_config_that_disagrees_with_the_weights(
     raw["model"]["path"] = str(folder)
     orchestrator = Orchestrator(registry, tmp_path / "store")
     with pytest.raises(StageError, match=r"gate_proj \[64, 32\] is a linear layer \[128, 32\] in LlamaForCausalLM"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "codes"])
+def test_a_tokenizer_larger_than_the_vocabulary(
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    model_folder: Path,
+    quantized_folder: Path,
+    quantized: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "few"
+    shutil.copytree(quantized_folder if quantized else model_folder, folder)
+    whole = load_file(folder / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & whole.keys():
+        whole[name] = whole[name][:200].clone()
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 200}))
+    raw["model"]["path"] = str(folder)
+    if quantized:
+        del raw["sparsify"], raw["evaluate"]
+        raw["finetune"]["merger"] = "qa-sparsepeft"
+    monkeypatch.setattr(FolderReader, "tensor", None)  # no weight is read
+    monkeypatch.setattr("sqft.modeling.load._load", None)
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    with pytest.raises(StageError, match="few: the tokenizer knows 257 tokens, and the model 200"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
