@@ -266,6 +266,8 @@ def _unpacked(reader: FolderReader, name: str) -> Quantized:
     """A layer of "pack-quantized": codes and zero points are stored with half their range added."""
     stored = set(reader.names())
     words, scale = reader.tensor(f"{name}.weight_packed"), reader.tensor(f"{name}.weight_scale")
+    if odd := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
+        raise ValueError(f"codes or scales are {odd[0]}, expected 2 dimensions")
     out, inputs = map(int, reader.tensor(f"{name}.weight_shape"))
     bits, groups = words.shape[1] * 32 // inputs, scale.shape[1]
     codes = unpack(words.T.contiguous(), bits).T[:, :inputs]

@@ -21,8 +21,14 @@ BARE_PREFIX = {
     "opt": "model.",
 }
 """What the modules' names begin with, of families whose older checkpoints leave it out."""
+FUSED_NAMES = (
+    (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+    (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+    (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
+)
+"""How Granite's checkpoints call a mixture's tensors, and how transformers does."""
 EXPERT_NAMES = (
-    (r"\.block_sparse_moe\.experts\.", ".mlp.experts."),
+    (r"\.block_sparse_moe\.experts\.(\d+)\.w(?=\d$)", r".mlp.experts.\1.w"),
     (r"(\.experts\.\d+)\.w1$", r"\1.gate_proj"),
     (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
     (r"(\.experts\.\d+)\.w3$", r"\1.up_proj"),
@@ -38,11 +44,15 @@ def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tup
     run checks."""
     prefix = BARE_PREFIX.get(family, "")
     bare = not any(name.startswith(prefix) for name in shapes)
+    for old, new in FUSED_NAMES:
+        shapes = {re.sub(old, new, name): shape for name, shape in shapes.items()}
     mixtures = {match[1] for name in shapes if (match := IN_A_MIXTURE.match(name))}
     found = []
     for name, shape in _experts(shapes).items():
         layer = f"{prefix if bare else ''}{name}".removesuffix(".weight")
-        if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}") or layer.rpartition(".")[0] in mixtures:
+        if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}"):
+            continue
+        if "router" in layer.split(".") or layer.rpartition(".")[0] in mixtures:
             continue  # what stands beside the experts routes tokens
         for old, new in EXPERT_NAMES:
             layer = re.sub(old, new, layer)

@@ -240,10 +240,11 @@ class _Planner(Fitting):
         if self.recipe.finetune and self.recipe.merge is None:
             self._problem("export", 'exports a whole model, and the adapter is not merged; add "merge": {}')
             return
-        if self.recipe.finetune is None and not self.base:
-            self._problem("export", "has nothing to export; add sparsify, or finetune and merge")
+        role = {"merge": "merge"} if self.recipe.finetune else {r: step for r, step in self.base.items() if r == "base"}
+        if not role and not (self.source and self.source.quantization):  # a GPTQ checkpoint can be exported as it is
+            if self.source:
+                self._problem("export", "has nothing to export; add sparsify, or finetune and merge")
             return
-        role = {"merge": "merge"} if self.recipe.finetune else {"base": self.base["base"]}
         weights, size = self._weights()
         for index, section in enumerate(self.recipe.export):
             part = self._part("exporter", section.exporter, f"export.{index}.exporter")

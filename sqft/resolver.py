@@ -119,7 +119,7 @@ class Resolver:
 
     def _last_names(self) -> str:
         names = {linear.name.rpartition(".")[2] for linear in self.source.linears} if self.source else set()
-        return ", ".join(sorted(names)) or "none in numbered blocks"
+        return ", ".join(sorted(names)) or "none in numbered blocks, but for what routes to experts"
 
     def _within_window(self, section: S, field: str, place: str, always: bool = False) -> S:
         """The section with a number of tokens no larger than the model's window; one the user wrote must fit.

@@ -216,7 +216,11 @@ def _unpacked(path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str
     if lone := sorted(parts_of - set(layers)):
         raise ArtifactError(f"{path}: {lone[0]}.qweight is missing; copy the model again")
     for layer in layers:
-        words, out = (*shapes[f"{layer}.qweight"], 0, 0)[:2]
+        if len(codes := shapes[f"{layer}.qweight"]) != 2:
+            raise ArtifactError(
+                f"{path}: {layer}.qweight is {list(codes)}, expected [words, outputs]; copy the model again"
+            )
+        words, out = codes
         inputs = words * 32 // bits
         groups = 1 if settings["group_size"] == -1 else -(-inputs // settings["group_size"])
         parts = {"qzeros": (groups, out * bits // 32), "scales": (groups, out), "g_idx": (inputs,)}

@@ -36,6 +36,22 @@ MIXTRAL = "model.layers.0.block_sparse_moe"
             ],
         ),
         (
+            "granitemoe",
+            {
+                f"{MIXTRAL}.{name}.weight": shape
+                for name, shape in (
+                    ("input_linear", (1, 16, 4)),
+                    ("output_linear", (1, 4, 8)),
+                    ("router.layer", (1, 4)),
+                )
+            },
+            [
+                (f"{MIXTRAL}.experts.0.{name}", *shape)
+                for name, shape in (("down_proj", (4, 8)), ("gate_proj", (8, 4)), ("up_proj", (8, 4)))
+            ],
+        ),
+        ("jetmoe", {"model.layers.0.mlp.router.layer.weight": (2, 4)}, []),
+        (
             "gpt_oss",  # with biases it is none that sqft takes apart
             {
                 f"model.layers.0.mlp.experts.down_proj{end}": shape

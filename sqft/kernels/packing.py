@@ -108,6 +108,9 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantiz
     Raises:
         ValueError: when the parts do not fit one another.
     """
+    for part, tensor in tensors.items():
+        if tensor.dim() != (expected := 1 if part == "g_idx" else 2):
+            raise ValueError(f"{part} is {list(tensor.shape)}, expected {expected} dimension{'s' * (expected > 1)}")
     codes = unpack(tensors["qweight"], bits).T.contiguous()
     zero = (unpack(tensors["qzeros"].T.contiguous(), bits).int() + 1) & (2**bits - 1)
     size = codes.shape[1] if group_size == -1 else group_size

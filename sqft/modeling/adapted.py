@@ -109,27 +109,59 @@ class _Effective(torch.autograd.Function):
         grad = grads[0].reshape(-1, base.out_features)  # [tokens, out]
         inputs = x.reshape(-1, base.in_features)  # [tokens, in]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            right = A.float() * ctx.scale
-            grad_B, grad_A = torch.zeros_like(B, dtype=torch.float32), torch.zeros_like(A, dtype=torch.float32)
             shape = (base.out_features, base.in_features)
             wanted = torch.empty(shape, dtype=base.dtype, device=B.device) if ctx.needs_input_grad[0] else None
             # One large matmul: d(loss)/d(W_eff) = dyᵀ x, [out, in].
-            grad_weight = grad.T @ inputs
-            grad_gain = torch.zeros_like(gain) if gain is not None else None
-            for rows, block, delta, merged, grid in _merged(ctx.merger, base, B, A, ctx.scale, gain):
-                left, through = B[rows].float(), grad_weight[rows].float()
-                if grid:
-                    merged, through, grad_scale = grids.straight_through(merged, grid, through, gain is not None)
-                    if grad_gain is not None and grad_scale is not None and base.scale is not None:
-                        grad_gain[rows] = grad_scale * base.scale[rows].float()
-                if wanted is not None:
-                    wanted[rows] = merged - block.weight if ctx.less_base else merged
-                grad_delta = ctx.merger.derivative(block, delta, through)
-                grad_B[rows] = grad_delta @ right.T
-                grad_A.addmm_(left.T, grad_delta, alpha=ctx.scale)
-            del grad_weight
+            grads_of = _gradients(ctx.merger, base, B, A, ctx.scale, gain, grad.T @ inputs, wanted, ctx.less_base)
             grad_x = (grad @ wanted.to(grad.dtype)).reshape(x.shape) if wanted is not None else None
-        return grad_x, None, grad_B.to(B.dtype), grad_A.to(A.dtype), grad_gain, None, None, None, None
+        return grad_x, None, *grads_of, None, None, None, None
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """W_eff itself, for a model that reads it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, B: Tensor, A: Tensor, gain: Tensor | None, scale: float, merger: Merger, base: FrozenWeight
+    ) -> Tensor:
+        ctx.save_for_backward(B, A, gain)
+        ctx.scale, ctx.merger, ctx.base = scale, merger, base
+        return effective_weight(merger, base, B, A, scale, gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        B, A, gain = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(B.device.type, enabled=False):
+            return *_gradients(ctx.merger, ctx.base, B, A, ctx.scale, gain, grads[0]), None, None, None
+
+
+def _gradients(
+    merger: Merger,
+    base: FrozenWeight,
+    B: Tensor,
+    A: Tensor,
+    scale: float,
+    gain: Tensor | None,
+    grad_weight: Tensor,
+    wanted: Tensor | None = None,
+    less_base: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of B, A and gain from that of W_eff [out, in]; into `wanted` goes W_eff, or W_eff − W."""
+    right = A.float() * scale
+    grad_B, grad_A = torch.zeros_like(B, dtype=torch.float32), torch.zeros_like(A, dtype=torch.float32)
+    grad_gain = torch.zeros_like(gain) if gain is not None else None
+    for rows, block, delta, merged, grid in _merged(merger, base, B, A, scale, gain):
+        left, through = B[rows].float(), grad_weight[rows].float()
+        if grid:
+            merged, through, grad_scale = grids.straight_through(merged, grid, through, gain is not None)
+            if grad_gain is not None and grad_scale is not None and base.scale is not None:
+                grad_gain[rows] = grad_scale * base.scale[rows].float()
+        if wanted is not None:
+            wanted[rows] = merged - block.weight if less_base else merged
+        grad_delta = merger.derivative(block, delta, through)
+        grad_B[rows] = grad_delta @ right.T
+        grad_A.addmm_(left.T, grad_delta, alpha=scale)
+    return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_gain
 
 
 class AdaptedLinear(nn.Module):
@@ -161,6 +193,17 @@ class AdaptedLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rank = delta.rank
         self.cached: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in] that acts, for a model that reads it (Mamba does); adapters train through it."""
+        if self.cached is not None:
+            return self.cached
+        B, A, scale = self.delta.factors(self.rank)
+        if not self.merger.merges:
+            return self.base.dense() + (B @ A * scale).to(self.base.dtype)
+        whole: Tensor = _EffectiveWeight.apply(B, A, self.gain, scale, self.merger, self.base)  # type: ignore[no-untyped-call]
+        return whole
 
     def effective(self) -> Tensor:
         """The effective weight [out, in] at the current rank, in the base's dtype.

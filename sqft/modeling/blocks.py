@@ -10,7 +10,9 @@ from sqft.modeling.weights import PackedLinear
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's decoder blocks by full name, in order: its longest list of like modules that is in no other.
+    """The model's decoder blocks by full name, in order: its longest list of modules that is in no other.
+
+    Hybrid models have blocks of several kinds in one list.
 
     Raises:
         StageError: when the model has no such list.
@@ -18,7 +20,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     best: tuple[str, nn.ModuleList] | None = None
     outer = "\0"
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(block) for block in module}) != 1:
+        if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         if name.startswith(f"{outer}."):  # a block's own list, of experts
             continue
@@ -46,8 +48,8 @@ def all_linears(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
 
 
 def _routes(block: nn.Module, name: str) -> bool:
-    """Whether a layer stands beside a mixture's experts: it then says which of them act, or how much."""
-    return hasattr(block.get_submodule(name.rpartition(".")[0]), "experts")
+    """Whether a layer is a router's, or stands beside a mixture's experts: it says which of them act, or how much."""
+    return "router" in name.split(".") or hasattr(block.get_submodule(name.rpartition(".")[0]), "experts")
 
 
 def shape_of(name: str, linear: nn.Linear | PackedLinear) -> LinearShape:

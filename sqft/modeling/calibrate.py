@@ -54,7 +54,7 @@ def walk(
         StageError: when the blocks cannot be replayed, or an activation is not finite.
     """
     blocks = decoder_blocks(model)
-    calls, hidden, slot = _capture(model, blocks, windows)
+    calls, hidden, slot = capture(model, blocks, windows)
     for name, block in track(blocks.items(), "calibrating", len(blocks)):
         block.to(device)
         layers = {
@@ -85,11 +85,15 @@ def walk(
         block.to("cpu")
 
 
-def _capture(
+def capture(
     model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor
 ) -> tuple[dict[str, list[Call]], list[Tensor], Slot]:
-    """Every block's calls with the hidden states taken out, the first block's hidden states, their slot."""
-    slot, is_tuple = _probe(model, blocks, windows[:1])
+    """Every block's calls with the hidden states taken out, the first block's hidden states, their slot.
+
+    Raises:
+        StageError: when the blocks cannot be replayed one by one.
+    """
+    slot, rest = _probe(model, blocks, windows[:1])
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
     hidden: list[Tensor] = []
     first = next(iter(blocks))
@@ -100,7 +104,8 @@ def _capture(
             calls[name].append(call)
             if name == first:
                 hidden.append(state.detach())
-            return (state,) if is_tuple else state  # nothing is computed: what follows is thrown away
+            more = rest[name]
+            return state if more is None else (state, *more)  # nothing is computed: what follows is thrown away
 
         return record
 
@@ -115,8 +120,13 @@ def _capture(
     return calls, hidden, slot
 
 
-def _probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tensor) -> tuple[Slot, bool]:
-    """Run one window for real and see where one block's output enters the next."""
+def _probe(
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tensor
+) -> tuple[Slot, dict[str, tuple[Any, ...] | None]]:
+    """Run one window for real: where a block's output enters the next, and what each gives besides it.
+
+    What a block that gives no tuple gives besides is None.
+    """
     outputs: list[Any] = []
     inputs: list[Call] = []
     hooks = []
@@ -130,18 +140,33 @@ def _probe(model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tens
     finally:
         for hook in hooks:
             hook.remove()
-    is_tuple = isinstance(outputs[0], tuple)
-    if len(blocks) == 1:
-        return (0 if inputs[0][0] else next(iter(inputs[0][1]))), is_tuple
-    produced = outputs[0][0] if is_tuple else outputs[0]
-    args, kwargs = inputs[1]
-    candidates: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
-    for slot, value in candidates:
-        if value is produced:
-            return slot, is_tuple
-    raise StageError(
-        f"{type(model).__name__}'s blocks do not pass their output on, so they cannot be walked one by one"
-    )
+    kind = type(model).__name__
+    if len(outputs) != len(blocks):
+        raise StageError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
+    produced = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    rest = [output[1:] if isinstance(output, tuple) else None for output in outputs]
+    besides: list[Tensor] = []
+    slots: set[Slot] = {0 if inputs[0][0] else next(iter(inputs[0][1]))} if len(blocks) == 1 else set()
+    for before, more, (args, kwargs) in zip(produced, rest, inputs[1:], strict=False):
+        given: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
+        entered = {slot for slot, value in given if value is before}
+        slots = (slots or entered) & entered
+        besides += tensors_in(more)
+        if not slots:
+            raise StageError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
+        if any(one is other for one in tensors_in([args, kwargs]) for other in besides if other is not before):
+            raise StageError(
+                f"{kind}'s blocks pass on more than their hidden states, so they cannot be walked one by one"
+            )
+    return min(slots, key=str), dict(zip(blocks, rest, strict=True))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for each in inner for tensor in tensors_in(each)]
 
 
 def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Tensor, Call]:
@@ -152,15 +177,21 @@ def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Te
 
 @torch.no_grad()
 def _replay(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: str) -> Tensor:
+    result = run_block(block, call, slot, state, device).to("cpu")
+    if not result.isfinite().all():
+        raise StageError("calibration met activations that are not finite; use float32 or other calibration text")
+    return result
+
+
+def run_block(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: str) -> Tensor:
+    """A block's output where its hidden states are `state`, and all else of its call as it was."""
     args, kwargs = call
     if isinstance(slot, int):
         args = (*args[:slot], state, *args[slot + 1 :])
     else:
         kwargs = {**kwargs, slot: state}
     output = block(*_on(args, device), **_on(kwargs, device))
-    result: Tensor = (output[0] if isinstance(output, tuple) else output).to("cpu")
-    if not result.isfinite().all():
-        raise StageError("calibration met activations that are not finite; use float32 or other calibration text")
+    result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from sqft.contracts import LinearShape, Merger
+from sqft.contracts import Allocator, LinearShape, Merger, Quantizer, Scorer, Statistic
 from sqft.errors import StageError
 from sqft.modeling.blocks import linears, shape_of
 from sqft.modeling.layout import Expert, fused_experts
-from sqft.modeling.load import skeleton
+from sqft.modeling.load import check_vocabulary, skeleton, source_tokenizer
+from sqft.modeling.trial import check_walk
 from sqft.plan import Plan, selected
 
 log = logging.getLogger("sqft")
@@ -25,11 +26,19 @@ def check_fit(plan: Plan) -> None:
     layers inside decoder blocks.
 
     Raises:
-        StageError: when the model has no decoder blocks, or naming the layers that do not fit.
+        StageError: when the model has no decoder blocks, when its tokenizer knows more tokens than it has rows for,
+            or naming the layers that do not fit.
     """
     recipe = plan.recipe
     model = skeleton(plan.source, recipe.model.trust_remote_code)
-    actual = {name: shape_of(name, linear) for name, linear in linears(model).items()}
+    if plan.source.kind != "gguf":  # which would be read whole for it
+        tokenizer = source_tokenizer(plan.source, recipe.model.trust_remote_code)
+        check_vocabulary(model, tokenizer, str(plan.source.path))
+    layers = linears(model)
+    actual = {name: shape_of(name, linear) for name, linear in layers.items()}
+    owners: dict[int, list[str]] = {}
+    for name, linear in layers.items():
+        owners.setdefault(id(linear.weight), []).append(name)
     wanted: dict[str, list[LinearShape]] = {}
     if recipe.sparsify:
         chosen = [x for x in plan.source.linears if selected(x.name, recipe.sparsify.include, recipe.sparsify.exclude)]
@@ -42,17 +51,33 @@ def check_fit(plan: Plan) -> None:
     _check_mixtures(plan, model, wanted)
     modules, model_type = dict(model.named_modules()), type(model).__name__
     wrong = []
-    for place, layers in wanted.items():
-        for layer in layers:
+    for place, named in wanted.items():
+        for layer in named:
             if (other := actual.get(layer.name)) == layer:
+                others = [name for name in owners[id(layers[layer.name].weight)] if name != layer.name]
+                if others:
+                    wrong.append(f"{place}: {layer.name} is one weight with {others[0]}")
                 continue
             found = type(modules[layer.name]).__name__ if layer.name in modules else "nothing"
             found = f"a linear layer {_size(other)}" if other else found
             wrong.append(f"{place}: {layer.name} {_size(layer)} is {found} in {model_type}")
     if wrong:
         more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        head = "sqft works on linear layers inside decoder blocks; exclude what this recipe names besides:"
+        head = "sqft works on linear layers inside one decoder block each; exclude what this recipe names besides:"
         raise StageError("\n  ".join([head, *wrong[:SHOWN], *more]))
+    if walked := _walked(plan):
+        check_walk(model, {layer.name: place for place in walked for layer in wanted[place]})
+
+
+def _walked(plan: Plan) -> list[str]:
+    """The places in the recipe that name layers which calibration must see."""
+    needs: dict[str, frozenset[Statistic]] = {}
+    for step in plan.steps:
+        for part in step.parts.values():
+            if isinstance(part.component, Scorer | Allocator | Quantizer):
+                place = f"{step.stage}.include"
+                needs[place] = needs.get(place, frozenset()) | part.component.needs
+    return [place for place, found in needs.items() if found]
 
 
 def _check_mixtures(plan: Plan, model: nn.Module, wanted: Mapping[str, Sequence[LinearShape]]) -> None:

@@ -105,6 +105,20 @@ def _load(
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise StageError(f"{place} lacks {missing[0]}, which {type(model).__name__} has by config.json; copy it again")
     _forget_quantization(model)
+    check_vocabulary(model, tokenizer, place)
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
+    model.requires_grad_(False)
+    return as_linears(model).eval(), tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """The model has a row for every token that text can become.
+
+    Raises:
+        StageError: when the tokenizer knows more.
+    """
     # Tokens that were added besides may have no row (Gemma 3's of images): text does not make them.
     ordinary = len(tokenizer) - len(tokenizer.get_added_vocab())
     if ordinary > (rows := len(model.get_input_embeddings().weight)):
@@ -112,11 +126,6 @@ def _load(
             f"{place}: the tokenizer knows {ordinary} tokens, and the model {rows}; bring the model's own "
             "tokenizer, or give the model rows for all with resize_token_embeddings"
         )
-    for name, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
-    model.requires_grad_(False)
-    return as_linears(model).eval(), tokenizer
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -63,7 +63,7 @@ def exact_match(
 
     Raises:
         DataError: naming a record that has no prompt or no completion.
-        StageError: when no prompt would leave room.
+        StageError: when no prompt would leave room, or logits are not finite.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if (room := window - max_new_tokens) < 1:
@@ -77,7 +77,7 @@ def exact_match(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     outcomes = [False] * len(prompts)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with _evaluating(model), _greedy(model, tokenizer) as settings:
+    with _evaluating(model), _finite(model), _greedy(model, tokenizer) as settings:
         settings.max_new_tokens = max_new_tokens
         for batch in track(batches, "generating", len(batches)):
             longest = max(len(prompts[index][0]) for index in batch)
@@ -135,7 +135,7 @@ def lm_eval_tasks(
     """lm-eval's metrics of each task, with standard errors where it has them.
 
     Raises:
-        StageError: when lm-eval knows no task of a name.
+        StageError: when lm-eval knows no task of a name, or logits are not finite.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -145,7 +145,7 @@ def lm_eval_tasks(
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         where = f", nor in {include_path}" if include_path else "; give your own with evaluate.include_path"
         raise StageError(f"lm-eval has no task '{unknown[0]}'{where}")
-    with _evaluating(model), _greedy(model, tokenizer), _undisturbed(model):
+    with _evaluating(model), _finite(model), _greedy(model, tokenizer), _undisturbed(model):
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=tasks,
@@ -181,6 +181,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _finite(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, logits of which the largest is no finite number are refused: they would only pass for wrong answers."""
+
+    def check(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
+        # Behind a mask stand tokens that pad at the left; the last position is always one that counts.
+        logits = output.logits if given.get("attention_mask") is None else output.logits[:, -1]
+        if not logits.amax().isfinite():
+            raise StageError("the model's logits are not finite; its precision may be too low")
+
+    hook = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     elif plan.quantized:
         weights = _before_quantization(plan, base, layers, masked)
     else:
-        weights = {name: FloatWeight(cast(Tensor, layer.weight), masked) for name, layer in layers.items()}
+        weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
     learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
     adapted = attach(model, deltas, merger, weights, dropout, learn_scales)
     model.to(device)

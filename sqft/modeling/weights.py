@@ -186,6 +186,11 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base, self.bias = base, bias
 
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, [out, in], for a model that reads it."""
+        return self.base.dense()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.base.linear(x, self.bias)
 

@@ -24,7 +24,7 @@ def run(context: Context) -> dict[str, Any]:
     if odd := [place for place, state in before ^ _states(model.folder)]:
         raise ContractError(
             f"{context.who(Exporter)} changed {min(odd)}, a part of the model it was to export; "
-            "make that again with --fresh"
+            + ("make that again with --fresh" if context.inputs else "copy the model again")
         )
     return {"exporter": context.component(Exporter).name}
 
@@ -58,5 +58,6 @@ def _states(folder: Path) -> set[tuple[Path, tuple[int, int, int]]]:
 
 
 def _model(context: Context) -> FinishedModel:
-    (artifact,) = context.inputs.values()
-    return FinishedModel(artifact.folder / "model")
+    """What the step before made, or the recipe's own GPTQ checkpoint."""
+    made = [artifact.folder / "model" for artifact in context.inputs.values()]
+    return FinishedModel(made[0] if made else context.plan.source.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -129,7 +130,7 @@ def _logits_apart(context: Context, tuned: Tuned) -> float:
     """The largest difference between the logits of the merged model, read back, and of the model that trained.
 
     Raises:
-        ArtifactError: when it is larger than rounding explains.
+        ArtifactError: when it is larger than rounding explains, or is no number.
     """
     # Validation examples where there are some: what was not trained on.
     search = context.plan.step("search")
@@ -149,6 +150,8 @@ def _logits_apart(context: Context, tuned: Tuned) -> float:
         gaps.append(float((ours - theirs).abs().max()))
         sizes.append(float(theirs.abs().max()))
     apart, largest = (float(torch.tensor(found).max()) for found in (gaps, sizes))  # max() would pass over NaN
-    if not apart <= TOLERANCE * largest:
+    if not (math.isfinite(apart) and math.isfinite(largest)):
+        raise ArtifactError("merge: the logits of the merged model, or of the model that trained, are not finite")
+    if apart > TOLERANCE * largest:
         raise ArtifactError(f"merge: logits of the merged model are {apart:.3g} off those of the model that trained")
     return apart

@@ -104,6 +104,10 @@ def prove(context: Context) -> None:
         if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
             raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
     as_it_was = as_stored(base, fused=False)
+    if lacking := sorted(
+        as_it_was.keys() - {f"{layer}.weight" for layer in layers} - set(FolderReader(folder).names())
+    ):
+        raise ArtifactError(f"quantize ({who}): {lacking[0]} of the base is not stored")
     for name, tensor in FolderReader(folder).tensors():
         owner, _, part = name.rpartition(".")
         if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, as_it_was[name]):

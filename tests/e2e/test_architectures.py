@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.errors import StageError
+from sqft.plan import selected
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIXTURE = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
@@ -36,14 +37,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": SIZES
     | MIXTURE
     | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "GraniteMoe": SIZES | MIXTURE | {"num_local_experts": 4},
+    "RecurrentGemma": SIZES
+    | {"num_hidden_layers": 2, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+    "Lfm2": SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
-MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe"}
+MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe", "GraniteMoe"}
+
+
+SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+STATE = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+SHARED = "*.shared_transformer.*"
+HYBRIDS: dict[str, tuple[dict[str, Any], str]] = {
+    "Mamba": (STATE, "dt_proj"),
+    "Mamba2": (STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}, ""),
+    "Jamba": (
+        SIZES
+        | {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "num_key_value_heads": 2}
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        "dt_proj",
+    ),
+    "Bamba": (SIZES | SCAN | {"num_key_value_heads": 2, "attn_layer_indices": [1]}, ""),
+    "Zamba2": (
+        SIZES
+        | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8}
+        | {"mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1},
+        SHARED,
+    ),
+    "xLSTM": ({"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "num_blocks": 2, "chunk_size": 8}, ""),
+}
+"""Families with blocks that are no attention, and the layers of each that cannot be pruned by calibration."""
 
 
 def config_of(family: str, tokenizer: Any) -> PretrainedConfig:
     common = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
     kind = getattr(transformers, f"{family}Config")
-    config: PretrainedConfig = kind(**common, pad_token_id=1, **FAMILIES[family])
+    config: PretrainedConfig = kind(**common, pad_token_id=1, **(FAMILIES.get(family) or HYBRIDS[family][0]))
     return config
 
 
@@ -125,6 +154,43 @@ def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, t
     assert family in MIXTURES or moved == merged.keys()
     assert finished["merge"].report["logits_difference"] < 1e-4
     assert not torch.equal(logits(finished["merge"].folder / "model"), logits(folder))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_hybrid(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    """What calibration cannot see is refused before a weight is read; without it all is as in other families."""
+    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model")
+    model, exclude = AutoModelForCausalLM.from_pretrained(folder), HYBRIDS[family][1]
+    with torch.no_grad():  # gates that start at zero would have no weight to keep
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    raw = recipe_of(folder, data, ["*"])
+    if exclude:
+        with pytest.raises(StageError, match=f"sparsify.include: .*{exclude.strip('*.')}"):
+            run(raw, registry, tmp_path / "store")
+        assert not list((tmp_path / "store").glob("artifacts/*"))
+        raw["sparsify"]["exclude"] = [exclude]
+        if exclude == SHARED:
+            raw["finetune"]["targets"] = ["*.mamba.*", "*.linear"]
+    finished = run(raw, registry, tmp_path / "store")
+    dense, sparse = weights(folder), weights(finished["sparsify"].folder / "model")
+    merged = weights(finished["merge"].folder / "model")
+    adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
+    scales = json.loads((finished["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
+    assert dense.keys() == sparse.keys() == merged.keys()
+    for name, weight in sparse.items():
+        kept, left = weight != 0, exclude and selected(name, [exclude], [])
+        assert left or ((~kept).sum(1) == weight.shape[1] // 2).all(), name
+        assert torch.equal(weight, dense[name] * kept)
+        assert (name in scales) != (left and exclude == SHARED), name
+        low = 0
+        if name in scales:
+            low = scales[name] * (adapter[f"{name}.lora_B"] @ adapter[f"{name}.lora_A"]) * kept
+            assert ".experts." in name or low.any(), name
+        torch.testing.assert_close(merged[name], weight + low, rtol=1e-5, atol=1e-6)
+    assert finished["merge"].report["logits_difference"] < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -199,7 +199,11 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "no scales": (tensors(scales=lambda _: None), f"{LAYER}.scales is missing, expected [1, 64]; copy the model again"),
     "no zero points": (tensors(qzeros=lambda _: None), f"{LAYER}.qzeros is missing, expected [1, 8]"),
     "zero points too few": (tensors(qzeros=lambda t: t[:, :3]), f"{LAYER}.qzeros is [1, 3], expected [1, 8]"),
-    "codes in a row": (tensors(qweight=lambda t: t.flatten()), f"{LAYER}.qzeros is [1, 8], expected"),
+    "codes in a row": (tensors(qweight=lambda t: t.flatten()), f"{LAYER}.qweight is [256], expected [words, outputs]"),
+    "codes in a cube": (
+        tensors(qweight=lambda t: t[..., None].repeat(1, 1, 2)),
+        f"{LAYER}.qweight is [4, 64, 2], expected [words, outputs]",
+    ),
     "order without an index": (
         lambda f: (config(desc_act=True)(f), tensors(g_idx=lambda _: None)(f)),
         f"{LAYER}.g_idx is missing",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sqft.api import Grid, Quantized
 from sqft.kernels.grids import dequantize, quantize
@@ -71,6 +74,17 @@ def test_what_other_programs_write() -> None:
     assert quantize(value, read.grid).equal(read.codes)
     tensors["g_idx"][5] = -1
     with pytest.raises(ValueError, match="below 0"):
+        from_gptq(tensors, 4, 32)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+@pytest.mark.parametrize("wrong", [lambda t: t.flatten()[0], lambda t: t[None], lambda t: t[..., None, None]])
+def test_a_wrong_number_of_dimensions_is_one_error(part: str, wrong: Callable[[Tensor], Tensor]) -> None:
+    layer = Quantized(torch.zeros(8, 64, dtype=torch.uint8), Grid(torch.ones(8, 2).half(), torch.ones(8, 2), 32, 4))
+    tensors = to_gptq(layer)
+    tensors[part] = wrong(tensors[part])
+    with pytest.raises(ValueError, match=f"^{part} is .*, expected {1 if part == 'g_idx' else 2} dimension"):
         from_gptq(tensors, 4, 32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -54,6 +55,23 @@ def test_forward_and_gradients_equal_the_oracle(out: int, inputs: int, rank: int
     expected = torch.autograd.grad((oracle(adapted, x) * probe).sum(), trained)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merger", [SparsePEFT(), Unmerged()], ids=lambda m: m.name)
+def test_a_model_may_read_the_weight(merger: Merger) -> None:
+    """Mamba does: the product is the layer's own, and so are the gradients."""
+    adapted, x, probe = layer(merger, 7, 5, bias=False), torch.randn(4, 5), torch.randn(4, 7)
+    trained = [*adapted.delta.parameters()]  # type: ignore[attr-defined]
+    read, called = x @ adapted.weight.T, adapted(x)
+    torch.testing.assert_close(read, called)
+    for ours, theirs in zip(
+        torch.autograd.grad((read * probe).sum(), trained),
+        torch.autograd.grad((called * probe).sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with frozen(nn.ModuleList([adapted])):
+        torch.testing.assert_close(adapted.weight, read.new_tensor(adapted(torch.eye(5)).T.tolist()))
 
 
 def test_small_row_blocks_change_nothing(monkeypatch: object) -> None:

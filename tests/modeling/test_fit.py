@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+import torch
+from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
+from sqft.modeling.load import FolderReader
 
 
 def test_a_model_of_other_layers_is_refused_before_its_weights_are_read(
-    raw: dict[str, Any], registry: Registry, tmp_path: Path, tokenizer: Any
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
 ) -> None:
-    folder = tmp_path / "granite"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = GraniteMoeConfig(**sizes, num_local_experts=4, max_position_embeddings=256, vocab_size=len(tokenizer))
-    GraniteMoeForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tmp_path / "more"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"model.layers.0.odd.layer.weight": torch.ones(4, 32)}, weights, {"format": "pt"})
     raw["model"]["path"] = str(folder)
     raw = {key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}
     orchestrator = Orchestrator(registry, tmp_path / "store")
     plan = orchestrator.plan(Recipe.parse(raw))
-    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])  # the plan has read its header; nobody may want more
     with pytest.raises(StageError) as caught:
         orchestrator.run(plan)
-    said = str(caught.value)
-    assert "sparsify.include: model.layers.0.block_sparse_moe.router.layer [4, 32] is" in said
+    assert "sparsify.include: model.layers.0.odd.layer [4, 32] is nothing in LlamaForCausalLM" in str(caught.value)
     assert not list((tmp_path / "store").glob("artifacts/*"))
 
 
@@ -60,4 +61,33 @@ def test_a_config_that_disagrees_with_the_weights(
     raw["model"]["path"] = str(folder)
     orchestrator = Orchestrator(registry, tmp_path / "store")
     with pytest.raises(StageError, match=r"gate_proj \[64, 32\] is a linear layer \[128, 32\] in LlamaForCausalLM"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "codes"])
+def test_a_tokenizer_larger_than_the_vocabulary(
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    model_folder: Path,
+    quantized_folder: Path,
+    quantized: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "few"
+    shutil.copytree(quantized_folder if quantized else model_folder, folder)
+    whole = load_file(folder / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & whole.keys():
+        whole[name] = whole[name][:200].clone()
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 200}))
+    raw["model"]["path"] = str(folder)
+    if quantized:
+        del raw["sparsify"], raw["evaluate"]
+        raw["finetune"]["merger"] = "qa-sparsepeft"
+    monkeypatch.setattr(FolderReader, "tensor", None)  # no weight is read
+    monkeypatch.setattr("sqft.modeling.load._load", None)
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    with pytest.raises(StageError, match="few: the tokenizer knows 257 tokens, and the model 200"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))

@@ -48,6 +48,43 @@ def test_a_perplexity_that_is_not_finite_is_refused(model: LlamaForCausalLM) -> 
         perplexity(model, [torch.arange(2, 20)], silent)
 
 
+def write_tasks(folder: Path, documents: list[dict[str, Any]]) -> None:
+    """`toy_choose` and `toy_say`, of documents with a question, an answer and the index of a choice."""
+    (folder / "d.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    source = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'd.jsonl'}\ntest_split: test\n"
+    (folder / "choose.yaml").write_text(
+        f"task: toy_choose\n{source}output_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: i\n"
+        "doc_to_choice: ['1', '2']\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: acc_norm, aggregation: median, higher_is_better: true}\n"
+    )
+    (folder / "say.yaml").write_text(
+        f"task: toy_say\n{source}output_type: generate_until\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: '{{{{a}}}}'\n"
+        "generation_kwargs: {until: ['<|im_end|>'], max_gen_toks: 4}\n"
+        "filter_list:\n  - {name: strict, filter: [{function: take_first}]}\n"
+        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("tasks", [[], ["toy_choose"], ["toy_say"]], ids=str)
+def test_answers_of_logits_that_are_not_finite_are_refused(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, tasks: list[str], bad: float
+) -> None:
+    """Even for one record of a batch; they would count as wrong answers."""
+    write_tasks(tmp_path, [{"q": f"{n}+1=", "a": "2", "i": 0} for n in range(4)])
+
+    def spoil(_: Any, __: Any, output: Any) -> None:
+        output.logits[-1, -1, 7] = bad
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(StageError, match="logits are not finite"):
+        if tasks:
+            lm_eval_tasks(model, tokenizer, tasks, tmp_path, None, 2)
+        else:
+            exact_match(model, tokenizer, SUMS, "text", 4, 3, silent)
+    assert len(model._forward_hooks) == 1
+
+
 def test_a_prompt_beyond_the_window_is_cut_at_the_left(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,19 +235,7 @@ def test_lm_eval_gives_metrics_and_leaves_no_trace(
         {"q": p, "a": tokenizer.decode(by_hand(talker, tokenizer, p, steps=4)), "i": n % 2}
         for n, p in enumerate(prompts)
     ]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    source = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'd.jsonl'}\ntest_split: test\n"
-    (tmp_path / "choose.yaml").write_text(
-        f"task: toy_choose\n{source}output_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: i\n"
-        "doc_to_choice: ['1', '2']\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
-        "  - {metric: acc_norm, aggregation: median, higher_is_better: true}\n"
-    )
-    (tmp_path / "say.yaml").write_text(
-        f"task: toy_say\n{source}output_type: generate_until\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: '{{{{a}}}}'\n"
-        "generation_kwargs: {until: ['<|im_end|>'], max_gen_toks: 4}\n"
-        "filter_list:\n  - {name: strict, filter: [{function: take_first}]}\n"
-        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
-    )
+    write_tasks(tmp_path, documents)
     talker.train()
     config = talker.generation_config = GenerationConfig(eos_token_id=1, repetition_penalty=5.0, do_sample=True)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
