@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.contracts import Component, LinearStats, Statistic
@@ -73,24 +73,35 @@ class Context:
         """The records of one of this step's data sets (or another step's)."""
         return records_of((step or self.step).files[role], how)
 
-    def training_records(self) -> tuple[list[Record], list[Record]]:
-        """What `finetune` trains on, each data set as often as its weight says, and what it holds out.
+    def training_sets(self) -> dict[str, tuple[list[Record], list[Record]]]:
+        """Of each data set by its role: what `finetune` trains on, as often as its weight says, and what is held out.
 
         Raises:
             DataError: when a data set is too small to hold anything out.
         """
-        step = self.plan.step("finetune")
-        section, training, held = cast(Finetune, step.section), [], []
+        step, found = self.plan.step("finetune"), {}
+        section = cast(Finetune, step.section)
         for role, data in section.data_sets.items():
             # The recipe's seed, not a step's own: search and merge ask for the same records.
             seed = self.plan.recipe.seed
             try:
                 kept, out = split_off(self.records(role, data, step), section.holdout, seed)
-                training += repeated(kept, data.weight, Random(f"{seed}/{role}"))
+                found[role] = repeated(kept, data.weight, Random(f"{seed}/{role}")), out
             except DataError as error:
                 raise DataError(f"finetune.{role}: {error}") from None
-            held += out
-        return training, held
+        return found
+
+    def training_records(self) -> tuple[list[Record], list[Record]]:
+        """What `finetune` trains on, and what it holds out, of all data sets together. See `training_sets`."""
+        sets = self.training_sets().values()
+        return [r for training, _ in sets for r in training], [r for _, held in sets for r in held]
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """This step's calibration windows [samples, length]."""
+        section = self.plan.recipe.calibration
+        assert section is not None
+        file, seed = self.step.files["calibration"], self.seed_for("calibration")
+        return calibration_windows(file, tokenizer, section.samples, section.length, seed)
 
     def feed(
         self,
@@ -107,9 +118,6 @@ class Context:
             for name, linear in self.track(layers.items(), label, len(layers)):
                 compress(name, linear, LinearStats(tokens=0))
             return 0
-        calibration = self.plan.recipe.calibration
-        assert calibration is not None
-        file, seed = self.step.files["calibration"], self.seed_for("calibration")
-        windows = calibration_windows(file, tokenizer, calibration.samples, calibration.length, seed)
+        windows = self.calibration(tokenizer)
         walk(model, windows, set(layers), needs, compress, self.device, self.track, sequential)
         return windows.numel()
