@@ -57,7 +57,11 @@ class Data(Section):
     )
     limit: Count | None = Field(None, description="take only the first so many records")
     config: str | None = Field(None, description="of a data set of several, the one that is meant")
-    split: str = Field("train", description="of a data set with splits, the one that is meant")
+    split: str = Field(
+        "train",
+        description='of a data set with splits, the one that is meant; sliced as datasets does: "train[:1000]", '
+        '"train[90%:]", "train+test"',
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
 
 

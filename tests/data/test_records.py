@@ -8,6 +8,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from hypothesis import given, settings
@@ -193,3 +194,54 @@ def test_a_conversation_stays_one(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_there_is_no_answer(tmp_path: Path, name: str, row: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         read_records(written(tmp_path, ".jsonl", [row]), template=TEMPLATES[name])
+
+
+SLICES = [
+    "train[:3]", "train[2:]", "train[-2:]", "train[:-4]", "train[2:4]", "train[:50]", "train[:10%]",
+    "train[25%:75%]", "train[-30%:]", "train[-12:2]", "test+train[:2]", "train[4:6] + train[:1]", "train + test[:1]",
+    "train[10%:20]", "train[1_0:]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def split_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    for split, count in (("train", 13), ("test", 3)):
+        written(folder, ".jsonl", [{"text": f"{split} {n}"} for n in range(count)]).rename(folder / f"{split}.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_slices_are_those_of_datasets(split_set: Path, tmp_path: Path, split: str) -> None:
+    wanted = datasets.ReadInstruction.from_spec(split)
+    files = {name: str(split_set / f"{name}.jsonl") for name in ("train", "test")}
+    whole = datasets.load_dataset("json", data_files=files, split=wanted, cache_dir=str(tmp_path))
+    assert read_records(split_set, split=split) == list(whole)
+    assert read_records(split_set, 1, split=split) == list(whole)[:1]
+    if "test" not in split:
+        assert read_records(split_set / "train.jsonl", split=split) == list(whole)
+
+
+def test_a_slice_that_needs_no_more_reads_no_more(split_set: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text((split_set / "train.jsonl").read_text() + "no JSON")
+    assert len(read_records(path, split="train[2:5]")) == 3
+    with pytest.raises(DataError, match=r"train\.jsonl:14: not valid JSON"):
+        read_records(path, split="train[10:]")
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train[:10", r"Unrecognized instruction format: train\[:10; write as datasets does: train\[:100\]"),
+        ("train[5]", "Unrecognized"),
+        ("train[:200%]", "Percent slice boundaries"),
+        ("train[:10](closest)", "forbidden to specify rounding"),
+        ("train[:10%](pct1_dropremainder)", "cannot be taken: .*less than 100"),
+        ("other[:1]", "cannot read split 'other'"),
+        ("train[50:]", r"set0, split 'train\[50:\]', holds no record"),
+    ],
+)
+def test_a_slice_that_is_none(split_set: Path, split: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_records(split_set, split=split)

@@ -124,7 +124,7 @@ def test_a_data_set_from_the_hub(
         renamed = [{"question": row["prompt"], "answer": f"{split} {row['completion']}"} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
     (folder / "sums.py").write_text("raise SystemExit('code that nobody may run')")
-    raw["finetune"]["data"] = {"path": REPO, "split": "test", "prompt": "gsm8k", "limit": 9}
+    raw["finetune"]["data"] = {"path": REPO, "split": "test[:20%]", "prompt": "gsm8k", "limit": 9}
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
