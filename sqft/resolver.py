@@ -10,9 +10,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from sqft.contracts import LinearShape
-from sqft.data.formats import split_names
+from sqft.data.formats import SUFFIXES, split_names, suffix_of
 from sqft.data.prompts import Answer, answer_of, completion_of
-from sqft.data.records import SUFFIXES, records_of
+from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
@@ -83,7 +83,7 @@ class Resolver:
             return Path(data.path)
         try:
             path = self.recipe.resolve(data.path)
-            if HUB_ID.fullmatch(data.path) and path.suffix not in SUFFIXES and not path.exists():
+            if HUB_ID.fullmatch(data.path) and suffix_of(path) not in SUFFIXES and not path.exists():
                 return hub_data(data.path, data.revision, path)
         except SqftError as error:
             self._problem(f"{place}.path", str(error))

@@ -48,7 +48,8 @@ class Data(Section):
     prompt template."""
 
     path: str = Field(
-        description="a .jsonl, .json, .csv or .parquet file, or a data set of Hugging Face's: a folder or an id"
+        description="a .jsonl, .json, .csv, .txt (a text a line), .parquet or .arrow file, or a data set of Hugging "
+        "Face's: a folder or an id"
     )
     prompt: NamedPrompt | None = Field(
         None,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sqft.errors import DataError
 
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
+SUPPORTED = f".jsonl, .json, .csv and .txt, also compressed ({', '.join(COMPRESSED)}), .parquet and .arrow"
 MANY = 1 << 50
 """More rows than any split has: a slice in percent, or from the end, of so many lies far beyond one in numbers."""
 
@@ -62,15 +70,73 @@ def _parsed(split: str) -> tuple[Any, set[str]]:
     return instruction, {part.partition("[")[0].strip() for part in split.split("+")}
 
 
+def suffix_of(path: Path) -> str:
+    """What names a file's format: of a compressed one, of what is in it."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def text_of(path: Path) -> str:
+    """A file's whole text, decompressed.
+
+    Raises:
+        DataError: when it cannot be read as UTF-8 text.
+    """
+    try:
+        with _text(path) as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _bytes(path: Path) -> IO[bytes]:
+    stream: IO[bytes] = COMPRESSED.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
+    return stream
+
+
+def _text(path: Path, newline: str | None = None) -> TextIOWrapper:
+    return TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
 def _whole(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
-        return _data_set(path, config, split)
-    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return readers.get(path.suffix, _json_lines)(path)
+        saved = _saved(path, split)
+        yield from _shards(saved) if saved else _data_set(path, config, split)
+        return
+    readers = {
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".txt": _lines,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
+    try:
+        yield from readers.get(suffix_of(path), _unknown)(path)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be decompressed: {error}") from None
+
+
+def _unknown(path: Path) -> Iterator[tuple[str, Any]]:
+    """A file that may be JSON Lines: its first line must be."""
+    for number, (place, row) in enumerate(_json_lines(path)):
+        if number == 0 and isinstance(row, DataError):
+            raise DataError(f"{path} is of no format that is known by name ({SUPPORTED}), nor JSON Lines: {row}")
+        yield place, row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line a text, but for blank ones."""
+    with _text(path) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{path}:{number}", {"text": line.rstrip("\n")}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
+    with _bytes(path) as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode("utf-8-sig")
@@ -84,7 +150,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """A list of objects in one file; a file that is JSON Lines by another name is read as such."""
-    content = path.read_bytes()
+    with _bytes(path) as stream:
+        content = stream.read()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(path)
         return
@@ -97,7 +164,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with _text(path, newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             for row in reader:
@@ -131,14 +198,62 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
 
 
+def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import ipc
+
+    number = 0
+    try:
+        with path.open("rb") as stream:
+            try:
+                batches = iter(ipc.open_stream(stream))
+            except pyarrow.ArrowInvalid:
+                file = ipc.open_file(stream)
+                batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            for batch in batches:
+                batch.validate(full=True)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no whole Arrow file: {str(error).splitlines()[0]}") from None
+
+
+def _saved(path: Path, split: str) -> Path | None:
+    """Where a split lies that `save_to_disk` wrote, which `load_dataset` refuses to read; None of other folders."""
+    if (path / "dataset_dict.json").is_file():
+        if not (path / split / "state.json").is_file():
+            has = ", ".join(sorted(state.parent.name for state in path.glob("*/state.json"))) or "none"
+            raise DataError(f"{path} has no split '{split}'; it has {has}")
+        return path / split
+    if not (path / "state.json").is_file():
+        return None
+    if split != "train":
+        raise DataError(f"{path} was saved as one data set, and has no split but 'train', whole or sliced")
+    return path
+
+
+def _shards(folder: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        names = [Path(file["filename"]).name for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{folder / 'state.json'} names no files: {error}; save the data set again") from None
+    for name in names:
+        yield from _arrow(folder / name)
+
+
 def _data_set(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(str(path), config, split=split, streaming=True)
+        lines = rows.info.builder_name == "text"
         for number, row in enumerate(rows, 1):
-            yield f"{path.name} {split}, row {number}", row
+            if not lines or row["text"].strip():
+                yield f"{path.name} {split}, row {number}", row
     except Exception as error:  # its builders raise anything
+        if not any(suffix_of(file) in SUFFIXES and file.is_file() for file in path.rglob("*")):
+            raise DataError(f"{path} holds no file that is read as data: {SUPPORTED}") from None
         said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: datasets cannot read split '{split}' of config '{config}': {said}") from None

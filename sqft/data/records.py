@@ -1,5 +1,4 @@
-"""Records in: JSON Lines, JSON, CSV, Parquet or a Hugging Face data set, each row a prompt and completion, a
-conversation or a text."""
+"""Records in: files of rows or a Hugging Face data set, each row a prompt and completion, a conversation or a text."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from sqft.data.templates import INSTRUCTION, Template, render
 from sqft.errors import DataError
 
 SHAPES = "'prompt' and 'completion', or 'messages', or 'instruction' and 'output', or 'text'"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SURROGATE = re.compile("[\ud800-\udfff]")
 WRONG = 5
 """How many bad records a message names."""
