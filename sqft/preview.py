@@ -20,6 +20,7 @@ from sqft.plan import Plan
 from sqft.processes import Processes
 from sqft.progress import silent
 from sqft.recipe import Evaluate, ExactMatch, Finetune, Search
+from sqft.source import Digests
 from sqft.stages.base import Context
 
 
@@ -74,8 +75,9 @@ class _Looks:
         self.tokenizer = source_tokenizer(plan.source, plan.recipe.model.trust_remote_code)
         self.found: dict[str, Callable[[str], Preview]] = {}
         self.training_sets: Callable[[], dict[str, tuple[list[Record], list[Record]]]]
+        digests = Digests()
         for step in plan.steps:
-            context = Context(plan, step, {}, Path(), "cpu", silent, Processes())
+            context = Context(plan, step, {}, Path(), "cpu", silent, Processes(), digests)
             section = step.section
             if "calibration" in step.files:
                 self.found.setdefault("calibration.data", partial(self._calibration, context))

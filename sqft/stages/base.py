@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TypeVar, cast
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.contracts import Component, LinearStats, Statistic
 from sqft.data.batches import calibration_windows
 from sqft.data.records import Record, records_of, repeated, split_off
-from sqft.errors import DataError
+from sqft.errors import DataError, StageError
 from sqft.modeling.calibrate import walk
 from sqft.modeling.tuning import Base
 from sqft.plan import Plan, Step
@@ -24,6 +25,7 @@ from sqft.processes import Processes
 from sqft.progress import Track
 from sqft.recipe import Finetune
 from sqft.sections import Data
+from sqft.source import Digests
 from sqft.store import Artifact
 
 log = logging.getLogger("sqft")
@@ -41,6 +43,7 @@ class Context:
     device: str
     track: Track
     processes: Processes
+    digests: Digests = field(default_factory=Digests)
 
     @property
     def seed(self) -> int:
@@ -69,9 +72,28 @@ class Context:
         """What lies under the adapters of this step."""
         return Base.of(self.plan, {role: artifact.folder for role, artifact in self.inputs.items()})
 
+    def file(self, role: str, step: Step | None = None) -> Path:
+        """One of this step's files or folders of data (or another step's), which is what it was when it was planned.
+
+        Raises:
+            StageError: when it has changed: the result would be stored under the fingerprint of what it was.
+        """
+        step = step or self.step
+        path = step.files[role]
+        if self.digests.path(path) != step.digests[role]:
+            raise StageError(f"{step.stage}.{role}: {path} has changed since the plan; run again, to plan with it")
+        return path
+
+    @contextmanager
+    def reading(self, role: str, step: Step | None = None) -> Iterator[Path]:
+        """`file`, which does not change inside either."""
+        yield self.file(role, step)
+        self.file(role, step)
+
     def records(self, role: str, how: Data, step: Step | None = None) -> list[Record]:
         """The records of one of this step's data sets (or another step's)."""
-        return records_of((step or self.step).files[role], how)
+        with self.reading(role, step) as path:
+            return records_of(path, how)
 
     def training_sets(self) -> dict[str, tuple[list[Record], list[Record]]]:
         """Of each data set by its role: what `finetune` trains on, as often as its weight says, and what is held out.
@@ -100,8 +122,9 @@ class Context:
         """This step's calibration windows [samples, length]."""
         section = self.plan.recipe.calibration
         assert section is not None
-        file, seed = self.step.files["calibration"], self.seed_for("calibration")
-        return calibration_windows(file, tokenizer, section.samples, section.length, seed)
+        with self.reading("calibration") as file:
+            seed = self.seed_for("calibration")
+            return calibration_windows(file, tokenizer, section.samples, section.length, seed)
 
     def feed(
         self,
