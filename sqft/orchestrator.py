@@ -272,7 +272,7 @@ class Orchestrator:
 
         stage = importlib.import_module(f"sqft.stages.{step.stage}")
         track = self.track if self.processes.first else silent
-        return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes)
+        return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
 
     def _until(self, plan: Plan, until: str | None) -> list[Step]:
         if until is None:

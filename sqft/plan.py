@@ -66,6 +66,8 @@ class Step:
     fingerprint: str
     estimate: Estimate
     files: Mapping[str, Path] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of each file, or folder, as the fingerprint has it."""
 
 
 @dataclass(frozen=True)

@@ -339,19 +339,19 @@ class _Planner(Fitting):
     ) -> str:
         whole = {kind: part for kind, part in parts.items() if part is not None}
         name = name or stage
-        if self.problems:  # no fingerprint can be had of a recipe with mistakes, and none is needed
-            fingerprint = ""
-        else:
+        fingerprint, digests = "", {}
+        if not self.problems:  # no fingerprint can be had of a recipe with mistakes, and none is needed
             assert self.source is not None
+            digests = {role: self.digests.path(path) for role, path in files.items()}
             fingerprint = fingerprint_of(
                 stage,
                 section,
                 parts={kind: part.identity for kind, part in whole.items()},
                 inputs={role: self.steps[step].fingerprint for role, step in inputs.items()},
-                files={role: self.digests.path(path) for role, path in files.items()},
+                files=digests,
                 model=[self.source.digest, self.recipe.model.dtype, self.recipe.model.trust_remote_code],
                 seed=self.recipe.seed,
                 more=more,
             )
-        self.steps[name] = Step(name, stage, section, whole, dict(inputs), fingerprint, estimate, dict(files))
+        self.steps[name] = Step(name, stage, section, whole, dict(inputs), fingerprint, estimate, dict(files), digests)
         return name

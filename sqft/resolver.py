@@ -10,8 +10,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from sqft.contracts import LinearShape
+from sqft.data.formats import SUFFIXES, split_names, suffix_of
 from sqft.data.prompts import Answer, answer_of, completion_of
-from sqft.data.records import SUFFIXES, records_of
+from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.mistakes import problems_of
 from sqft.plan import Part, selected
@@ -76,20 +77,27 @@ class Resolver:
     def _data_set(self, data: Data, place: str) -> Path:
         """A file of records, a folder that is a data set, or the folder of one fetched from Hugging Face."""
         try:
+            names = split_names(data.split)
+        except DataError as error:
+            self._problem(f"{place}.split", str(error))
+            return Path(data.path)
+        try:
             path = self.recipe.resolve(data.path)
-            if HUB_ID.fullmatch(data.path) and path.suffix not in SUFFIXES and not path.exists():
+            if HUB_ID.fullmatch(data.path) and suffix_of(path) not in SUFFIXES and not path.exists():
                 return hub_data(data.path, data.revision, path)
         except SqftError as error:
-            self._problem(place, str(error))
+            self._problem(f"{place}.path", str(error))
             return Path(data.path)
-        if path.is_file() and (said := data.model_fields_set & {"config", "split", "revision"}):
-            self._problem(place, f"is one file, and has no {min(said)}; remove that, or name a data set")
-        return self._file(data.path, place, folder=path.is_dir())
+        if path.is_file() and (said := data.model_fields_set & {"config", "revision"}):
+            self._problem(f"{place}.path", f"is one file, and has no {min(said)}; remove that, or name a data set")
+        elif path.is_file() and names != {"train"}:
+            self._problem(f"{place}.split", "one file has no split but 'train', whole or sliced (train[:90%])")
+        return self._file(data.path, f"{place}.path", folder=path.is_dir())
 
     def _records(self, data: Data, place: str, answer: Answer | None = None) -> Path:
         """A file of records, every one of which is read; with `answer`, each has one to compare with."""
         known = len(self.problems)
-        path = self._data_set(data, f"{place}.path")
+        path = self._data_set(data, place)
         if len(self.problems) > known:
             return path
         try:

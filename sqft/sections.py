@@ -48,7 +48,8 @@ class Data(Section):
     prompt template."""
 
     path: str = Field(
-        description="a .jsonl, .json, .csv or .parquet file, or a data set of Hugging Face's: a folder or an id"
+        description="a .jsonl, .json, .csv, .txt (a text a line), .parquet or .arrow file, or a data set of Hugging "
+        "Face's: a folder or an id"
     )
     prompt: NamedPrompt | None = Field(
         None,
@@ -57,7 +58,11 @@ class Data(Section):
     )
     limit: Count | None = Field(None, description="take only the first so many records")
     config: str | None = Field(None, description="of a data set of several, the one that is meant")
-    split: str = Field("train", description="of a data set with splits, the one that is meant")
+    split: str = Field(
+        "train",
+        description='of a data set with splits, the one that is meant; sliced as datasets does: "train[:1000]", '
+        '"train[90%:]", "train+test"',
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
 
 

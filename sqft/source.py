@@ -23,8 +23,19 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 """What is fetched of a Hugging Face id, and what a folder's digest is of: never a pickle. Code runs only when the
 recipe trusts it, and then it makes the result."""
-DATA_FILES = ["*.parquet", "*.jsonl", "*.json", "*.csv", "README.md"]
+PACKED = ("", ".gz", ".bz2", ".xz")
+DATA_FILES = [
+    "*.parquet",
+    "*.arrow",
+    *(f"*.{kind}{packed}" for kind in ("jsonl", "json", "csv") for packed in PACKED),
+    "README.md",
+]
 """What is fetched of a data set; its card says which file belongs to which split."""
+TEXT_FILES = [f"*.txt{packed}" for packed in PACKED]
+"""What is fetched of a data set besides, where its card names such a file or there is no other: a licence or a list of
+requirements would be taken for data."""
+NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files of these names say something of the data."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GGUF_LINEARS = {
     "attn_q": "self_attn.q_proj",
@@ -264,7 +275,12 @@ def hub_data(name: str, revision: str | None, place: Path) -> Path:
     Raises:
         SqftError: when it cannot be had.
     """
-    return _fetched(name, revision, place, "data set", DATA_FILES)
+    folder = _fetched(name, revision, place, "data set", DATA_FILES)
+    card = folder / "README.md"
+    settings = card.read_text("utf-8", "replace").split("\n---", 1)[0] if card.is_file() else ""
+    if ".txt" in settings or not any(file.is_file() and file.name not in NO_DATA for file in folder.rglob("*")):
+        folder = _fetched(name, revision, place, "data set", [*DATA_FILES, *TEXT_FILES])
+    return folder
 
 
 def _fetched(name: str, revision: str | None, place: Path, what: str, files: list[str]) -> Path:

@@ -56,7 +56,7 @@ MAY: dict[str, set[str]] = {
     "modeling": DEEP,
     "stages": DEEP | {"stages", ""},
     "orchestrator": PLANNING | {"blame", "mistakes", "stages", "modeling", "stored", ""},
-    "preview": PLANNING | {"data", "modeling"},
+    "preview": PLANNING | {"data", "modeling", "stages"},
     "bench": PLANNING | {"orchestrator", "stages", "modeling", ""},
     "inspection": BASIC | {"kernels", "layers", "modeling", "plan", "progress", "source"},
     "status": {"errors", "plan", "store"},

@@ -152,15 +152,25 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
 @main.command()
 @recipe_argument
 @set_option
+@click.option("--section", "sections", multiple=True, metavar="SECTION", help="Show only what is in it (repeatable).")
 @click.option("--examples", type=click.IntRange(min=0), default=2, show_default=True, help="How many of each to show.")
 @json_option
 @store_option
 @disable_option
 @explained
 def data(
-    recipe: Path, changes: tuple[str, ...], examples: int, as_json: bool, store: Path, disable: tuple[str, ...]
+    recipe: Path,
+    changes: tuple[str, ...],
+    sections: tuple[str, ...],
+    examples: int,
+    as_json: bool,
+    store: Path,
+    disable: tuple[str, ...],
 ) -> None:
-    """Show RECIPE's data as the model will see them. What it learns from stands between ⟪ and ⟫."""
+    """Show RECIPE's data as the model will see them. What it learns from stands between ⟪ and ⟫.
+
+    SECTION is a place of the recipe: calibration, finetune, finetune.validation, evaluate.exact_match, …
+    """
     from dataclasses import asdict
 
     from rich.text import Text
@@ -169,7 +179,7 @@ def data(
     from sqft.preview import previews
     from sqft.registry import Registry
 
-    found = previews(Orchestrator(Registry.discover(disable), store).load(recipe, changes), examples)
+    found = previews(Orchestrator(Registry.discover(disable), store).load(recipe, changes), examples, sections)
     if as_json:
         click.echo(json.dumps([asdict(preview) for preview in found], indent=2, ensure_ascii=False))
         return
@@ -180,10 +190,11 @@ def data(
         for name, said in preview.facts.items():
             screen.print(f"  {name}: {said}", markup=False, highlight=False)
         for pieces in preview.examples:
-            marked = [("⟪" + p.text + "⟫", "bold green") if p.learned else (p.text, "dim") for p in pieces]
+            shown = [(_shortened(p.text), p.learned) for p in pieces]
+            marked = [("⟪" + text + "⟫", "bold green") if learned else (text, "dim") for text, learned in shown]
             screen.print(Text.assemble(*marked), "")
     if nothing:
-        screen.print("this recipe names no records: it neither fine-tunes nor asks questions")
+        screen.print("this recipe reads no data")
 
 
 @main.command()
@@ -210,6 +221,12 @@ def bench(
         return
     for line in (HEADS, ["---"] * len(HEADS), *table(rows)):
         click.echo("| " + " | ".join(line) + " |")
+
+
+def _shortened(text: str, most: int = 2000) -> str:
+    """A text that fits on a screen; `--json` has all of it."""
+    left = len(text) - most
+    return text if left <= 0 else f"{text[: most // 2]} [… {left} characters …] {text[-most // 2 :]}"
 
 
 def _check_output(output: Path | None) -> None:

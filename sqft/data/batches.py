@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqft.data.formats import SUFFIXES, suffix_of, text_of
 from sqft.data.prompts import IGNORED, Example, encode
-from sqft.data.records import SUFFIXES, named, read_records
+from sqft.data.records import named, read_records
 from sqft.errors import DataError
 
 
@@ -74,8 +75,8 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
 def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
     """`samples` windows [samples, length] that do not overlap, drawn from a file by `seed`.
 
-    A .jsonl, .json, .csv or .parquet file holds records, anything else is plain text. Documents follow one another
-    with an end-of-sequence token between.
+    A .jsonl, .json, .csv, .parquet or .arrow file holds records, anything else is plain text. Documents follow one
+    another with an end-of-sequence token between.
 
     Raises:
         DataError: when the file is too short, saying how many windows it holds.
@@ -106,15 +107,11 @@ def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) ->
 
 
 def _stream(path: Path, tokenizer: Any) -> list[int]:
-    if path.suffix in SUFFIXES:
+    if suffix_of(path) in SUFFIXES and suffix_of(path) != ".txt":
         stream: list[int] = []
         for number, record in enumerate(read_records(path), 1):
             with named(record, number):
                 for piece in encode(record, tokenizer, 1 << 30, "all")[0]:
                     stream += piece.input_ids
         return stream
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return list(tokenizer(text_of(path), verbose=False)["input_ids"])

@@ -106,6 +106,12 @@ def prompts_of(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[tuple[
     return prompts
 
 
+def cut_to(room: int, prompts: Sequence[tuple[list[int], str]]) -> tuple[list[tuple[list[int], str]], int]:
+    """Prompts of at most `room` tokens, longer ones cut at the left as in training, and how many those are."""
+    cut = sum(len(ids) > room for ids, _ in prompts)
+    return [(ids[-room:], completion) for ids, completion in prompts], cut
+
+
 def prompt_ids(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], str]:
     """What generation starts from, at least one token, and the completion it is compared with.
 

@@ -1,10 +1,7 @@
-"""Records in: JSON Lines, JSON, CSV, Parquet or a Hugging Face data set, each row a prompt and completion, a
-conversation or a text."""
+"""Records in: files of rows or a Hugging Face data set, each row a prompt and completion, a conversation or a text."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from sqft.data.formats import is_sliced, rows_of
 from sqft.data.templates import INSTRUCTION, Template, render
 from sqft.errors import DataError
 
 SHAPES = "'prompt' and 'completion', or 'messages', or 'instruction' and 'output', or 'text'"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SURROGATE = re.compile("[\ud800-\udfff]")
 WRONG = 5
 """How many bad records a message names."""
@@ -57,7 +54,7 @@ def read_records(
     """The records of a file, each a `Record`; nothing after the first `limit` is read.
 
     `template` makes prompt and completion of a row's fields. A folder is a data set as `datasets` reads it, of which
-    `config` and `split` are taken. A file of no known suffix is JSON Lines.
+    `config` and `split` are taken; a file has the split "train" alone. A file of no known suffix is JSON Lines.
 
     Raises:
         DataError: naming the file and the first bad rows, or saying that there is no record.
@@ -65,7 +62,7 @@ def read_records(
     records: list[Record] = []
     wrong: list[str] = []
     try:
-        for place, row in islice(_rows(path, config, split), limit):
+        for place, row in islice(rows_of(path, config, split), limit):
             try:
                 records.append(_record(row, place, template))
             except DataError as error:
@@ -76,7 +73,8 @@ def read_records(
         more = f"\n… and {len(wrong) - WRONG} more" if len(wrong) > WRONG else ""
         raise DataError("\n".join(wrong[:WRONG]) + more)
     if not records:
-        raise DataError(f"{path} holds no record; expected {SHAPES} in each")
+        where = f"{path}, split '{split}'," if is_sliced(split) else str(path)
+        raise DataError(f"{where} holds no record; expected {SHAPES} in each")
     return records
 
 
@@ -162,88 +160,3 @@ def _mistake(record: Any) -> str | None:
 def _is_text(value: Any) -> bool:
     """A string that can be tokenized: JSON can also spell half of a surrogate pair."""
     return isinstance(value, str) and not SURROGATE.search(value)
-
-
-# -- formats: (place, row) pairs; a row that cannot be had is the DataError that says why ----------
-
-
-def _rows(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    if path.is_dir():
-        return _data_set(path, config, split)
-    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return readers.get(path.suffix, _json_lines)(path)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8-sig")
-                if text.strip():
-                    yield f"{path}:{number}", json.loads(text)
-            except UnicodeDecodeError as error:
-                yield f"{path}:{number}", DataError(f"not UTF-8 text: {error}")
-            except (ValueError, RecursionError) as error:
-                yield f"{path}:{number}", DataError(f"not valid JSON: {error}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of objects in one file; a file that is JSON Lines by another name is read as such."""
-    content = path.read_bytes()
-    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_lines(path)
-        return
-    try:
-        rows = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, record {number}", row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    heads = len(reader.fieldnames or ())
-                    yield (
-                        place,
-                        DataError(f"the row has {'more' if None in row else 'fewer'} cells than its {heads} heads"),
-                    )
-                else:
-                    yield place, row
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text: {error}") from None
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _data_set(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(str(path), config, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{path.name} {split}, row {number}", row
-    except Exception as error:  # its builders raise anything
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: datasets cannot read split '{split}' of config '{config}': {said}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +41,10 @@ TEMPLATES: Mapping[str, Named] = {
     "multiple-choice": Named("Question: {{question}}\nAnswer:", " {{nth(choices, answer)}}"),
     "arc": Named("Question: {{question}}\nAnswer:", " {{choices.text[choices.label.index(answerKey)]}}"),
     "boolq": Named("{{passage}}\nQuestion: {{question}}?\nAnswer:", " {{nth(['no', 'yes'], label)}}"),
+    "hellaswag": Named(
+        "{{without_marks(activity_label ~ ': ' ~ ctx_a ~ ' ' ~ ctx_b.capitalize())}}",
+        " {{without_marks(nth(endings, label))}}",
+    ),
     "openbookqa": Named("{{question_stem}}", " {{choices.text[choices.label.index(answerKey.lstrip())]}}"),
     "piqa": Named("Question: {{goal}}\nAnswer:", " {{nth([sol1, sol2], label)}}"),
     "winogrande": Named(
@@ -92,7 +97,7 @@ def _compiled(source: str) -> Compiled:
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_whole, keep_trailing_newline=True)
-    made.globals["nth"] = _nth
+    made.globals |= {"nth": _nth, "without_marks": _without_marks}
     return made
 
 
@@ -102,6 +107,11 @@ def _nth(choices: Sequence[str], number: Any, first: int = 0) -> str:
     if not 0 <= index < len(choices):
         raise ValueError(f"there is no choice {number} of {len(choices)}")
     return choices[index]
+
+
+def _without_marks(text: str) -> str:
+    """A text of HellaSwag without what WikiHow's pages left in it ("[header]", "[title]"), as lm-eval cleans it."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _whole(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sqft.data.batches import Collator
-from sqft.data.prompts import IGNORED, Answer, Example, answer_of, prompts_of
+from sqft.data.prompts import IGNORED, Answer, Example, answer_of, cut_to, prompts_of
 from sqft.errors import StageError
 from sqft.modeling.loss import CompletionLoss
 from sqft.progress import Track
@@ -68,12 +68,11 @@ def exact_match(
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if (room := window - max_new_tokens) < 1:
         raise StageError(f"max_new_tokens of {max_new_tokens} leave no room for a prompt in a window of {window}")
-    prompts = prompts_of(records, tokenizer)
-    if long := sum(len(ids) > room for ids, _ in prompts):
+    prompts, long = cut_to(room, prompts_of(records, tokenizer))
+    if long:
         log.warning(
             "%d of %d prompts were cut at the left to %d tokens: the window is %d", long, len(prompts), room, window
         )
-        prompts = [(ids[-room:], completion) for ids, completion in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     outcomes = [False] * len(prompts)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TypeVar, cast
@@ -25,6 +26,7 @@ from sqft.processes import Processes
 from sqft.progress import Track
 from sqft.recipe import Finetune
 from sqft.sections import Data
+from sqft.source import Digests
 from sqft.store import Artifact
 
 log = logging.getLogger("sqft")
@@ -58,6 +60,7 @@ class Context:
     device: str
     track: Track
     processes: Processes
+    digests: Digests = field(default_factory=Digests)
 
     @property
     def seed(self) -> int:
@@ -86,28 +89,59 @@ class Context:
         """What lies under the adapters of this step."""
         return Base.of(self.plan, {role: artifact.folder for role, artifact in self.inputs.items()})
 
+    def file(self, role: str, step: Step | None = None) -> Path:
+        """One of this step's files or folders of data (or another step's), which is what it was when it was planned.
+
+        Raises:
+            StageError: when it has changed: the result would be stored under the fingerprint of what it was.
+        """
+        step = step or self.step
+        path = step.files[role]
+        if self.digests.path(path) != step.digests[role]:
+            raise StageError(f"{step.stage}.{role}: {path} has changed since the plan; run again, to plan with it")
+        return path
+
+    @contextmanager
+    def reading(self, role: str, step: Step | None = None) -> Iterator[Path]:
+        """`file`, which does not change inside either."""
+        yield self.file(role, step)
+        self.file(role, step)
+
     def records(self, role: str, how: Data, step: Step | None = None) -> list[Record]:
         """The records of one of this step's data sets (or another step's)."""
-        return records_of((step or self.step).files[role], how)
+        with self.reading(role, step) as path:
+            return records_of(path, how)
 
-    def training_records(self) -> tuple[list[Record], list[Record]]:
-        """What `finetune` trains on, each data set as often as its weight says, and what it holds out.
+    def training_sets(self) -> dict[str, tuple[list[Record], list[Record]]]:
+        """Of each data set by its role: what `finetune` trains on, as often as its weight says, and what is held out.
 
         Raises:
             DataError: when a data set is too small to hold anything out.
         """
-        step = self.plan.step("finetune")
-        section, training, held = cast(Finetune, step.section), [], []
+        step, found = self.plan.step("finetune"), {}
+        section = cast(Finetune, step.section)
         for role, data in section.data_sets.items():
             # The recipe's seed, not a step's own: search and merge ask for the same records.
             seed = self.plan.recipe.seed
             try:
                 kept, out = split_off(self.records(role, data, step), section.holdout, seed)
-                training += repeated(kept, data.weight, Random(f"{seed}/{role}"))
+                found[role] = repeated(kept, data.weight, Random(f"{seed}/{role}")), out
             except DataError as error:
                 raise DataError(f"finetune.{role}: {error}") from None
-            held += out
-        return training, held
+        return found
+
+    def training_records(self) -> tuple[list[Record], list[Record]]:
+        """What `finetune` trains on, and what it holds out, of all data sets together. See `training_sets`."""
+        sets = self.training_sets().values()
+        return [r for training, _ in sets for r in training], [r for _, held in sets for r in held]
+
+    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """This step's calibration windows [samples, length]."""
+        section = self.plan.recipe.calibration
+        assert section is not None
+        with self.reading("calibration") as file:
+            seed = self.seed_for("calibration")
+            return calibration_windows(file, tokenizer, section.samples, section.length, seed)
 
     def feed(
         self,
@@ -124,9 +158,6 @@ class Context:
             for name, linear in self.track(layers.items(), label, len(layers)):
                 compress(name, linear, LinearStats(tokens=0))
             return 0
-        calibration = self.plan.recipe.calibration
-        assert calibration is not None
-        file, seed = self.step.files["calibration"], self.seed_for("calibration")
-        windows = calibration_windows(file, tokenizer, calibration.samples, calibration.length, seed)
+        windows = self.calibration(tokenizer)
         walk(model, windows, set(layers), needs, compress, self.device, self.track, sequential)
         return windows.numel()

@@ -28,9 +28,8 @@ def run(context: Context) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with _subject(context) as (model, tokenizer, facts):
         if section.perplexity:
-            windows = text_windows(
-                context.step.files["perplexity"], tokenizer, section.perplexity.tokens, section.perplexity.length
-            )
+            with context.reading("perplexity") as text:
+                windows = text_windows(text, tokenizer, section.perplexity.tokens, section.perplexity.length)
             results["perplexity"] = perplexity(model, windows, context.track)
         if section.exact_match:
             match = section.exact_match
@@ -39,7 +38,7 @@ def run(context: Context) -> dict[str, Any]:
                 model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, context.track
             )
         if section.tasks:
-            folder = context.step.files.get("include_path")
+            folder = context.file("include_path") if section.include_path else None  # lm-eval reads it at once
             results["tasks"] = lm_eval_tasks(
                 model, tokenizer, list(section.tasks), folder, section.limit, section.batch_size
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def test_unreadable_and_too_short_texts_are_named(tokenizer: PreTrainedTokenizer
 def test_a_byte_order_mark_is_no_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_bytes("\ufeffone text".encode())
     assert tokenizer.decode(torch.cat(text_windows(tmp_path / "d.txt", tokenizer, None, 8))) == "one text"
+
+
+def test_compressed_records_and_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert tokenizer.decode(torch.cat(text_windows(tmp_path / "d.jsonl.gz", tokenizer, None, 16))) == STREAM
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"two\n\nlines"))
+    assert tokenizer.decode(torch.cat(text_windows(tmp_path / "d.txt.gz", tokenizer, None, 16))) == "two\n\nlines"
 
 
 @pytest.mark.parametrize("left", [0, 1, 2])

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from sqft.data.records import Record, read_records, records_of, repeated, split_off
 from sqft.data.templates import TEMPLATES, Named
 from sqft.errors import DataError
 
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 ROWS = [{"prompt": f'{n}, "two"\nlines', "completion": f"é{n}"} for n in range(5)]
 
 
 def written(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"data{suffix}"
-    if suffix == ".parquet":
+    if packed := PACKERS.get(path.suffix):
+        plain = written(folder, path.with_suffix("").suffix, rows)
+        path.write_bytes(packed(plain.read_bytes()))
+        plain.unlink()
+    elif suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix in (".arrow", ".file.arrow"):
+        table = pyarrow.Table.from_pylist(rows)
+        make = ipc.new_stream if suffix == ".arrow" else ipc.new_file
+        with make(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
     elif suffix == ".csv":
         import csv
 
@@ -39,7 +53,23 @@ def written(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+        ".data",
+        ".arrow",
+        ".file.arrow",
+        ".jsonl.gz",
+        ".json.gz",
+        ".csv.gz",
+        ".jsonl.bz2",
+        ".csv.xz",
+    ],
+)
 def test_every_format_says_the_same(tmp_path: Path, suffix: str) -> None:
     path = written(tmp_path, suffix, ROWS)
     found = read_records(path)
@@ -77,6 +107,19 @@ def test_json_lines_by_another_name(tmp_path: Path) -> None:
         ("d.json", b"[1]", "d.json, record 1: expected a JSON object"),
         ("d.parquet", b"PAR1 not really", "no whole Parquet file"),
         ("d.parquet", b"", "no whole Parquet file"),
+        ("d.arrow", b"ARROW1 not really", "no whole Arrow file"),
+        ("d.arrow", b"", "no whole Arrow file"),
+        ("d.txt", b"\xff\xfe", "d.txt: not UTF-8 text"),
+        ("d.jsonl.gz", b"{}", "d.jsonl.gz cannot be read: Not a gzipped file"),
+        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "d.jsonl.gz cannot be decompressed"),
+        ("d.csv.xz", lzma.compress(b"text\na\n")[:-9], "d.csv.xz cannot be decompressed"),
+        ("d.txt.xz", b"plain", "d.txt.xz cannot be decompressed"),
+        (
+            "d.xlsx",
+            b"PK\x03\x04\xff",
+            r"known by name \(.jsonl, .json, .csv and .txt, also compressed \(.gz, .bz2, .xz",
+        ),
+        ("d.data", b'{"text": "a"}\n[', "d.data:2: not valid JSON"),
     ],
 )
 def test_a_bad_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -193,3 +236,94 @@ def test_a_conversation_stays_one(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_there_is_no_answer(tmp_path: Path, name: str, row: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         read_records(written(tmp_path, ".jsonl", [row]), template=TEMPLATES[name])
+
+
+SLICES = [
+    "train[:3]", "train[2:]", "train[-2:]", "train[:-4]", "train[2:4]", "train[:50]", "train[:10%]",
+    "train[25%:75%]", "train[-30%:]", "train[-12:2]", "test+train[:2]", "train[4:6] + train[:1]", "train + test[:1]",
+    "train[10%:20]", "train[1_0:]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def split_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    for split, count in (("train", 13), ("test", 3)):
+        written(folder, ".jsonl", [{"text": f"{split} {n}"} for n in range(count)]).rename(folder / f"{split}.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_slices_are_those_of_datasets(split_set: Path, tmp_path: Path, split: str) -> None:
+    wanted = datasets.ReadInstruction.from_spec(split)
+    files = {name: str(split_set / f"{name}.jsonl") for name in ("train", "test")}
+    whole = datasets.load_dataset("json", data_files=files, split=wanted, cache_dir=str(tmp_path))
+    assert read_records(split_set, split=split) == list(whole)
+    assert read_records(split_set, 1, split=split) == list(whole)[:1]
+    if "test" not in split:
+        assert read_records(split_set / "train.jsonl", split=split) == list(whole)
+
+
+def test_a_slice_that_needs_no_more_reads_no_more(split_set: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text((split_set / "train.jsonl").read_text() + "no JSON")
+    assert len(read_records(path, split="train[2:5]")) == 3
+    with pytest.raises(DataError, match=r"train\.jsonl:14: not valid JSON"):
+        read_records(path, split="train[10:]")
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train[:10", r"Unrecognized instruction format: train\[:10; write as datasets does: train\[:100\]"),
+        ("train[5]", "Unrecognized"),
+        ("train[:200%]", "Percent slice boundaries"),
+        ("train[:10](closest)", "forbidden to specify rounding"),
+        ("train[:10%](pct1_dropremainder)", "cannot be taken: .*less than 100"),
+        ("other[:1]", "cannot read split 'other'"),
+        ("train[50:]", r"set0, split 'train\[50:\]', holds no record"),
+    ],
+)
+def test_a_slice_that_is_none(split_set: Path, split: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_records(split_set, split=split)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_lines_of_a_text(tmp_path: Path, suffix: str) -> None:
+    content = "\ufeffone\n\n  \r\n two\u2028 \r\nthree".encode()
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    found = read_records(path)
+    assert [record["text"] for record in found] == ["one", " two\u2028 ", "three"]
+    assert [record.place for record in found] == [f"{path}:{line}" for line in (1, 4, 5)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.bz2", ".csv.xz", ".arrow", ".file.arrow"])
+def test_a_folder_of_such_files(tmp_path: Path, suffix: str) -> None:
+    written(tmp_path, suffix, ROWS).rename(tmp_path / f"train-00000-of-00001{suffix}")
+    assert read_records(tmp_path) == ROWS
+
+
+def test_a_folder_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one\n\ntwo\n")
+    assert [dict(record) for record in read_records(tmp_path)] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_what_datasets_saved(tmp_path: Path) -> None:
+    one, two = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:2])
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=one, test=two).save_to_disk(tmp_path / "both")
+    assert read_records(tmp_path / "one") == ROWS
+    assert read_records(tmp_path / "both", split="test") == ROWS[:2]
+    assert read_records(tmp_path / "both", split="train[-1:]+test") == [ROWS[-1], *ROWS[:2]]
+    with pytest.raises(DataError, match="no split 'dev'; it has test, train"):
+        read_records(tmp_path / "both", split="dev")
+    with pytest.raises(DataError, match="saved as one data set, and has no split but 'train'"):
+        read_records(tmp_path / "one", split="test")
+
+
+def test_a_folder_without_data_that_is_known(tmp_path: Path) -> None:
+    (tmp_path / "train.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"holds no file that is read as data: \.jsonl, .* \.parquet and \.arrow"):
+        read_records(tmp_path)

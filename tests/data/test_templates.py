@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import pytest
 import yaml
@@ -46,6 +47,22 @@ def test_the_words_are_those_of_lm_eval(name: str, file: str, row: dict[str, Any
     task = yaml.load((TASKS / file).read_text(), loader)
     prompt, completion = asked(task, row)
     assert render(TEMPLATES[name], row) == {"prompt": prompt, "completion": completion}
+
+
+@pytest.mark.parametrize("label", ["0", 1, "2"])
+@pytest.mark.parametrize("after", ["how to swim [step] a pool. [title] go In.", "", "  THEN, she"])
+def test_hellaswag_cleans_its_texts_as_lm_eval_does(label: str | int, after: str) -> None:
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    row = {
+        "activity_label": "Sports", "ctx_a": "[header] A title [title] Two  spaces [substeps] x.", "ctx_b": after,
+        "endings": [" and  [unused] ends [title] here ", "[step] stops.", "Goes   on [a] [b]. "], "label": label,
+    }  # fmt: skip
+    (asks,) = process_docs(datasets.Dataset.from_list([row]))
+    task = yaml.safe_load((TASKS / "hellaswag/hellaswag.yaml").read_text().replace("!function", ""))
+    prompt, completion = asked(task, asks)
+    assert asked(task, asks) == (asks["query"], " " + asks["choices"][int(label)])
+    assert render(TEMPLATES["hellaswag"], row) == {"prompt": prompt, "completion": completion}
 
 
 def test_winogrande_ends_the_sentence_as_lm_eval_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -124,7 +125,7 @@ def test_a_data_set_from_the_hub(
         renamed = [{"question": row["prompt"], "answer": f"{split} {row['completion']}"} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
     (folder / "sums.py").write_text("raise SystemExit('code that nobody may run')")
-    raw["finetune"]["data"] = {"path": REPO, "split": "test", "prompt": "gsm8k", "limit": 9}
+    raw["finetune"]["data"] = {"path": REPO, "split": "test[:20%]", "prompt": "gsm8k", "limit": 9}
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
@@ -137,3 +138,55 @@ def test_a_data_set_from_the_hub(
     (manifest,) = (tmp_path / "store" / "artifacts").glob("finetune-*/manifest.json")
     assert json.loads(manifest.read_text())["report"]["examples"] == 9
     assert any("test.jsonl" in path for path in asked) and not any("sums.py" in path for path in asked)
+
+
+TEXT = b"one line\nanother\n"
+LINES = b'{"text": "a record"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "shown"),
+    [
+        ({"train.jsonl.gz": gzip.compress(LINES * 3)}, "3"),
+        ({"corpus.txt": TEXT}, "2"),
+        ({"corpus.jsonl": LINES, "LICENSE.txt": TEXT, "requirements.txt": TEXT}, "1"),
+        (
+            {
+                "README.md": b"---\nconfigs:\n- config_name: default\n  data_files: words.txt\n---\nText.\n",
+                "other.json": LINES,
+                "words.txt": TEXT,
+            },
+            "2",
+        ),
+        ({"train.tar": b"", "README.md": b"Pictures, and a list in list.txt."}, None),
+    ],
+    ids=["gz", "text", "licence", "card", "none"],
+)
+def test_what_files_of_a_data_set_are_fetched(
+    hub: tuple[str, Path, list[str]],
+    raw: dict[str, Any],
+    tmp_path: Path,
+    files: dict[str, bytes],
+    shown: str | None,
+) -> None:
+    address, folder, asked = hub
+    for file in folder.iterdir():
+        file.unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    raw["finetune"]["data"] = REPO
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+    environment |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
+    command = [sys.executable, "-m", "sqft", "data", str(recipe), "--section", "finetune", "--json"]
+    done = subprocess.run(
+        [*command, "--store", str(tmp_path / "store")], env=environment, capture_output=True, text=True
+    )
+    if shown is None:
+        assert done.returncode == 2 and "holds no file that is read as data: .jsonl, .json" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    (preview,) = json.loads(done.stdout)
+    assert preview["facts"]["records"] == shown
+    assert not any("LICENSE.txt" in path or "requirements.txt" in path for path in asked)
