@@ -61,7 +61,7 @@ def gptq(
             W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned ones take no part
         W[:, end:] -= (E @ U[start:end, end:]) * keep[:, end:]
     back = order.argsort()
-    if reorder_groups and not act_order:  # groups were taken in another order, but hold the inputs they held
+    if reorder_groups and not (act_order or static):  # groups took other turns, but hold the inputs they held
         turn = (order[::size] // size).argsort()
         scale, zero = scale[:, turn], zero[:, turn]
     index = group[back].int() if act_order and not static and size < n else None
@@ -95,7 +95,10 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
             U, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
             if not wrong and U.isfinite().all():
                 return U
-    raise StageError("the Hessian is not positive definite even when damped; give more calibration text, or float32")
+    raise StageError(
+        f"the Hessian is not positive definite even when damped by up to {damp * 10 ** (TRIES - 1):g} of its diagonal; "
+        "give more calibration text, a larger damp, or float32"
+    )
 
 
 def round_to_nearest(

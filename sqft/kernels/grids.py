@@ -126,9 +126,13 @@ def straight_through(
 
 
 def stretched(grid: Grid, gain: Tensor) -> Grid:
-    """The grid with its scales multiplied by `gain` [out, groups], in the precision they are stored in."""
-    scale = (grid.scale.float() * gain.detach().float()).clamp(min=SMALLEST).half()
-    return dataclasses.replace(grid, scale=scale)
+    """The grid with its scales multiplied by `gain` [out, groups], in the precision they are stored in.
+
+    A scale keeps its sign: there are checkpoints with negative ones.
+    """
+    scale = grid.scale.float()
+    size = (scale.abs() * gain.detach().float()).clamp(min=SMALLEST)
+    return dataclasses.replace(grid, scale=size.copysign(scale).half())
 
 
 def is_symmetric(grid: Grid) -> bool:

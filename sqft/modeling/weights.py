@@ -118,6 +118,7 @@ class PackedWeight(FrozenWeight):
         """
         grid = self.grid()
         fits = self.bits == 4 and self.group_size in (32, 64, 128, 256) and self.out_features % 16 == 0
+        fits = fits and self.in_features % self.group_size == 0
         if grid is None or not fits or grid.group_index is not None or self.packed.device.type != "cpu":
             return False
         scale = grid.scale.float()

@@ -41,8 +41,11 @@ def run(context: Context) -> dict[str, Any]:
     folder, report = context.folder / "model", {}
     if context.plan.quantized:
         before = read_quantized(cast(Path, context.base().folder))
-        changed = sum(int((codes[name].codes != before[name].codes).sum()) for name in codes)
-        report = {"bits": next(iter(before.values())).grid.bits, "codes_changed": changed}
+        report = {
+            "bits": next(iter(before.values())).grid.bits,
+            "codes_changed": sum(_apart(codes[name], _start(tuned, name)) for name in codes),
+            "codes_unlike_base": sum(_apart(codes[name], before[name]) for name in codes),
+        }
         if context.device != "cpu":  # where it trained, sums may come in another order
             report["codes_unlike_on_device"] = _unlike(tuned, codes, context.device)
         if any(bool((layer.grid.zero == 0).any()) for layer in before.values()):
@@ -100,6 +103,20 @@ def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
         for name, layer in tuned.adapted.items()
     }
     return effective, codes
+
+
+def _start(tuned: Tuned, name: str) -> Quantized:
+    """The codes that training began with: the base's own, or those of the floats before quantization."""
+    base = tuned.adapted[name].base
+    if isinstance(base, PackedWeight):
+        return base.codes()
+    grid = base.grid()
+    assert grid is not None
+    return Quantized(grids.quantize(base.block().weight, grid), grid)
+
+
+def _apart(one: Quantized, other: Quantized) -> int:
+    return int((one.codes != other.codes).sum())
 
 
 def _unlike(tuned: Tuned, codes: Mapping[str, Quantized], device: str) -> int:

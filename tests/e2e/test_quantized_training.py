@@ -61,7 +61,7 @@ def test_the_merged_codes_are_those_of_equation_3(
     scales = json.loads((finished["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
     masks = load_file(finished["sparsify"].folder / "masks.safetensors")
     assert before.keys() == after.keys() and not any("q_proj" in name for name in before.keys() - masks.keys())
-    changed = 0
+    changed = moved = 0
     for name, layer in after.items():
         old = before[name]
         gain = adapter.get(f"{name}.gain", torch.ones(1))
@@ -77,6 +77,7 @@ def test_the_merged_codes_are_those_of_equation_3(
             assert layer.codes.equal(old.codes)
             continue
         start = floats[f"{name}.weight"].double() if base == "floats" else scale * (old.codes.double() - zero)
+        began = ((start / scale).round() + zero).clamp(0, 2**old.grid.bits - 1)
         low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double()) * mask
         scale = layer.grid.scale.double()[:, index]
         exact = (start + low) / scale
@@ -86,7 +87,10 @@ def test_the_merged_codes_are_those_of_equation_3(
         assert layer.codes.double().equal(torch.where(sure, code, layer.codes.double()))
         assert sure.float().mean() > 0.99
         changed += int((layer.codes != old.codes).sum())
-    assert changed == finished["merge"].report["codes_changed"] > 0
+        moved += int((layer.codes != began).sum())
+    report = finished["merge"].report
+    assert changed == report["codes_unlike_base"]
+    assert moved == report["codes_changed"] > 0 and (base == "floats" or moved == changed)
     assert finished["merge"].report["zeros_after"] >= finished["merge"].report["zeros_before"] > 0
     assert finished["merge"].report["logits_difference"] < 1e-4
     rows = {row["configuration"]: row for row in finished.report["rows"]}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import dequantize, fit, quantize
+from sqft.kernels.grids import SMALLEST, dequantize, fit, quantize, stretched
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -86,3 +86,10 @@ def test_groups_by_index_or_side_by_side(index: list[int] | None) -> None:
     for i, g in enumerate(where):
         codes = (weight[:, i] / scale[:, g]).round() + zero[:, g]
         torch.testing.assert_close(value[:, i], scale[:, g] * (codes - zero[:, g]), rtol=0, atol=0)
+
+
+def test_a_stretched_scale_keeps_its_sign() -> None:
+    """Some programs write negative scales; a gain that falls below 0 stops at the smallest step instead."""
+    grid = Grid(torch.tensor([[0.5, -0.5, -0.25]]).half(), torch.full((1, 3), 8, dtype=torch.int32), 32, 4)
+    assert stretched(grid, torch.ones(1, 3)).scale.equal(grid.scale)
+    assert stretched(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST]]

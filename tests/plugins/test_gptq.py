@@ -163,6 +163,18 @@ def test_act_order_with_static_groups_keeps_contiguous_groups() -> None:
     assert mask is not None and not dequantize(static)[~mask].any() and not dequantize(moved)[~mask].any()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_groups_in_any_order_stand_where_they_were(symmetric: bool) -> None:
+    """Groups are reordered unless told otherwise, and grids fitted beforehand are in order already."""
+    weight, mask, stats = problem(9, inputs=128, pruned=0.5)
+    options = {"group_size": 32, "bits": 3, "symmetric": symmetric}
+    nearest = Rtn(**options).quantize(weight, mask, stats)  # type: ignore[arg-type]
+    static = Gptq(static_groups=True, **options).quantize(weight, mask, stats)  # type: ignore[arg-type]
+    assert static.grid.scale.equal(nearest.grid.scale) and static.grid.zero.equal(nearest.grid.zero)
+    assert mask is not None and not dequantize(static)[~mask].any()
+    assert error(weight, dequantize(static), stats) < error(weight, dequantize(nearest), stats)
+
+
 def test_dead_and_dependent_inputs() -> None:
     weight, _, stats = problem(11)
     assert stats.hessian is not None
