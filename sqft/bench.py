@@ -23,7 +23,7 @@ from sqft.plan import human
 from sqft.registry import Registry
 
 PROMPT, GENERATED, REPEATS = 512, 32, 3
-"""Tokens of a prompt, tokens generated after it, and how often in one process."""
+"""Tokens of a prompt (fewer in a shorter window), tokens generated after it, and how often in one process."""
 NOBODYS = "finetune.max_grad_norm=1e12"
 """Clips nothing, and no recipe says so: a measurement's artifact, which is thrown away, is never one of the user's."""
 HEADS = [
@@ -38,13 +38,19 @@ def bench(
     """Run the recipes to their end where they are not, then measure; a row of facts and medians for each.
 
     Raises:
-        StageError: when a recipe does not fine-tune, or a measurement fails.
+        StageError: when a recipe does not fine-tune, could be merged and is not, or a measurement fails.
     """
     orchestrator = Orchestrator(Registry.discover(), store)
     plans = [orchestrator.load(path, changes) for path in recipes]
     for path, plan in zip(recipes, plans, strict=True):
         if plan.recipe.finetune is None:
             raise StageError(f"{path} fine-tunes nothing; bench compares recipes with a finetune section")
+        merger = cast(Merger, plan.step("finetune").parts["merger"].component)
+        if merger.merges and plan.recipe.merge is None:
+            raise StageError(
+                f"{path} trains what can be merged and does not merge it, and bench serves what is shipped; "
+                'add "merge": {}'
+            )
     rows = [_facts(orchestrator.run(plan)) for plan in plans]
     measured: list[dict[str, list[Any]]] = [{} for _ in recipes]
     for number in range(rounds):
@@ -125,7 +131,10 @@ def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, ste
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
-        raise StageError(f"measuring {recipe} failed:\n{done.stderr.strip()}")
+        log = store / "bench.log"
+        log.write_text(done.stderr, "utf-8")
+        said = done.stderr.strip().rpartition("\n")[2] or f"its process ended with {done.returncode}"
+        raise StageError(f"measuring {recipe} failed: {said} (the whole is in {log})")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -164,8 +173,11 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
     else:
         base = Base.of(run.plan, {role: run[name].folder for role, name in run.plan.step("finetune").inputs.items()})
         model = serving.adapted_as_served(run.plan, base, run["finetune"].folder, run["search"].folder)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + GENERATED
+    if (prompt := min(PROMPT, window - GENERATED)) < 1:
+        raise StageError(f"a window of {window} tokens has no room for a prompt and {GENERATED} tokens after it")
     with peak_memory() as peak:
-        found = serving.speed(model, PROMPT, GENERATED, REPEATS)
+        found = serving.speed(model, prompt, GENERATED, REPEATS)
     taken, packed = serving.kernels(model)
     return {
         "prefill": found.prefill,

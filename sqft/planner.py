@@ -171,8 +171,8 @@ class _Planner(Fitting):
         if section.validation:
             files["validation"] = self._records(section.validation, "finetune.validation")
         self._training_fits(section)
-        _, size = self._weights()
-        memory = size + 16 * trained + (activation_bytes(self.source, section) if self.source else 0) + (1 << 29)
+        activations = activation_bytes(self.source, section) if self.source else 0
+        memory = self._held(merger) + 16 * trained + activations + (1 << 29)
         self._add(
             "finetune",
             section,
@@ -227,12 +227,10 @@ class _Planner(Fitting):
             return
         weights, size = self._weights()
         inputs = {"search": "search", "finetune": "finetune", **self.base}
-        stored = self.steps["quantize"].estimate.storage if "quantize" in self.steps else size
-        if self.source and self.source.quantization:
-            stored = self._in_codes(self.source.linears, self.source.quantization["bits"])
-        self._add(
-            "merge", section, {}, inputs, {}, Estimate(weights, stored, 2 * size + (1 << 29)), self._tuning_code()
-        )
+        memory = 2 * size + (1 << 29)
+        if self._on_codes():  # the tuned, effective, base and merged weights, and codes of the last three
+            memory = self._held(merger) + 3 * (size + weights) + (1 << 29)
+        self._add("merge", section, {}, inputs, {}, Estimate(weights, self._stored(), memory), self._tuning_code())
 
     def _export(self) -> None:
         if not self.recipe.export:
@@ -325,6 +323,18 @@ class _Planner(Fitting):
         """Later stages run the adapter's and the merger's code again: an edit re-does them too."""
         step = self.steps.get("finetune")
         return {"tuning": {kind: part.entry.code for kind, part in step.parts.items()}} if step else {}
+
+    def _stored(self) -> int:
+        """Bytes on disk of the model under the adapters."""
+        if self.source and self.source.quantization:
+            return self._in_codes(self.source.linears, self.source.quantization["bits"])
+        return self.steps["quantize"].estimate.storage if "quantize" in self.steps else self._weights()[1]
+
+    def _held(self, merger: Part | None) -> int:
+        """Bytes in memory of the model under the adapters: codes stay packed, unless floats are put on their grid."""
+        merges = merger is not None and isinstance(merger.component, Merger) and merger.component.merges
+        floats = self.recipe.quantize and self.recipe.finetune and self.recipe.finetune.base == "floats"
+        return self._weights()[1] if merges and floats else self._stored()
 
     def _add(
         self,

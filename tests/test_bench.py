@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from sqft_gptq.solver import round_to_nearest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from sqft.bench import serve
 from sqft.cli import main
 from sqft.kernels.grids import dequantize
 from sqft.modeling.weights import FEW, PackedWeight
@@ -73,6 +76,27 @@ def test_a_recipe_that_trains_nothing(raw: dict[str, Any], tmp_path: Path) -> No
     assert done.exit_code == 2 and "fine-tunes nothing" in done.stderr
 
 
+def test_what_could_be_merged_and_is_not(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw.pop("merge")
+    raw.pop("evaluate")
+    (tmp_path / "r.json").write_text(json.dumps(raw))
+    done = CliRunner().invoke(main, ["bench", str(tmp_path / "r.json"), "--store", str(tmp_path / "s")])
+    assert done.exit_code == 2 and 'add "merge": {}' in done.stderr and not (tmp_path / "s" / "artifacts").exists()
+
+
+def test_a_window_shorter_than_the_prompt(raw: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    """Learned positions end where the window does."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    raw["model"]["path"], raw["search"] = str(tmp_path / "gpt2"), {}
+    raw["calibration"]["length"], raw["finetune"]["max_length"], raw["finetune"]["targets"] = 32, 48, ["*"]
+    raw.pop("evaluate")
+    place = tmp_path / "r.json"
+    place.write_text(json.dumps(raw))
+    assert serve(place, [], tmp_path / "store")["prefill"] > 0
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
     """To bfloat16's rounding of scales and of the result; with more rows it is the floats' own matmul."""
@@ -88,5 +112,8 @@ def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
         assert (y.double() - exact).abs().max() <= 0.01 * exact.abs().max()
         if rows > FEW:
             assert y.equal(F.linear(x, dequantize(quantized).bfloat16()))
+    part = round_to_nearest(torch.randn(32, 96, generator=g), None, 4, 32, symmetric, False)
+    part = replace(part, grid=replace(part.grid, group_size=64))  # of somebody else's, whose last group is short
+    assert not PackedWeight(part, None, torch.bfloat16).serve()
     odd = round_to_nearest(torch.randn(32, 128, generator=g), None, 8, 32, symmetric, False)
     assert not PackedWeight(odd, None, torch.bfloat16).serve()

@@ -49,3 +49,23 @@ def test_quantize_counts_those_of_one_module(
 ) -> None:
     raw["quantize"] = {"quantizer": {"name": quantizer, "options": {"group_size": 32}}}
     assert memory(raw, registry, tmp_path, "quantize") == expected
+
+
+@pytest.mark.parametrize(
+    ("merger", "base", "packed"),
+    [("qa-sparsepeft", "floats", False), ("qa-sparsepeft", "codes", True), ("unmerged", "floats", True)],
+)
+def test_codes_under_an_adapter_are_counted_packed(
+    merger: str, base: str, packed: bool, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    for name in ("merge", "evaluate"):
+        raw.pop(name)
+    of_floats = {key: value for key, value in raw.items() if key != "quantize"}
+    raw["finetune"] = {**raw["finetune"], "merger": merger, "base": base}
+    orchestrator = Orchestrator(registry, tmp_path)
+    floats, plan = orchestrator.plan(Recipe.parse(of_floats)), orchestrator.plan(Recipe.parse(raw))
+    spared = SIZE - plan.step("quantize").estimate.storage
+    assert spared > 0
+    found = floats.step("finetune").estimate.memory - plan.step("finetune").estimate.memory
+    assert found == (spared if packed else 0)

@@ -149,6 +149,12 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
             AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         )
     modules = dict(model.named_modules())
+    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
+    if head in layers and config.get_text_config().tie_word_embeddings:
+        raise ArtifactError(
+            f"{folder}: {head} is quantized, and config.json ties it to the embedding, which is not; "
+            "set tie_word_embeddings to false there if the head is its own"
+        )
     for name in layers:  # one at a time: codes take a byte each until they are packed
         layer, linear = read_layer(reader, name, settings), modules.get(name)
         if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):

@@ -166,6 +166,13 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     merger = context.component(Merger)
     if not merger.merges:
         return
+    for name, layer in tuned.adapted.items():
+        mask = layer.base.block().mask
+        if merger.keeps_mask and mask is not None and not mask.any():
+            raise StageError(
+                f"finetune.targets: {name} keeps none of its weights, so nothing there can train; "
+                "prune less, or leave it out of the targets"
+            )
     name, layer = next(iter(tuned.adapted.items()))
     base = layer.base.block()
     generator = torch.Generator().manual_seed(0)
