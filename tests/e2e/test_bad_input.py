@@ -198,6 +198,7 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("sparsity in words", put("sparsify.sparsity", "half"), 'sparsify.sparsity: input should be a valid number|found "half"'),
     ("an N:M that does not divide", all_of(put("sparsify.pattern", "2:48"), put("sparsify.sparsity", 1 - 2 / 48)), "sparsify.pattern: '2:48' needs layers whose inputs are a multiple of 48|has 64"),
     ("an N:M of zero", put("sparsify.pattern", "0:4"), "sparsify.pattern: string should match pattern"),
+    ("layers with nothing left", all_of(only("finetune", "sparsify"), put("sparsify.scorer", "magnitude"), put("sparsify.sparsity", 0.99)), "finetune.targets: model.layers.0.self_attn.q_proj keeps none of its weights|prune less"),
     ("an N:M against its sparsity", put("sparsify.pattern", "1:4"), "sparsify.pattern: '1:4' is a sparsity of 0.75, not 0.5; set"),
     ("an unknown scorer", put("sparsify.scorer", "wnda"), "sparsify.scorer: no scorer named 'wnda'; installed: |Did you mean 'wanda'?"),
     ("a scorer of no plugin", put("sparsify.scorer", "mine/wanda"), "sparsify.scorer: no scorer named 'mine/wanda'"),

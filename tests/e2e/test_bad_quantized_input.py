@@ -14,8 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from sqft_gptq.solver import round_to_nearest
 
 from sqft.cli import main
+from sqft.kernels.packing import to_gptq
 
 Change = Callable[[dict[str, Any]], object]
 GROUP = {"name": "gptq", "options": {"group_size": 32}}
@@ -189,6 +191,14 @@ def nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.index_fill(0, torch.tensor([0]), float("nan"))
 
 
+def codes_for_a_tied_head(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    head = whole.pop("lm_head.weight")[:256] * 2  # a multiple of what fills a word
+    parts = to_gptq(round_to_nearest(head, None, 4, 32, True, False))
+    whole |= {f"lm_head.{part}": tensor for part, tensor in parts.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "another format": (config(quant_method="awq"), "is already quantized (awq), and of such models only GPTQ"),
     "another version": (config(checkpoint_format="gptq_v2"), "is already quantized (gptq_v2)"),
@@ -224,6 +234,10 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a file cut short": (cut, "is no whole safetensors file"),
     "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit one another"),
+    "codes of a head that is the embedding": (
+        codes_for_a_tied_head,
+        "config.json ties it to the embedding, which is not",
+    ),
     "scales that are not finite": (tensors(scales=nan), f"the scales of {LAYER} are not finite"),
     "codes of another model": (
         tensors(qweight=lambda t: t[:, :32], qzeros=lambda t: t[:, :4], scales=lambda t: t[:, :32]),
