@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,10 @@ def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) 
     first = next(iter(grids.values()))
     whole_rows = first.group_size == -1
     indexed = any(grid.group_index is not None for grid in grids.values())
+    if indexed:
+        logging.getLogger("sqft").warning(
+            "groups in act-order are read by compressed-tensors before 0.19 only; gptq's static_groups avoids them"
+        )
     weights = {
         "num_bits": first.bits,
         "type": "int",
