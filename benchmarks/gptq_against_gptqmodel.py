@@ -66,7 +66,9 @@ def main() -> None:
             script = Path(__file__).with_name("quantize_with_gptqmodel.py")
             words = [floats, arguments.store / "windows.safetensors", out, BITS, GROUP_SIZE, DAMP, int(act_order)]
             command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"gptqmodel failed:\n{done.stderr[-2000:]}")
         theirs = perplexity(recipe("theirs", out))
         order = "act-order" if act_order else "groups reordered" if reorder else "as they stand"
         print(f"| {order} | {found:.3f} | {theirs:.3f} | {found / theirs:.4f} |", flush=True)
