@@ -115,6 +115,7 @@ class _Planner(Fitting):
         calibration, files = self._calibration(needs, f"quantizer '{section.quantizer.name}'")
         weights, size = self._weights()
         walk = calibration_bytes(self.source, calibration, needs, chosen, sequential=True) if self.source else 0
+        codes = sum(layer.out_features * layer.in_features for layer in chosen)  # a byte each until they are stored
         return self._add(
             "quantize",
             section,
@@ -124,7 +125,7 @@ class _Planner(Fitting):
             Estimate(
                 weights,
                 self._in_codes(chosen, getattr(quantizer, "bits", None)),
-                size + walk + (1 << 29),
+                size + max(size, walk) + 2 * codes + (1 << 29),
             ),
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
@@ -203,6 +204,8 @@ class _Planner(Fitting):
         elif section.data is not None:
             section = section.model_copy(update={"data": None})
         _, size = self._weights()
+        merger = self.steps["finetune"].parts.get("merger") if "finetune" in self.steps else None
+        memory = self._held(merger) + (2 if self._on_codes() else 1) * size + (1 << 29)
         trained = self.steps["finetune"].estimate.storage if "finetune" in self.steps else 0
         self._add(
             "search",
@@ -210,7 +213,7 @@ class _Planner(Fitting):
             {"searcher": searcher},
             {"finetune": "finetune", **self.base},
             files,
-            Estimate(0, trained, 2 * size + trained + (1 << 29)),
+            Estimate(0, trained, memory + trained),
             self._tuning_code(),
         )
 
