@@ -56,7 +56,8 @@ def elsewhere(consumer: str, *arguments: object, **environment: str) -> str:
         pytest.skip(f"`make consumers CONSUMERS={consumer}` makes its environment; not made here")
     assert python.exists(), "run `make consumers` first"
     command = [str(python), "-P", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where sqft may be
+    done = subprocess.run(command, capture_output=True, text=True, env=own | environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
