@@ -158,7 +158,7 @@ class _Looks:
 
     def _asked(self, place: str, records: Sequence[Record], section: Search | ExactMatch) -> Preview:
         window = self.plan.source.size("max_position_embeddings") or 1 << 30
-        prompts, cut = cut_to(window - section.max_new_tokens, prompts_of(records, self.tokenizer))
+        prompts, cut = cut_to(window, section.max_new_tokens, prompts_of(records, self.tokenizer))
         shown = [
             [Piece(self.tokenizer.decode(ids), False), Piece(wanted, True)] for ids, wanted in prompts[: self.count]
         ]

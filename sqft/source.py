@@ -88,7 +88,7 @@ class Digests:
         return digest
 
     def path(self, path: Path) -> str:
-        """The digest of a file, or of every file below a folder by its name there.
+        """The digest of a file, or of every file below a folder by its name there, but for hidden ones and the store.
 
         Raises:
             SqftError: when something cannot be read.
@@ -96,10 +96,14 @@ class Digests:
         try:
             if not path.is_dir():
                 return self.file(path)
-            total = hashlib.sha256()
+            total, folder = hashlib.sha256(), path.resolve()
+            store = self._memory.parent.resolve() if self._memory else folder
             for file in sorted(path.rglob("*")):
                 name = file.relative_to(path)
-                if file.is_file() and "__pycache__" not in name.parts:  # running a task's code writes it
+                if store != folder and (folder / name).is_relative_to(store) and store.is_relative_to(folder):
+                    continue  # what sqft itself writes
+                hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+                if file.is_file() and not hidden:  # editors and running code write such
                     total.update(f"{name.as_posix()}\0{self.file(file)}\0".encode())
             return total.hexdigest()
         except OSError as error:

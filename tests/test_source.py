@@ -459,3 +459,19 @@ def test_a_shard_that_is_damaged_is_an_artifact_error(sharded: Path) -> None:
     shard.write_bytes(b"")
     with pytest.raises(ArtifactError, match=shard.name):
         find(sharded)
+
+
+def test_what_is_hidden_or_the_store_is_no_data(tmp_path: Path) -> None:
+    """A data set's folder may hold the store, whose files sqft itself writes."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "train.jsonl").write_text("{}")
+    digests = Digests(tmp_path / "store" / "digests.json")
+    before = digests.path(tmp_path)
+    (tmp_path / "store" / "more").write_text("more")
+    (tmp_path / ".train.jsonl.swp").write_text("an editor's")
+    assert digests.path(tmp_path) == before
+    (tmp_path / "more.jsonl").write_text("{}")
+    assert digests.path(tmp_path) != before
+    inside = digests.path(tmp_path / "store")  # data below a store are data
+    (tmp_path / "store" / "more").write_text("other")
+    assert digests.path(tmp_path / "store") != inside

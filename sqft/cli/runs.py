@@ -318,9 +318,11 @@ def _how_to_load(result: Path, run: Run) -> str:
             f'model = PeftModel.from_pretrained({model}, "{result}")'
         )
     config = result / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+    if config.is_file() and (settings := json.loads(config.read_text("utf-8")).get("quantization_config")):
+        format = settings.get("quant_method")
+        name, reader = ("GPTQ", "gptqmodel and optimum") if format == "gptq" else (format, format)
         return (
-            "a GPTQ checkpoint; with gptqmodel and optimum installed:\n"
+            f"a {name} checkpoint; with {reader} installed:\n"
             "from transformers import AutoModelForCausalLM\n"
             f'model = AutoModelForCausalLM.from_pretrained("{result}")'
         )

@@ -125,14 +125,23 @@ def _unknown(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line a text, but for blank ones."""
+    """Each line a text, but for blank ones. JSON Lines by this name are refused: nobody means to learn their braces."""
     with _text(path) as stream:
         try:
             for number, line in enumerate(stream, 1):
+                if number == 1 and _is_object(line):
+                    raise DataError(f"{path} holds JSON objects, and each line of a .txt is a text; name it .jsonl")
                 if line.strip():
                     yield f"{path}:{number}", {"text": line.rstrip("\n")}
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

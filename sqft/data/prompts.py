@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from sqft.data.records import named
-from sqft.errors import DataError
+from sqft.errors import DataError, StageError
 
 IGNORED = -100
 """The label of a token that carries no loss."""
@@ -106,8 +106,16 @@ def prompts_of(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[tuple[
     return prompts
 
 
-def cut_to(room: int, prompts: Sequence[tuple[list[int], str]]) -> tuple[list[tuple[list[int], str]], int]:
-    """Prompts of at most `room` tokens, longer ones cut at the left as in training, and how many those are."""
+def cut_to(
+    window: int, new_tokens: int, prompts: Sequence[tuple[list[int], str]]
+) -> tuple[list[tuple[list[int], str]], int]:
+    """Prompts that leave room for `new_tokens`, longer ones cut at the left as in training, and how many those are.
+
+    Raises:
+        StageError: when no prompt would.
+    """
+    if (room := window - new_tokens) < 1:
+        raise StageError(f"max_new_tokens of {new_tokens} leave no room for a prompt in a window of {window}")
     cut = sum(len(ids) > room for ids, _ in prompts)
     return [(ids[-room:], completion) for ids, completion in prompts], cut
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sqft.contracts import Allocator, LinearShape, Merger, Quantizer, Scorer, Statistic
 from sqft.errors import StageError
 from sqft.modeling.blocks import linears, shape_of
 from sqft.modeling.layout import Expert, fused_experts
 from sqft.modeling.load import check_vocabulary, skeleton, source_tokenizer
-from sqft.modeling.trial import check_walk
+from sqft.modeling.trial import check_walk, uncalled
 from sqft.plan import Plan, selected
 
 log = logging.getLogger("sqft")
@@ -65,8 +67,30 @@ def check_fit(plan: Plan) -> None:
         more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         head = "sqft works on linear layers inside one decoder block each; exclude what this recipe names besides:"
         raise StageError("\n  ".join([head, *wrong[:SHOWN], *more]))
+    if plan.recipe.finetune:
+        _check_peft(plan, model, [layer.name for layer in wanted["finetune.targets"]])
     if walked := _walked(plan):
         check_walk(model, {layer.name: place for place in walked for layer in wanted[place]})
+
+
+def _check_peft(plan: Plan, model: PreTrainedModel, targets: list[str]) -> None:
+    """What an adapter beside its base does here, stock PEFT does with it too."""
+    merger = plan.step("finetune").parts["merger"].component
+    if not isinstance(merger, Merger) or merger.merges:
+        return
+    from peft import LoraConfig, get_peft_model
+
+    if passed := uncalled(model, targets):
+        raise StageError(
+            f"finetune.targets: {type(model).__name__} does not call {passed[0]}, and PEFT, for which '{merger.name}' "
+            "writes its adapter, changes what is called; leave it out, or use a merger that merges"
+        )
+    try:
+        get_peft_model(copy.deepcopy(model), LoraConfig(r=1, target_modules=targets), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise StageError(
+            f"finetune.targets: PEFT, for which '{merger.name}' writes its adapter, refuses them: {error}"
+        ) from error
 
 
 def _walked(plan: Plan) -> list[str]:

@@ -66,12 +66,14 @@ def exact_match(
         StageError: when no prompt would leave room, or logits are not finite.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    if (room := window - max_new_tokens) < 1:
-        raise StageError(f"max_new_tokens of {max_new_tokens} leave no room for a prompt in a window of {window}")
-    prompts, long = cut_to(room, prompts_of(records, tokenizer))
+    prompts, long = cut_to(window, max_new_tokens, prompts_of(records, tokenizer))
     if long:
         log.warning(
-            "%d of %d prompts were cut at the left to %d tokens: the window is %d", long, len(prompts), room, window
+            "%d of %d prompts were cut at the left to %d tokens: the window is %d",
+            long,
+            len(prompts),
+            window - max_new_tokens,
+            window,
         )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     outcomes = [False] * len(prompts)

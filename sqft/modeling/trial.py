@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,24 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
         more = [f"… and {len(unseen) - SHOWN} more"] if len(unseen) > SHOWN else []
         named = [f"{chosen[name]}: {name}; exclude it" for name in unseen[:SHOWN]]
         raise StageError("\n  ".join([head, *named, *more]))
+
+
+def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Those of a meta model's layers that its forward does not call: it reads their weight, or passes them by.
+
+    Of a model that runs only with numbers nothing is known, and nothing is named.
+    """
+    windows, ran = torch.zeros(1, TOKENS, dtype=torch.long, device="meta"), set[str]()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
+            model.base_model(input_ids=windows, use_cache=False)
+    except Exception:  # an operation whose result's shape hangs on numbers
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in names if name not in ran]
 
 
 def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:

@@ -327,3 +327,9 @@ def test_a_folder_without_data_that_is_known(tmp_path: Path) -> None:
     (tmp_path / "train.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"holds no file that is read as data: \.jsonl, .* \.parquet and \.arrow"):
         read_records(tmp_path)
+
+
+def test_json_lines_by_the_name_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"each line of a \.txt is a text; name it \.jsonl"):
+        read_records(tmp_path / "a.txt")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
@@ -91,3 +92,24 @@ def test_a_tokenizer_larger_than_the_vocabulary(
     orchestrator = Orchestrator(registry, tmp_path / "store")
     with pytest.raises(StageError, match="few: the tokenizer knows 257 tokens, and the model 200"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["dt_proj"], "does not call backbone.layers.0.mixer.dt_proj, and PEFT, for which 'unmerged' writes"),
+        (["out_proj"], "PEFT, for which 'unmerged' writes its adapter, refuses them: .*incompatible with Mamba"),
+    ],
+)
+def test_an_adapter_that_stock_peft_would_not_apply(
+    targets: list[str], message: str, raw: dict[str, Any], registry: Registry, tmp_path: Path, tokenizer: Any
+) -> None:
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=8)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    raw = {key: raw[key] for key in ("schema", "name", "finetune")} | {"model": {"path": str(tmp_path / "mamba")}}
+    raw["finetune"] |= {"merger": "unmerged", "targets": targets}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    with pytest.raises(StageError, match=message):
+        orchestrator.run(plan)
