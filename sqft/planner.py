@@ -230,9 +230,8 @@ class _Planner(Fitting):
             return
         weights, size = self._weights()
         inputs = {"search": "search", "finetune": "finetune", **self.base}
-        memory = 2 * size + (1 << 29)
-        if self._on_codes():  # the tuned, effective, base and merged weights, and codes of the last three
-            memory = self._held(merger) + 3 * (size + weights) + (1 << 29)
+        # The tuned, effective, base and merged weights, and codes of the last three.
+        memory = self._held(merger) + 3 * size + (3 * weights if self._on_codes() else 0) + (1 << 29)
         self._add("merge", section, {}, inputs, {}, Estimate(weights, self._stored(), memory), self._tuning_code())
 
     def _export(self) -> None:
