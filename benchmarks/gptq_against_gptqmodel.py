@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.data.batches import calibration_windows
 from sqft.modeling.load import load_source, save_model
+from sqft.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,21 +51,18 @@ def main() -> None:
     floats = arguments.store / "floats"
     if not floats.is_dir():
         save_model(model, tokenizer, floats)
-    seed = None
+    windows = arguments.store / "windows.safetensors"
     for act_order, reorder in ((False, False), (False, True), (True, False)):
         options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP}
         options |= {"act_order": act_order, "reorder_groups": reorder}
         quantize = {"quantizer": {"name": "gptq", "options": options}}
         ours = recipe("ours", MODEL, calibration=calibration, quantize=quantize)
         found = perplexity(ours)
-        if seed is None:  # the windows that our quantize step saw
-            seed = _seed(orchestrator.plan(ours))
-            windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, SAMPLES, LENGTH, seed)
-            save_file({"windows": windows}, arguments.store / "windows.safetensors")
         out = arguments.store / f"theirs-{int(act_order)}{int(reorder)}"
         if not out.is_dir():
+            save_file({"windows": _windows(orchestrator.plan(ours), tokenizer)}, windows)
             script = Path(__file__).with_name("quantize_with_gptqmodel.py")
-            words = [floats, arguments.store / "windows.safetensors", out, BITS, GROUP_SIZE, DAMP, int(act_order)]
+            words = [floats, windows, out, BITS, GROUP_SIZE, DAMP, int(act_order)]
             command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -74,13 +72,13 @@ def main() -> None:
         print(f"| {order} | {found:.3f} | {theirs:.3f} | {found / theirs:.4f} |", flush=True)
 
 
-def _seed(plan: Any) -> int:
-    """The seed of the calibration windows, as stages draw them."""
+def _windows(plan: Plan, tokenizer: Any) -> Tensor:
+    """The calibration windows that our quantize step saw."""
     from sqft.processes import Processes
     from sqft.progress import silent
     from sqft.stages.base import Context
 
-    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent, Processes()).seed_for("calibration")
+    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent, Processes()).calibration(tokenizer)
 
 
 if __name__ == "__main__":

@@ -97,13 +97,13 @@ class Digests:
             if not path.is_dir():
                 return self.file(path)
             total, folder = hashlib.sha256(), path.resolve()
-            store = self._memory.parent.resolve() if self._memory else folder
+            store = self._memory.parent.resolve() if self._memory else None
+            own = store if store and folder in store.parents else None  # what sqft itself writes
             for file in sorted(path.rglob("*")):
                 name = file.relative_to(path)
-                if store != folder and (folder / name).is_relative_to(store) and store.is_relative_to(folder):
-                    continue  # what sqft itself writes
+                # Editors and running code write hidden files.
                 hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-                if file.is_file() and not hidden:  # editors and running code write such
+                if file.is_file() and not hidden and own not in (folder / name).parents:
                     total.update(f"{name.as_posix()}\0{self.file(file)}\0".encode())
             return total.hexdigest()
         except OSError as error:

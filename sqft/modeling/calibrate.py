@@ -113,7 +113,7 @@ def capture(
         for name, block in blocks.items():
             block.forward = recorder(name)
         for window in windows:
-            _forward(model, window[None])
+            forward(model, window[None])
     finally:
         for block in blocks.values():
             vars(block).pop("forward", None)  # the class's own again
@@ -136,7 +136,7 @@ def _probe(
         )
         hooks.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
     try:
-        _forward(model, window)
+        forward(model, window)
     finally:
         for hook in hooks:
             hook.remove()
@@ -207,7 +207,7 @@ def _on(value: Any, device: str) -> Any:
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, window: Tensor) -> None:
+def forward(model: PreTrainedModel, window: Tensor) -> None:
     model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sqft.errors import StageError
 from sqft.modeling.blocks import decoder_blocks
-from sqft.modeling.calibrate import capture, run_block
+from sqft.modeling.calibrate import capture, forward, run_block
 from sqft.modeling.layout import Expert, Experts, fused_experts
 
 TOKENS = 8
@@ -29,15 +29,14 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
     Raises:
         StageError: saying why the blocks cannot be walked, or naming layers that the walk would not see.
     """
-    windows = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
+    with _without_numbers(model) as windows:
         try:
             seen = _seen(model, windows)
         except StageError:
             raise
         except Exception as error:
             try:
-                model.base_model(input_ids=windows, use_cache=False)
+                forward(model, windows)
             except Exception:  # an operation whose result's shape hangs on numbers
                 return
             said = str(error).partition("\n")[0]
@@ -58,11 +57,11 @@ def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
 
     Of a model that runs only with numbers nothing is known, and nothing is named.
     """
-    windows, ran = torch.zeros(1, TOKENS, dtype=torch.long, device="meta"), set[str]()
+    ran = set[str]()
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
-            model.base_model(input_ids=windows, use_cache=False)
+        with _without_numbers(model) as windows:
+            forward(model, windows)
     except Exception:  # an operation whose result's shape hangs on numbers
         return []
     finally:
@@ -104,6 +103,14 @@ class _Double:
         if isinstance(self.output, tuple):
             return (torch.empty_like(self.output[0]), *self.output[1:])
         return torch.empty_like(self.output)
+
+
+@contextmanager
+def _without_numbers(model: nn.Module) -> Iterator[Tensor]:
+    """Inside, a model on the meta device runs on fake tensors; a window of tokens [1, tokens] to run it on."""
+    window = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
+        yield window
 
 
 @contextmanager
