@@ -20,8 +20,8 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sqft.modeling.loss import CompletionLoss
-from sqft.orchestrator import peak_memory
+from sqft.modeling.training.loss import CompletionLoss
+from sqft.utils.resources import peak_memory
 
 MIB = 1 << 20
 

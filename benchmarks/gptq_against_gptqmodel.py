@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.modeling.load import load_source, save_model
-from sqft.plan import Plan
+from sqft.modeling.loading.transformers_io import load_source, save_model
+from sqft.planning.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -74,9 +74,9 @@ def main() -> None:
 
 def _windows(plan: Plan, tokenizer: Any) -> Tensor:
     """The calibration windows that our quantize step saw."""
-    from sqft.processes import Processes
-    from sqft.progress import silent
-    from sqft.stages.base import Context
+    from sqft.stages.context import Context
+    from sqft.utils.distributed import Processes
+    from sqft.utils.progress import silent
 
     return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent, Processes()).calibration(tokenizer)
 

@@ -21,8 +21,8 @@ from sqft_sparsepeft import SparsePEFT
 from torch import Tensor, nn
 
 from sqft.api import LinearShape
-from sqft.modeling.adapted import AdaptedLinear
-from sqft.modeling.weights import FloatWeight
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear
+from sqft.modeling.adapters.frozen_weight import FloatWeight
 
 RANK, TOKENS = 32, 2048
 SIZES = ((2048, 2048), (1536, 576), (4096, 4096))  # (out, in)

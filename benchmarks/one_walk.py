@@ -20,15 +20,16 @@ from sqft_gptq import Gptq
 from torch import Tensor, nn
 
 from sqft.api import LinearStats, Statistic
-from sqft.data.batches import calibration_windows, text_windows
+from sqft.checkpoints.source import find_model
+from sqft.data.windows import calibration_windows, text_windows
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import keep_mask
-from sqft.modeling.blocks import linears
-from sqft.modeling.calibrate import walk
-from sqft.modeling.load import load_source
-from sqft.modeling.measure import perplexity
-from sqft.progress import silent
-from sqft.source import Digests, find_model
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.calibration.walk import walk
+from sqft.modeling.evaluation import perplexity
+from sqft.modeling.loading.transformers_io import load_source
+from sqft.utils.digests import Digests
+from sqft.utils.progress import silent
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

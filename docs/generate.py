@@ -13,11 +13,12 @@ from typing import Any
 
 import click
 
-from sqft import Registry, hookspecs
+from sqft import Registry
 from sqft.cli import main
-from sqft.mistakes import model_in
-from sqft.recipe import Recipe
-from sqft.schema import option_lines
+from sqft.components import hookspecs
+from sqft.recipe.diagnostics import model_in
+from sqft.recipe.recipe import Recipe
+from sqft.tools.json_schema import option_lines
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -73,9 +74,6 @@ def _section(annotation: object) -> type | None:
 
 PYTHON: dict[str, tuple[str, tuple[str, ...]]] = {
     "sqft": ("To plan and run recipes.", ()),
-    "sqft.orchestrator": ("What `Run` holds for each step.", ("Outcome",)),
-    "sqft.plan": ("What a plan says, to whoever asks and to the hooks that are told of stages.", ("Plan", "Step")),
-    "sqft.store": ("What a step leaves.", ("Artifact",)),
     "sqft.api": ("To write plugins: all that one may import of the core, with `sqft.kernels`.", ()),
     "sqft.testing": ("To test plugins.", ()),
     "sqft.kernels.masks": ("", ()),
@@ -155,7 +153,7 @@ def _names(tree: ast.AST, source: str) -> Iterator[tuple[str, str, str]]:
 
 def _said_of(name: str) -> str:
     """The string below a name of the core that is neither a class nor a function."""
-    for file in sorted((Path(__file__).parents[1] / "sqft").glob("*.py")):
+    for file in sorted((Path(__file__).parents[1] / "sqft").rglob("*.py")):
         for found, _, said in _names(ast.parse(file.read_text()), file.read_text()):
             if found == name and said:
                 return said

@@ -7,14 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqft.orchestrator import Orchestrator, Run
+    from sqft.components.registry import Registry
+    from sqft.execution.orchestrator import Orchestrator, Outcome, Run
+    from sqft.planning.plan import Plan, Step
     from sqft.recipe import Recipe
-    from sqft.registry import Registry
+    from sqft.store import Artifact
 
 __version__ = "0.1.0"
-__all__ = ["Orchestrator", "Recipe", "Registry", "Run", "__version__"]
+__all__ = ["Artifact", "Orchestrator", "Outcome", "Plan", "Recipe", "Registry", "Run", "Step", "__version__"]
 
-_HOMES = {"Orchestrator": "orchestrator", "Run": "orchestrator", "Recipe": "recipe", "Registry": "registry"}
+_HOMES = {
+    "Artifact": "store.artifacts",
+    "Orchestrator": "execution.orchestrator",
+    "Outcome": "execution.orchestrator",
+    "Plan": "planning.plan",
+    "Recipe": "recipe.recipe",
+    "Registry": "components.registry",
+    "Run": "execution.orchestrator",
+    "Step": "planning.plan",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,33 +1,27 @@
 """All that a plugin may import from sqft's core, besides `sqft.kernels`."""
 
-from sqft.contracts import (
+from sqft.checkpoints.export import ShardSize, float_layers, parameters, write_config, write_shards
+from sqft.checkpoints.gptq import gptq_config, write_gptq_config
+from sqft.components.hookspecs import hookimpl
+from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.errors import ContractError, PluginError, SqftError, StageError
+from sqft.types import (
     SPARSITY_TOLERANCE,
-    Adapter,
-    Allocator,
     BaseKind,
     BaseWeight,
     Choice,
-    Component,
     DeltaModule,
     Evaluate,
-    Exporter,
     Grid,
     LinearShape,
     LinearStats,
-    Merger,
     ModelReader,
     Quantized,
-    Quantizer,
     RankGroup,
-    Scorer,
-    Searcher,
     SearchSpace,
     Select,
     Statistic,
 )
-from sqft.errors import ContractError, PluginError, SqftError, StageError
-from sqft.folders import ShardSize, float_layers, parameters, write_config, write_gptq_config, write_shards
-from sqft.hookspecs import hookimpl
 
 __all__ = [
     "SPARSITY_TOLERANCE",
@@ -59,6 +53,7 @@ __all__ = [
     "StageError",
     "Statistic",
     "float_layers",
+    "gptq_config",
     "hookimpl",
     "parameters",
     "write_config",

@@ -16,27 +16,20 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from sqft import checks
-from sqft.contracts import (
-    Adapter,
-    Allocator,
+from sqft.components import checks
+from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.errors import ContractError
+from sqft.types import (
     BaseKind,
     BaseWeight,
     Choice,
-    Component,
-    Exporter,
     LinearShape,
     LinearStats,
-    Merger,
     ModelReader,
-    Quantizer,
     RankGroup,
-    Scorer,
-    Searcher,
     SearchSpace,
     Statistic,
 )
-from sqft.errors import ContractError
 
 if TYPE_CHECKING:
     from torch import Tensor

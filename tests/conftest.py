@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sqft import Registry
 from sqft.api import Grid, Quantized
 from sqft.kernels.grids import fit, round_on
-from sqft.modeling.blocks import linears
-from sqft.modeling.checkpoint import save_quantized
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.loading.quantized import save_quantized
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 import sqft
 from sqft import Orchestrator, Recipe, Registry, api, errors
 from sqft.cli import main
-from sqft.sections import TrainingData
+from sqft.recipe.data import TrainingData
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

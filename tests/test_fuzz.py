@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.checkpoints.gptq import gptq_settings
+from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.safetensors import safetensors_header
+from sqft.checkpoints.source import find_model
 from sqft.data.records import Record, read_records
 from sqft.errors import ArtifactError, DataError, RecipeError, SqftError
-from sqft.modeling.checkpoint import read_quantized
-from sqft.plan import Plan
-from sqft.source import Digests, ModelSource, find_model, gptq_settings, safetensors_header
-from sqft.store import Artifact, Store
+from sqft.modeling.loading.quantized import read_quantized
+from sqft.planning.plan import Plan
+from sqft.store.artifacts import Artifact, Store
+from sqft.utils.digests import Digests
 
 MORE = int(os.environ.get("SQFT_FUZZ", "1"))
 """How many times as many examples, and then other ones each time."""

@@ -34,7 +34,7 @@ from sqft.api import (
     SearchSpace,
     Statistic,
 )
-from sqft.modeling.reader import FinishedModel
+from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.testing import check, check_exporter
 
 HESSIAN = frozenset({Statistic.HESSIAN})

@@ -22,6 +22,7 @@ from sqft.api import (
     StageError,
     Statistic,
     float_layers,
+    gptq_config,
     hookimpl,
     parameters,
     write_gptq_config,
@@ -113,7 +114,7 @@ class GptqCheckpoint(Exporter):
     max_shard_size: ShardSize = "5GB"
 
     def export(self, model: ModelReader, folder: Path) -> None:
-        from sqft.kernels.packing import gptq_config, to_gptq
+        from sqft.kernels.packing import to_gptq
 
         model.copy_settings(folder)
         grids = {layer: model.codes(layer).grid for layer in model.quantized()}

@@ -5,6 +5,6 @@ command resumes. 1: a bug of sqft, with its traceback.
 """
 
 from sqft.cli import looking, plugins, runs, start
-from sqft.cli.base import main
+from sqft.cli.group import main
 
 __all__ = ["looking", "main", "plugins", "runs", "start"]

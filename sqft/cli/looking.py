@@ -9,7 +9,9 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.base import console, explained, json_option, main, show_table, store_option
+from sqft.cli.group import main
+from sqft.cli.options import json_option, store_option
+from sqft.cli.output import console, explained, show_table
 from sqft.errors import SqftError
 
 
@@ -23,8 +25,8 @@ def inspect(model: Path, as_json: bool) -> None:
     Floats, GPTQ and compressed-tensors checkpoints, adapters, GGUF files; an artifact's folder will do.
     One tensor is in memory at a time.
     """
-    from sqft.inspection import inspect_model
-    from sqft.progress import tracker
+    from sqft.tools.inspection import inspect_model
+    from sqft.utils.progress import tracker
 
     found = inspect_model(model, tracker(console(err=True)))
     if as_json:
@@ -51,9 +53,9 @@ def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
     Delete a run's folder to let go of what it alone uses, then --prune. What an interrupted run would go on
     from is unfinished work.
     """
-    from sqft import status
-    from sqft.plan import human
-    from sqft.store import Store
+    from sqft.store import status
+    from sqft.store.artifacts import Store
+    from sqft.utils.text import human
 
     held, screen = Store(store), console()
     holdings = status.survey(held)
@@ -96,7 +98,7 @@ def doctor(store: Path, as_json: bool) -> None:
 
     Status 0, or 2 when something that sqft needs is missing or of a version that it does not know.
     """
-    from sqft.doctor import checks
+    from sqft.tools.doctor import checks
 
     marks, seen, group = {"ok": "ok", "absent": "-", "wrong": "!"}, [], ""
     for check in checks(store):

@@ -7,20 +7,22 @@ from typing import Any
 
 import click
 
-from sqft.cli.base import disable_option, explained, json_option, main
+from sqft.cli.group import main
+from sqft.cli.options import disable_option, json_option
+from sqft.cli.output import explained
 from sqft.errors import PluginError
 
 
 def _kinds(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """What a shell may complete a kind to."""
-    from sqft.contracts import KINDS
+    from sqft.components.kinds import KINDS
 
     return [kind for kind in KINDS if kind.startswith(incomplete)]
 
 
 def _names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """What a shell may complete the name of a component of the kind before it to."""
-    from sqft.registry import Registry
+    from sqft.components.registry import Registry
 
     entries = [entry.component for entry in Registry.discover().entries()]
     kind = context.params.get("kind")
@@ -33,7 +35,7 @@ def _names(context: click.Context, parameter: click.Parameter, incomplete: str) 
 @explained
 def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
     """List every installed component and every plugin that is broken."""
-    from sqft.registry import Registry
+    from sqft.components.registry import Registry
 
     registry = Registry.discover(disable)
     rows = [
@@ -72,9 +74,9 @@ def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
     """
     import inspect
 
-    from sqft.contracts import KINDS
-    from sqft.registry import Registry
-    from sqft.schema import option_lines
+    from sqft.components.kinds import KINDS
+    from sqft.components.registry import Registry
+    from sqft.tools.json_schema import option_lines
 
     if kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
@@ -91,8 +93,8 @@ def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
 @explained
 def schema(disable: tuple[str, ...]) -> None:
     """Print the JSON Schema of a recipe, with the options of every installed plugin."""
-    from sqft.registry import Registry
-    from sqft.schema import recipe_schema
+    from sqft.components.registry import Registry
+    from sqft.tools.json_schema import recipe_schema
 
     click.echo(json.dumps(recipe_schema(Registry.discover(disable)), indent=2))
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from sqft.cli.base import console, disable_option, explained, json_option, main, set_option, show_table, store_option
+from sqft.cli.group import main
+from sqft.cli.options import disable_option, json_option, set_option, store_option
+from sqft.cli.output import console, explained, show_table
 from sqft.errors import SqftError
-from sqft.processes import processes
+from sqft.utils.distributed import processes
 
 if TYPE_CHECKING:
-    from sqft.orchestrator import Orchestrator, Run
+    from sqft.execution.orchestrator import Orchestrator, Run
 
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
@@ -77,7 +79,7 @@ def merge(
 
     RUN is a folder of store/runs, its name, or the recipe's name, of which the newest run is taken.
     """
-    from sqft.stored import find_run
+    from sqft.recipe.rerun import find_run
 
     _check_output(output)
     folder, store = find_run(run, store)
@@ -114,9 +116,9 @@ def evaluate(
     RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, or a GGUF file.
     STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; what of it is not made yet is made.
     """
-    from sqft.raw import read_json
-    from sqft.recipe import Recipe
-    from sqft.stored import find_run, measuring, recipe_of_model, standing
+    from sqft.recipe.reading import read_json
+    from sqft.recipe.recipe import Recipe
+    from sqft.recipe.rerun import find_run, measuring, recipe_of_model, standing
 
     measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
     measures |= {"perplexity": {"text": str(perplexity.resolve())}} if perplexity else {}
@@ -143,8 +145,8 @@ def evaluate(
 @explained
 def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str, ...]) -> None:
     """Check RECIPE and print its steps: what runs, what is reused, estimates. Loads no model."""
-    from sqft.orchestrator import Orchestrator
-    from sqft.registry import Registry
+    from sqft.components.registry import Registry
+    from sqft.execution.orchestrator import Orchestrator
 
     click.echo(str(Orchestrator(Registry.discover(disable), store).load(recipe, changes)))
 
@@ -175,9 +177,9 @@ def data(
 
     from rich.text import Text
 
-    from sqft.orchestrator import Orchestrator
-    from sqft.preview import previews
-    from sqft.registry import Registry
+    from sqft.components.registry import Registry
+    from sqft.execution.orchestrator import Orchestrator
+    from sqft.tools.data_preview import previews
 
     found = previews(Orchestrator(Registry.discover(disable), store).load(recipe, changes), examples, sections)
     if as_json:
@@ -212,7 +214,7 @@ def bench(
 
     Recipes that have not been run are run first. Served on the CPU, in bfloat16.
     """
-    from sqft.bench import HEADS, bench, table
+    from sqft.tools.bench import HEADS, bench, table
 
     with redirect_stdout(sys.stderr):  # only the table is output
         rows = bench(recipes, changes, store, rounds, steps, lambda line: click.echo(line, err=True))
@@ -236,9 +238,9 @@ def _check_output(output: Path | None) -> None:
 
 def _ready(store: Path, device: str, disable: tuple[str, ...]) -> tuple[Any, Orchestrator]:
     """A screen that shows the log, and what runs recipes."""
-    from sqft.orchestrator import Orchestrator
-    from sqft.progress import tracker
-    from sqft.registry import Registry
+    from sqft.components.registry import Registry
+    from sqft.execution.orchestrator import Orchestrator
+    from sqft.utils.progress import tracker
 
     screen = console()
     _log_to(screen.print)
@@ -248,7 +250,7 @@ def _ready(store: Path, device: str, disable: tuple[str, ...]) -> tuple[Any, Orc
 
 
 def _show(screen: Any, finished: Run) -> None:
-    from sqft.report import table, title
+    from sqft.execution.report import table, title
 
     heads, cells = table(finished.report)
     if cells:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.base import console, disable_option, explained, main
+from sqft.cli.group import main
+from sqft.cli.options import disable_option
+from sqft.cli.output import console, explained
 from sqft.errors import SqftError
 
 
 def _pipelines(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """What a shell may complete a pipeline to."""
-    from sqft.pipelines import PIPELINES
+    from sqft.tools.presets import PIPELINES
 
     return [name for name in PIPELINES if name.startswith(incomplete)]
 
@@ -31,10 +33,10 @@ def init(
     pipeline: str | None, output: Path | None, model: str | None, data: str | None, disable: tuple[str, ...]
 ) -> None:
     """Write a recipe to start from, and print what each choice in it means. Without PIPELINE, list them."""
-    from sqft.pipelines import DATA, MODEL, PIPELINES, as_text, explanation, starting_recipe
-    from sqft.recipe import Recipe
-    from sqft.registry import Registry
-    from sqft.stored import paths
+    from sqft.components.registry import Registry
+    from sqft.recipe.recipe import Recipe
+    from sqft.recipe.rerun import paths
+    from sqft.tools.presets import DATA, MODEL, PIPELINES, as_text, explanation, starting_recipe
 
     if pipeline is None:
         width = max(map(len, PIPELINES))

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from sqft.data.formats import is_sliced, rows_of
+from sqft.data.readers import is_sliced, rows_of
 from sqft.data.templates import INSTRUCTION, Template, render
 from sqft.errors import DataError
 

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sqft.contracts import Grid, Quantized
+from sqft.types import Grid, Quantized
 
 SMALLEST = 2.0**-24
 """The smallest float16 above zero: no scale is 0, and a group of zeros gets this one."""

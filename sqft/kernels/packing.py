@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sqft.contracts import Grid, Quantized
-from sqft.kernels.grids import SMALLEST, group_index, is_symmetric
+from sqft.kernels.grids import SMALLEST, group_index
+from sqft.types import Grid, Quantized
 
 WORD = 32
+
+
 ROWS = 256
 """Rows of codes packed at a time, a whole number of words at any number of bits."""
 
@@ -132,26 +130,3 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> Quantiz
         at = group_index(grid, codes.shape[1])
         codes = torch.where(nothing[:, at], zero[:, at].to(torch.uint8), codes)
     return Quantized(codes, grid)
-
-
-def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a GPTQ checkpoint, version 1, with layers on these grids.
-
-    `floats` names the linear layers of its blocks that are on none: two programs that read these folders are told of
-    them in two ways. All grids have one number of bits and one group size, which is all that the format can say.
-    """
-    first = next(iter(grids.values()))
-    config: dict[str, Any] = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": first.bits,
-        "group_size": first.group_size,
-        "sym": all(map(is_symmetric, grids.values())),
-        "desc_act": any(grid.group_index is not None for grid in grids.values()),
-        "lm_head": "lm_head" in grids,
-    }
-    if left := sorted(floats):
-        in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name != "lm_head"}
-        config["modules_in_block_to_quantize"] = [sorted(in_block)]
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
-    return config

@@ -1,42 +1,9 @@
-"""Sums: over calibration tokens, float32 whatever the model's precision; and over a tensor's bits."""
+"""Sums over a tensor's bits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from sqft.contracts import LinearStats, Statistic
-from sqft.errors import StageError
-
-
-class InputStatistics:
-    """Accumulates what was asked for of one layer's input X [tokens, in]."""
-
-    def __init__(self, needs: frozenset[Statistic]) -> None:
-        self.needs = needs
-        self.tokens = 0
-        self.input_sq_sum: Tensor | None = None  # [in]
-        self.hessian: Tensor | None = None  # [in, in]
-
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of inputs [..., in]."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
-        self.tokens += x.shape[0]
-        if Statistic.INPUT_NORM in self.needs:
-            norm = x.square().sum(0)
-            self.input_sq_sum = norm if self.input_sq_sum is None else self.input_sq_sum.add_(norm)
-        if Statistic.HESSIAN in self.needs:
-            self.hessian = x.T @ x if self.hessian is None else self.hessian.addmm_(x.T, x)
-
-    def result(self, name: str) -> LinearStats:
-        """The finished sums.
-
-        Raises:
-            StageError: when no token reached the layer called `name`.
-        """
-        if not self.tokens:
-            raise StageError(f"calibration sent no token through {name}; it cannot be scored")
-        return LinearStats(self.tokens, self.input_sq_sum, self.hessian)
 
 
 def bit_sum(tensor: Tensor) -> int:

@@ -9,17 +9,19 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sqft import checks
-from sqft.contracts import Choice, Searcher
-from sqft.data.batches import text_windows
+from sqft.components import checks
+from sqft.components.kinds import Searcher
+from sqft.data.windows import text_windows
 from sqft.errors import StageError
-from sqft.modeling.adapted import acting_weight, frozen
-from sqft.modeling.blocks import decoder_blocks
-from sqft.modeling.measure import exact_match, lm_eval_tasks, perplexity
-from sqft.modeling.tuning import base_model, read_choice, restore
-from sqft.recipe import Evaluate
-from sqft.stages.base import Context
-from sqft.store import write_json
+from sqft.modeling.adapters.adapted_linear import acting_weight, frozen
+from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.architecture.blocks import decoder_blocks
+from sqft.modeling.evaluation import exact_match, lm_eval_tasks, perplexity
+from sqft.recipe.sections import Evaluate
+from sqft.stages.adapted import base_model, restore
+from sqft.stages.context import Context
+from sqft.types import Choice
+from sqft.utils.files import write_json
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -57,12 +59,12 @@ def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedToke
     plan = context.plan
     if "finetune" not in context.inputs:
         merged = context.inputs.get("merge")
-        model, tokenizer = base_model(plan, merged.folder / "model" if merged else context.model_folder())
+        model, tokenizer = base_model(plan, merged / "model" if merged else context.model_folder())
         yield model.to(context.device), tokenizer, _facts(model)
         return
-    tuned = restore(plan, context.base(), context.inputs["finetune"].folder, context.device)
+    tuned = restore(plan, context.base(), context.inputs["finetune"], context.device)
     if "search" in context.inputs:
-        choice = read_choice(context.inputs["search"].folder)
+        choice = read_choice(context.inputs["search"])
     else:
         searcher = context.component(Searcher)
         choice = searcher.search(tuned.space, _no_evaluation, Random(context.seed_for("search")))

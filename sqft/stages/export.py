@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sqft.contracts import Exporter
+from sqft.components.kinds import Exporter
 from sqft.errors import ArtifactError, ContractError
-from sqft.modeling.load import FolderReader
-from sqft.modeling.reader import FinishedModel
-from sqft.stages.base import Context
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.stages.context import Context
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -59,5 +59,5 @@ def _states(folder: Path) -> set[tuple[Path, tuple[int, int, int]]]:
 
 def _model(context: Context) -> FinishedModel:
     """What the step before made, or the recipe's own GPTQ checkpoint."""
-    made = [artifact.folder / "model" for artifact in context.inputs.values()]
+    made = [folder / "model" for folder in context.inputs.values()]
     return FinishedModel(made[0] if made else context.plan.source.path)

@@ -12,22 +12,25 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from sqft import checks
-from sqft.contracts import Adapter, Merger
-from sqft.data.batches import Collator, PackingCollator, pack
-from sqft.data.prompts import Encoded, Example, encode_all
+from sqft.components import checks
+from sqft.components.kinds import Adapter, Merger
+from sqft.data.collators import Collator, PackingCollator, pack
+from sqft.data.encoding import Encoded, Example, encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.statistics import bit_sum
-from sqft.modeling.layout import Expert
-from sqft.modeling.loss import CompletionLoss, sees_across
-from sqft.modeling.resume import Sealing, newest_complete, resume
-from sqft.modeling.training import Best, DeltaTrainer, FiniteLoss, Share, arguments
-from sqft.modeling.tuning import Tuned, build, restore, store_deltas
-from sqft.modeling.weights import FrozenWeight
-from sqft.recipe import Finetune
-from sqft.stages.base import Context, log
-from sqft.store import CHECKPOINTS
+from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.frozen_weight import FrozenWeight
+from sqft.modeling.adapters.saving import store_deltas
+from sqft.modeling.architecture.linears import Expert
+from sqft.modeling.training.checkpoints import Sealing, newest_complete, resume
+from sqft.modeling.training.loss import CompletionLoss, sees_across
+from sqft.modeling.training.trainer import Best, DeltaTrainer, FiniteLoss, Share
+from sqft.recipe.sections import Finetune
+from sqft.stages.adapted import build, restore
+from sqft.stages.context import Context, log
+from sqft.stages.training_arguments import arguments
+from sqft.utils.files import CHECKPOINTS
 
 
 def run(context: Context) -> dict[str, Any]:

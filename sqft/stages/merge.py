@@ -10,16 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sqft.contracts import Merger, Quantized
-from sqft.data.prompts import encode_all
+from sqft.components.kinds import Merger
+from sqft.data.encoding import encode_all
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
-from sqft.modeling.checkpoint import open_folder, read_quantized, save_quantized
-from sqft.modeling.load import save_model
-from sqft.modeling.tuning import Tuned, base_model, read_choice, restore
-from sqft.modeling.weights import PackedWeight
-from sqft.recipe import Finetune, Search
-from sqft.stages.base import Context, log
+from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.frozen_weight import PackedWeight
+from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.loading.quantized import open_folder, read_quantized, save_quantized
+from sqft.modeling.loading.transformers_io import save_model
+from sqft.recipe.sections import Finetune, Search
+from sqft.stages.adapted import base_model, restore
+from sqft.stages.context import Context, log
+from sqft.types import Quantized
 
 COMPARED = 4
 """Examples whose logits are compared, the merged model's with the adapted one's."""
@@ -90,8 +93,8 @@ def prove(context: Context) -> None:
 
 def _chosen(context: Context) -> Tuned:
     """The adapted model under the chosen configuration, on the CPU."""
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, "cpu")
-    tuned.choose(read_choice(context.inputs["search"].folder))
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"], "cpu")
+    tuned.choose(read_choice(context.inputs["search"]))
     return tuned
 
 

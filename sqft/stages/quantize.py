@@ -11,21 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sqft import checks
-from sqft.contracts import LinearStats, Quantized, Quantizer
+from sqft.checkpoints.gptq import GPTQ_PARTS
+from sqft.components import checks
+from sqft.components.kinds import Quantizer
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
-from sqft.modeling.blocks import linears
-from sqft.modeling.checkpoint import read_quantized, save_quantized
-from sqft.modeling.layout import as_stored
-from sqft.modeling.load import FolderReader
-from sqft.modeling.tuning import base_model
-from sqft.plan import selected
-from sqft.recipe import Quantize
-from sqft.source import GPTQ_PARTS
-from sqft.stages.base import Context, put
-from sqft.store import write_json
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.linears import as_stored
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.quantized import read_quantized, save_quantized
+from sqft.recipe.sections import Quantize
+from sqft.stages.adapted import base_model
+from sqft.stages.compress import put
+from sqft.stages.context import Context
+from sqft.types import LinearStats, Quantized
+from sqft.utils.files import write_json
+from sqft.utils.patterns import selected
 
 DIGESTS = "digests.json"
 """What the quantizer gave for each layer, to hold against what is read back."""

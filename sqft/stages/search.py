@@ -9,23 +9,26 @@ from typing import Any, cast
 
 from safetensors.torch import load_file
 
-from sqft import checks
-from sqft.contracts import Choice, Merger, Searcher
-from sqft.data.prompts import encode_all
+from sqft.components import checks
+from sqft.components.kinds import Merger, Searcher
+from sqft.data.encoding import encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
-from sqft.modeling.adapted import frozen
-from sqft.modeling.measure import exact_match, mean_loss
-from sqft.modeling.tuning import Tuned, read_choice, restore, store_adapter, store_choice
-from sqft.progress import silent
-from sqft.recipe import Finetune, Search
-from sqft.stages.base import Context, log
+from sqft.modeling.adapters.adapted_linear import frozen
+from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.saving import read_choice, store_adapter, store_choice
+from sqft.modeling.evaluation import exact_match, mean_loss
+from sqft.recipe.sections import Finetune, Search
+from sqft.stages.adapted import restore
+from sqft.stages.context import Context, log
+from sqft.types import Choice
+from sqft.utils.progress import silent
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
     searcher, who = context.component(Searcher), context.who(Searcher)
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, context.device)
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"], context.device)
     evaluate = _Remembered(context, tuned)
     choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
     checks.check_choice(who, tuned.space, choice)
@@ -45,7 +48,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def prove(context: Context) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"].folder, "cpu")
+    tuned = restore(context.plan, context.base(), context.inputs["finetune"], "cpu")
     choice = read_choice(context.folder)
     checks.check_choice(context.who(Searcher), tuned.space, choice)
     (file,) = (context.folder / "adapter").glob("*.safetensors")

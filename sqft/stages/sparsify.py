@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sqft import checks
-from sqft.contracts import Allocator, LinearStats, Scorer
+from sqft.components import checks
+from sqft.components.kinds import Allocator, Scorer
 from sqft.errors import ArtifactError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
-from sqft.modeling.blocks import decoder_blocks, linears, shape_of
-from sqft.modeling.load import load_folder, load_source, save_model
-from sqft.plan import selected
-from sqft.recipe import Sparsify
-from sqft.stages.base import Context, put
-from sqft.store import write_json
+from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
+from sqft.modeling.loading.transformers_io import load_folder, load_source, save_model
+from sqft.recipe.sections import Sparsify
+from sqft.stages.compress import put
+from sqft.stages.context import Context
+from sqft.types import LinearStats
+from sqft.utils.files import write_json
+from sqft.utils.patterns import selected
 
 DIGESTS = "digests.json"
 """What a scorer that updates weights gave for each layer, to hold against what is read back."""

@@ -24,8 +24,8 @@ from sqft_wanda import Wanda
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import Choice, RankGroup, SearchSpace, hookimpl
+from sqft.components.hookspecs import COMPONENT_HOOKS
 from sqft.errors import ArtifactError, ContractError, RecipeError, SqftError
-from sqft.hookspecs import COMPONENT_HOOKS
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 

@@ -10,9 +10,9 @@ import torch
 from sqft_hf import HuggingFace
 
 from sqft import Registry
-from sqft.contracts import KINDS
-from sqft.modeling.load import FolderReader
-from sqft.modeling.reader import FinishedModel
+from sqft.components.kinds import KINDS
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.testing import check, check_exporter
 
 ENTRIES = [entry for entry in Registry.discover().entries() if entry.provider.source.startswith("sqft ")]

@@ -25,7 +25,7 @@ class Ended:
     seconds: float | None
     changes: int
 
-    def told(self, *words: str) -> None:
+    def assert_error(self, *words: str) -> None:
         """It ended with one message that holds these words, and no traceback."""
         assert self.status == 2, f"{self.status}: {self.said}"
         assert len(re.findall("(?m)^error: ", self.said)) == 1 and "Traceback" not in self.said, self.said
@@ -33,8 +33,8 @@ class Ended:
         assert all(word in message for word in words), message
 
 
-class Nursery:
-    """`sqft run` as often as wanted; see nursery.py."""
+class ForkServer:
+    """`sqft run` as often as wanted; see fork_server.py."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process, self.folder = process, folder
@@ -54,7 +54,7 @@ class Nursery:
         self.process.stdin.write(json.dumps({"runs": runs}) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        assert answer, "the nursery died"
+        assert answer, "the fork_server died"
         return [
             Ended(said=file.read_text("utf-8", "replace"), **ended)
             for file, ended in zip(files, json.loads(answer), strict=True)
@@ -97,12 +97,12 @@ def recipe(raw: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        yield Nursery(process, tmp_path_factory.mktemp("nursery"))
+        yield ForkServer(process, tmp_path_factory.mktemp("fork_server"))
         assert process.stdin
         process.stdin.close()

@@ -30,8 +30,8 @@ from sqft_uniform import Uniform
 from sqft import Registry
 from sqft.api import Choice, Quantized, SearchSpace
 from sqft.cli import main
-from sqft.contracts import Component
-from sqft.store import Store
+from sqft.components.kinds import Component
+from sqft.store.artifacts import Store
 
 
 @dataclass

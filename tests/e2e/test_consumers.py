@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
-from sqft.modeling.checkpoint import open_folder, read_quantized
+from sqft.modeling.loading.quantized import open_folder, read_quantized
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_the_merged_checkpoint_elsewhere(run: Run, consumer: str, tmp_path: Path
 def test_the_merged_model_as_compressed_tensors(run: Run, tmp_path: Path) -> None:
     from sqft_compressed_tensors import CompressedTensors
 
-    from sqft.modeling.reader import FinishedModel
+    from sqft.modeling.loading.finished_model import FinishedModel
 
     folder = tmp_path / "exported"
     folder.mkdir()

@@ -36,16 +36,16 @@ DAMAGE: list[Callable[[Path], None]] = [flip, truncate, Path.unlink, add]
 
 
 @pytest.fixture(scope="module")
-def finished(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def finished(fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A place for a store that is made once, and not touched."""
     return {"store": tmp_path_factory.mktemp("finished") / "store"}
 
 
 @pytest.fixture
-def store(nursery: Any, recipe: Path, finished: dict[str, Path], tmp_path: Path) -> Path:
+def store(fork_server: Any, recipe: Path, finished: dict[str, Path], tmp_path: Path) -> Path:
     """A store in which the whole recipe is done."""
     if not finished["store"].exists():
-        ended = nursery.run("run", recipe, "--store", finished["store"])
+        ended = fork_server.run("run", recipe, "--store", finished["store"])
         assert ended.status == 0, ended.said
     shutil.copytree(finished["store"], tmp_path / "store")
     return tmp_path / "store"
@@ -55,7 +55,7 @@ def store(nursery: Any, recipe: Path, finished: dict[str, Path], tmp_path: Path)
     "stage", [stage if stage == "finetune" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
 )
 def test_damage_is_named_and_made_again(
-    nursery: Any, content: Any, recipe: Path, finished: Any, store: Path, stage: str
+    fork_server: Any, content: Any, recipe: Path, finished: Any, store: Path, stage: str
 ) -> None:
     (folder,) = store.glob(f"artifacts/{stage}-*")
     names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
@@ -64,38 +64,40 @@ def test_damage_is_named_and_made_again(
         kept = (folder / name).read_bytes()
         damage(folder / name)
         wrong = folder / name if damage is not add else (folder / name).with_name(f"more-{Path(name).name}")
-        nursery.run("run", recipe, "--store", store).told(str(wrong), f"--fresh {stage}")
+        fork_server.run("run", recipe, "--store", store).assert_error(str(wrong), f"--fresh {stage}")
         (folder / name).write_bytes(kept)
         if damage is add:
             wrong.unlink()
-        again = nursery.run("run", recipe, "--store", store)
+        again = fork_server.run("run", recipe, "--store", store)
         assert again.status == 0 and "done in" not in again.said, again.said
     flip(folder / names[0])
-    again = nursery.run("run", recipe, "--store", store, "--fresh", stage)
+    again = fork_server.run("run", recipe, "--store", store, "--fresh", stage)
     assert again.status == 0, again.said
     assert content(store) == content(finished["store"])
 
 
 @pytest.mark.parametrize("schema", [0, 2, "1", None])
-def test_an_artifact_of_another_schema(nursery: Any, recipe: Path, store: Path, schema: Any) -> None:
+def test_an_artifact_of_another_schema(fork_server: Any, recipe: Path, store: Path, schema: Any) -> None:
     (folder,) = store.glob("artifacts/quantize-*")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"schema": schema}))
-    nursery.run("run", recipe, "--store", store).told(str(folder), f"schema {schema}, this sqft reads 1", "--fresh")
-    plan = nursery.run("plan", recipe, "--store", store)
+    fork_server.run("run", recipe, "--store", store).assert_error(
+        str(folder), f"schema {schema}, this sqft reads 1", "--fresh"
+    )
+    plan = fork_server.run("plan", recipe, "--store", store)
     assert plan.status == 0 and plan.said.count("reuse") == 6, plan.said
-    assert nursery.run("run", recipe, "--store", store, "--fresh", "quantize").status == 0
+    assert fork_server.run("run", recipe, "--store", store, "--fresh", "quantize").status == 0
 
 
 @pytest.mark.parametrize("when", [0, 4_000_000_000], ids=["1970", "2096"])
-def test_times_of_files_mean_nothing(nursery: Any, recipe: Path, store: Path, when: int) -> None:
+def test_times_of_files_mean_nothing(fork_server: Any, recipe: Path, store: Path, when: int) -> None:
     for place in store.rglob("*"):
         os.utime(place, (when, when))
-    again = nursery.run("run", recipe, "--store", store)
+    again = fork_server.run("run", recipe, "--store", store)
     assert again.status == 0 and "done in" not in again.said, again.said
     (folder,) = store.glob("artifacts/merge-*")
     flip(folder / "model" / "model.safetensors")
-    nursery.run("run", recipe, "--store", store).told("model.safetensors has changed", "--fresh merge")
+    fork_server.run("run", recipe, "--store", store).assert_error("model.safetensors has changed", "--fresh merge")
 
 
 @pytest.mark.parametrize("days", [-400, 400])
@@ -109,7 +111,7 @@ def test_a_clock_that_is_set_otherwise(
     orchestrator = Orchestrator(registry, tmp_path)
     orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="sparsify")
     now = time.time_ns
-    monkeypatch.setattr("sqft.source.time.time_ns", lambda: now() + days * 86_400 * 10**9)
+    monkeypatch.setattr("sqft.utils.digests.time.time_ns", lambda: now() + days * 86_400 * 10**9)
     for _ in range(2):
         again = Orchestrator(registry, tmp_path)
         plan = again.plan(Recipe.parse(raw))
@@ -121,11 +123,11 @@ def test_a_clock_that_is_set_otherwise(
         Orchestrator(registry, tmp_path).run(plan, until="sparsify")
 
 
-def test_a_store_that_was_moved(nursery: Any, recipe: Path, store: Path, tmp_path: Path) -> None:
+def test_a_store_that_was_moved(fork_server: Any, recipe: Path, store: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "named otherwise"
     moved.parent.mkdir()
     store.rename(moved)
-    again = nursery.run("run", recipe, "--store", moved)
+    again = fork_server.run("run", recipe, "--store", moved)
     assert again.status == 0 and "done in" not in again.said, again.said
     (folder,) = (moved / "runs").iterdir()
     links = json.loads((folder / "run.json").read_text())["artifacts"]
@@ -133,15 +135,15 @@ def test_a_store_that_was_moved(nursery: Any, recipe: Path, store: Path, tmp_pat
     assert not any(Path(link).is_absolute() for link in links.values())
 
 
-def test_an_adapter_of_a_store_that_was_moved(nursery: Any, raw: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_of_a_store_that_was_moved(fork_server: Any, raw: dict[str, Any], tmp_path: Path) -> None:
     """The way to load it that is printed names the base where it lies now."""
     raw["finetune"]["merger"], raw["search"] = "unmerged", {}
     raw.pop("merge"), raw.pop("evaluate")
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
-    assert nursery.run("run", recipe, "--store", tmp_path / "store").status == 0
+    assert fork_server.run("run", recipe, "--store", tmp_path / "store").status == 0
     (tmp_path / "store").rename(tmp_path / "moved")
-    again = nursery.run("run", recipe, "--store", tmp_path / "moved")
+    again = fork_server.run("run", recipe, "--store", tmp_path / "moved")
     assert again.status == 0 and "done in" not in again.said, again.said
     (base,) = (tmp_path / "moved").glob("artifacts/sparsify-*")
     assert f'from_pretrained("{base / "model"}"' in again.said.replace("\n", ""), again.said

@@ -56,60 +56,64 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         ),
     ],
 )
-def test_full(nursery: Any, content: Any, disk: Disk, recipe: Path, tmp_path: Path, stage: str, share: float) -> None:
+def test_full(
+    fork_server: Any, content: Any, disk: Disk, recipe: Path, tmp_path: Path, stage: str, share: float
+) -> None:
     """The disk fills up while a stage works, with a share of what the stage needs still free."""
     stages = ["sparsify", "quantize", "finetune", "search", "merge", "export", "evaluate"]
     command = ["run", recipe, "--store", disk.store, "--until"]
     if before := stages[: stages.index(stage)]:
-        assert nursery.run(*command, before[-1]).status == 0
+        assert fork_server.run(*command, before[-1]).status == 0
     whole = tmp_path / "whole"
     if before:
         shutil.copytree(disk.store, whole)
-    undisturbed = nursery.run("run", recipe, "--store", whole, "--until", stage)
+    undisturbed = fork_server.run("run", recipe, "--store", whole, "--until", stage)
     assert undisturbed.status == 0, undisturbed.said
     known = content(disk.store)
     (made,) = whole.glob(f"artifacts/{stage}-*")
     disk.leave(int(share * sum(-(-f.stat().st_size // 4096) * 4096 for f in made.rglob("*"))))
-    ended = nursery.run(*command, stage, blind=True)
-    ended.told(str(disk.store), "--store")
+    ended = fork_server.run(*command, stage, blind=True)
+    ended.assert_error(str(disk.store), "--store")
     assert content(disk.store) == known
     disk.clear()
-    again = nursery.run(*command, stage)
+    again = fork_server.run(*command, stage)
     assert again.status == 0, again.said
     assert content(disk.store) == content(whole)
 
 
-def test_too_little_room_is_seen_before_anything_is_done(nursery: Any, disk: Disk, recipe: Path) -> None:
+def test_too_little_room_is_seen_before_anything_is_done(fork_server: Any, disk: Disk, recipe: Path) -> None:
     disk.leave(1 << 14)
-    nursery.run("run", recipe, "--store", disk.store).told("needs about", "free; make room", "--store")
+    fork_server.run("run", recipe, "--store", disk.store).assert_error("needs about", "free; make room", "--store")
     assert not list(disk.store.glob("artifacts/*"))
 
 
-def test_read_only(nursery: Any, content: Any, disk: Disk, recipe: Path) -> None:
+def test_read_only(fork_server: Any, content: Any, disk: Disk, recipe: Path) -> None:
     command = ["run", recipe, "--store", disk.store]
     disk.mount(f"remount,ro,size={LARGE}")
-    nursery.run(*command).told("cannot be written: Read-only file system", "--store")
+    fork_server.run(*command).assert_error("cannot be written: Read-only file system", "--store")
     disk.mount(f"remount,rw,size={LARGE}")
-    assert nursery.run(*command, "--until", "sparsify").status == 0
+    assert fork_server.run(*command, "--until", "sparsify").status == 0
     known = content(disk.store)
     disk.mount(f"remount,ro,size={LARGE}")
-    plan = nursery.run("plan", recipe, "--store", disk.store)
+    plan = fork_server.run("plan", recipe, "--store", disk.store)
     assert plan.status == 0 and "reuse" in plan.said, plan.said
     for more in ([], ["--until", "sparsify"], ["--fresh", "sparsify"]):
-        nursery.run(*command, *more).told("cannot be written: Read-only file system", "--store")
+        fork_server.run(*command, *more).assert_error("cannot be written: Read-only file system", "--store")
     assert content(disk.store) == known
     disk.mount(f"remount,rw,size={LARGE}")
-    assert nursery.run(*command).status == 0
+    assert fork_server.run(*command).status == 0
 
 
 @pytest.mark.parametrize("ready", [lambda disk: disk.leave(1 << 14), lambda disk: disk.mount("remount,ro,size=64m")])
-def test_the_output(nursery: Any, disk: Disk, recipe: Path, tmp_path: Path, ready: Callable[[Disk], None]) -> None:
+def test_the_output(fork_server: Any, disk: Disk, recipe: Path, tmp_path: Path, ready: Callable[[Disk], None]) -> None:
     store = tmp_path / "store"
     command = ["run", recipe, "--store", store, "--until", "sparsify", "--output", disk.place / "model"]
     ready(disk)
-    nursery.run(*command).told(f"--output {disk.place / 'model'} cannot be written", f"the result stays in {store}")
+    fork_server.run(*command).assert_error(
+        f"--output {disk.place / 'model'} cannot be written", f"the result stays in {store}"
+    )
     assert {file.name for file in disk.place.iterdir()} <= {"filler"}
     disk.mount(f"remount,rw,size={LARGE}")
     (disk.place / "filler").unlink(missing_ok=True)
-    ended = nursery.run(*command)
+    ended = fork_server.run(*command)
     assert ended.status == 0 and (disk.place / "model" / "model.safetensors").is_file(), ended.said

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.errors import RecipeError
-from sqft.inspection import _unpacked
 from sqft.kernels.grids import dequantize, same
-from sqft.modeling.checkpoint import load_dequantized, read_quantized
-from sqft.modeling.load import FolderReader
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.quantized import load_dequantized, read_quantized
+from sqft.tools.inspection import _unpacked
 
 EXPORTS = [{"exporter": name} for name in ("gptq", "compressed-tensors", "hf")]
 

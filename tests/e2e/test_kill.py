@@ -18,7 +18,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from sqft import Orchestrator, Recipe, Registry
-import sqft.modeling.resume as resume, sqft.stages.finetune as finetune, sqft.stages.search as search
+import sqft.modeling.training.checkpoints as resume, sqft.stages.finetune as finetune, sqft.stages.search as search
 
 where, at = sys.argv[3], int(sys.argv[4])
 

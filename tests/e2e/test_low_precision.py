@@ -39,11 +39,11 @@ def test_gptq_beats_rounding_on_every_layer_of_the_first_blocks(run: Run) -> Non
     from sqft_gptq import Gptq, Rtn
 
     from sqft.api import LinearStats, Statistic
-    from sqft.data.batches import calibration_windows
+    from sqft.data.windows import calibration_windows
     from sqft.kernels.grids import dequantize
-    from sqft.modeling.calibrate import walk
-    from sqft.modeling.load import load_folder
-    from sqft.progress import silent
+    from sqft.modeling.calibration.walk import walk
+    from sqft.modeling.loading.transformers_io import load_folder
+    from sqft.utils.progress import silent
 
     model, tokenizer = load_folder(run["sparsify"].folder / "model")
     model.model.layers = model.model.layers[:4]

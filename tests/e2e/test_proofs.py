@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import ArtifactError
-from sqft.modeling.checkpoint import open_folder
+from sqft.modeling.loading.quantized import open_folder
 from sqft.stages import merge, quantize
 
 BIAS = "model.layers.1.mlp.up_proj.bias"
@@ -82,7 +82,7 @@ def test_biases_beside_codes(
 
 def spoil(patched: pytest.MonkeyPatch, stage: Any, change: Callable[[Tensor], Tensor | None]) -> None:
     """What a stage stores has one bias changed, after the logits were compared."""
-    from sqft.modeling import checkpoint
+    from sqft.modeling.loading import quantized as checkpoint
 
     save = checkpoint.save_torch_state_dict
 

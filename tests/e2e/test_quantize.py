@@ -138,7 +138,7 @@ def test_a_checkpoint_with_parts_that_do_not_fit(
 ) -> None:
     from safetensors.torch import save_file
 
-    from sqft.modeling.checkpoint import open_folder, read_quantized
+    from sqft.modeling.loading.quantized import open_folder, read_quantized
 
     folder = run(quantizing, registry, tmp_path)["quantize"].folder / "model"
     whole = load_file(folder / "model.safetensors")

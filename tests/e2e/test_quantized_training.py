@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
-from sqft.modeling import tuning
-from sqft.modeling.checkpoint import read_quantized
+from sqft.modeling.loading.quantized import read_quantized
+from sqft.stages import adapted as tuning
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def test_sqft_leaves_a_stock_adapter_beside_the_codes(
     finished = run(quantized, registry, tmp_path)
     model = PeftModel.from_pretrained(finished["quantize"].load_model(), finished["search"].folder / "adapter")
     rows = {row["configuration"]: row for row in finished.report["rows"]}
-    from sqft.data.batches import text_windows
-    from sqft.modeling.load import load_tokenizer
-    from sqft.modeling.measure import perplexity
-    from sqft.progress import silent
+    from sqft.data.windows import text_windows
+    from sqft.modeling.evaluation import perplexity
+    from sqft.modeling.loading.transformers_io import load_tokenizer
+    from sqft.utils.progress import silent
 
     tokenizer = load_tokenizer(finished["quantize"].folder / "model")
     windows = text_windows(Path(quantized["evaluate"]["perplexity"]["text"]), tokenizer, 256, 64)

@@ -99,7 +99,7 @@ def test_an_unmerged_adapter_in_stock_peft(
         finished["search"].folder / "adapter",
         out,
     )
-    from sqft.modeling.tuning import Base, Choice, restore
+    from sqft.stages.adapted import Base, Choice, restore
 
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(raw))

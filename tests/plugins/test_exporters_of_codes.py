@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sqft.api import Grid, Quantized
 from sqft.kernels.grids import dequantize, group_index, same
-from sqft.modeling.checkpoint import load_dequantized, read_quantized
-from sqft.modeling.reader import FinishedModel
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.quantized import load_dequantized, read_quantized
 
 LAYER = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -16,10 +16,11 @@ from sqft_hf import HuggingFace
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sqft.modeling.checkpoint import load_dequantized
-from sqft.modeling.reader import FinishedModel
-from sqft.source import Digests, find_model
+from sqft.checkpoints.source import find_model
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.quantized import load_dequantized
 from sqft.testing import check_exporter
+from sqft.utils.digests import Digests
 
 TENSORS = {
     "embed.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -1,0 +1,71 @@
+"""GGUF files, read by their headers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sqft.checkpoints.families import guess_linears
+from sqft.checkpoints.model_source import ModelSource
+from sqft.errors import ArtifactError, SqftError
+from sqft.utils.digests import Digests
+
+GGUF_LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""GGUF's names of a Llama block's linear layers, as transformers calls them."""
+
+
+GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+def gguf_source(path: Path, digests: Digests) -> ModelSource:
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return field.contents() if field is not None else None
+
+    try:
+        reader = open_gguf(path)
+        shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        family = value("general.architecture")
+        config = {
+            "model_type": family,
+            "hidden_size": value(f"{family}.embedding_length"),
+            "intermediate_size": value(f"{family}.feed_forward_length"),
+            "num_hidden_layers": value(f"{family}.block_count"),
+            "max_position_embeddings": value(f"{family}.context_length"),
+            "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        }
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None
+    if not shapes:
+        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
+    named: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        match = GGUF_BLOCK.fullmatch(name)
+        if match and match[2] in GGUF_LINEARS:
+            named[f"model.layers.{match[1]}.{GGUF_LINEARS[match[2]]}.weight"] = shape
+    return ModelSource("gguf", path, digests.file(path), config, shapes, guess_linears(named))
+
+
+def open_gguf(path: Path) -> Any:
+    """gguf's reader of a file.
+
+    Raises:
+        SqftError: when the package is not installed, or the file is damaged.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise SqftError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None

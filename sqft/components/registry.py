@@ -1,0 +1,178 @@
+"""What is installed, by whom, and what is broken.
+
+Distributions are walked here and not by pluggy's loader, which skips a second entry point of one
+name without a word and stops at the first import that fails. A plugin that fails is kept as
+`Broken`: it never stops an unrelated run, and is repeated in the error of whoever misses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from types import SimpleNamespace
+
+import pluggy
+
+from sqft.components import hookspecs
+from sqft.components.discovery import GROUP, distributions, version_mismatch
+from sqft.components.entry import Broken, Entry, Provider
+from sqft.components.kinds import KINDS, Component
+from sqft.components.validation import component_mistake
+from sqft.errors import PluginError
+
+INSTALL_FREE = "added by this process"
+
+
+class Registry:
+    """The plugins of one process.
+
+    `Registry.discover()` finds the installed ones; `Registry()` is empty, and `add` takes a module or
+    object with hook implementations, installed or not. Nothing here is global.
+    """
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("sqft")
+        self._manager.add_hookspecs(hookspecs)
+        self._entries: dict[tuple[str, str], list[Entry]] = {}
+        self._broken: list[Broken] = []
+
+    @classmethod
+    def discover(cls, disable: Iterable[str] = ()) -> Registry:
+        """A registry of every installed plugin, less those named here or in SQFT_DISABLE (commas)."""
+        registry = cls()
+        skipped = {*disable, *filter(None, os.environ.get("SQFT_DISABLE", "").split(","))}
+        for distribution in distributions():
+            for point in distribution.entry_points.select(group=GROUP):
+                if point.name not in skipped:
+                    registry._load(point, distribution)
+        return registry
+
+    def add(self, plugin: object, name: str | None = None, source: str = INSTALL_FREE) -> None:
+        """Add a module or object with hook implementations, or a component class by itself.
+
+        Raises:
+            PluginError: when it, or a component it offers, breaks the rules for plugins. Nothing of it is then added.
+        """
+        known, label = len(self._broken), str(getattr(plugin, "__name__", repr(plugin)))
+        if inspect.isclass(plugin) and issubclass(plugin, Component) and getattr(plugin, "kind", None) in KINDS:
+            offer = hookspecs.hookimpl(lambda component=plugin: [component])
+            plugin = SimpleNamespace(**{hookspecs.COMPONENT_HOOKS[plugin.kind]: offer})
+        provider = Provider(name or label, source)
+        self._register(plugin, provider)
+        if failures := self._broken[known:]:
+            del self._broken[known:]
+            if self._manager.get_plugin(provider.plugin) is plugin:
+                self._manager.unregister(name=provider.plugin)
+                for found in self._entries.values():
+                    found[:] = [entry for entry in found if entry.provider != provider]
+            raise PluginError("\n".join(map(str, failures)))
+
+    def get(self, kind: str, name: str) -> Entry:
+        """The entry of that kind and name; "plugin/name" picks one when several offer the name.
+
+        Raises:
+            PluginError: when there is none (with suggestions and broken plugins) or more than one.
+        """
+        plugin, _, bare = name.rpartition("/")
+        found = self._entries.get((kind, bare), [])
+        if plugin:
+            found = [entry for entry in found if entry.provider.plugin == plugin]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            offers = ", ".join(
+                f"{entry.provider.plugin}/{bare} ({entry.provider.source})"
+                for entry in sorted(found, key=lambda entry: str(entry.provider))
+            )
+            raise PluginError(f"{kind} '{bare}' is offered more than once: {offers}. Write the one you mean.")
+        raise PluginError(self._missing(kind, name))
+
+    def entries(self) -> list[Entry]:
+        """Every usable component, by kind and name."""
+        order = list(KINDS)
+        flat = [entry for found in self._entries.values() for entry in found]
+        return sorted(flat, key=lambda e: (order.index(e.component.kind), e.component.name, str(e.provider)))
+
+    def broken(self) -> list[Broken]:
+        """What could not be used, and why."""
+        return list(self._broken)
+
+    def notify(self, hook: str, **arguments: object) -> Iterator[tuple[str, BaseException]]:
+        """Call a notification on every plugin; yield (plugin, error) for those that raised."""
+        for impl in getattr(self._manager.hook, hook).get_hookimpls():
+            try:
+                impl.function(**{name: arguments[name] for name in impl.argnames})
+            except (Exception, SystemExit) as error:  # a tracker must never stop a run
+                yield impl.plugin_name, error
+
+    def _missing(self, kind: str, name: str) -> str:
+        names = sorted({bare for (other, bare) in self._entries if other == kind})
+        message = f"no {kind} named '{name}'; installed: {', '.join(names) or 'none'}."
+        if close := difflib.get_close_matches(name.rpartition("/")[2], names, n=1):
+            message += f" Did you mean '{close[0]}'?"
+        return "\n    ".join([message, *map(str, self._broken)])
+
+    def _load(self, point: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
+        provider = Provider(point.name, f"{distribution.name} {distribution.version}")
+        if wrong := version_mismatch(distribution):
+            self._break(provider, wrong)
+            return
+        try:
+            plugin = point.load()
+        except (Exception, SystemExit) as error:
+            self._break(provider, f"could not be loaded: {type(error).__name__}: {error}")
+            return
+        self._register(plugin, provider)
+
+    def _register(self, plugin: object, provider: Provider) -> None:
+        name = provider.plugin
+        if self._manager.has_plugin(name) or self._manager.is_registered(plugin):
+            self._break(provider, "is a second plugin of that name; the first one is used")
+            return
+        try:
+            self._manager.register(plugin, name=name)
+            self._check_hook_names(plugin)
+        except (pluggy.PluginValidationError, PluginError) as error:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            self._break(provider, f"does not fit sqft's hooks: {str(error).splitlines()[-1]}")
+            return
+        for kind, hook in hookspecs.COMPONENT_HOOKS.items():
+            self._collect(kind, hook, plugin, provider)
+
+    def _check_hook_names(self, plugin: object) -> None:
+        """Refuse what would be ignored: a marked function that is no hook of ours, a hook that is not marked, none."""
+        hooks = [name for name in vars(hookspecs) if name.startswith("sqft_")]
+        marked = [name for name in dir(plugin) if self._manager.parse_hookimpl_opts(plugin, name) is not None]
+        for name in marked:
+            if name not in hooks:
+                close = difflib.get_close_matches(name, hooks, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else f" Hooks: {', '.join(hooks)}."
+                raise PluginError(f"there is no hook '{name}'.{hint}")
+        if bare := [name for name in hooks if name not in marked and inspect.isroutine(getattr(plugin, name, None))]:
+            raise PluginError(f"{bare[0]} is not marked; write @hookimpl (from sqft.api) above it")
+        if not marked:
+            raise PluginError(f"it implements none of {', '.join(hooks)}")
+
+    def _collect(self, kind: str, hook: str, plugin: object, provider: Provider) -> None:
+        """Ask one plugin for one kind, and take what keeps the rules."""
+        for impl in getattr(self._manager.hook, hook).get_hookimpls():
+            if impl.plugin is not plugin:
+                continue
+            try:
+                offered = list(impl.function() or ())
+            except (Exception, SystemExit) as error:
+                self._break(provider, f"failed in {hook}: {type(error).__name__}: {error}")
+                continue
+            for component in offered:
+                if wrong := component_mistake(kind, hook, component):
+                    self._break(provider, wrong)
+                    continue
+                entry = Entry(component, provider)
+                self._entries.setdefault((kind, component.name), []).append(entry)
+
+    def _break(self, provider: Provider, reason: str) -> None:
+        self._broken.append(Broken(provider.plugin, provider.source, reason))

@@ -1,0 +1,1 @@
+"""Run a plan: reuse what the store has, make the rest, write the report."""

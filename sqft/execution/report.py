@@ -1,0 +1,106 @@
+"""One table of what each step cost and gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqft.planning.plan import Plan
+from sqft.store.artifacts import Artifact
+from sqft.utils.text import human, markdown
+
+MAKER = {"model": None, "sparsify": "sparsify", "quantize": "quantize", "search": "search", "merge": "merge"}
+"""The step whose cost stands in a row; `finetune:NAME` is made by finetune."""
+
+
+def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """A row for each evaluated configuration and a line for each step, from manifests alone."""
+    rows = []
+    for name, artifact in artifacts.items():
+        if artifact.manifest["stage"] == "evaluate":
+            rows.append(_row(name.partition(":")[2], artifact, artifacts))
+    steps = [
+        {
+            "step": name,
+            "artifact": artifact.folder.name,
+            "seconds": artifact.manifest["seconds"],
+            "peak_memory": artifact.manifest["peak_memory"],
+            "storage": artifact.size,
+            "report": {key: value for key, value in artifact.report.items() if key != "layers"},
+        }
+        for name, artifact in artifacts.items()
+    ]
+    return {"recipe": plan.recipe.name, "seed": plan.recipe.seed, "rows": rows, "steps": steps}
+
+
+def _row(what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    maker = "finetune" if what.startswith("finetune:") else MAKER[what]
+    made = artifacts.get(maker) if maker else None
+    measured = artifact.report
+    label = what
+    if what == "search" and made:
+        label = f"search ({made.report['searcher']})"
+    match = measured.get("exact_match", {})
+    return {
+        "configuration": label,
+        "accuracy": match.get("accuracy"),
+        "stderr": match.get("stderr"),
+        "perplexity": measured.get("perplexity", {}).get("perplexity"),
+        "tasks": measured.get("tasks", {}),
+        "sparsity": measured["sparsity"],
+        "trainable": measured.get("trainable"),
+        "storage": made.size if made else None,
+        "seconds": made.manifest["seconds"] if made else None,
+        "peak_memory": made.manifest["peak_memory"] if made else None,
+        "evaluation_seconds": artifact.manifest["seconds"],
+    }
+
+
+def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The report's rows as text: heads and cells."""
+    tasks = sorted({task for row in report["rows"] for task in row["tasks"]})
+    heads = ["configuration", "accuracy", "perplexity", *tasks, "sparsity", "trained", "adds on disk", "made in"]
+    heads += ["peak memory", "evaluated in"]
+    cells = []
+    for row in report["rows"]:
+        accuracy = f"{row['accuracy']:.1%} ± {row['stderr']:.1%}" if row["accuracy"] is not None else "–"
+        cells.append(
+            [
+                row["configuration"],
+                accuracy,
+                _text(row["perplexity"], "{:.2f}"),
+                *(_task(row["tasks"].get(task, {})) for task in tasks),
+                f"{row['sparsity']:.2%}",
+                _text(row["trainable"], "{:,}"),
+                human(row["storage"]) if row["storage"] is not None else "–",
+                _text(row["seconds"], "{:.0f} s"),
+                human(row["peak_memory"]) if row["peak_memory"] is not None else "–",
+                _text(row["evaluation_seconds"], "{:.0f} s"),
+            ]
+        )
+    return heads, cells
+
+
+def title(report: Mapping[str, Any]) -> str:
+    return f"{report['recipe']} (seed {report['seed']})"
+
+
+def report_markdown(report: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    return markdown(title(report), *table(report))
+
+
+def _text(value: float | None, form: str) -> str:
+    return form.format(value) if value is not None else "–"
+
+
+def _task(metrics: Mapping[str, float]) -> str:
+    """A task's metrics by name, each with its standard error where it has one."""
+    shown = []
+    for name, value in metrics.items():
+        metric, _, way = name.partition(",")  # lm-eval's filter, as in "exact_match,strict-match"
+        if metric.endswith("_stderr"):
+            continue
+        error = metrics.get(f"{metric}_stderr,{way}" if way else f"{metric}_stderr")
+        shown.append(f"{name} {value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+    return ", ".join(shown) or "–"

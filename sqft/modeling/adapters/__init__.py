@@ -1,0 +1,1 @@
+"""Frozen weights, adapters on them, and the effective weight."""

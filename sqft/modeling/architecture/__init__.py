@@ -1,0 +1,1 @@
+"""A model's decoder blocks and linear layers."""

@@ -1,0 +1,56 @@
+"""A causal language model as a list of decoder blocks and the linear layers in them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sqft.errors import StageError
+from sqft.modeling.adapters.frozen_weight import PackedLinear
+from sqft.types import LinearShape
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's decoder blocks by full name, in order: its longest list of modules that is in no other.
+
+    Hybrid models have blocks of several kinds in one list.
+
+    Raises:
+        StageError: when the model has no such list.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    outer = "\0"
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if name.startswith(f"{outer}."):  # a block's own list, of experts
+            continue
+        outer = name
+        if best is None or len(module) > len(best[1]):
+            best = (name, module)
+    if best is None:
+        raise StageError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
+    return {f"{best[0]}.{index}": block for index, block in enumerate(best[1])}
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer of floats inside the decoder blocks, by full name, in order."""
+    return {name: layer for name, layer in all_linears(model).items() if isinstance(layer, nn.Linear)}
+
+
+def all_linears(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
+    """Every linear layer inside the decoder blocks, of floats or of codes, by full name, in order; no router."""
+    return {
+        f"{block_name}.{name}": module
+        for block_name, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | PackedLinear) and not _routes(block, name)
+    }
+
+
+def _routes(block: nn.Module, name: str) -> bool:
+    """Whether a layer is a router's, or stands beside a mixture's experts: it says which of them act, or how much."""
+    return "router" in name.split(".") or hasattr(block.get_submodule(name.rpartition(".")[0]), "experts")
+
+
+def shape_of(name: str, linear: nn.Linear | PackedLinear) -> LinearShape:
+    return LinearShape(name, linear.out_features, linear.in_features)

@@ -1,0 +1,1 @@
+"""Run calibration text through a model block by block, and collect statistics."""

@@ -1,0 +1,136 @@
+"""Capture how each decoder block is called, and run one block by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sqft.errors import StageError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+Slot = int | str
+"""Where in a block's call the hidden states stand: a position, or a keyword."""
+
+
+def capture(
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor
+) -> tuple[dict[str, list[Call]], list[Tensor], Slot]:
+    """Every block's calls with the hidden states taken out, the first block's hidden states, their slot.
+
+    Raises:
+        StageError: when the blocks cannot be replayed one by one.
+    """
+    slot, rest = _probe(model, blocks, windows[:1])
+    calls: dict[str, list[Call]] = {name: [] for name in blocks}
+    hidden: list[Tensor] = []
+    first = next(iter(blocks))
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            state, call = _take(args, kwargs, slot)
+            calls[name].append(call)
+            if name == first:
+                hidden.append(state.detach())
+            more = rest[name]
+            return state if more is None else (state, *more)  # nothing is computed: what follows is thrown away
+
+        return record
+
+    try:
+        for name, block in blocks.items():
+            block.forward = recorder(name)
+        for window in windows:
+            forward(model, window[None])
+    finally:
+        for block in blocks.values():
+            vars(block).pop("forward", None)  # the class's own again
+    return calls, hidden, slot
+
+
+def _probe(
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tensor
+) -> tuple[Slot, dict[str, tuple[Any, ...] | None]]:
+    """Run one window for real: where a block's output enters the next, and what each gives besides it.
+
+    What a block that gives no tuple gives besides is None.
+    """
+    outputs: list[Any] = []
+    inputs: list[Call] = []
+    hooks = []
+    for block in blocks.values():
+        hooks.append(
+            block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+        )
+        hooks.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
+    try:
+        forward(model, window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kind = type(model).__name__
+    if len(outputs) != len(blocks):
+        raise StageError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
+    produced = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    rest = [output[1:] if isinstance(output, tuple) else None for output in outputs]
+    besides: list[Tensor] = []
+    slots: set[Slot] = {0 if inputs[0][0] else next(iter(inputs[0][1]))} if len(blocks) == 1 else set()
+    for before, more, (args, kwargs) in zip(produced, rest, inputs[1:], strict=False):
+        given: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
+        entered = {slot for slot, value in given if value is before}
+        slots = (slots or entered) & entered
+        besides += tensors_in(more)
+        if not slots:
+            raise StageError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
+        if any(one is other for one in tensors_in([args, kwargs]) for other in besides if other is not before):
+            raise StageError(
+                f"{kind}'s blocks pass on more than their hidden states, so they cannot be walked one by one"
+            )
+    return min(slots, key=str), dict(zip(blocks, rest, strict=True))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for each in inner for tensor in tensors_in(each)]
+
+
+def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Tensor, Call]:
+    if isinstance(slot, int):
+        return args[slot], ((*args[:slot], None, *args[slot + 1 :]), kwargs)
+    return kwargs[slot], (args, {**kwargs, slot: None})
+
+
+def run_block(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: str) -> Tensor:
+    """A block's output where its hidden states are `state`, and all else of its call as it was."""
+    args, kwargs = call
+    if isinstance(slot, int):
+        args = (*args[:slot], state, *args[slot + 1 :])
+    else:
+        kwargs = {**kwargs, slot: state}
+    output = block(*_on(args, device), **_on(kwargs, device))
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _on(value: Any, device: str) -> Any:
+    """Nested arguments with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_on(inner, device) for inner in value)
+    if isinstance(value, dict):
+        return {key: _on(inner, device) for key, inner in value.items()}
+    return value
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, window: Tensor) -> None:
+    model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted

@@ -1,0 +1,133 @@
+"""The calibration walk on tensors without numbers: what it could not do is found before a weight is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from sqft.errors import StageError
+from sqft.modeling.architecture.blocks import decoder_blocks
+from sqft.modeling.architecture.linears import Expert, Experts, fused_experts
+from sqft.modeling.calibration.capture import capture, forward, run_block
+
+TOKENS = 8
+
+
+SHOWN = 5
+
+
+def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
+    """Every chosen layer of a model on the meta device would be seen by calibration; `chosen` maps names to the
+    place in the recipe that names them. Of a model that runs only with numbers nothing is known, and nothing said.
+    The model is spent: hooks stay on it.
+
+    Raises:
+        StageError: saying why the blocks cannot be walked, or naming layers that the walk would not see.
+    """
+    with _without_numbers(model) as windows:
+        try:
+            seen = _seen(model, windows)
+        except StageError:
+            raise
+        except Exception as error:
+            try:
+                forward(model, windows)
+            except Exception:  # an operation whose result's shape hangs on numbers
+                return
+            said = str(error).partition("\n")[0]
+            raise StageError(f"{type(model).__name__}'s blocks cannot be run one by one: {said}") from error
+    experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
+    unseen = [name for name in chosen if name not in seen and name.rpartition(".")[0] not in experts]
+    if unseen:
+        head = (
+            "calibration measures what a layer is given; these are not called, as their blocks read the weight itself:"
+        )
+        more = [f"… and {len(unseen) - SHOWN} more"] if len(unseen) > SHOWN else []
+        named = [f"{chosen[name]}: {name}; exclude it" for name in unseen[:SHOWN]]
+        raise StageError("\n  ".join([head, *named, *more]))
+
+
+def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Those of a meta model's layers that its forward does not call: it reads their weight, or passes them by.
+
+    Of a model that runs only with numbers nothing is known, and nothing is named.
+    """
+    ran = set[str]()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names]
+    try:
+        with _without_numbers(model) as windows:
+            forward(model, windows)
+    except Exception:  # an operation whose result's shape hangs on numbers
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in names if name not in ran]
+
+
+def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
+    """The linear layers that run when each block is replayed by itself; of blocks alike two run, one is replayed."""
+    blocks = decoder_blocks(model)
+    kinds: dict[Any, list[str]] = {}
+    for name, block in blocks.items():
+        shapes = tuple((inner, tuple(parameter.shape)) for inner, parameter in block.named_parameters())
+        kinds.setdefault((type(block), shapes), []).append(name)
+    for first, _, *others in (names for names in kinds.values() if len(names) > 2):
+        for name in others:
+            blocks[name].forward = _Double(blocks[first])
+    calls, (state,), slot = capture(model, blocks, windows)
+    seen: set[str] = set()
+    for names in kinds.values():
+        block, ran = blocks[names[0]], set[nn.Module]()
+        for module in block.modules():
+            module.register_forward_pre_hook(lambda module, _, ran=ran: ran.add(module))
+        run_block(block, calls[names[0]][0], slot, state, "meta")
+        inside = [inner for inner, module in block.named_modules() if module in ran]
+        seen |= {f"{name}.{inner}" for name in names for inner in inside}
+    return seen
+
+
+class _Double:
+    """Gives back what a block alike gave, as new hidden states."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.output: Any = None
+        block.register_forward_hook(lambda _, __, output: setattr(self, "output", output))
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        if isinstance(self.output, tuple):
+            return (torch.empty_like(self.output[0]), *self.output[1:])
+        return torch.empty_like(self.output)
+
+
+@contextmanager
+def _without_numbers(model: nn.Module) -> Iterator[Tensor]:
+    """Inside, a model on the meta device runs on fake tensors; a window of tokens [1, tokens] to run it on."""
+    window = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
+        yield window
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, experts give back what they are given, as how many tokens come to each hangs on numbers; and torch
+    keeps to itself why an operation has no shape."""
+    names = {*fused_experts(model), *(name for name, m in model.named_modules() if isinstance(m, Experts))}
+    mixtures = [model.get_submodule(name) for name in names]
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        for mixture in mixtures:
+            mixture.forward = lambda hidden, *_, **__: hidden
+        yield
+    finally:
+        logging.disable(disabled)
+        for mixture in mixtures:
+            vars(mixture).pop("forward", None)

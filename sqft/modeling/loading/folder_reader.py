@@ -1,0 +1,59 @@
+"""A model folder's tensors, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sqft.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """A model folder's tensors, read one at a time from its safetensors files.
+
+    Raises:
+        ArtifactError: when a file is damaged or a tensor is missing; the message names it.
+    """
+
+    folder: Path
+
+    def names(self) -> Sequence[str]:
+        return sorted(self._places)
+
+    def tensor(self, name: str) -> Tensor:
+        place = self._places.get(name)
+        if place is None:
+            raise ArtifactError(f"{self.folder} has no tensor {name}")
+        with _open(place) as stream:
+            tensor: Tensor = stream.get_tensor(name)
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        with ExitStack() as stack:
+            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._places.values()))}
+            for name, file in sorted(self._places.items()):
+                yield name, streams[file].get_tensor(name)
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        """The file of each tensor; a reader lists its folder once."""
+        found = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with _open(file) as stream:
+                found.update(dict.fromkeys(stream.keys(), file))
+        return found
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is no whole safetensors file: {error}") from None

@@ -1,0 +1,143 @@
+"""transformers' Trainer for deltas: its arguments, its batches in several processes, and when it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl
+from transformers.integrations import TensorBoardCallback
+
+from sqft.data.encoding import IGNORED
+from sqft.errors import StageError
+from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.evaluation import summed_loss
+from sqft.modeling.training.loss import CompletionLoss
+from sqft.types import Choice
+from sqft.utils.distributed import Processes
+from sqft.utils.progress import silent
+
+BEST = "best.safetensors"
+
+
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+
+
+class DeltaTrainer(Trainer):
+    """Trainer, but scales do not decay (towards 0 they would leave the base's grid), and `batch_size` is that of all
+    processes together, so that a recipe means the same in any number of them.
+
+    `eval_dataset` is a list of `Example`; `logs` the folder for tensorboard's files.
+    """
+
+    model: CompletionLoss
+    control: TrainerControl
+
+    def __init__(self, tuned: Tuned, processes: Processes, logs: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tuned, self.processes = tuned, processes
+        self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(logs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gain")]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process draws the whole batch, and `Share` takes its rows of it.
+
+        Accelerate would deal out batches instead, and fill an epoch's last one up with examples seen already.
+        """
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            shard: Any = loader.batch_sampler
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss of a label on `eval_dataset`, at the largest ranks; every process takes its part."""
+        self.tuned.choose(Choice(tuple(max(group.ranks) for group in self.tuned.space.groups)))
+        own = self.eval_dataset[self.processes.rank :: self.processes.count]
+        rows = max(1, self.args.per_device_train_batch_size // self.processes.count)
+        sums = summed_loss(self.model, own, rows, self.tuned.tokenizer.pad_token_id, silent)
+        total, labels = self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=self.args.device), "sum")
+        metrics = {"eval_loss": float(total / labels)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Best(TrainerCallback):
+    """The lowest loss on validation so far and the deltas that had it, kept in every checkpoint; and when to stop."""
+
+    def __init__(self, model: CompletionLoss, patience: int | None, processes: Processes) -> None:
+        self.model, self.patience, self.processes = model, patience, processes
+        self.loss, self.step, self.waited = math.inf, 0, 0
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def stops(self) -> bool:
+        return self.patience is not None and self.waited >= self.patience
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= bool(args.eval_strategy != "no" and state.global_step >= state.max_steps)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = kwargs["metrics"]["eval_loss"]
+        if loss < self.loss:
+            self.loss, self.step, self.waited = loss, state.global_step, 0
+            self.kept = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        else:
+            self.waited += 1
+        control.should_training_stop |= self.stops
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.kept and self.processes.first:
+            known = {"loss": repr(self.loss), "step": str(self.step), "waited": str(self.waited)}
+            save_file(self.kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST, metadata=known)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from what a checkpoint knows."""
+        if (checkpoint / BEST).is_file():
+            with safe_open(checkpoint / BEST, "pt") as stored:
+                known = stored.metadata()
+                self.kept = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            self.loss, self.step, self.waited = float(known["loss"]), int(known["step"]), int(known["waited"])
+
+    def restore(self) -> None:
+        """Put the best deltas back, where early stopping was asked for."""
+        if self.patience is not None and self.kept:
+            self.model.load_state_dict(self.kept)
+
+
+class Share:
+    """Collates a process's rows of a batch; one that has none takes part with a row without labels."""
+
+    def __init__(self, collate: Collate, processes: Processes) -> None:
+        self.collate, self.processes = collate, processes
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        own = examples[self.processes.rank :: self.processes.count]
+        batch = self.collate(own or examples[:1])
+        if not own:
+            batch["labels"].fill_(IGNORED)
+        return batch
+
+
+class FiniteLoss(TrainerCallback):
+    """Stop at the first loss that is not finite, before a checkpoint is made of it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise StageError(
+                f"the loss is not finite at step {state.global_step}; lower finetune.learning_rate or use float32"
+            )

@@ -1,0 +1,1 @@
+"""A recipe and a registry become a plan: steps with fingerprints and estimates. No torch."""

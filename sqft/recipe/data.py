@@ -1,0 +1,83 @@
+"""The parts of a recipe that name records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+
+from sqft.data.templates import TEMPLATES, mistake_in
+from sqft.recipe.fields import Count, Section
+
+
+class Prompt(Section):
+    """Jinja templates over a record's fields: "Question: {{question}}"."""
+
+    prompt: str = Field(min_length=1, description="what is asked")
+    completion: str = Field(min_length=1, description="what is to be answered")
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _is_template(cls, source: str) -> str:
+        if mistake := mistake_in(source):
+            raise ValueError(f"is no Jinja template: {mistake}")
+        return source
+
+
+def _by_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in TEMPLATES:
+        raise ValueError(f"no prompt template is named '{value}'; there are {', '.join(TEMPLATES)}, or write your own")
+    return {"prompt": TEMPLATES[value].prompt, "completion": TEMPLATES[value].completion}
+
+
+NamedPrompt = Annotated[Prompt, BeforeValidator(_by_name, json_schema_input_type=str | Prompt)]
+
+
+class Data(Section):
+    """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}; of other fields with a
+    prompt template."""
+
+    path: str = Field(
+        description="a .jsonl, .json, .csv, .txt (a text a line), .parquet or .arrow file, or a data set of Hugging "
+        "Face's: a folder or an id"
+    )
+    prompt: NamedPrompt | None = Field(
+        None,
+        description=f"how a record's fields become a prompt and a completion: {', '.join(TEMPLATES)}, or "
+        "{prompt, completion} templates of your own",
+    )
+    limit: Count | None = Field(None, description="take only the first so many records")
+    config: str | None = Field(None, description="of a data set of several, the one that is meant")
+    split: str = Field(
+        "train",
+        description='of a data set with splits, the one that is meant; sliced as datasets does: "train[:1000]", '
+        '"train[90%:]", "train+test"',
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+
+
+class TrainingData(Data):
+    """One of the data sets to train on."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="how often each record comes in an epoch; of a broken number, a drawn part comes once more"
+    )
+
+
+def _short_data(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
+
+
+_One = Annotated[TrainingData, BeforeValidator(_short_data, json_schema_input_type=str | TrainingData)]
+
+
+DataRefs = Annotated[
+    Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
+    Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),
+]
+"""One data set, or several. The tags are no part of a place in the recipe: `mistakes` leaves them out."""

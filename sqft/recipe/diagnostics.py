@@ -1,0 +1,126 @@
+"""What pydantic found wrong, as people read it; and the recipe without it, so that a plan can find the rest."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sqft.errors import Problem
+from sqft.utils.text import brief
+
+M = TypeVar("M", bound=BaseModel)
+
+
+Place = tuple[str | int, ...]
+
+
+PLACEHOLDER = "placeholder"
+
+
+ROUNDS = 8
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """pydantic's mistakes as ours: a dotted path and a sentence, unknown keys with a suggestion."""
+    problems = []
+    for item in error.errors(include_url=False):
+        where = _place(item)
+        place = ".".join(filter(None, [prefix, *map(str, where)]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = _unknown_key(str(where[-1]), _keys_at(model, where[:-1]))
+        elif item["type"] == "missing":
+            message = "is missing"
+        elif item["type"] not in ("value_error",):
+            message = f"{message[0].lower()}{message[1:]}, found {brief(item['input'])}"
+        problems.append(Problem(place, message))
+    return problems
+
+
+def _place(item: Any) -> Place:
+    """Where a mistake is, in the user's words: pydantic's path without the tags of a union ("@one")."""
+    return tuple(part for part in item["loc"] if not str(part).startswith("@"))
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    message = f"unknown key; known here: {', '.join(known) or 'none'}."
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"{message} Did you mean '{close[0]}'?" if close else message
+
+
+def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    """The keys of the model nested at a place of another."""
+    for part in place:
+        if isinstance(part, int):
+            continue
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        inner = model_in(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, alone, in a tuple or as one of several types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := model_in(inner):
+            return found
+    return None
+
+
+def related(place: str, other: str) -> bool:
+    """Whether two places of a recipe are the same, or one lies in the other."""
+    return f"{place}.".startswith(f"{other}.") or f"{other}.".startswith(f"{place}.")
+
+
+def without_mistakes(model: type[M], raw: Any) -> M | None:
+    """The model of `raw` as it would be without the values that are wrong; None when too little is left.
+
+    A wrong value gives way to its default, a missing one to a placeholder. What a plan then says about
+    those places (see `related`) means nothing; what it says about all others holds.
+    """
+    raw = copy.deepcopy(raw)
+    for _ in range(ROUNDS):  # a value taken out may turn out to be missing
+        try:
+            return model.model_validate(raw)
+        except ValidationError as error:
+            # The last first, so that what is taken out of a list moves no other place.
+            wrong = sorted(error.errors(), key=_position, reverse=True)
+            if not all(_take_out(raw, _place(item), item["type"]) for item in wrong):
+                return None
+    return None
+
+
+def _position(item: Any) -> list[tuple[bool, str | int]]:
+    return [(isinstance(part, int), part) for part in _place(item)]
+
+
+def _take_out(raw: Any, place: Place, mistake: str) -> bool:
+    """Mend one place; False when it is a whole section, without which the others mean something else."""
+    if len(place) == 1 and mistake == "missing":
+        raw[place[0]] = {"path": PLACEHOLDER} if place[0] == "model" else PLACEHOLDER
+        return True
+    if len(place) == 1 and mistake == "model_type":
+        return False
+    *parents, last = place
+    here = raw
+    for part in parents:
+        inner = here.get(part) if isinstance(here, dict) else here[part] if part in range(len(here)) else None
+        if not isinstance(inner, dict | list):  # "wanda" stands for {"name": "wanda"}: the mistake is in the word
+            last = part
+            break
+        here = inner
+    if mistake == "missing" and isinstance(here, dict):
+        here[last] = PLACEHOLDER
+    elif isinstance(here, dict):
+        here.pop(last, None)
+    elif isinstance(last, int) and last < len(here):
+        del here[last]
+    return True

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+
+from sqft.errors import Problem, RecipeError, SqftError
+from sqft.recipe.diagnostics import problems_of, without_mistakes
+from sqft.recipe.fields import Section
+from sqft.recipe.reading import apply, read_json
+from sqft.recipe.sections import Calibration, Evaluate, Export, Finetune, Merge, Model, Quantize, Search, Sparsify
+from sqft.utils.text import brief
+
+
+class Recipe(Section):
+    """A whole recipe. Sections that are left out are steps that are not taken."""
+
+    schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe's words")
+    json_schema: str | None = Field(None, alias="$schema", description="where `sqft schema` was stored, for editors")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder, nothing else")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="all randomness comes from it")
+    model: Model
+    calibration: Calibration | None = None
+    sparsify: Sparsify | None = None
+    quantize: Quantize | None = None
+    finetune: Finetune | None = None
+    search: Search | None = None
+    merge: Merge | None = None
+    export: tuple[Export, ...] = ()
+    evaluate: Evaluate | None = None
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _source: str = PrivateAttr(default="recipe")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths are resolved against: the recipe's own."""
+        return self._folder
+
+    @property
+    def source(self) -> str:
+        """The recipe's file, for messages."""
+        return self._source
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe as a path of this machine.
+
+        Raises:
+            SqftError: when no path can be made of it (a NUL, the home of a user who is none, a name too long).
+        """
+        try:
+            whole = (self._folder / Path(path).expanduser()).resolve()
+            whole.exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SqftError(f"{brief(path)} is no path on this machine: {error}") from None
+        return whole
+
+    @classmethod
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file; each change is "path=value" with dots ("sparsify.sparsity=0.6").
+
+        Raises:
+            RecipeError: with every mistake and its path in the file.
+        """
+        path = Path(path)
+        return cls.changed(read_json(path), changes, path.resolve().parent, str(path))
+
+    @classmethod
+    def changed(cls, raw: Any, changes: Sequence[str], folder: Path | None = None, source: str = "recipe") -> Recipe:
+        """A recipe from plain data with changes, which are made in it.
+
+        Raises:
+            RecipeError: with every mistake and its path.
+        """
+        for change in changes:
+            apply(raw, change, source)
+        return cls.parse(raw, folder, source)
+
+    @classmethod
+    def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            RecipeError: with every mistake and its path.
+        """
+        if not isinstance(raw, dict):
+            raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
+        try:
+            return cls.model_validate(raw)._at(folder, source)
+        except ValidationError as error:
+            rest = without_mistakes(cls, raw)
+            raise RecipeError(problems_of(error, cls), source, rest and rest._at(folder, source)) from None
+
+    def _at(self, folder: Path | None, source: str) -> Recipe:
+        self._folder = (folder or Path.cwd()).resolve()
+        self._source = source
+        return self

@@ -1,0 +1,131 @@
+"""Recipes as runs keep them: able to be run again from anywhere, to the merge or to measure what stands of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from sqft.errors import SqftError
+from sqft.recipe.reading import read_json
+from sqft.recipe.recipe import Recipe
+from sqft.recipe.sections import DTYPES
+from sqft.utils.hub import HUB_ID
+
+PLACES = (
+    "calibration.data",
+    "finetune.data.path",
+    "finetune.validation.path",
+    "finetune.logging_dir",
+    "search.data.path",
+    "evaluate.perplexity.text",
+    "evaluate.exact_match.data.path",
+    "evaluate.include_path",
+)
+"""Where a recipe names files and folders, data sets one by one; those and `model.path` may be Hugging Face ids."""
+
+
+MEASURES = ("perplexity", "exact_match", "tasks")
+
+
+STAGES = ("sparsify", "quantize", "finetune", "search", "merge")
+
+
+MEASURED = ".eval"
+"""What is put after the name of a run that measures another."""
+
+
+def paths(recipe: Recipe) -> dict[str, str]:
+    """The files and folders of data that a recipe names, as it writes them, by their places in it."""
+    raw = recipe.model_dump(mode="json")
+    several = (raw.get("finetune") or {}).get("data")
+    mixed = [f"finetune.data.{index}.path" for index in range(len(several))] if isinstance(several, list) else []
+    places = [place for place in (*PLACES, *mixed) if not (mixed and place == "finetune.data.path")]
+    found = {place: _section(raw, place).get(place.rpartition(".")[2]) for place in places}
+    return {place: path for place, path in found.items() if path}
+
+
+def anchored(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data that can be stored anywhere: its relative paths, which count from its own folder, made
+    absolute.
+
+    Defaults stay unsaid, since some give way to the model where a number that the user wrote must fit.
+    """
+    raw = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True, exclude={"json_schema"})
+    for place, path in (*paths(recipe).items(), ("model.path", recipe.model.path)):
+        whole = recipe.resolve(path)
+        if whole.exists() or not (place.endswith(".path") and HUB_ID.fullmatch(path)):
+            _section(raw, place)[place.rpartition(".")[2]] = str(whole)
+    return raw
+
+
+def _section(raw: dict[str, Any], place: str) -> dict[str, Any]:
+    here: Any = raw
+    for part in place.split(".")[:-1]:
+        here = here[int(part)] if isinstance(here, list) else here.get(part) or {}
+    section: dict[str, Any] = here
+    return section
+
+
+def find_run(name: str, store: Path) -> tuple[Path, Path]:
+    """A run's folder and its store, by the folder, the folder's name, or the recipe's: the newest of that name.
+
+    Raises:
+        SqftError: when there is none; the message lists those that there are.
+    """
+    place = Path(name)
+    if (place / "recipe.json").is_file():
+        parent = place.resolve().parent
+        return place, parent.parent if parent.name == "runs" else store
+    runs = [file.parent for file in sorted((store / "runs").glob("*/recipe.json"), key=lambda f: f.stat().st_mtime)]
+    found = [run for run in runs if run.name == name] or [run for run in runs if run.name.rpartition("-")[0] == name]
+    if not found:
+        names = ", ".join(run.name for run in runs) or "none"
+        raise SqftError(f"there is no run '{name}' in {store}, and no such folder; runs there: {names}")
+    return found[-1], store
+
+
+def measuring(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
+    """The changes to a stored recipe that make it measure `of`, and make nothing that this does not need.
+
+    Without `measures` it measures what the recipe does; what the recipe says of one of them too holds for it.
+
+    Raises:
+        SqftError: when nothing says what to measure.
+    """
+    own: dict[str, Any] = raw.get("evaluate") or {}
+    section = {key: value for key, value in own.items() if key not in (*MEASURES, "of")} if measures else {**own}
+    for name, value in measures.items():
+        section[name] = {**own.get(name, {}), **value} if isinstance(value, dict) else value
+    if not any(section.get(name) for name in MEASURES):
+        raise SqftError("say what to measure: --tasks, --perplexity or --exact-match; the recipe measures nothing")
+    kept = {what.partition(":")[0] for what in of}
+    if kept & {"finetune", "search", "merge"}:
+        kept |= {"finetune", "search", "sparsify", "quantize"}
+    elif "quantize" in kept:
+        kept.add("sparsify")
+    changes = [f"{name}=null" for name in STAGES if name not in kept and raw.get(name) is not None]
+    if "merge" in kept:
+        changes.append("merge={}")
+    name = json.dumps(f"{raw['name'].removesuffix(MEASURED)}{MEASURED}")  # `sqft merge NAME` is to find the other one
+    return [*changes, "export=[]", f"name={name}", f"evaluate={json.dumps({**section, 'of': list(of)})}"]
+
+
+def standing(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:
+    """What can be measured of a stored recipe without making anything; `reused` says which steps of one stand."""
+    if not any(raw.get(name) is not None for name in STAGES):
+        return ["model"]
+    done = reused(Recipe.parse({**raw, "evaluate": None, "export": []}, source=raw["name"]))
+    return [name for name in ("sparsify", "quantize", "search", "merge") if name in done]
+
+
+def recipe_of_model(model: Path) -> dict[str, Any]:
+    """A recipe that only names a model folder or a GGUF file, in the precision that it is stored in."""
+    model = model / "model" if (model / "manifest.json").is_file() and (model / "model").is_dir() else model
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+    path, dtype = str(model.resolve()), stored if stored in get_args(DTYPES) else "float32"
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem).lstrip("._-") or "model"
+    return {"schema": 1, "name": name, "model": {"path": path, "dtype": dtype}}

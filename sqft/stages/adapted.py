@@ -1,0 +1,169 @@
+"""Build the adapted model that a stage works on, from the plan and the artifacts before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft.components import checks
+from sqft.components.kinds import Adapter, Merger
+from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.masks import unpack_mask
+from sqft.modeling.adapters.adapted_linear import attach
+from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear
+from sqft.modeling.adapters.saving import space_from
+from sqft.modeling.architecture.blocks import all_linears, shape_of
+from sqft.modeling.loading.quantized import load_packed, open_folder, read_grids
+from sqft.modeling.loading.transformers_io import load_source, load_tokenizer
+from sqft.planning.plan import Plan
+from sqft.recipe.sections import Finetune
+from sqft.utils.patterns import selected
+
+
+@dataclass(frozen=True)
+class Base:
+    """What lies under the adapters.
+
+    `folder` holds the base model, floats or codes; None means the recipe's own model. Under codes, `floats` is the
+    folder of the float weights before quantization, None again meaning the recipe's own, and `masks` the file of
+    what quantization kept; None means that it kept everything.
+    """
+
+    folder: Path | None = None
+    floats: Path | None = None
+    masks: Path | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, inputs: Mapping[str, Path]) -> Base:
+        """That of a step, given its input artifacts' folders by role."""
+        base, floats = inputs.get("base"), inputs.get("floats")
+        own = plan.source.path if plan.source.quantization else None
+        return cls(
+            base / "model" if base else own,
+            floats / "model" if floats else None,
+            base / "masks.safetensors" if base and plan.quantized else None,
+        )
+
+
+def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
+    recipe = plan.recipe.model
+    if plan.source.quantization and (folder is None or folder == plan.source.path):
+        return open_folder(plan.source.path, recipe.trust_remote_code, recipe.dtype)
+    if folder:
+        return open_folder(folder, recipe.trust_remote_code)
+    return load_source(plan.source, recipe.dtype, recipe.trust_remote_code)
+
+
+def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
+    """Load the base and attach untrained deltas.
+
+    Raises:
+        ContractError: when the adapter's space or deltas break its contract.
+    """
+    step = plan.step("finetune")
+    section = cast(Finetune, step.section)
+    adapter, merger = cast(Adapter, step.parts["adapter"].component), cast(Merger, step.parts["merger"].component)
+    who = str(step.parts["adapter"].entry)
+    packed = plan.quantized and not (merger.merges and section.base == "floats")
+    if packed:
+        assert base.folder is not None
+        recipe = plan.recipe.model
+        model = load_packed(base.folder, recipe.trust_remote_code, recipe.dtype)
+        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
+    else:
+        model, tokenizer = base_model(plan, base.folder)
+    layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
+    if not layers:
+        raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
+    shapes = tuple(shape_of(n, layer) for n, layer in layers.items())
+    space = adapter.space(shapes)
+    checks.check_space(who, shapes, space)
+    ranks = {member: group.ranks for group in space.groups for member in group.members}
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for shape in shapes:
+        deltas[shape.name] = adapter.delta(shape, generator)
+        checks.check_delta(who, shape, deltas[shape.name], ranks[shape.name])
+    dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
+    # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
+    masked = merger.keeps_mask or base.folder is not None
+    if packed:
+        weights = _packed(layers, base.masks if merger.merges else None, merger.merges and section.mask == "codes")
+    elif plan.quantized:
+        weights = _before_quantization(plan, base, layers, masked)
+    else:
+        weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
+    learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
+    adapted = attach(model, deltas, merger, weights, dropout, learn_scales)
+    model.to(device)
+    return Tuned(model, tokenizer, adapted, space)
+
+
+def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
+    """The layers' own codes, with a mask where one is wanted, of a file or of the codes that stand for 0; a layer left
+    in floats keeps them."""
+    kept = load_file(masks) if masks else {}
+    weights: dict[str, FrozenWeight] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, PackedLinear):
+            weights[name] = layer.base
+            if name in kept:
+                layer.base.keep(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
+            elif mask_codes:
+                layer.base.keep(layer.base.block().weight != 0)
+        else:
+            weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
+    return weights
+
+
+def _before_quantization(
+    plan: Plan, base: Base, layers: Mapping[str, nn.Module], masked: bool
+) -> dict[str, FrozenWeight]:
+    """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
+    assert base.folder is not None
+    grids = read_grids(base.folder, layers)
+    for name in grids:  # floats take the place of what the codes stand for: both are never in memory together
+        weight = cast(Tensor, layers[name].weight)
+        layers[name].weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+    floats, _ = base_model(plan, base.floats)
+    return {
+        name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, grids[name])
+        if name in grids
+        else FloatWeight(cast(Tensor, layer.weight), masked)
+        for name, layer in layers.items()
+    }
+
+
+def restore(plan: Plan, base: Base, trained: Path, device: str) -> Tuned:
+    """Load the base and the deltas that a finetune artifact stored.
+
+    Raises:
+        ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
+    """
+    tuned = build(plan, base, 0, device)
+    stored = load_file(trained / "deltas.safetensors")
+    expected = tuned.deltas()
+    if stored.keys() != expected.keys():
+        odd = sorted(stored.keys() ^ expected.keys())[0]
+        raise ArtifactError(f"{trained / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
+    for name, layer in tuned.adapted.items():
+        own = {key: stored[f"{name}.{key}"] for key in layer.trained()}
+        for key, value in own.items():
+            if value.shape != expected[f"{name}.{key}"].shape or not value.isfinite().all():
+                raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
+        layer.load_trained(own)
+    if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
+        raise ContractError(
+            f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training"
+        )
+    return tuned

@@ -1,0 +1,1 @@
+"""What commands show besides runs: data, models, presets, benchmarks, this machine."""

@@ -1,0 +1,209 @@
+"""The data of a recipe as the model will see them: tokens, what carries loss, lengths, what is cut."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sqft.components.kinds import Searcher
+from sqft.data.collators import pack
+from sqft.data.encoding import IGNORED, Encoded, Example, cut_to, encode_all, prompts_of
+from sqft.data.records import Record
+from sqft.data.windows import text_windows
+from sqft.errors import SqftError
+from sqft.modeling.loading.transformers_io import source_tokenizer
+from sqft.planning.plan import Plan
+from sqft.recipe.sections import Evaluate, ExactMatch, Finetune, Search
+from sqft.stages.context import Context
+from sqft.utils.digests import Digests
+from sqft.utils.distributed import Processes
+from sqft.utils.progress import silent
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text; `learned` where it carries loss, or is what an answer is compared with."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One data set: its place in the recipe, its first examples, and numbers by what they say."""
+
+    place: str
+    examples: list[list[Piece]]
+    facts: dict[str, str]
+
+
+def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[Preview]:
+    """Every data set that sqft itself reads for a recipe, with its first `count` examples.
+
+    `sections` leaves only those places, and what stands below them: "finetune.validation", or all of "finetune".
+
+    Raises:
+        SqftError: when the recipe reads no data in one of `sections`.
+        DataError: naming a record that leaves nothing to learn from or to ask.
+        StageError: when the model has no tokenizer that can be loaded.
+    """
+    found = _Looks(plan, count).found
+    for name in sections:
+        if not any(_below(place, name) for place in found):
+            raise SqftError(f"this recipe reads no data in '{name}'; it does in {', '.join(found) or 'no section'}")
+    for place, look in found.items():
+        if not sections or any(_below(place, name) for name in sections):
+            yield look(place)
+
+
+def _below(place: str, name: str) -> bool:
+    return f"{place}.".startswith(f"{name}.")
+
+
+class _Looks:
+    """For each place of data in the recipe, in the order of its steps, what makes its preview. Nothing is read yet.
+
+    What the stages would read is read by the stages' own `Context`.
+    """
+
+    def __init__(self, plan: Plan, count: int) -> None:
+        self.plan, self.count = plan, count
+        self.tokenizer = source_tokenizer(plan.source, plan.recipe.model.trust_remote_code)
+        self.found: dict[str, Callable[[str], Preview]] = {}
+        self.training_sets: Callable[[], dict[str, tuple[list[Record], list[Record]]]]
+        digests = Digests()
+        for step in plan.steps:
+            context = Context(plan, step, {}, Path(), "cpu", silent, Processes(), digests)
+            section = step.section
+            if "calibration" in step.files:
+                self.found.setdefault("calibration.data", partial(self._calibration, context))
+            if isinstance(section, Finetune):
+                self._finetune(context, section)
+            elif isinstance(section, Search):
+                self._search(context, section)
+            elif isinstance(section, Evaluate):
+                self._evaluate(context, section)
+
+    # -- sections -------------------------------------------------------------------------------
+
+    def _finetune(self, context: Context, section: Finetune) -> None:
+        self.tuning = section
+        self.training_sets = cache(context.training_sets)
+        self.encoded = cache(lambda role: self._encoded(self.training_sets()[role][0]))
+        for role in section.data_sets:
+            self.found[f"finetune.{role}"] = partial(self._training, role)
+        if len(section.data_sets) > 1:
+            self.found["finetune.data"] = self._mixed
+        if section.holdout:
+            self.found["finetune.holdout"] = lambda place: self._learned(place, self._held())
+        if section.validation:
+            read = partial(context.records, "validation", section.validation)
+            self.found["finetune.validation"] = lambda place: self._learned(place, read())
+
+    def _search(self, context: Context, section: Search) -> None:
+        searcher = context.step.parts.get("searcher")
+        evaluates = searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates
+        if not evaluates or (section.metric == "loss" and not section.data):
+            return  # what is held out is shown as it is learned from, which is how the loss sees it
+        place, read = "finetune.holdout", self._held
+        if section.data:
+            place, read = "search.data", partial(context.records, "data", section.data)
+        if section.metric == "loss":
+            self.found[place] = lambda place: self._learned(place, read())
+        else:
+            self.found[place] = lambda place: self._asked(place, read(), section)
+
+    def _evaluate(self, context: Context, section: Evaluate) -> None:
+        if text := section.perplexity:
+            windows = partial(text_windows, context.step.files["perplexity"], self.tokenizer, text.tokens, text.length)
+            self.found["evaluate.perplexity"] = lambda place: self._text(place, windows())
+        if match := section.exact_match:
+            read = partial(context.records, "exact_match", match.data)
+            self.found["evaluate.exact_match"] = lambda place: self._asked(place, read(), match)
+
+    # -- previews -------------------------------------------------------------------------------
+
+    def _calibration(self, context: Context, place: str) -> Preview:
+        windows = context.calibration(self.tokenizer)
+        shown = [[Piece(self.tokenizer.decode(window), False)] for window in windows[: self.count]]
+        samples, length = windows.shape
+        return Preview(place, shown, {"windows": f"{samples} of {length} tokens, {windows.numel()} in all"})
+
+    def _training(self, role: str, place: str) -> Preview:
+        records, held = self.training_sets()[role]
+        data, alone = self.tuning.data_sets[role], len(self.tuning.data_sets) == 1
+        facts = {"records": str(len(records))}
+        if held:
+            facts["held out"] = f"{len(held)} records more"
+        if data.weight != 1:
+            facts["each comes"] = f"{data.weight:g} times an epoch"
+        encoded = self.encoded(role)
+        return Preview(place, self._pieces(encoded), {**facts, **self._facts(encoded, rows=alone)})
+
+    def _mixed(self, place: str) -> Preview:
+        """All data sets together, as often as their weights say."""
+        parts = [self.encoded(role) for role in self.tuning.data_sets]
+        examples = [example for part in parts for example in part.examples]
+        mixed = Encoded(examples, sum(p.truncated for p in parts), sum(p.tokens_cut for p in parts))
+        records = sum(len(training) for training, _ in self.training_sets().values())
+        return Preview(place, [], {"records": f"{records}, of {len(parts)} data sets", **self._facts(mixed, rows=True)})
+
+    def _learned(self, place: str, records: Sequence[Record]) -> Preview:
+        encoded = self._encoded(records)
+        return Preview(place, self._pieces(encoded), {"records": str(len(records)), **self._facts(encoded)})
+
+    def _asked(self, place: str, records: Sequence[Record], section: Search | ExactMatch) -> Preview:
+        window = self.plan.source.size("max_position_embeddings") or 1 << 30
+        prompts, cut = cut_to(window, section.max_new_tokens, prompts_of(records, self.tokenizer))
+        shown = [
+            [Piece(self.tokenizer.decode(ids), False), Piece(wanted, True)] for ids, wanted in prompts[: self.count]
+        ]
+        facts = {"records": str(len(records)), "tokens of a prompt": _range([len(ids) for ids, _ in prompts])}
+        return Preview(place, shown, {**facts, "cut to fit": f"{cut} prompts"})
+
+    def _text(self, place: str, windows: Sequence[Any]) -> Preview:
+        decode = self.tokenizer.decode
+        shown = [[Piece(decode(w[:1]), False), Piece(decode(w[1:]), True)] for w in windows[: self.count]]
+        return Preview(place, shown, {"windows": str(len(windows)), "tokens": _range([len(w) for w in windows])})
+
+    # -- pieces ---------------------------------------------------------------------------------
+
+    def _held(self) -> list[Record]:
+        return [record for _, held in self.training_sets().values() for record in held]
+
+    def _encoded(self, records: Sequence[Record]) -> Encoded:
+        return encode_all(records, self.tokenizer, self.tuning.max_length, self.tuning.loss_on)
+
+    def _facts(self, encoded: Encoded, rows: bool = False) -> dict[str, str]:
+        facts = {
+            "examples": str(len(encoded.examples)),
+            "tokens": _range([len(example.input_ids) for example in encoded.examples]),
+            "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
+            "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
+        }
+        if rows and self.tuning.packing:
+            length = self.tuning.max_length
+            facts["packed"] = f"{len(pack(encoded.examples, length))} rows of {length} tokens"
+        return facts
+
+    def _pieces(self, encoded: Encoded) -> list[list[Piece]]:
+        shown = []
+        for example in encoded.examples[: self.count]:
+            runs = groupby(zip(example.input_ids, _learns(example), strict=True), key=lambda pair: pair[1])
+            shown.append([Piece(self.tokenizer.decode([t for t, _ in run]), learned) for learned, run in runs])
+        return shown
+
+
+def _learns(example: Example) -> list[bool]:
+    """Whether each token carries loss; nothing predicts the first."""
+    return [False, *(label != IGNORED for label in example.labels[1:])]
+
+
+def _range(sizes: Sequence[int]) -> str:
+    ordered = sorted(sizes)
+    return f"{ordered[0]} to {ordered[-1]}, median {statistics.median(ordered):g}, {sum(ordered)} in all"

@@ -1,0 +1,322 @@
+"""What lies in a model's folder: sparsity, precision, format and size, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqft.checkpoints.families import IN_A_BLOCK, in_order
+from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
+from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
+from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
+from sqft.errors import ArtifactError, SqftError
+from sqft.kernels.grids import group_index
+from sqft.kernels.packing import unpack
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.quantized import read_layer
+from sqft.types import Grid, Quantized
+from sqft.utils.progress import Track, silent
+from sqft.utils.text import human
+
+PACKED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+"""The tensors that compressed-tensors' "pack-quantized" has in the place of a layer's weight."""
+
+
+GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A tensor, or a layer that several stand for, under the name of its module."""
+
+    name: str
+    shape: tuple[int, ...]
+    precision: str
+    weights: int
+    zeros: int | None
+    """None where they are packed in a way that is not read here."""
+    linear: bool
+    """Whether it is a linear layer of a decoder block: two dimensions, below a number."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """Over the modules whose zeros can be counted."""
+
+    modules: int
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float | None:
+        return self.zeros / self.weights if self.weights else None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's modules in the order of their names, and what its settings say."""
+
+    path: Path
+    format: str
+    details: dict[str, Any]
+    size: int
+    """Bytes on disk of all files in the folder."""
+    modules: tuple[Module, ...]
+
+    @property
+    def linears(self) -> Total:
+        """Over the linear layers of decoder blocks."""
+        return _total(module for module in self.modules if module.linear)
+
+    @property
+    def all(self) -> Total:
+        """Over everything: embeddings, norms and the head too."""
+        return _total(self.modules)
+
+    @property
+    def precision(self) -> dict[str, int]:
+        """Weights by precision, most first."""
+        found: dict[str, int] = {}
+        for module in self.modules:
+            found[module.precision] = found.get(module.precision, 0) + module.weights
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def as_json(self) -> dict[str, Any]:
+        totals = {"linears": self.linears, "all": self.all}
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "details": self.details,
+            "size": self.size,
+            "precision": self.precision,
+            "totals": {name: asdict(total) | {"sparsity": total.sparsity} for name, total in totals.items()},
+            "modules": [asdict(module) for module in self.modules],
+        }
+
+    def lines(self) -> list[str]:
+        """All but the table."""
+        details = ", ".join(f"{key} {value}" for key, value in self.details.items())
+        weights = ", ".join(f"{count:,} {precision}" for precision, count in self.precision.items())
+        lines = [f"format: {self.format}" + (f" ({details})" if details else ""), f"size on disk: {human(self.size)}"]
+        lines.append(f"precision: {weights}")
+        if unread := sum(module.zeros is None for module in self.modules):
+            lines.append(f"not counted: {unread} tensors, packed in a way that sqft does not read")
+        return lines
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows: matrices one by one, then the totals. Norms and biases are in the totals alone."""
+        heads = ["module", "shape", "precision", "weights", "zeros", "sparsity"]
+        cells = []
+        for module in self.modules:
+            if len(module.shape) > 1:
+                share = module.zeros / module.weights if module.zeros is not None and module.weights else None
+                shape = "×".join(map(str, module.shape))
+                cells.append([module.name, shape, module.precision, *_counts(module.weights, module.zeros, share)])
+        for name, total in (("linear layers in decoder blocks", self.linears), ("all", self.all)):
+            if not total.modules:  # an adapter has none
+                continue
+            counts = _counts(total.weights, total.zeros, total.sparsity)
+            cells.append([f"total, {name}", f"{total.modules} modules", "", *counts])
+        return heads, cells
+
+
+def inspect_model(path: Path, track: Track = silent) -> Inspection:
+    """Read every tensor of a model or adapter folder, of an artifact that holds one, or of a GGUF file.
+
+    Raises:
+        SqftError: when there is none; the message says what was found instead.
+        ArtifactError: when a file of it is damaged; the message names it.
+    """
+    if not path.exists():
+        raise SqftError(f"there is no folder {path}; name one that holds a model, or a GGUF file")
+    try:
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise SqftError(f"{path} is no GGUF file and no folder; name the folder that holds the model")
+            return _gguf(path, track)
+        if (path / "manifest.json").is_file():  # an artifact of a store
+            path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not any(path.glob("*.safetensors")):
+            return _gguf(ggufs[0], track)
+        return _folder(path, track)
+    except OSError as error:
+        raise SqftError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+
+
+def _folder(path: Path, track: Track) -> Inspection:
+    names = sorted(name for file in _files(path) for name in safetensors_header(file))
+    reader = FolderReader(path)
+    form, details, modules, total = _floats(reader, names)
+    if (path / "adapter_config.json").is_file():
+        form, details = "PEFT adapter", _peft(read_object(path / "adapter_config.json"))
+    elif (path / "sqft_adapter.json").is_file():
+        form, details = "sqft adapter", _sqft(read_object(path / "sqft_adapter.json"))
+    elif not (path / "config.json").is_file():
+        form = "safetensors without config.json"
+    elif (found := read_object(path / "config.json").get("quantization_config")) is not None:
+        settings = found if isinstance(found, dict) else {}
+        method, version = settings.get("quant_method"), settings.get("checkpoint_format") or "gptq"
+        if method == "gptq" and version == "gptq":
+            form, details, modules, total = _gptq(reader, names, gptq_settings(path, {"quantization_config": found}))
+        elif method == "compressed-tensors":
+            form, details, modules, total = _compressed(reader, names, settings)
+        else:
+            form = f"quantized ({method or 'in some way'}{f', {version}' if method == 'gptq' else ''})"
+            details = {key: settings[key] for key in ("bits", "group_size") if key in settings}
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    read = tuple(track(modules, f"reading {path.name}", total))
+    return Inspection(path, form, details, size, tuple(sorted(read, key=lambda module: in_order(module.name))))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that hold the weights: those that transformers reads where it reads any, or else all."""
+    found = sorted(path.glob("*.safetensors"))
+    if not found or (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        return sorted(weight_files(path))  # says what is wrong
+    return found
+
+
+Read = tuple[str, dict[str, Any], Iterator[Module], int]
+"""A format's name, its settings, its modules as they are read, and how many there are."""
+
+
+def _floats(reader: FolderReader, names: Sequence[str]) -> Read:
+    return "Hugging Face floats", {}, (_float(name, reader.tensor(name)) for name in names), len(names)
+
+
+def _float(name: str, tensor: Tensor) -> Module:
+    shape, precision = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    zeros = None
+    if tensor.is_floating_point():
+        whole = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of 8 bits nothing can be counted
+        zeros = tensor.numel() - int(torch.count_nonzero(whole))
+    return _module(name, shape, precision, zeros)
+
+
+def _module(tensor: str, shape: tuple[int, ...], precision: str, zeros: int | None) -> Module:
+    weights = 1
+    for size in shape:
+        weights *= size
+    linear = len(shape) == 2 and IN_A_BLOCK.search(tensor) is not None
+    return Module(tensor.removesuffix(".weight"), shape, precision, weights, zeros, linear)
+
+
+def _layer(name: str, layer: Quantized) -> Module:
+    """A layer on a grid: a weight is zero where its code is the zero point of its group."""
+    grid, (out, inputs) = layer.grid, layer.codes.shape
+    zero = grid.zero.to(layer.codes.dtype)[:, group_index(grid, inputs)]
+    zeros = int((layer.codes == zero).sum())
+    return _module(f"{name}.weight", (out, inputs), _on_grid(grid.bits, grid.group_size), zeros)
+
+
+def _on_grid(bits: int, group_size: int) -> str:
+    return f"int{bits} " + ("by rows" if group_size == -1 else f"in groups of {group_size}")
+
+
+def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] | None) -> Read:
+    assert settings is not None
+    layers, floats = _split(names, "qweight", GPTQ_PARTS)
+
+    def modules() -> Iterator[Module]:
+        yield from (_layer(name, read_layer(reader, name, settings)) for name in layers)
+        yield from (_float(name, reader.tensor(name)) for name in floats)
+
+    known: dict[str, Any] = {key: settings[key] for key in settings if key in GPTQ_SETTINGS}
+    return "GPTQ, version 1", known, modules(), len(layers) + len(floats)
+
+
+def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, Any]) -> Read:
+    layers, floats = _split(names, "weight_packed", PACKED_PARTS)
+
+    def modules() -> Iterator[Module]:
+        for name in layers:
+            try:
+                layer = _unpacked(reader, name)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit one another: {error}") from None
+            yield _layer(name, layer)
+        yield from (_float(name, reader.tensor(name)) for name in floats)
+
+    form = settings.get("format", "")
+    return f"compressed-tensors {form}".strip(), {}, modules(), len(layers) + len(floats)
+
+
+def _split(names: Sequence[str], codes: str, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The layers that are stored as these parts, one of which holds codes; and the tensors that are none of theirs."""
+    layers = [name.removesuffix(f".{codes}") for name in names if name.endswith(f".{codes}")]
+    theirs = {f"{layer}.{part}" for layer in layers for part in parts}
+    return layers, [name for name in names if name not in theirs]
+
+
+def _unpacked(reader: FolderReader, name: str) -> Quantized:
+    """A layer of "pack-quantized": codes and zero points are stored with half their range added."""
+    stored = set(reader.names())
+    words, scale = reader.tensor(f"{name}.weight_packed"), reader.tensor(f"{name}.weight_scale")
+    if odd := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
+        raise ValueError(f"codes or scales are {odd[0]}, expected 2 dimensions")
+    out, inputs = map(int, reader.tensor(f"{name}.weight_shape"))
+    bits, groups = words.shape[1] * 32 // inputs, scale.shape[1]
+    codes = unpack(words.T.contiguous(), bits).T[:, :inputs]
+    zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    if f"{name}.weight_zero_point" in stored:
+        points = reader.tensor(f"{name}.weight_zero_point")
+        packed = points.dtype == torch.int32 and points.shape[0] != out
+        zero = unpack(points, bits)[:out] if packed else (points.int() + 2 ** (bits - 1)).to(torch.uint8)
+    if codes.shape != (out, inputs) or zero.shape != (out, groups):
+        raise ValueError(f"there are not {groups} zero points for each of {out} outputs, or not {inputs} codes")
+    index = reader.tensor(f"{name}.weight_g_idx") if f"{name}.weight_g_idx" in stored else None
+    size = -1 if groups == 1 else inputs // groups
+    return Quantized(codes, Grid(scale, zero, size, bits, index))
+
+
+def _gguf(path: Path, track: Track) -> Inspection:
+    reader = open_gguf(path)
+    if not reader.tensors:
+        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
+    read = tuple(track(map(_of_gguf, reader.tensors), f"reading {path.name}", len(reader.tensors)))
+    return Inspection(path, "GGUF", {}, path.stat().st_size, tuple(sorted(read, key=lambda m: in_order(m.name))))
+
+
+def _of_gguf(tensor: Any) -> Module:
+    from gguf.quants import dequantize
+
+    name, shape = str(tensor.name), tuple(int(n) for n in reversed(tensor.shape))
+    try:
+        zeros = int((dequantize(tensor.data, tensor.tensor_type) == 0).sum())
+    except (NotImplementedError, TypeError):
+        zeros = None
+    found = _module(name, shape, str(tensor.tensor_type.name), zeros)
+    match = GGUF_BLOCK.fullmatch(name)
+    return Module(**{**vars(found), "linear": bool(match and match[2] in GGUF_LINEARS)})
+
+
+def _peft(config: dict[str, Any]) -> dict[str, Any]:
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    return {"base": config.get("base_model_name_or_path"), "ranks": _span(ranks), "alpha": config.get("lora_alpha")}
+
+
+def _sqft(config: dict[str, Any]) -> dict[str, Any]:
+    ranks = list((config.get("ranks") or {}).values())
+    return {"base": config.get("base_model"), "merger": config.get("merger"), "ranks": _span(ranks)}
+
+
+def _span(ranks: Sequence[Any]) -> str:
+    known = sorted({rank for rank in ranks if isinstance(rank, int)})
+    return f"{known[0]} to {known[-1]}" if len(known) > 1 else str(known[0]) if known else "unknown"
+
+
+def _total(modules: Iterable[Module]) -> Total:
+    counted = [module for module in modules if module.zeros is not None]
+    return Total(len(counted), sum(m.weights for m in counted), sum(m.zeros or 0 for m in counted))
+
+
+def _counts(weights: int, zeros: int | None, share: float | None) -> list[str]:
+    if zeros is None:
+        return [f"{weights:,}", "–", "–"]
+    return [f"{weights:,}", f"{zeros:,}", f"{share:.2%}" if share is not None else "–"]

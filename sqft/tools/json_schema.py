@@ -1,0 +1,92 @@
+"""The JSON Schema of a recipe, composed from what is installed, and one component's options as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from sqft.components.entry import Entry
+from sqft.components.kinds import Component
+from sqft.components.registry import Registry
+from sqft.recipe.recipe import Recipe
+
+PLACES = {
+    "scorer": ("Sparsify", "scorer"),
+    "allocator": ("Sparsify", "allocator"),
+    "quantizer": ("Quantize", "quantizer"),
+    "adapter": ("Finetune", "adapter"),
+    "merger": ("Finetune", "merger"),
+    "searcher": ("Search", "searcher"),
+    "exporter": ("Export", "exporter"),
+}
+"""Where in the recipe a component of each kind is named: a section's definition and its key."""
+
+
+def recipe_schema(registry: Registry) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe with the installed components' options."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["$schema"] = {"type": "string", "description": "where this schema lies, for editors"}
+    for kind, (section, key) in PLACES.items():
+        entries = [entry for entry in registry.entries() if entry.component.kind == kind]
+        names = {name for entry in entries for name in _names(entry)}
+        choices: list[dict[str, Any]] = [{"enum": sorted(names)}]
+        for entry in entries:
+            options, definitions = _options(entry)
+            schema["$defs"] |= definitions
+            choices.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"enum": _names(entry)}, "options": options},
+                    "required": ["name"],
+                    "additionalProperties": False,
+                    "description": (entry.component.__doc__ or "").strip(),
+                }
+            )
+        place = schema["$defs"][section]["properties"][key]
+        kept = {word: place[word] for word in ("default", "description") if word in place}
+        schema["$defs"][section]["properties"][key] = {"anyOf": choices, **kept}
+    return schema
+
+
+def _names(entry: Entry) -> list[str]:
+    """A component's name, alone and with its plugin's."""
+    return [entry.component.name, f"{entry.provider.plugin}/{entry.component.name}"]
+
+
+def _options(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a component's options, and the definitions it refers to, under names of their own."""
+    prefix = f"{entry.provider.plugin}.{entry.component.kind}.{entry.component.name}"
+    schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
+    schema.pop("description", None)
+    definitions = schema.pop("$defs", {})
+    return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}
+
+
+def option_lines(component: type[Component]) -> Iterator[str]:
+    """Each option with its type, range, default and description."""
+    schema = component.model_json_schema()
+    definitions = schema.get("$defs", {})
+    for name, option in schema.get("properties", {}).items():
+        whole = _resolved(option, definitions)
+        limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        ranges = [f"{sign} {whole[word]}" for word, sign in limits.items() if word in whole]
+        default = f"default {json.dumps(whole['default'])}" if "default" in whole else "required"
+        yield ", ".join(
+            filter(None, [f"{name}: {_kind(whole, definitions)}", *ranges, default, whole.get("description")])
+        )
+
+
+def _resolved(words: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what its `$ref` leads to put in; its own words come first."""
+    target = words.get("$ref", "").rpartition("/")[2]
+    return {**definitions.get(target, {}), **words}
+
+
+def _kind(words: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "enum" in words:
+        return "one of " + ", ".join(map(json.dumps, words["enum"]))
+    if "anyOf" in words:
+        return " or ".join(_kind(_resolved(word, definitions), definitions) for word in words["anyOf"])
+    return json.dumps(words["const"]) if "const" in words else str(words.get("type", "any"))

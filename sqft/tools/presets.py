@@ -1,0 +1,202 @@
+"""Recipes to start from: the paper's pipelines, each with what its choices mean."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from sqft.components.registry import Registry
+from sqft.errors import SqftError
+from sqft.recipe.diagnostics import model_in
+from sqft.recipe.recipe import Recipe
+from sqft.recipe.sections import ComponentRef
+from sqft.utils.hub import HUB_ID
+
+MODEL, DATA = "HuggingFaceTB/SmolLM2-360M", "data"
+
+
+SPARSIFY = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
+
+
+QUANTIZE = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64}}}
+
+
+LORA = {"name": "lora", "options": {"rank": 32, "alpha": 64}}
+
+
+NLS = {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}}
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+TRAINING = {"epochs": 3, "batch_size": 16, "learning_rate": 3e-4, "max_length": 512}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A way through the stages, and the sections of a recipe that take it. Paths are those of a folder of data."""
+
+    summary: str
+    sections: Mapping[str, Any]
+
+
+def _tuned(adapter: Mapping[str, Any], merger: str, **more: str) -> dict[str, Any]:
+    data = {"data": "train.jsonl"}
+    return {"finetune": {"adapter": adapter, "merger": merger, **more, "targets": TARGETS, **data, **TRAINING}}
+
+
+def _answers(*of: str) -> dict[str, Any]:
+    return {"evaluate": {"of": list(of), "exact_match": {"data": "test.jsonl", "max_new_tokens": 16}}}
+
+
+def _text(*of: str) -> dict[str, Any]:
+    return {"evaluate": {"of": list(of), "perplexity": {"text": "heldout.txt", "length": 1024}}}
+
+
+SPARSE: dict[str, Any] = {"sparsify": SPARSIFY}
+
+
+CODES: dict[str, Any] = {"sparsify": SPARSIFY, "quantize": QUANTIZE}
+
+
+ON_CODES = ("sparsify", "quantize", "search", "merge")
+
+
+PIPELINES = {
+    "sparsify": Pipeline(
+        "Only sparsify: half of the weights set to zero, nothing trained.", SPARSE | _text("model", "sparsify")
+    ),
+    "quantize": Pipeline(
+        "Only quantize: INT4 codes in a GPTQ checkpoint, nothing trained.",
+        {"quantize": QUANTIZE} | _text("model", "quantize"),
+    ),
+    "gptq": Pipeline(
+        "Sparsify, then quantize what is left so that every zero stays one; nothing trained.",
+        SPARSE
+        | {"quantize": {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64, "symmetric": False}}}}
+        | _text("model", "sparsify", "quantize"),
+    ),
+    "lora": Pipeline(
+        "LoRA on a sparse model. The adapter stays beside the model: merged, it would fill the zeros again.",
+        SPARSE | _tuned(LORA, "unmerged") | _answers("sparsify", "search"),
+    ),
+    "shears": Pipeline(
+        "Shears: elastic adapters on a sparse model, cut to the ranks that are kept; the adapter stays beside it.",
+        SPARSE | _tuned(NLS, "unmerged") | _answers("sparsify", "search"),
+    ),
+    "sparsepeft": Pipeline(
+        "SparsePEFT: elastic adapters trained through the mask, so that they merge and every zero stays one.",
+        SPARSE | _tuned(NLS, "sparsepeft") | {"merge": {}} | _answers("sparsify", "search", "merge"),
+    ),
+    "gptq-lora": Pipeline(
+        "LoRA on a sparse INT4 model. The adapter stays beside it, in floats.",
+        CODES | _tuned(LORA, "unmerged") | _answers("sparsify", "quantize", "search"),
+    ),
+    "sqft": Pipeline(
+        "SQFT: elastic adapters on a sparse INT4 model. The adapter stays beside it, in floats.",
+        CODES | _tuned(NLS, "unmerged") | _answers("sparsify", "quantize", "search"),
+    ),
+    "qa-sparsepeft": Pipeline(
+        "QA-SparsePEFT: elastic adapters trained through the mask and the grid, merged into one sparse INT4 model.",
+        CODES | _tuned(NLS, "qa-sparsepeft") | {"merge": {}} | _answers(*ON_CODES),
+    ),
+    "qa-sparsepeft-low-memory": Pipeline(
+        "QA-SparsePEFT from the codes alone: less memory while it trains, and a start that is rounded already.",
+        CODES | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
+    ),
+}
+
+
+FILES = {"data", "text"}
+"""The keys of a recipe that hold a file of the data folder."""
+
+
+def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DATA) -> dict[str, Any]:
+    """A pipeline's recipe as it is to be written to `output`, from whose folder its relative paths count.
+
+    `data` is a folder with train.jsonl, calibration.jsonl, test.jsonl and heldout.txt, as far as the recipe names them;
+    or a file of records to train on, and to calibrate with, that has the others beside it.
+
+    Raises:
+        SqftError: when there is no such pipeline.
+    """
+    if name not in PIPELINES:
+        raise SqftError(f"there is no pipeline '{name}'; pipelines: {', '.join(PIPELINES)}")
+    place = Path(data).expanduser()
+    records = place if place.is_file() or (place.suffix and not place.is_dir()) else None
+    folder = place.parent if records else place
+    names = dict.fromkeys(("train.jsonl", "calibration.jsonl"), records.name) if records else {}
+
+    def placed(raw: dict[str, Any]) -> None:
+        for key, value in raw.items():
+            if isinstance(value, dict):
+                placed(value)
+            elif key in FILES:
+                raw[key] = _from(output, folder / names.get(value, value))
+
+    sections = copy.deepcopy(dict(PIPELINES[name].sections))
+    calibration = {"data": "calibration.jsonl", "samples": 64, "length": 1024}
+    local = Path(model).expanduser()
+    path = model if HUB_ID.fullmatch(model) and not local.exists() else _from(output, local)
+    whole = {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}}
+    sections = whole | {"calibration": calibration} | sections
+    placed(sections)
+    return sections
+
+
+def _from(output: Path, path: Path) -> str:
+    """A path as a recipe says it that is to lie in `output`; an absolute one stays as it is."""
+    return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
+
+
+def as_text(value: Any, indent: int = 0) -> str:
+    """JSON as people write it: what fits on a line stands on one."""
+    line = json.dumps(value)
+    if not isinstance(value, dict) or (indent and indent + len(line) <= 100):
+        return line
+    inner = (f"{' ' * (indent + 2)}{json.dumps(key)}: {as_text(held, indent + 2)}" for key, held in value.items())
+    return "{\n" + ",\n".join(inner) + "\n" + " " * indent + "}"
+
+
+def explanation(name: str, raw: Mapping[str, Any], registry: Registry) -> str:
+    """What every choice of a recipe means, as Markdown: the recipe's own descriptions and the components'."""
+    return "\n".join([f"# {name}", "", PIPELINES[name].summary, *_explained(Recipe, raw, registry, "")]) + "\n"
+
+
+def _explained(model: type[BaseModel], raw: Mapping[str, Any], registry: Registry, indent: str) -> Iterator[str]:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for key, value in raw.items():
+        field = fields[key]
+        inner = model_in(field.annotation)
+        if not indent and inner:  # a section
+            yield from ("", f"## {key}", "", (inspect.getdoc(inner) or "").partition("\n\n")[0].replace("\n", " "), "")
+            yield from _explained(inner, value, registry, "  ")
+        elif inner is ComponentRef:
+            yield from _component(key, ComponentRef.model_validate(_named(value)), field.description or "", registry)
+        elif isinstance(value, dict) and inner:
+            yield f"- `{key}`: {field.description}"
+            yield from (f"  {line}" for line in _explained(inner, value, registry, "  "))
+        elif indent:
+            yield f"- `{key}` = `{json.dumps(value)}`: {field.description}"
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _component(kind: str, ref: ComponentRef, description: str, registry: Registry) -> Iterator[str]:
+    component = registry.get(kind, ref.name).component
+    summary = (inspect.getdoc(component) or "").partition("\n")[0]
+    yield f"- `{kind}` = `{ref.name}`: {description}. {summary}"
+    for option, value in ref.options.items():
+        said = component.model_fields[option].description
+        yield f"  - `{option}` = `{json.dumps(value)}`" + (f": {said}" if said else "")

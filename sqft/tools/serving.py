@@ -1,0 +1,79 @@
+"""A run's result as it would be served, and how fast it is and how much memory it takes: on the CPU, in bfloat16."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
+from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.loading.quantized import load_packed, quantization_of
+from sqft.modeling.loading.transformers_io import load_folder
+from sqft.planning.plan import Plan
+from sqft.stages.adapted import Base, restore
+
+SERVED = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, medians: `prefill` of a whole prompt at once, `decode` of one token after the other."""
+
+    prefill: float
+    decode: float
+
+
+def merged_as_served(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """A finished model's folder: floats as they are, codes as codes."""
+    if quantization_of(folder) is None:
+        return ready(load_folder(folder, "bfloat16", trust_remote_code)[0])
+    return ready(load_packed(folder, trust_remote_code, "bfloat16"))
+
+
+def adapted_as_served(plan: Plan, base: Base, trained: Path, choice: Path) -> PreTrainedModel:
+    """A base with the chosen adapter beside it, which could not be merged."""
+    tuned = restore(plan, base, trained, "cpu")
+    tuned.choose(read_choice(choice))
+    return ready(tuned.model)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """In place: parameters in bfloat16; codes, with their grids as they are, laid out for the int4 kernel as well."""
+    for module in model.modules():
+        if isinstance(module, FrozenWeight):
+            module.dtype = SERVED
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(SERVED)
+        if isinstance(module, PackedWeight):
+            module.serve()
+    return model.eval()
+
+
+def kernels(model: nn.Module) -> tuple[int, int]:
+    """How many packed layers the int4 kernel takes, and how many there are."""
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    return sum(module.kernel is not None for module in packed), len(packed)
+
+
+@torch.inference_mode()
+def speed(model: PreTrainedModel, prompt: int, generated: int, repeats: int) -> Speed:
+    """Greedy generation of `generated` tokens after a prompt of `prompt` tokens, one sequence."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator)
+    prefill, decode = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        prefill.append(prompt / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(generated):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        decode.append(generated / (time.perf_counter() - start))
+    return Speed(statistics.median(prefill), statistics.median(decode))

@@ -1,0 +1,173 @@
+"""The commands as a user types them: statuses, messages, outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+
+from sqft.cli import main
+from sqft.cli.output import _without_fresh
+
+
+@pytest.fixture
+def recipe(raw: dict[str, Any], tmp_path: Path) -> Path:
+    raw["evaluate"]["of"] = ["sparsify", "merge"]
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    return file
+
+
+def test_plugins_and_show() -> None:
+    listed = CliRunner().invoke(main, ["plugins"])
+    assert listed.exit_code == 0 and "hill-climbing" in listed.output
+    rows = json.loads(CliRunner().invoke(main, ["plugins", "--json"]).output)
+    assert {"kind", "name", "plugin", "provider", "summary"} == set(rows[0])
+    shown = CliRunner().invoke(main, ["show", "searcher", "hill-climbing"])
+    assert "turns: integer, >= 1, default 3" in shown.output
+    wrong = CliRunner().invoke(main, ["show", "scorer", "wnda"])
+    assert wrong.exit_code == 2 and "Did you mean 'wanda'?" in wrong.output
+
+
+def test_schema_knows_the_plugins() -> None:
+    schema = json.loads(CliRunner().invoke(main, ["schema"]).output)
+    text = json.dumps(schema["$defs"]["Search"]["properties"]["searcher"])
+    assert '"turns"' in text and '"heuristic"' in text
+
+
+def test_plan_touches_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["plan", str(recipe), "--store", str(tmp_path / "s")])
+    assert done.exit_code == 0 and "finetune" in done.output and "run" in done.output
+    assert not (tmp_path / "s").exists()
+
+
+def test_run_prints_a_table_and_how_to_load(recipe: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "s"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "AutoModelForCausalLM.from_pretrained" in done.output
+    assert "| merge | " in done.output  # whole lines where there is no terminal
+    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
+    (folder,) = (tmp_path / "s" / "runs").iterdir()
+    names = {"recipe.json", "plan.json", "run.json", "report.json", "report.md", "run.log"}
+    assert names == {file.name for file in folder.iterdir()}
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2 and "not an empty folder" in again.output
+
+
+def test_a_mistake_is_one_message(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--set", "sparsify.sparsity=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sparsify.sparsity: input should be less than 1, found 2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "set_to", "message"),
+    [
+        (None, "cuda:99", "99", "device 'cuda' cannot be used"),
+        (None, "cuda", "0", "device 'cuda' cannot be used"),
+        ("4,7", "cuda:1", "7", "device 'cuda' cannot be used"),
+        ("4,7", "cuda:2", "4,7", "CUDA_VISIBLE_DEVICES shows 2"),
+        (None, "cuda:one", None, "write cuda or cuda:N"),
+        (None, "gpu", None, "device 'gpu' cannot be used"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+def test_devices(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    visible: str | None, device: str, set_to: str | None, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    done = CliRunner().invoke(main, ["run", str(recipe), "--store", str(tmp_path / "s"), "--device", device])
+    assert done.exit_code == 2 and message in done.output
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == set_to
+
+
+def test_what_until_leaves(recipe: Path, tmp_path: Path) -> None:
+    """After fine-tuning no ranks are chosen, and the sparse model is not what was asked for."""
+    store, output = ["--store", str(tmp_path / "s")], ["--output", str(tmp_path / "o")]
+    tuned = CliRunner().invoke(
+        main, ["run", str(recipe), *store, "--until", "finetune", "--output", str(tmp_path / "o")]
+    )
+    assert tuned.exit_code == 2 and "nothing to put into --output" in tuned.output
+    whole = CliRunner().invoke(main, ["run", str(recipe), *store, *output])
+    assert whole.exit_code == 0, whole.output
+    sparse = CliRunner().invoke(main, ["run", str(recipe), *store, "--until", "sparsify"])
+    assert "sparsify-" in sparse.output.split("result: ")[1]
+    (report,) = tmp_path.glob("s/runs/*/report.md")
+    assert "| merge |" in report.read_text()  # a shorter run does not empty the report of what stands
+
+
+def test_the_way_on_after_an_interruption_is_not_fresh() -> None:
+    assert _without_fresh(["run", "r", "--fresh", "sparsify", "--until", "merge"]) == ["run", "r", "--until", "merge"]
+    assert _without_fresh(["run", "--fresh=search", "r"]) == ["run", "r"]
+
+
+def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["finetune"]["steps"] = 100_000
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "s")]
+    # Tests started in the background inherit an ignored SIGINT, and so would the command.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(
+        (tmp_path / "s").glob("artifacts/.partial-finetune-*/checkpoints/*")
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "To go on: sqft run" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "offered"),
+    [
+        (["show"], "se", ["searcher"]),
+        (["show", "searcher"], "hill", ["hill-climbing"]),
+        (["show", "scorer"], "hill", []),
+        (["init"], "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory"]),
+        (["merge", "--store", "s"], "ti", ["tiny-00000000"]),
+        (["eval", "--store", "s"], "", ["other-00000000", "tiny-00000000"]),
+        ([], "doc", ["doctor"]),
+    ],
+)
+def test_a_shell_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], begun: str, offered: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-00000000", "other-00000000"):
+        (tmp_path / "s" / "runs" / name).mkdir(parents=True)
+        (tmp_path / "s" / "runs" / name / "recipe.json").write_text("{}")
+    completions = ShellComplete(main, {}, "sqft", "_SQFT_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in completions] == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shells_own_script(shell: str) -> None:
+    code = "from sqft.cli import main; main(prog_name='sqft')"
+    environment = os.environ | {"_SQFT_COMPLETE": f"{shell}_source"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "_SQFT_COMPLETE" in done.stdout
+
+
+def test_a_kind_that_is_none() -> None:
+    done = CliRunner().invoke(main, ["show", "scorers", "wanda"])
+    assert done.exit_code == 2 and "kinds: scorer, allocator" in done.stderr

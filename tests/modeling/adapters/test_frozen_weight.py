@@ -1,0 +1,187 @@
+"""Packed weights and weights rounded on a grid, against float64 written out and autograd's own straight-through."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqft_gptq.solver import round_to_nearest
+from sqft_nls.adapter import Nls
+from sqft_sparsepeft import QASparsePEFT
+from sqft_unmerged import Unmerged
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sqft.api import Grid, LinearShape, Merger, Quantized
+from sqft.kernels.grids import dequantize, same
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, frozen
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
+
+
+def sparse(out: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight with zeros, and what is kept."""
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(out, inputs, generator=g) < 0.5
+    return torch.randn(out, inputs, generator=g) * kept, kept
+
+
+def adapted(
+    base: FrozenWeight, merger: Merger, rank: int = 3, size: float = 0.3, learn_scales: bool = False
+) -> AdaptedLinear:
+    delta = Nls(ranks=(rank,), alpha=2.0 * rank).delta(
+        LinearShape("l", base.out_features, base.in_features), torch.Generator().manual_seed(1)
+    )
+    assert isinstance(delta, nn.Module)
+    delta.B.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(size)  # type: ignore[union-attr, operator]
+    return AdaptedLinear(base, None, delta, merger, learn_scales=learn_scales)
+
+
+def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
+    """The oracle's own: scale and zero point of each input, one at a time."""
+    size = inputs if grid.group_size == -1 else grid.group_size
+    groups = [j // size if grid.group_index is None else int(grid.group_index[j]) for j in range(inputs)]
+    return (
+        torch.stack([grid.scale[:, g].double() for g in groups], 1),
+        torch.stack([grid.zero[:, g].double() for g in groups], 1),
+    )
+
+
+def oracle(layer: AdaptedLinear, x: Tensor, start: Tensor, kept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Paper eq. 3–4 in float64 with torch's own straight-through: rounded + (W − detached W), clamped by autograd."""
+    if layer.gain is not None:
+        stretched = grid.scale.double() * layer.gain.double()
+        stored = stretched + (stretched.half().double() - stretched).detach()  # float16, straight through
+        grid = Grid(stored, grid.zero, grid.group_size, grid.bits, grid.group_index)
+    scale, zero = spread(grid, start.shape[1])
+    B, A, s = layer.delta.factors(layer.rank)
+    merged = start.double() + torch.where(kept, s * B.double() @ A.double(), 0.0)
+    ratio = merged / scale
+    code = (ratio.detach().round() + (ratio - ratio.detach()) + zero).clamp(0, 2**grid.bits - 1)
+    sure = ((ratio - ratio.floor() - 0.5).abs() > 1e-4).all()
+    return x.double() @ (scale * (code - zero)).T, code, sure
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 32]), st.booleans(), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 30),
+)  # fmt: skip
+def test_forward_codes_and_gradients_of_a_rounded_weight(
+    bits: int, size: int, symmetric: bool, act_order: bool, codes: bool, learn: bool, seed: int
+) -> None:
+    weight, kept = sparse(5, 64, seed)
+    result = round_to_nearest(weight, kept, bits, size, symmetric, False)
+    if act_order and size == 32:  # groups that are not contiguous
+        index = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).int() // 32
+        result = Quantized(result.codes, Grid(result.grid.scale, result.grid.zero, 32, bits, index))
+        _, zero = spread(result.grid, 64)
+        result = Quantized(torch.where(kept, result.codes, zero).to(torch.uint8), result.grid)
+    base = PackedWeight(result, kept, torch.float32) if codes else FloatWeight(weight, True, result.grid)
+    layer = adapted(base, QASparsePEFT(), learn_scales=learn)
+    if layer.gain is not None:
+        layer.gain.data.uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    probe = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 1))
+    start = dequantize(result) if codes else weight
+    y, code, sure = oracle(layer, x, start, kept if codes else weight != 0, result.grid)
+    if not sure:
+        return  # float32 may round a half the other way
+    assert layer.codes().codes.double().equal(code.detach())
+    assert layer.effective().equal(dequantize(layer.codes()))
+    torch.testing.assert_close(layer(x).double(), y, rtol=1e-5, atol=1e-4)
+    trained = [x, *layer.delta.parameters(), *([layer.gain] if learn else [])]  # type: ignore[attr-defined, list-item]
+    found = torch.autograd.grad((layer(x) * probe).sum(), trained)
+    wanted = torch.autograd.grad((y * probe).sum(), trained)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_no_gradient_passes_where_the_clamp_holds() -> None:
+    """One weight far above its grid, one below, one between: by hand."""
+    grid = Grid(torch.tensor([[0.5]]).half(), torch.tensor([[8]]), -1, 4)
+    base = FloatWeight(torch.tensor([[100.0, -100.0, 1.1, 3.5]]), True, grid)  # 3.5 is the top code, 15, itself
+    layer = adapted(base, QASparsePEFT(), rank=1, size=0.0)
+    layer.delta.B.data.fill_(0.01)  # type: ignore[attr-defined]
+    layer.delta.A.data.zero_()  # type: ignore[attr-defined]
+    layer(torch.ones(1, 4)).sum().backward()
+    assert layer.effective().tolist() == [[3.5, -4.0, 1.0, 3.5]]
+    grad = layer.delta.A.grad[0]  # type: ignore[attr-defined]
+    torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 0.02, 0.02]))
+
+
+def test_codes_start_as_the_base_has_them() -> None:
+    weight, kept = sparse(16, 64)
+    quantized = round_to_nearest(weight, kept, 4, 32, False, False)
+    layer = adapted(PackedWeight(quantized, kept, torch.float32), QASparsePEFT(), size=0.0)
+    assert same(layer.codes(), quantized)
+
+
+def test_what_is_trained_through_is_what_is_merged_under_autocast_and_checkpointing() -> None:
+    weight, kept = sparse(16, 64)
+    layer = adapted(FloatWeight(weight, True, round_to_nearest(weight, kept, 4, 32, True, False).grid), QASparsePEFT())
+    x = torch.randn(4, 64, requires_grad=True)
+    merged = dequantize(layer.codes())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        again = checkpoint(layer, x, use_reentrant=False)
+    assert y.equal(F.linear(x.bfloat16(), merged.bfloat16())) and again.equal(y)
+    parameters = list(layer.delta.parameters())  # type: ignore[attr-defined]
+    one, other = torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(again.sum(), parameters)
+    assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+    with frozen(layer), torch.no_grad():
+        assert layer(x).equal(F.linear(x, merged))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_packed_layer_is_its_dequantized_one(bits: int) -> None:
+    weight, kept = sparse(16, 96)
+    quantized = round_to_nearest(weight, kept, bits, 32, False, False)
+    layer = PackedLinear(PackedWeight(quantized, None, torch.float32), nn.Parameter(torch.randn(16), False))
+    x = torch.randn(3, 96, requires_grad=True)
+    y = layer(x)
+    assert y.equal(F.linear(x, dequantize(quantized), layer.bias))
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    (wanted,) = torch.autograd.grad(F.linear(x, dequantize(quantized), layer.bias).square().sum(), x)
+    assert found.equal(wanted)
+    lora = adapted(layer.base, Unmerged())
+    B, A, scale = lora.delta.factors(3)
+    torch.testing.assert_close(lora(x), F.linear(x, dequantize(quantized)) + scale * (x @ A.T @ B.T))
+
+
+@pytest.mark.parametrize("merger", [Unmerged(), QASparsePEFT()], ids=lambda m: str(m.name))
+def test_nothing_of_the_weights_size_is_kept_over_codes(merger: Merger) -> None:
+    weight, kept = sparse(64, 96)
+    base = PackedWeight(round_to_nearest(weight, kept, 4, 32, True, False), kept, torch.float32)
+    layer = adapted(base, merger, rank=2)
+    x = torch.randn(8, 96, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        layer(x).sum().backward()
+    assert saved and max(t.numel() for t in saved) < 64 * 96 / 4
+    assert all(p.numel() < 64 * 96 / 4 or not p.is_floating_point() for p in [*base.parameters(), *base.buffers()])
+
+
+def test_bytes_a_weight() -> None:
+    """0.6 at 4 bits and groups of 128, 0.7 with the mask: what the documentation promises."""
+    weight, kept = sparse(128, 1024)
+    quantized = round_to_nearest(weight, kept, 4, 128, False, False)
+    for mask, most in ((None, 0.6), (kept, 0.7)):
+        held = PackedWeight(quantized, mask, torch.float32).state_dict().values()
+        assert sum(t.nbytes for t in held) / weight.numel() <= most
+
+
+def test_codes_that_come_out_otherwise_are_counted() -> None:
+    """What a merge reports of a device other than the CPU, here of the CPU itself."""
+    from sqft.stages.merge import _unlike
+
+    weight, kept = sparse(16, 64)
+    layer = adapted(FloatWeight(weight, True, round_to_nearest(weight, kept, 4, 32, True, False).grid), QASparsePEFT())
+    codes = layer.codes()
+    tuned = SimpleNamespace(adapted={"l": layer})
+    assert _unlike(tuned, {"l": codes}, "cpu") == 0  # type: ignore[arg-type]
+    codes.codes[3, 5:8] ^= 1
+    assert _unlike(tuned, {"l": codes}, "cpu") == 3  # type: ignore[arg-type]

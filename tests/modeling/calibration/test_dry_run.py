@@ -1,0 +1,109 @@
+"""Models that cannot be walked are told from others without a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sqft.errors import StageError
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.calibration.dry_run import check_walk
+from sqft.modeling.calibration.walk import walk
+from sqft.types import Statistic
+from sqft.utils.progress import silent
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self.one(x) + (0 if before is None else before)
+        return y @ self.other.weight.T, y
+
+
+class Model(nn.Module):
+    """Two blocks of which a function makes the next block's arguments."""
+
+    def __init__(self, between: Callable[..., tuple[Any, ...]], times: int = 1) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(9, 4), nn.ModuleList([Block() for _ in range(3)])
+        self.between, self.times = between, times
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        given: tuple[Any, ...] = (self.embed(input_ids),)
+        for block in [*self.layers] * self.times:
+            x, more = block(*given)
+            given = self.between(x, more)
+        return given[0]
+
+
+def only_hidden(x: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return (x,)
+
+
+@pytest.mark.parametrize(
+    ("between", "times", "words"),
+    [
+        (lambda x, _: (x * 2,), 1, "do not pass their output on"),
+        (lambda x, more: (x, more), 1, "pass on more than their hidden states"),
+        (only_hidden, 2, "runs its 3 blocks 6 times"),
+    ],
+)
+def test_why_blocks_cannot_be_walked(between: Any, times: int, words: str) -> None:
+    with torch.device("meta"):
+        model: Any = Model(between, times)
+    with pytest.raises(StageError, match=words):
+        check_walk(model, {})
+    model = Model(between, times)  # and calibration says the same
+    with pytest.raises(StageError, match=words):
+        walk(model, torch.zeros(1, 8, dtype=torch.long), set(), frozenset(), lambda *_: None, "cpu", silent)
+
+
+def test_a_layer_whose_weight_is_read_is_named_with_its_place() -> None:
+    with torch.device("meta"):
+        model: Any = Model(only_hidden)
+    check_walk(model, {"layers.2.one": "sparsify.include"})
+    with pytest.raises(StageError, match=r"quantize\.include: layers\.2\.other; exclude it"):
+        check_walk(model, dict.fromkeys(linears(model), "quantize.include"))
+
+
+def test_what_hangs_on_numbers_is_left_to_the_run() -> None:
+    with torch.device("meta"):
+        model: Any = Model(lambda x, _: (x[x > 0][None, :4],))
+    check_walk(model, {"layers.0.other": "sparsify.include"})
+
+
+def test_blocks_that_give_more_than_hidden_states_are_walked() -> None:
+    torch.manual_seed(0)
+    model: Any = Model(only_hidden)
+    windows, seen = torch.arange(9)[None], {}
+    chosen = {f"layers.{index}.one" for index in range(3)}
+    stats = frozenset({Statistic.INPUT_NORM})
+    walk(model, windows, chosen, stats, lambda n, _, s: seen.update({n: s.input_sq_sum}), "cpu", silent)
+    found: list[Tensor] = []
+    model.layers[2].one.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    model(windows, use_cache=False)
+    torch.testing.assert_close(seen["layers.2.one"], found[0].reshape(-1, 4).square().sum(0))
+
+
+def test_the_depth_of_a_model_costs_nothing() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=9, num_hidden_layers=20, **sizes)).eval()
+    ran: list[bool] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _, __, output: ran.append(is_fake(output)))
+    check_walk(model, dict.fromkeys(linears(model), "sparsify.include"))
+    assert ran == [True] * 3

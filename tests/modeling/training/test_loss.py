@@ -1,0 +1,194 @@
+"""The training loss: where the head runs, how accumulated batches weigh, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from sqft.data.collators import Collator, PackingCollator, pack
+from sqft.data.encoding import IGNORED, encode_all
+from sqft.errors import StageError
+from sqft.modeling.training.loss import CompletionLoss, sees_across
+
+SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
+
+
+def batch_of(
+    records: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, loss_on: str = "completion"
+) -> dict[str, Tensor]:
+    examples = encode_all(records, tokenizer, 32, loss_on).examples
+    return Collator(1)([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+class Plain(nn.Module):
+    """A model whose forward knows no `logits_to_keep`."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_every_gradient_equals_transformers_own(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str
+) -> None:
+    batch = batch_of(SUMS, tokenizer, loss_on)
+    theirs = model(**batch).loss
+    theirs.backward()
+    wanted = gradients(model)
+    for wrapped in (CompletionLoss(model), CompletionLoss(Plain(model))):
+        ours = wrapped(**batch)["loss"]
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        ours.backward()
+        torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_chunks_change_neither_loss_nor_gradients(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Against cross-entropy over all logits; in float64 too, where nothing but a mistake differs."""
+    batch = batch_of(SUMS, tokenizer, loss_on)
+    model.to(dtype)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    plain.backward()
+    wanted = gradients(model)
+    for chunk in (1, 3, 1000):
+        ours = CompletionLoss(model, chunk)(**batch)["loss"]
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+        ours.backward()
+        torch.testing.assert_close(gradients(model), wanted, rtol=tolerance, atol=tolerance)
+        with torch.no_grad():
+            torch.testing.assert_close(CompletionLoss(model, chunk)(**batch)["loss"], plain, rtol=tolerance, atol=0)
+
+
+def test_no_more_logits_than_a_chunk(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = batch_of(SUMS, tokenizer)
+    labels = int((batch["labels"] != IGNORED).sum())
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    CompletionLoss(model, 4)(**batch)["loss"].backward()
+    assert max(seen) == 4 and sum(seen) == 2 * labels
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chunk: int | None
+) -> None:
+    """What a process without rows of a batch takes part with: its gradients are there, and nothing."""
+    batch = batch_of(SUMS[:1], tokenizer)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    loss = CompletionLoss(model, chunk)(**batch, num_items_in_batch=7)["loss"]
+    loss.backward()
+    found = gradients(model)
+    assert loss == 0 and found.keys() == dict(model.named_parameters()).keys()
+    assert not any(value.any() for value in found.values())
+
+
+def test_logits_that_are_not_the_head_s_are_refused(model: LlamaForCausalLM) -> None:
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    ids = torch.arange(2, 20)[None]
+    CompletionLoss(model, 4).check_head(ids)
+    capped = Capped(model.config).eval()
+    capped.lm_head.weight.data *= 100
+    with pytest.raises(StageError, match="loss_chunk: the logits of Capped are not"):
+        CompletionLoss(capped, 4).check_head(ids)
+    with pytest.raises(StageError, match="loss_chunk"):
+        CompletionLoss(Plain(model), 4).check_head(ids)
+
+
+def test_the_head_runs_only_where_a_label_follows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = batch_of(SUMS, tokenizer)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    CompletionLoss(model)(**batch)
+    columns = (batch["labels"][:, 1:] != IGNORED).any(0)
+    assert seen == [int(columns.sum())] and seen[0] < batch["input_ids"].shape[1]
+
+
+def test_accumulated_batches_equal_one_large_batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Unequal parts: with each part's own mean, short completions would weigh more."""
+    wrapped = CompletionLoss(model)
+    whole = batch_of(SUMS, tokenizer)
+    count = (whole["labels"][:, 1:] != IGNORED).sum()
+    wrapped(**whole)["loss"].backward()
+    wanted = gradients(model)
+    for part in (SUMS[:1], SUMS[1:]):
+        wrapped(**batch_of(part, tokenizer), num_items_in_batch=count)["loss"].backward()
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_trainer_weighs_every_label_that_has_a_prediction(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loss_on: str
+) -> None:
+    """Trainer's own count is the divisor: a label in a row's first place would make every step too small."""
+    examples = encode_all(SUMS, tokenizer, 32, loss_on).examples
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=3, logging_steps=1,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples]
+    expected = CompletionLoss(model)(**Collator(1)(rows))["loss"].item()
+    trainer = Trainer(CompletionLoss(model), arguments, train_dataset=rows, data_collator=Collator(1))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_brings_back_what_trained(model: LlamaForCausalLM) -> None:
+    model.requires_grad_(False)
+    trained = model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    wrapped = CompletionLoss(model)
+    state = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    assert list(state) == ["model.model.layers.1.mlp.up_proj.weight"]
+    before = trained.detach().clone()
+    with torch.no_grad():
+        trained.zero_()
+    wrapped.load_state_dict(state)
+    assert torch.equal(trained, before)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        wrapped.load_state_dict({})
+    with pytest.raises(RuntimeError, match="does not fit"):
+        wrapped.load_state_dict({**state, "stranger": trained})
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_packed_rows_train_as_padded_ones(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str
+) -> None:
+    assert not sees_across(model)
+    wrapped, batch = CompletionLoss(model), batch_of(SUMS, tokenizer, loss_on)
+    padded = wrapped(**batch)["loss"]
+    padded.backward()
+    wanted = gradients(model)
+    rows = pack(encode_all(SUMS, tokenizer, 32, loss_on).examples, 32)
+    assert 1 < len(rows) < len(SUMS)
+    packed = wrapped(**PackingCollator(1)([{"examples": row} for row in rows]))["loss"]
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
+    packed.backward()
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_told_where_an_example_begins(model: LlamaForCausalLM) -> None:
+    assert sees_across(Plain(model))

@@ -1,0 +1,212 @@
+"""Trainer's settings: the recipe's words as transformers', what evaluation takes away, and when training stops."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import StageError
+from sqft.modeling.training.trainer import Best
+from sqft.recipe.sections import Finetune
+from sqft.stages.finetune import _RankSampler
+from sqft.stages.training_arguments import arguments
+from sqft.utils.distributed import Processes
+
+
+def finetuned(raw: dict[str, Any], registry: Registry, store: Path, **section: Any) -> Path:
+    """The folder of the finetune artifact of the recipe with these words."""
+    raw = copy.deepcopy(raw)
+    raw.pop("evaluate")
+    raw["finetune"] |= section
+    orchestrator = Orchestrator(registry, store)
+    return orchestrator.run(orchestrator.plan(Recipe.parse(raw)), "finetune")["finetune"].folder
+
+
+@pytest.fixture
+def validation(data: Path) -> str:
+    return str(data / "validation.jsonl")
+
+
+def section(**words: Any) -> Finetune:
+    return Finetune.model_validate({"adapter": "nls", "merger": "sparsepeft", "data": "x.jsonl", **words})
+
+
+SCHEDULES = Finetune.model_fields["schedule"].annotation.__args__  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_need_nothing_else(schedule: str, tmp_path: Path) -> None:
+    from transformers import get_scheduler
+
+    made = arguments(section(schedule=schedule, warmup_ratio=0.1), tmp_path, 0, "cpu")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
+    scheduler = get_scheduler(
+        made.lr_scheduler_type, optimizer, num_warmup_steps=made.get_warmup_steps(50), num_training_steps=50
+    )
+    rates = []
+    for _ in range(50):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[5] == pytest.approx(3e-4)
+    assert (rates[0] == 0) == (schedule != "constant")
+    assert (rates[-1] < 3e-4) == ("constant" not in schedule)
+
+
+def test_words_are_passed_on(tmp_path: Path) -> None:
+    words = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.1, "warmup_steps": 7}
+    made = arguments(section(**words), tmp_path, 3, "cpu")
+    assert {name: getattr(made, name) for name in words} == words
+    assert (made.seed, made.data_seed, made.report_to, made.eval_strategy) == (3, 3, [], "no")
+
+
+def test_float16_is_refused_on_the_cpu_before_anything_is_made(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match=r"float16 .* needs an accelerator; on the CPU use bfloat16"):
+        finetuned(raw, registry, tmp_path, precision="float16")
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_looking_at_validation_changes_nothing(
+    raw: dict[str, Any], validation: str, registry: Registry, tmp_path: Path
+) -> None:
+    raw["finetune"]["adapter"]["options"]["dropout"] = 0.1  # draws random numbers, which a look must not take
+    plain = finetuned(raw, registry, tmp_path)
+    looked = finetuned(raw, registry, tmp_path, validation=validation, evaluate_every=2)
+    assert looked != plain
+    ours, theirs = load_file(looked / "deltas.safetensors"), load_file(plain / "deltas.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    entries = [json.loads(line) for line in (looked / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [2, 4, 6]
+
+
+def test_a_look_is_search_s_loss_at_the_largest_ranks(
+    raw: dict[str, Any], validation: str, registry: Registry, tmp_path: Path
+) -> None:
+    """The last look against the loss that a search measures of the stored deltas."""
+    folder = finetuned(raw, registry, tmp_path, validation={"path": validation, "limit": 8})
+    (seen,) = [json.loads(x)["eval_loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in x]
+    from sqft.data.encoding import encode_all
+    from sqft.data.records import read_records
+    from sqft.modeling.evaluation import mean_loss
+    from sqft.stages.adapted import Base, restore
+    from sqft.utils.progress import silent
+
+    raw = copy.deepcopy(raw)
+    raw["finetune"]["validation"] = {"path": validation, "limit": 8}
+    orchestrator = Orchestrator(registry, tmp_path)
+    plan = orchestrator.plan(Recipe.parse(raw))
+    sparse = orchestrator.store.find("sparsify", plan.step("sparsify").fingerprint)
+    assert sparse is not None
+    tuned = restore(plan, Base(folder=sparse.folder / "model"), folder, "cpu")
+    examples = encode_all(read_records(Path(validation), 8), tuned.tokenizer, 256, "completion").examples
+    assert mean_loss(tuned.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
+
+
+def test_patience_stops_and_keeps_the_best(
+    raw: dict[str, Any], validation: str, registry: Registry, tmp_path: Path
+) -> None:
+    """A learning rate that ruins the model: what is kept is what a run as long as the best step would have had."""
+    words = {"steps": 30, "learning_rate": 0.3, "schedule": "constant", "validation": validation, "evaluate_every": 1}
+    stopped = finetuned(raw, registry, tmp_path, **words, patience=3)
+    report = json.loads((stopped / "manifest.json").read_text())["report"]
+    losses = report["validation_losses"]
+    best = losses.index(min(losses)) + 1
+    assert report["best_step"] == best and report["steps"] == len(losses) == best + 3 < 30
+    shorter = finetuned(raw, registry, tmp_path, **words | {"steps": best})
+    ours, theirs = load_file(stopped / "deltas.safetensors"), load_file(shorter / "deltas.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    best = Best(model, 2, Processes())
+    state, control, args = TrainerState(global_step=1), TrainerControl(), type("A", (), {"output_dir": str(tmp_path)})
+    best.on_evaluate(args, state, control, metrics={"eval_loss": 0.1})
+    state.global_step = 2
+    best.on_evaluate(args, state, control, metrics={"eval_loss": math.nan})
+    assert not control.should_training_stop
+    (tmp_path / "checkpoint-2").mkdir()
+    best.on_save(args, state, control)
+    again = Best(torch.nn.Linear(2, 2), 2, Processes())  # type: ignore[arg-type]
+    again.load(tmp_path / "checkpoint-2")
+    assert (again.loss, again.step, again.waited, again.stops) == (0.1, 1, 1, False)
+    again.on_evaluate(args, state, control, metrics={"eval_loss": 0.2})
+    assert again.stops and control.should_training_stop
+    again.restore()
+    assert torch.equal(again.model.weight, model.weight)  # type: ignore[arg-type]
+
+
+def test_a_chunk_at_a_time_trains_the_same(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    whole, chunks = (finetuned(raw, registry, tmp_path, loss_chunk=chunk) for chunk in (None, 3))
+    ours, theirs = load_file(chunks / "deltas.safetensors"), load_file(whole / "deltas.safetensors")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_seed_of_its_own_leaves_the_base_alone(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    plain, seeded, same = (finetuned(raw, registry, tmp_path, seed=seed) for seed in (None, 1, 0))
+    assert len(list((tmp_path / "artifacts").glob("sparsify-*"))) == 1
+    deltas = [load_file(folder / "deltas.safetensors") for folder in (plain, seeded, same)]
+    assert any(not torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
+    assert all(torch.equal(deltas[0][name], deltas[2][name]) for name in deltas[0])
+
+
+def test_ranks_are_a_function_of_seed_and_step_alone(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[tuple[int, Any]]] = []
+    begin = _RankSampler.on_step_begin
+
+    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(self, args, state, control, **kwargs)
+        seen[-1].append((state.global_step, [layer.rank for layer in self.tuned.adapted.values()]))
+
+    monkeypatch.setattr(_RankSampler, "on_step_begin", on_step_begin)
+    for batch in (4, 8):
+        torch.manual_seed(batch)
+        seen.append([])
+        finetuned(raw, registry, tmp_path, batch_size=batch)
+    assert seen[0] == seen[1] and len({str(ranks) for _, ranks in seen[0]}) > 1
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_trackers_are_told_and_change_no_fingerprint(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """A writer in tensorboard's place, which is not needed to test sqft."""
+    written: list[tuple[str, str]] = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            self.log_dir = log_dir
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written.append((self.log_dir, f"{tag} {step}"))
+
+        def add_text(self, *args: Any) -> None: ...
+        def flush(self) -> None: ...
+        def close(self) -> None: ...
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = sys.__spec__
+        module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    where = {"logging_dir": str(tmp_path / "mine")} if named else {}
+    folder = finetuned(raw, registry, tmp_path / "store", report_to="tensorboard", **where)
+    assert [tag for _, tag in written if tag.startswith("train/loss ")] == [f"train/loss {n}" for n in range(1, 7)]
+    assert {Path(place).name for place, _ in written} == ({"mine"} if named else {"logs"})
+    assert finetuned(raw, registry, tmp_path / "store") == folder

@@ -1,0 +1,162 @@
+"""What `sqft data` shows is what training and evaluation are given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.cli import main
+from sqft.data.windows import calibration_windows
+from sqft.errors import SqftError
+from sqft.tools.data_preview import Piece, Preview, previews
+
+
+def test_every_data_set_of_a_recipe(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["finetune"] |= {"packing": True, "max_length": 20}
+    plan = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
+    found = {preview.place: preview for preview in previews(plan, 2)}
+    places = ["calibration.data", "finetune.data", "search.data", "evaluate.perplexity", "evaluate.exact_match"]
+    assert list(found) == places
+    training = found["finetune.data"]
+    assert training.examples == [
+        [Piece("0+0=", False), Piece("0<|im_end|>", True)],
+        [Piece("0+1=", False), Piece("1<|im_end|>", True)],
+    ]
+    # 4 tokens of a sum, 1 or 2 of its result, 1 of the end; 64 records, 21 of them with two digits (10 to 14).
+    two = sum(a + b > 9 for a in range(8) for b in range(8))
+    assert training.facts["tokens"] == f"6 to 7, median 6, {64 * 6 + two} in all"
+    assert training.facts["tokens with loss"] == f"2 to 3, median 2, {64 * 2 + two} in all"
+    assert training.facts["packed"] == "22 rows of 20 tokens"
+    assert found["search.data"].facts["tokens with loss"] == "2 to 2, median 2, 24 in all"
+    assert found["evaluate.exact_match"].facts["records"] == "10"
+    assert found["evaluate.exact_match"].facts["cut to fit"] == "0 prompts"
+
+
+def looked_at(raw: dict[str, Any], store: Path, *sections: str) -> dict[str, Preview]:
+    plan = Orchestrator(Registry.discover(), store).plan(Recipe.parse(raw))
+    return {preview.place: preview for preview in previews(plan, 2, sections)}
+
+
+def test_calibration_and_text_are_the_windows_that_are_read(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path
+) -> None:
+    found = looked_at(raw, tmp_path)
+    step = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw)).step("sparsify")
+    seed = int.from_bytes(hashlib.sha256(b"0/calibration").digest()[:8], "big") >> 1
+    drawn = calibration_windows(step.files["calibration"], tokenizer, 4, 32, seed)
+    assert found["calibration.data"].facts == {"windows": "4 of 32 tokens, 128 in all"}
+    assert found["calibration.data"].examples == [[Piece(tokenizer.decode(window), False)] for window in drawn[:2]]
+    text = found["evaluate.perplexity"]
+    assert text.facts == {"windows": "4", "tokens": "64 to 64, median 64, 256 in all"}
+    assert [piece.learned for piece in text.examples[0]] == [False, True]  # a window's first token has no loss
+    held_out = Path(raw["evaluate"]["perplexity"]["text"]).read_text()
+    assert "".join(piece.text for shown in text.examples for piece in shown) == held_out[:128]
+
+
+def test_training_is_shown_without_what_is_held_out_and_as_often_as_it_comes(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    sums = raw["finetune"]["data"]
+    raw["finetune"] |= {
+        "data": [{"path": sums, "limit": 20, "weight": 2.5}, {"path": sums, "limit": 30}],
+        "holdout": 0.25, "validation": sums, "packing": True, "max_length": 24, "steps": 1,
+    }  # fmt: skip
+    raw["search"] = {"searcher": raw["search"]["searcher"], "metric": "exact_match"}
+    found = looked_at(raw, tmp_path / "store")
+    places = ["finetune.data.0", "finetune.data.1", "finetune.data", "finetune.holdout", "finetune.validation"]
+    assert [place for place in found if place.startswith("finetune")] == places
+    first, second, both, held, validation = (found[place].facts for place in places)
+    out = int(held["records"])
+    assert 0 < out < 50 and first["each comes"] == "2.5 times an epoch"
+    assert int(first["held out"].split()[0]) + int(second["held out"].split()[0]) == out
+    assert "tokens of a prompt" in held  # the search asks for answers
+    assert validation["records"] == "64" and "packed" not in first and "packed" not in validation
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    report = orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="finetune")["finetune"].report
+    assert both["packed"] == f"{report['rows']} rows of 24 tokens"
+    assert both["examples"] == str(report["examples"]) == str(int(first["examples"]) + int(second["examples"]))
+
+
+def test_the_first_token_of_a_text_is_not_learned(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "abc"}\n')
+    raw["finetune"]["data"] = str(tmp_path / "text.jsonl")
+    training = looked_at(raw, tmp_path / "store", "finetune")["finetune.data"]
+    assert training.examples == [[Piece("a", False), Piece("bc<|im_end|>", True)]]
+    assert training.facts["tokens with loss"] == "3 to 3, median 3, 3 in all"
+
+
+def test_prompts_beyond_the_window_are_shown_cut(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a" * 300 + "=", "completion": "1"}) + "\n")
+    raw["evaluate"]["exact_match"]["data"] = str(tmp_path / "long.jsonl")
+    asked = looked_at(raw, tmp_path / "store", "evaluate.exact_match")["evaluate.exact_match"]
+    assert asked.facts["cut to fit"] == "1 prompts" and asked.examples[0][0].text == "a" * 251 + "="
+
+
+def test_sections(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["finetune"]["data"] = [raw["finetune"]["data"]] * 2
+    assert list(looked_at(raw, tmp_path, "evaluate", "calibration.data")) == [
+        "calibration.data", "evaluate.perplexity", "evaluate.exact_match",
+    ]  # fmt: skip
+    assert list(looked_at(raw, tmp_path, "finetune.data.1")) == ["finetune.data.1"]
+    assert list(looked_at(raw, tmp_path, "finetune.data")) == ["finetune.data.0", "finetune.data.1", "finetune.data"]
+    with pytest.raises(
+        SqftError, match=r"no data in 'finetune\.val'; it does in calibration\.data, finetune\.data\.0, "
+    ):
+        looked_at(raw, tmp_path, "finetune.val")
+
+
+def test_conversations_and_what_is_cut(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(record) + "\n")
+    raw["finetune"] |= {"data": str(tmp_path / "talk.jsonl"), "max_length": 60}
+    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    shown = next(iter(previews(plan, 1, ["finetune"])))
+    learned = [piece.text for piece in shown.examples[0] if piece.learned]
+    assert learned == ["yes<|im_end|>\n", "no<|im_end|>\n"] or learned[-1] == "no<|im_end|>\n"
+    assert shown.facts["cut to fit"].startswith(("0 examples", "1 examples"))
+
+
+def test_the_command(raw: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    command = ["data", str(recipe), "--store", str(tmp_path / "store")]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert "0+1=⟪1<|im_end|>⟫" in shown.output and "tokens: 6 to 7" in shown.output
+    whole = json.loads(CliRunner().invoke(main, [*command, "--json", "--examples", "1"]).stdout)
+    assert [len(preview["examples"]) for preview in whole] == [1] * 5
+    one = CliRunner().invoke(main, [*command, "--section", "search"])
+    assert one.exit_code == 0 and one.stdout.startswith("search.data\n") and "finetune" not in one.stdout
+    wrong = CliRunner().invoke(main, [*command, "--section", "merge"])
+    assert wrong.exit_code == 2 and "reads no data in 'merge'" in wrong.stderr
+    raw["sparsify"]["scorer"] = "magnitude"
+    recipe.write_text(json.dumps({key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}))
+    assert "reads no data" in CliRunner().invoke(main, command).output
+    assert not list((tmp_path / "store").glob("artifacts/*"))
+
+
+def test_a_long_text_is_shortened_on_the_screen_alone(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a" * 1500 + "b" * 1500}) + "\n")
+    raw["model"]["path"] = str(wide(Path(raw["model"]["path"]), tmp_path / "model"))
+    raw["finetune"] |= {"data": str(tmp_path / "long.jsonl"), "max_length": 4096}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    command = ["data", str(recipe), "--store", str(tmp_path / "store"), "--section", "finetune"]
+    assert f"{'a' * 1000} [… 1009 characters …] {'b' * 990}<|im_end|>⟫" in CliRunner().invoke(main, command).stdout
+    assert "b" * 1500 in CliRunner().invoke(main, [*command, "--json"]).stdout
+
+
+def wide(model: Path, folder: Path) -> Path:
+    """The same model with a window of 4096 tokens."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return folder

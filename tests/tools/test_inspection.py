@@ -1,0 +1,186 @@
+"""`inspect_model` against weights whose zeros were put there, in every format it reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.cli import main
+from sqft.errors import SqftError
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.quantized import load_dequantized
+from sqft.tools.inspection import Inspection, inspect_model
+
+
+def pruned(model: LlamaForCausalLM) -> dict[str, int]:
+    """Zeros put into each linear layer of the blocks: the first so many entries of the i-th one."""
+    put = {}
+    for index, (name, layer) in enumerate(linears(model).items()):
+        put[name] = 40 * (index + 1)
+        layer.weight.data.view(-1)[: put[name]] = 0
+    return put
+
+
+def zeros(found: Inspection) -> dict[str, int | None]:
+    return {module.name: module.zeros for module in found.modules if module.linear}
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats(model: LlamaForCausalLM, tmp_path: Path, shards: str, dtype: torch.dtype) -> None:
+    put = pruned(model)
+    model.to(dtype).save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "20KB")
+    found = inspect_model(tmp_path)
+    assert found.format == "Hugging Face floats" and zeros(found) == put
+    assert found.linears.zeros == sum(put.values()) and found.linears.modules == 14
+    assert found.linears.weights == sum(layer.weight.numel() for layer in linears(model).values())
+    assert found.all.weights == model.num_parameters()
+    assert found.all.zeros == sum(put.values()) + 32  # the embedding of the padding is zeros
+    assert found.precision == {str(dtype).removeprefix("torch."): model.num_parameters()}
+    assert found.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+def test_a_file_that_transformers_does_not_read_is_not_counted(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    save_file({"layers.0.wq.weight": torch.zeros(4, 4)}, tmp_path / "consolidated.safetensors")
+    assert inspect_model(tmp_path).all.weights == model.num_parameters()
+
+
+def test_gptq_zeros_are_codes_at_the_zero_point(quantized_folder: Path) -> None:
+    """Grids that are not symmetric, groups in no order, and one kind of layer left in floats."""
+    found = inspect_model(quantized_folder)
+    weights = load_dequantized(quantized_folder).state_dict()
+    expected = {name: int((weights[f"{name}.weight"] == 0).sum()) for name in zeros(found)}
+    assert zeros(found) == expected and sum(expected.values()) > 100
+    assert found.format == "GPTQ, version 1"
+    assert found.details == {"bits": 4, "group_size": 16, "sym": False, "desc_act": True}
+    floats = 2 * 32 * 64
+    assert found.precision["int4 in groups of 16"] == found.linears.weights - floats
+    assert found.all.weights == sum(tensor.numel() for tensor in weights.values())  # the head is stored
+
+
+def test_compressed_tensors_has_the_zeros_of_what_it_was_made_of(
+    quantized_folder: Path, registry: Registry, tmp_path: Path
+) -> None:
+    registry.get("exporter", "compressed-tensors").component().export(FinishedModel(quantized_folder), tmp_path)  # type: ignore[attr-defined]
+    found, source = inspect_model(tmp_path), inspect_model(quantized_folder)
+    assert found.format == "compressed-tensors pack-quantized"
+    assert zeros(found) == zeros(source) and found.precision == source.precision
+
+
+def test_artifacts_and_adapters(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw.pop("evaluate")
+    orchestrator = Orchestrator(registry, tmp_path)
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    sparse = inspect_model(run["sparsify"].folder)
+    assert sparse.path == run["sparsify"].folder / "model"
+    assert sparse.linears.zeros == run["sparsify"].report["zeros"]
+    adapter = inspect_model(run["search"].folder)
+    assert adapter.format == "sqft adapter" and adapter.details["merger"] == "sparsepeft"
+    assert adapter.all.weights == run["search"].report["trainable"] and not adapter.linears.modules
+    assert [row[0] for row in adapter.table()[1]][-1] == "total, all" and "decoder blocks" not in str(adapter.table())
+    raw["finetune"]["merger"], raw["search"] = "unmerged", {"searcher": "minimal"}
+    raw.pop("merge")
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    adapter = inspect_model(run["search"].folder / "adapter")
+    assert adapter.format == "PEFT adapter" and adapter.details["ranks"] == "4" and adapter.details["alpha"] == 8
+
+
+def test_gguf(tmp_path: Path) -> None:
+    weight = np.ones((64, 32), np.float32)
+    weight[:16] = 0
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.attn_q.weight", weight)
+    packed = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("token_embd.weight", weight.astype(np.float16))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    for place in (tmp_path, tmp_path / "m.gguf"):
+        found = inspect_model(place)
+        assert found.format == "GGUF" and zeros(found) == {"blk.0.attn_q": 512, "blk.0.ffn_up": 512}
+        assert found.precision == {"F32": 2048, "F16": 2048, "Q8_0": 2048} and found.all.sparsity == 0.25
+
+
+def test_what_is_packed_in_an_unknown_way_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq", "bits": 4}}')
+    words = torch.zeros(8, 8, dtype=torch.int32)
+    save_file({"a.0.q.qweight": words, "a.0.n.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    found = inspect_model(tmp_path)
+    assert found.format == "quantized (awq)" and found.all.weights == 8 and found.all.zeros == 0
+    assert any("not counted: 1 tensors" in line for line in found.lines())
+    assert found.as_json()["modules"][1]["zeros"] is None
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def emptied(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def misread(folder: Path) -> None:
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 5}}')
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncated, "was cut off; copy it again"),
+        (pickled, "pytorch_model.bin), which can run code when read and are refused"),
+        (emptied, "holds no .safetensors file"),
+        (misread, "has bits 5"),
+        (shutil.rmtree, "there is no folder"),
+    ],
+)
+def test_one_clear_message(model_folder: Path, tmp_path: Path, harm: Any, message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    harm(folder)
+    with pytest.raises(SqftError, match=str(folder)):
+        inspect_model(folder)
+    done = CliRunner().invoke(main, ["inspect", str(folder)])
+    assert done.exit_code == 2 and message in done.output and done.output.count("error:") == 1
+
+
+def test_a_part_that_does_not_fit_is_named(quantized_folder: Path, registry: Registry, tmp_path: Path) -> None:
+    out = tmp_path / "ct"
+    out.mkdir()
+    registry.get("exporter", "compressed-tensors").component().export(FinishedModel(quantized_folder), out)  # type: ignore[attr-defined]
+    from safetensors.torch import load_file
+
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight_scale"] = torch.ones(32, 3)
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(SqftError, match=r"parts of model\.layers\.0\.self_attn\.q_proj do not fit"):
+        inspect_model(out)
+
+
+def test_the_command(model_folder: Path) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(model_folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "format: Hugging Face floats" in shown.output
+    assert "| model.layers.1.mlp.down_proj | 32×64 | float32 | 2,048 | 0 | 0.00% |" in shown.output
+    assert "| total, linear layers in decoder blocks | 14 modules |" in shown.output
+    content = json.loads(CliRunner().invoke(main, ["inspect", str(model_folder), "--json"]).stdout)
+    assert content["totals"]["linears"]["sparsity"] == 0 and content["precision"].keys() == {"float32"}
+    assert len(content["modules"]) == 14 + 1 + 5

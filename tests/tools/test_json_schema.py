@@ -1,0 +1,69 @@
+"""The schema a plugin's options make: what they refer to is there, under names of their own."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from sqft_wanda import Wanda
+
+from sqft import Registry
+from sqft.tools.json_schema import option_lines, recipe_schema
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Inner(BaseModel):
+    depth: int = 3
+
+
+class Nested(Wanda):
+    """Options of every sort."""
+
+    name = "nested"
+    color: Color = Color.RED
+    inner: Inner = Inner()
+    way: Literal["up"] = "up"
+    maybe: int | None = None
+
+
+class Other(Wanda):
+    """Another class called Color, with other values."""
+
+    name = "other"
+
+    class Color(Enum):
+        GREEN = "green"
+
+    color: Color = Color.GREEN
+
+
+def references(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if "$ref" in value else set()
+        return own.union(*map(references, value.values()))
+    return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+
+def test_everything_referred_to_is_there() -> None:
+    registry = Registry.discover()
+    registry.add(Nested)
+    registry.add(Other)
+    schema = recipe_schema(registry)
+    known = {f"#/$defs/{name}" for name in schema["$defs"]}
+    assert references(schema) <= known and any("nested.Color" in name for name in known)
+    text = json.dumps(schema)
+    assert '"blue"' in text and '"green"' in text and '"Nested/nested"' in text
+    assert "$schema" in schema["properties"]
+
+
+def test_options_as_text() -> None:
+    lines = dict(line.split(": ", 1) for line in option_lines(Nested))
+    assert lines["color"] == 'one of "red", "blue", default "red"'
+    assert lines["inner"].startswith("object") and lines["way"].startswith('"up"')
+    assert lines["maybe"] == "integer or null, default null"

@@ -1,0 +1,110 @@
+"""Recipes to start from: valid, explained, and the same methods as the examples'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.cli import main
+from sqft.tools.presets import PIPELINES, as_text, explanation, starting_recipe
+
+EXAMPLES = {file.stem: file for file in (Path(__file__).parents[2] / "examples" / "recipes").glob("*.json")}
+QUICKSTART = "quickstart"
+"""sparsepeft with a search, measured at every step: the tutorial's own."""
+
+
+def methods(raw: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without its model, data, and how long it trains: those are the user's."""
+    kept = {key: raw[key] for key in ("sparsify", "quantize", "merge", "search", "export") if key in raw}
+    if "finetune" in raw:
+        kept["finetune"] = {key: raw["finetune"].get(key) for key in ("adapter", "merger", "base", "mask", "targets")}
+    return kept | {"of": raw["evaluate"]["of"]}
+
+
+TASKS = {"mawps", "arc-easy", "piqa"}  # one pipeline on other data
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - TASKS - {QUICKSTART}))
+def test_the_same_methods_as_the_example_of_that_name(name: str) -> None:
+    assert methods(starting_recipe(name, Path("r.json"))) == methods(json.loads(EXAMPLES[name].read_text()))
+
+
+def test_an_example_for_each_pipeline_that_has_more_than_one_stage() -> None:
+    assert PIPELINES.keys() - EXAMPLES.keys() == {"sparsify", "quantize"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_written_planned_and_explained(
+    name: str, registry: Registry, model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["init", name, "--output", "r.json", "--model", str(model_folder), "--data", str(data)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    Recipe.load("r.json")
+    tiny = ["calibration.length=32", "calibration.samples=2"]
+    tiny += ["finetune.max_length=64"] if "finetune" in PIPELINES[name].sections else []
+    tiny += ["quantize.quantizer.options.group_size=32"] if "quantize" in PIPELINES[name].sections else []
+    tiny += ["evaluate.perplexity.length=64"] if "perplexity" in PIPELINES[name].sections["evaluate"] else []
+    assert Orchestrator(registry, tmp_path / "s").load("r.json", tiny).steps
+    raw = json.loads(Path("r.json").read_text())
+    assert all(f"## {key}" in done.output for key, value in raw.items() if isinstance(value, dict))
+    assert ": None" not in done.output and PIPELINES[name].summary in done.output
+    assert "not there yet" not in done.output and "next: sqft plan r.json" in done.output
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2 and "r.json exists, and is not written over" in again.stderr
+    assert json.loads(Path("r.json").read_text()) == raw
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_key_is_explained(name: str, registry: Registry) -> None:
+    raw = starting_recipe(name, Path("r.json"))
+    said = explanation(name, raw, registry)
+
+    def check(section: dict[str, Any]) -> None:
+        for key, value in section.items():
+            if key not in ("name", "options"):
+                assert f"`{key}`" in said
+            if isinstance(value, dict):
+                check(value)
+
+    for section in raw.values():
+        check(section if isinstance(section, dict) else {})
+
+
+def test_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.jsonl").write_text("")
+    raw = starting_recipe("sparsepeft", Path("recipes/r.json"), "model", "mine.jsonl")
+    assert raw["model"]["path"] == "../model"
+    assert raw["finetune"]["data"] == raw["calibration"]["data"] == "../mine.jsonl"
+    assert raw["evaluate"]["exact_match"]["data"] == "../test.jsonl"  # never what it trains on
+    whole = starting_recipe("sparsify", Path("r.json"), "someone/model", "/some/folder")
+    assert (
+        whole["model"]["path"] == "someone/model" and whole["calibration"]["data"] == "/some/folder/calibration.jsonl"
+    )
+    assert whole["evaluate"]["perplexity"]["text"] == "/some/folder/heldout.txt"
+
+
+def test_the_command_lists_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(main, ["init"])
+    assert listed.exit_code == 0 and all(line.split()[0] in PIPELINES for line in listed.output.splitlines())
+    unknown = CliRunner().invoke(main, ["init", "sparsepft"])
+    assert unknown.exit_code == 2 and "pipelines: sparsify, quantize" in unknown.stderr
+    missing = CliRunner().invoke(main, ["init", "sqft"])
+    assert missing.exit_code == 0 and f"not there yet: {tmp_path / 'data' / 'train.jsonl'}" in missing.output
+    nowhere = CliRunner().invoke(main, ["init", "sqft", "--output", "no/folder/r.json"])
+    assert nowhere.exit_code == 2 and "cannot be written" in nowhere.stderr
+
+
+def test_as_text_is_json() -> None:
+    raw = starting_recipe("sqft", Path("r.json"))
+    assert json.loads(as_text(raw)) == raw
+    assert '"sparsify": {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}' in as_text(raw)

@@ -1,0 +1,75 @@
+"""Several processes: who speaks, who waits, and what they share. `torchrun` itself: tests/e2e/test_processes.py."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from torch.distributed import HashStore
+
+import sqft.utils.distributed
+from sqft.data.collators import Collator, PackingCollator
+from sqft.data.encoding import IGNORED, Example
+from sqft.errors import StageError
+from sqft.modeling.training.trainer import Share
+from sqft.utils.distributed import Processes
+
+
+def two() -> tuple[Processes, Processes]:
+    store = HashStore()
+    return Processes(0, 2, store), Processes(1, 2, store)
+
+
+def test_one_process_needs_no_one() -> None:
+    alone = Processes()
+    alone.tell("stands")
+    alone.agree("a plan", "plans another run")
+    alone.barrier()
+    with alone.together("cpu"):
+        assert alone.share("word") == "word" and alone.speaks()
+
+
+def test_words_are_heard_in_order_and_waited_for() -> None:
+    first, second = two()
+    heard: list[str] = []
+    listener = threading.Thread(target=lambda: heard.extend(second.hear() for _ in range(2)))
+    listener.start()
+    first.tell("together")
+    assert first.share("stands") == "stands"
+    listener.join(10)
+    assert heard == ["together", "stands"]
+
+
+def test_another_plan_is_refused() -> None:
+    first, second = two()
+    first.agree("a", "plans another run")
+    with pytest.raises(StageError, match="process 1 plans another run"):
+        second.agree("b", "plans another run")
+
+
+def test_the_first_to_fail_speaks_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqft.utils.distributed, "GRACE", 0.0)
+    first, second = two()
+    assert second.speaks() and not first.speaks()
+    with pytest.raises(StageError, match="another process failed"):
+        second.hear()
+
+
+@pytest.mark.parametrize(("count", "examples"), [(2, 5), (3, 2), (1, 4)])
+def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -> None:
+    rows = [{"input_ids": [n, n], "labels": [IGNORED, n]} for n in range(examples)]
+    seen: list[int] = []
+    for rank in range(count):
+        batch = Share(Collator(0), Processes(rank, count))(rows)
+        seen += batch["labels"][:, 1].tolist()
+    assert sorted(n for n in seen if n != IGNORED) == list(range(examples))
+
+
+def test_each_packed_row_belongs_to_one_process() -> None:
+    rows = [{"examples": [Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))]} for n in (7, 8)]
+    batches = [Share(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
+    assert [batch["labels"].tolist() for batch in batches] == [
+        [[IGNORED, 7, IGNORED, 7]],
+        [[IGNORED, 8, IGNORED, 8]],
+        [[IGNORED] * 4],  # it takes part, and learns nothing
+    ]
