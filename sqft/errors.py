@@ -51,6 +51,18 @@ class StageError(SqftError):
     """A stage could not do its work with what it was given."""
 
 
+class StoreError(SqftError):
+    """The store cannot be read or written, or its disk is full; the message names the store."""
+
+
+class ModelError(SqftError):
+    """A model, or its tokenizer, cannot be loaded, or sqft cannot work on it; the message names the model."""
+
+
+class DeviceError(SqftError):
+    """A device, or one of the processes of a run, cannot be used; the message names it."""
+
+
 class ArtifactError(SqftError):
     """An artifact, checkpoint or model folder is missing, damaged, or breaks its promise."""
 

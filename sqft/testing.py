@@ -22,10 +22,10 @@ from sqft.errors import ContractError
 from sqft.types import (
     BaseKind,
     BaseWeight,
-    Choice,
     LinearShape,
     LinearStats,
     ModelReader,
+    RankConfig,
     RankGroup,
     SearchSpace,
     Statistic,
@@ -79,34 +79,34 @@ def check_scorer(scorer: Scorer) -> None:
     import torch
 
     _check_options(scorer)
-    who = _who(scorer)
+    label = _label(scorer)
     if scorer.updates:
         for shape in SHAPES:
-            _check_prune(who, scorer, _weight(shape))
+            _check_prune(label, scorer, _weight(shape))
         return
     for shape in SHAPES:
         for weight in (_weight(shape), torch.zeros(shape)):
-            first, again = (_score(who, scorer, weight) for _ in range(2))
+            first, again = (_score(label, scorer, weight) for _ in range(2))
             if not again.equal(first):
-                raise ContractError(f"{who} gave other scores for the same weight, statistics and generator")
+                raise ContractError(f"{label} gave other scores for the same weight, statistics and generator")
 
 
-def _score(who: str, scorer: Scorer, weight: Tensor) -> Tensor:
+def _score(label: str, scorer: Scorer, weight: Tensor) -> Tensor:
     before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
-    with checks.statistics_unchanged(who, {PLACE: stats}):
+    with checks.statistics_unchanged(label, {PLACE: stats}):
         try:
             scores = scorer.score(weight, stats)
         except Exception as error:
             given = ", ".join(sorted(scorer.needs)) or "nothing"
             raise ContractError(
-                f"{who} raised {error!r}; of the statistics it was given {given}, as `needs` says"
+                f"{label} raised {error!r}; of the statistics it was given {given}, as `needs` says"
             ) from error
-    checks.check_unchanged(who, PLACE, before, weight)
-    checks.check_scores(who, PLACE, weight, scores)
+    checks.check_unchanged(label, PLACE, before, weight)
+    checks.check_scores(label, PLACE, weight, scores)
     return scores
 
 
-def _check_prune(who: str, scorer: Scorer, weight: Tensor) -> None:
+def _check_prune(label: str, scorer: Scorer, weight: Tensor) -> None:
     """Half of each row goes, the same twice, arguments untouched."""
     import torch
 
@@ -115,13 +115,13 @@ def _check_prune(who: str, scorer: Scorer, weight: Tensor) -> None:
     found = []
     for _ in range(2):
         before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
-        with checks.statistics_unchanged(who, {PLACE: stats}):
+        with checks.statistics_unchanged(label, {PLACE: stats}):
             pruned = scorer.prune(weight, stats, lambda scores: keep_mask(scores, 0.5, "row"))
-        checks.check_unchanged(who, PLACE, before, weight)
-        checks.check_pruned(who, PLACE, weight, pruned, 0.5)
+        checks.check_unchanged(label, PLACE, before, weight)
+        checks.check_pruned(label, PLACE, weight, pruned, 0.5)
         found.append(pruned)
     if not all(torch.equal(first, again) for first, again in zip(*found, strict=True)):
-        raise ContractError(f"{who} pruned the same weight in two ways, of the same statistics and generator")
+        raise ContractError(f"{label} pruned the same weight in two ways, of the same statistics and generator")
 
 
 def check_allocator(allocator: Allocator) -> None:
@@ -136,14 +136,14 @@ def check_allocator(allocator: Allocator) -> None:
         for linear in LINEARS:  # each a block of its own
             weights = {linear.name: _weight((linear.out_features, linear.in_features))}
             before, stats = weights[linear.name].clone(), {linear.name: _stats(linear.in_features, allocator.needs)}
-            with checks.statistics_unchanged(_who(allocator), stats):
+            with checks.statistics_unchanged(_label(allocator), stats):
                 found = allocator.measure(weights, stats)
-            checks.check_unchanged(_who(allocator), linear.name, before, weights[linear.name])
-            checks.check_measured(_who(allocator), [linear.name], found)
+            checks.check_unchanged(_label(allocator), linear.name, before, weights[linear.name])
+            checks.check_measured(_label(allocator), [linear.name], found)
             measured |= found
     for sparsity in (0.1, 0.5, 0.9):
         result = allocator.allocate(LINEARS, sparsity, measured)
-        checks.check_allocation(_who(allocator), LINEARS, sparsity, result)
+        checks.check_allocation(_label(allocator), LINEARS, sparsity, result)
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
@@ -153,21 +153,21 @@ def check_quantizer(quantizer: Quantizer) -> None:
         ContractError: saying which promise is broken.
     """
     _check_options(quantizer)
-    who = _who(quantizer)
+    label = _label(quantizer)
     for shape in ((16, 128), (32, 256)):
         weight = _weight(shape)
         mask = weight.abs() > weight.abs().median()
         mask[0] = False  # a row with nothing left
         for pruned, given in ((weight * mask, mask), (weight, None)):
             before, stats = (pruned.clone(), mask.clone()), _stats(shape[1], quantizer.needs)
-            with checks.statistics_unchanged(who, {PLACE: stats}):
+            with checks.statistics_unchanged(label, {PLACE: stats}):
                 result = quantizer.quantize(pruned, given, stats)
-            checks.check_unchanged(who, PLACE, before[0], pruned)
-            checks.check_unchanged(who, PLACE, before[1], mask, "the mask")
-            checks.check_quantized(who, PLACE, result, pruned, given)
+            checks.check_unchanged(label, PLACE, before[0], pruned)
+            checks.check_unchanged(label, PLACE, before[1], mask, "the mask")
+            checks.check_quantized(label, PLACE, result, pruned, given)
             again = quantizer.quantize(pruned, given, _stats(shape[1], quantizer.needs))
             if not again.codes.equal(result.codes):
-                raise ContractError(f"{who} gave other codes for the same weight and statistics")
+                raise ContractError(f"{label} gave other codes for the same weight and statistics")
 
 
 def check_adapter(adapter: Adapter) -> None:
@@ -177,22 +177,22 @@ def check_adapter(adapter: Adapter) -> None:
         ContractError: saying which promise is broken.
     """
     _check_options(adapter)
-    who = _who(adapter)
+    label = _label(adapter)
     if adapter.input_dropout is not None and adapter.input_dropout not in type(adapter).model_fields:
-        raise ContractError(f"{who} has input_dropout = '{adapter.input_dropout}', which is none of its options")
+        raise ContractError(f"{label} has input_dropout = '{adapter.input_dropout}', which is none of its options")
     space = adapter.space(LINEARS)
-    checks.check_space(who, LINEARS, space)
+    checks.check_space(label, LINEARS, space)
     for seed in range(8):
         choice = adapter.sample(space, Random(seed))
-        checks.check_choice(who, space, choice)
+        checks.check_choice(label, space, choice)
         if adapter.sample(space, Random(seed)) != choice:
-            raise ContractError(f"{who} sampled other ranks from the same random state")
+            raise ContractError(f"{label} sampled other ranks from the same random state")
     ranks = {member: group.ranks for group in space.groups for member in group.members}
     for linear in LINEARS:
-        _check_delta(who, adapter, linear, ranks[linear.name])
+        _check_delta(label, adapter, linear, ranks[linear.name])
 
 
-def _check_delta(who: str, adapter: Adapter, linear: LinearShape, ranks: tuple[int, ...]) -> None:
+def _check_delta(label: str, adapter: Adapter, linear: LinearShape, ranks: tuple[int, ...]) -> None:
     """One layer's factors: seeded, float32 whatever torch's default, trainable, smaller ranks slices of the largest."""
     import torch
 
@@ -202,11 +202,11 @@ def _check_delta(who: str, adapter: Adapter, linear: LinearShape, ranks: tuple[i
         delta: Any = adapter.delta(linear, torch.Generator().manual_seed(3))
     finally:
         torch.set_default_dtype(default)
-    checks.check_delta(who, linear, delta, ranks)
+    checks.check_delta(label, linear, delta, ranks)
     again = adapter.delta(linear, torch.Generator().manual_seed(3))
     for one, other in zip(delta.factors(ranks[0])[:2], again.factors(ranks[0])[:2], strict=True):
         if not one.equal(other):
-            raise ContractError(f"{who} drew other factors from the same generator state")
+            raise ContractError(f"{label} drew other factors from the same generator state")
     # At the start B is zero, so that slices of it are alike and A has no gradient: go on from elsewhere.
     with torch.no_grad():
         for parameter in delta.parameters():
@@ -215,12 +215,12 @@ def _check_delta(who: str, adapter: Adapter, linear: LinearShape, ranks: tuple[i
     for rank in ranks:
         left, right, _ = delta.factors(rank)
         if not (left.equal(B[:, :rank]) and right.equal(A[:rank])):
-            raise ContractError(f"{who} does not slice rank {rank} of {linear.name} out of its largest rank")
+            raise ContractError(f"{label} does not slice rank {rank} of {linear.name} out of its largest rank")
     parameters = [parameter for parameter in delta.parameters() if parameter.requires_grad]
     loss = (B @ A).square().sum()
     grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
     if not grads or any(grad is None or not grad.any() for grad in grads):
-        raise ContractError(f"{who} returned factors for {linear.name} through which no gradient reaches a parameter")
+        raise ContractError(f"{label} returned factors for {linear.name} through which no gradient reaches a parameter")
 
 
 def check_searcher(searcher: Searcher) -> None:
@@ -230,30 +230,30 @@ def check_searcher(searcher: Searcher) -> None:
         ContractError: saying which promise is broken.
     """
     _check_options(searcher)
-    who = _who(searcher)
+    label = _label(searcher)
     for space, seed in product(SPACES, range(3)):
-        (found, asked), again = (_search(who, searcher, space, seed) for _ in range(2))
+        (found, asked), again = (_search(label, searcher, space, seed) for _ in range(2))
         if (found, asked) != again:
-            raise ContractError(f"{who} is not deterministic in its random state and answers, so it cannot resume")
+            raise ContractError(f"{label} is not deterministic in its random state and answers, so it cannot resume")
         if not searcher.evaluates and asked:
-            raise ContractError(f"{who} evaluates, but says `evaluates = False`")
+            raise ContractError(f"{label} evaluates, but says `evaluates = False`")
 
 
 def _search(
-    who: str, searcher: Searcher, space: SearchSpace, seed: int
-) -> tuple[Choice, list[tuple[Choice, int | None]]]:
+    label: str, searcher: Searcher, space: SearchSpace, seed: int
+) -> tuple[RankConfig, list[tuple[RankConfig, int | None]]]:
     """What it found on a rugged landscape, and what it asked, in order."""
-    asked: list[tuple[Choice, int | None]] = []
+    asked: list[tuple[RankConfig, int | None]] = []
 
-    def evaluate(choice: Choice, samples: int | None = None) -> float:
-        checks.check_choice(who, space, choice)
+    def evaluate(choice: RankConfig, samples: int | None = None) -> float:
+        checks.check_choice(label, space, choice)
         if samples is not None and samples < 1:
-            raise ContractError(f"{who} evaluated on {samples} samples, expected 1 or more, or None")
+            raise ContractError(f"{label} evaluated on {samples} samples, expected 1 or more, or None")
         asked.append((choice, samples))
         return Random(str(choice.ranks)).random()
 
     found = searcher.search(space, evaluate, Random(seed))
-    checks.check_choice(who, space, found)
+    checks.check_choice(label, space, found)
     return found, asked
 
 
@@ -278,7 +278,7 @@ def check_merger(merger: Merger) -> None:
 def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
     import torch
 
-    who, shape = _who(merger), tuple(base.weight.shape)
+    label, shape = _label(merger), tuple(base.weight.shape)
     delta, grad = _weight(shape, 1), _weight(shape, 2)
     arguments = {"the weight": base.weight, "the delta": delta, "the gradient": grad}
     if base.mask is not None:
@@ -287,24 +287,24 @@ def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
 
     def check_arguments() -> None:
         for what, tensor in arguments.items():
-            checks.check_unchanged(who, PLACE, before[what], tensor, what)
+            checks.check_unchanged(label, PLACE, before[what], tensor, what)
 
     result = merger.combine(base, delta)
     check_arguments()
-    checks.check_effective(who, PLACE, base, result, merger.keeps_mask)
+    checks.check_effective(label, PLACE, base, result, merger.keeps_mask)
     if result.dtype != torch.float32:
-        raise ContractError(f"{who} returned an effective weight of {result.dtype}, expected float32")
+        raise ContractError(f"{label} returned an effective weight of {result.dtype}, expected float32")
     rows = BaseWeight(base.weight[2:5], base.mask[2:5] if base.mask is not None else None)
     if not merger.combine(rows, delta[2:5]).equal(result[2:5]):
-        raise ContractError(f"{who} gives a block of rows another weight than the whole matrix")
+        raise ContractError(f"{label} gives a block of rows another weight than the whole matrix")
     moved = _weight(shape, 3) > 0
     if not merger.combine(base, delta + moved)[~moved].equal(result[~moved]):
-        raise ContractError(f"{who} is not elementwise: one entry's delta changes another entry's weight")
+        raise ContractError(f"{label} is not elementwise: one entry's delta changes another entry's weight")
     for at in (delta, torch.zeros(shape)):  # training starts from zero
         own, default = merger.derivative(base, at, grad), Merger.derivative(merger, base, at, grad)
         check_arguments()
         if own.dtype != torch.float32 or own.shape != shape or not torch.allclose(own, default, rtol=1e-5, atol=1e-6):
-            raise ContractError(f"{who} has a derivative that is not the one of its combine")
+            raise ContractError(f"{label} has a derivative that is not the one of its combine")
 
 
 def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None:
@@ -313,23 +313,23 @@ def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None
     before = {file.name: file.read_bytes() for file in model.folder.iterdir() if file.is_file()}
     exporter.export(model, folder)
     if not any(folder.iterdir()):
-        raise ContractError(f"{_who(exporter)} wrote nothing")
+        raise ContractError(f"{_label(exporter)} wrote nothing")
     if before != {file.name: file.read_bytes() for file in model.folder.iterdir() if file.is_file()}:
-        raise ContractError(f"{_who(exporter)} changed the model it was to export")
+        raise ContractError(f"{_label(exporter)} changed the model it was to export")
 
 
 def _check_options(component: Component) -> None:
     """Options survive the trip through a recipe, nothing else is kept, and the component explains itself."""
     cls = type(component)
     if cls.model_validate(component.model_dump(mode="json")) != component:
-        raise ContractError(f"{_who(component)} is not the same after its options went through JSON")
+        raise ContractError(f"{_label(component)} is not the same after its options went through JSON")
     if not cls.model_config.get("frozen") or cls.__private_attributes__:
-        raise ContractError(f"{_who(component)} can hold state; a component is frozen and has options only")
+        raise ContractError(f"{_label(component)} can hold state; a component is frozen and has options only")
     if not (cls.__doc__ or "").strip():
-        raise ContractError(f"{_who(component)} has no docstring, which is its help")
+        raise ContractError(f"{_label(component)} has no docstring, which is its help")
 
 
-def _who(component: Component) -> str:
+def _label(component: Component) -> str:
     return f"{component.kind} '{component.name}'"
 
 

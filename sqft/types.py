@@ -99,7 +99,7 @@ class RankGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RankConfig:
     """One rank for each group of a search space, in its order. Hashable, so trials are remembered."""
 
     ranks: tuple[int, ...]
@@ -111,18 +111,18 @@ class SearchSpace:
 
     groups: tuple[RankGroup, ...]
 
-    def choice(self, indices: Sequence[int]) -> Choice:
+    def choice(self, indices: Sequence[int]) -> RankConfig:
         """The configuration that takes, in each group, the rank at that index of its list."""
-        return Choice(tuple(g.ranks[i] for g, i in zip(self.groups, indices, strict=True)))
+        return RankConfig(tuple(g.ranks[i] for g, i in zip(self.groups, indices, strict=True)))
 
-    def ranks_by_linear(self, choice: Choice) -> dict[str, int]:
+    def ranks_by_linear(self, choice: RankConfig) -> dict[str, int]:
         """The rank of every linear layer under a configuration."""
         pairs = zip(self.groups, choice.ranks, strict=True)
         return {member: rank for group, rank in pairs for member in group.members}
 
     def __contains__(self, choice: object) -> bool:
         return (
-            isinstance(choice, Choice)
+            isinstance(choice, RankConfig)
             and len(choice.ranks) == len(self.groups)
             and all(r in g.ranks for g, r in zip(self.groups, choice.ranks, strict=True))
         )
@@ -173,7 +173,7 @@ class Evaluate(Protocol):
     on disk, so a deterministic searcher that is killed repeats its questions and pays once.
     """
 
-    def __call__(self, choice: Choice, samples: int | None = None) -> float: ...
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float: ...
 
 
 class ModelReader(Protocol):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft import Registry
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import fit, round_on
+from sqft.kernels.grids import fit_grid, quantize_to_codes
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.loading.quantized import save_quantized
 
@@ -77,8 +77,10 @@ def on_grid(
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)) if act_order else range(inputs)
     index = torch.empty(inputs, dtype=torch.int32)
     index[list(order)] = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
-    scale, zero = fit(weight.float()[:, list(order)].reshape(out, groups, -1), bits, symmetric)
-    codes = round_on(weight.float(), scale[:, index.long()], zero[:, index.long()], 2**bits - 1).to(torch.uint8)
+    scale, zero = fit_grid(weight.float()[:, list(order)].reshape(out, groups, -1), bits, symmetric)
+    codes = quantize_to_codes(weight.float(), scale[:, index.long()], zero[:, index.long()], 2**bits - 1).to(
+        torch.uint8
+    )
     in_order = groups == 1 or not act_order
     return Quantized(codes, Grid(scale.half(), zero, size, bits, None if in_order else index))
 

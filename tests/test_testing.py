@@ -23,13 +23,13 @@ from torch import Tensor
 
 from sqft.api import (
     BaseKind,
-    Choice,
     ContractError,
     Grid,
     LinearStats,
     Merger,
     Quantized,
     Quantizer,
+    RankConfig,
     Scorer,
     SearchSpace,
     Statistic,
@@ -125,7 +125,7 @@ def asking(ranks: Any, samples: Any = lambda: None, base: Any = HillClimbing) ->
     """A searcher that first asks about the ranks it is told, on the samples it is told."""
 
     def search(self: Any, space: SearchSpace, evaluate: Any, rng: random.Random) -> Any:
-        evaluate(Choice(tuple(ranks(group) for group in space.groups)), samples())
+        evaluate(RankConfig(tuple(ranks(group) for group in space.groups)), samples())
         return base.search(self, space, evaluate, rng)
 
     return variant(base, search=search)()
@@ -190,7 +190,7 @@ BREACHES = [
     (quantizer(lambda weight, mask, codes: mask.logical_not_()), "edited the mask"),
     (quantizer(lambda weight, mask, codes: codes.masked_fill_(mask, next(turn) % 16)), "other codes"),
     (variant(Nls, space=lambda self, linears: SearchSpace(Nls.space(self, linears).groups[1:]))(), "in 0 groups"),
-    (variant(Nls, sample=lambda self, space, rng: Choice((3,) * len(space.groups)))(), "no configuration"),
+    (variant(Nls, sample=lambda self, space, rng: RankConfig((3,) * len(space.groups)))(), "no configuration"),
     (variant(Nls, sample=lambda self, space, rng: Nls.sample(self, space, unseeded))(), "the same random state"),
     (variant(Nls, input_dropout="drop")(), "none of its options"),
     (factors(lambda B, A, rank: (B[:, :rank].detach(), A[:rank].detach())), "no gradient"),
@@ -207,7 +207,7 @@ BREACHES = [
     (adapter(lambda linear, rank, *rest: LowRankDelta(linear, 4, *rest)), "rank 4 for model.layers.0"),
     (adapter(started), "delta that is not zero"),
     (adapter(NoModule), "expected a torch.nn.Module"),
-    (variant(Heuristic, search=lambda self, space, *_: Choice((1,) * len(space.groups)))(), "no configuration"),
+    (variant(Heuristic, search=lambda self, space, *_: RankConfig((1,) * len(space.groups)))(), "no configuration"),
     (
         variant(HillClimbing, search=lambda self, space, ask, _: HillClimbing.search(self, space, ask, unseeded))(),
         "not deterministic",

@@ -28,7 +28,7 @@ class GptqModel(Quantizer):
     act_order: bool = Field(False, description="inputs of the largest activations first")
     reorder_groups: bool = Field(False, description="gptqmodel's act_group_aware: groups of the largest first")
 
-    def misfit(self, linear: LinearShape) -> str | None:
+    def incompatibility(self, linear: LinearShape) -> str | None:
         if linear.in_features * self.bits % 32 or linear.out_features * self.bits % 32:
             return (
                 f"[{linear.out_features}, {linear.in_features}] codes of {self.bits} bits do not fill words of 32 bits"

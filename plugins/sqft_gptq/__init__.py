@@ -44,7 +44,7 @@ class _OnGrid(Quantizer):
     )
     clip: bool = Field(False, description="search each group's range for the smallest error")
 
-    def misfit(self, linear: LinearShape) -> str | None:
+    def incompatibility(self, linear: LinearShape) -> str | None:
         for what, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
             if size * self.bits % 32:
                 return f"{size} {what} of {self.bits} bits do not fill words of 32 bits, as checkpoints store them"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sqft.api import Grid, Quantized, StageError
-from sqft.kernels.grids import fit, quantize, round_on
+from sqft.kernels.grids import fit_grid, quantize, quantize_to_codes
 
 BLOCK = 128
 """Columns between lazy updates of the rest; every group size divides it, but for the whole row, fitted at its start."""
@@ -54,8 +54,8 @@ def gptq(
         for j in range(start, end):
             g = groups[j]
             if not static and j % size == 0:
-                scale[:, g], zero[:, g] = fit(W[:, j : j + size], bits, symmetric, clip)
-            q = round_on(W[:, j], scale[:, g], zero[:, g], top)
+                scale[:, g], zero[:, g] = fit_grid(W[:, j : j + size], bits, symmetric, clip)
+            q = quantize_to_codes(W[:, j], scale[:, g], zero[:, g], top)
             codes[:, j] = q.to(torch.uint8)
             E[:, j - start] = (W[:, j] - scale[:, g] * (q - zero[:, g])) / U[j, j]
             W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned ones take no part
@@ -107,6 +107,6 @@ def round_to_nearest(
     """Each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds."""
     W = W if mask is None else W * mask
     groups = W.reshape(len(W), 1 if group_size == -1 else -1, W.shape[1] if group_size == -1 else group_size)
-    scale, zero = fit(groups, bits, symmetric, clip)
+    scale, zero = fit_grid(groups, bits, symmetric, clip)
     grid = Grid(scale.half(), zero, group_size, bits)
     return Quantized(quantize(W, grid), grid)

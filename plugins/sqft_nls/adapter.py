@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
-from sqft.api import Adapter, Choice, DeltaModule, LinearShape, RankGroup, SearchSpace
+from sqft.api import Adapter, DeltaModule, LinearShape, RankConfig, RankGroup, SearchSpace
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -24,8 +24,8 @@ class _LowRank(Adapter):
     alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input; above 0, training takes two paths")
 
-    def sample(self, space: SearchSpace, rng: Random) -> Choice:
-        return Choice(tuple(rng.choice(group.ranks) for group in space.groups))
+    def sample(self, space: SearchSpace, rng: Random) -> RankConfig:
+        return RankConfig(tuple(rng.choice(group.ranks) for group in space.groups))
 
     def _delta(self, linear: LinearShape, rank: int, generator: Generator) -> DeltaModule:
         from sqft_nls.delta import LowRankDelta

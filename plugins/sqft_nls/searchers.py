@@ -8,7 +8,7 @@ from random import Random
 
 from pydantic import Field
 
-from sqft.api import Choice, Evaluate, Searcher, SearchSpace
+from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace
 
 Indices = tuple[int, ...]
 """A configuration as a position in each group's list of ranks."""
@@ -25,7 +25,7 @@ class Heuristic(Searcher):
     name = "heuristic"
     evaluates = False
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         return space.choice(median(space))
 
 
@@ -35,8 +35,8 @@ class Maximal(Searcher):
     name = "maximal"
     evaluates = False
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
-        return Choice(tuple(max(group.ranks) for group in space.groups))
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
+        return RankConfig(tuple(max(group.ranks) for group in space.groups))
 
 
 class Minimal(Searcher):
@@ -45,8 +45,8 @@ class Minimal(Searcher):
     name = "minimal"
     evaluates = False
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
-        return Choice(tuple(min(group.ranks) for group in space.groups))
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
+        return RankConfig(tuple(min(group.ranks) for group in space.groups))
 
 
 class RandomSearch(Searcher):
@@ -56,7 +56,7 @@ class RandomSearch(Searcher):
     trials: int = Field(8, ge=1, description="configurations evaluated, the heuristic included")
     samples: int | None = Field(64, ge=1, description="validation records; null takes all")
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         tried = [median(space)]
         for _ in range(100 * self.trials):  # a small space may not hold so many different ones
             if len(tried) == self.trials:
@@ -83,7 +83,7 @@ class HillClimbing(Searcher):
     step: int = Field(1, ge=1, description="S of Algorithm 1: the largest move, in positions of the rank list")
     samples: int | None = Field(64, ge=1, description="M of Algorithm 1: validation records; null takes all")
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         def accuracy(indices: Indices) -> float:
             return evaluate(space.choice(indices), self.samples)
 

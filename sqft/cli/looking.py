@@ -58,7 +58,7 @@ def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
     from sqft.utils.text import human
 
     held, screen = Store(store), console()
-    holdings = status.survey(held)
+    holdings = status.scan_store(held)
     if not as_json:
         show_table(screen, "runs", *holdings.runs_table())
         show_table(screen, "artifacts", *holdings.artifacts_table())
@@ -77,7 +77,7 @@ def status(store: Path, as_json: bool, prune: bool, yes: bool) -> None:
         click.echo(json.dumps(holdings.as_json() | ({"deleted": names} if prune else {}), indent=2))
     elif prune:
         click.echo(f"deleted {len(deleted)} folders, {human(status.total(deleted))}")
-        for one in status.survey(held).artifacts:
+        for one in status.scan_store(held).artifacts:
             if one.kept or one.folder in [other.folder for other in tried]:
                 click.echo(f"kept {one.folder}: {one.kept or 'a run was busy with it a moment ago'}")
 

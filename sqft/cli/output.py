@@ -24,16 +24,16 @@ def explained(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except SqftError as error:
-            if processes().speaks():
+            if processes().should_report():
                 click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except Exception:
-            if processes().speaks():
+            if processes().should_report():
                 raise
             sys.exit(1)
         except KeyboardInterrupt:
             words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
-            if processes().first:
+            if processes().is_main:
                 click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
             sys.exit(130)
 

@@ -24,9 +24,13 @@ def _names(context: click.Context, parameter: click.Parameter, incomplete: str) 
     """What a shell may complete the name of a component of the kind before it to."""
     from sqft.components.registry import Registry
 
-    entries = [entry.component for entry in Registry.discover().entries()]
+    entries = [registration.component for registration in Registry.discover().entries()]
     kind = context.params.get("kind")
-    return [entry.name for entry in entries if entry.kind == kind and entry.name.startswith(incomplete)]
+    return [
+        registration.name
+        for registration in entries
+        if registration.kind == kind and registration.name.startswith(incomplete)
+    ]
 
 
 @main.command()
@@ -40,13 +44,13 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
     registry = Registry.discover(disable)
     rows = [
         {
-            "kind": entry.component.kind,
-            "name": entry.component.name,
-            "plugin": entry.provider.plugin,
-            "provider": entry.provider.source,
-            "summary": _summary(entry.component),
+            "kind": registration.component.kind,
+            "name": registration.component.name,
+            "plugin": registration.provider.plugin,
+            "provider": registration.provider.source,
+            "summary": _summary(registration.component),
         }
-        for entry in registry.entries()
+        for registration in registry.entries()
     ]
     rows += [
         {"kind": "broken", "name": b.plugin, "plugin": b.plugin, "provider": b.source, "summary": b.reason}
@@ -80,11 +84,11 @@ def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
 
     if kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
-    entry = Registry.discover(disable).get(kind, name)
-    click.echo(f"{kind} {entry.component.name}, offered by {entry.provider}\n")
-    click.echo(inspect.getdoc(entry.component) or "(no description)")
-    click.echo("\noptions:" if entry.component.model_fields else "\nno options")
-    for line in option_lines(entry.component):
+    registration = Registry.discover(disable).get(kind, name)
+    click.echo(f"{kind} {registration.component.name}, offered by {registration.provider}\n")
+    click.echo(inspect.getdoc(registration.component) or "(no description)")
+    click.echo("\noptions:" if registration.component.model_fields else "\nno options")
+    for line in option_lines(registration.component):
         click.echo(f"  {line}")
 
 

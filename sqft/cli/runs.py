@@ -118,7 +118,7 @@ def evaluate(
     """
     from sqft.recipe.reading import read_json
     from sqft.recipe.recipe import Recipe
-    from sqft.recipe.rerun import find_run, measuring, recipe_of_model, standing
+    from sqft.recipe.rerun import completed_steps, evaluation_overrides, find_run, recipe_of_model
 
     measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
     measures |= {"perplexity": {"text": str(perplexity.resolve())}} if perplexity else {}
@@ -130,10 +130,10 @@ def evaluate(
         folder, store = find_run(subject, store)
         raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")
     screen, orchestrator = _ready(store, device, disable)
-    of = of or tuple(standing(raw, lambda recipe: orchestrator.plan(recipe).reused))
+    of = of or tuple(completed_steps(raw, lambda recipe: orchestrator.plan(recipe).reused))
     if not of:
         raise SqftError(f"no step of {subject} stands that could be measured; run its recipe, or say --of what")
-    recipe = Recipe.changed(raw, [*measuring(raw, of, measures), *changes], source=source)
+    recipe = Recipe.changed(raw, [*evaluation_overrides(raw, of, measures), *changes], source=source)
     _show(screen, orchestrator.run(orchestrator.plan(recipe)))
 
 
@@ -260,7 +260,7 @@ def _show(screen: Any, finished: Run) -> None:
 
 def _finish(screen: Any, finished: Run, output: Path | None) -> None:
     """The table, and where the model is that was made."""
-    if not processes().first:
+    if not processes().is_main:
         return
     _show(screen, finished)
     result = finished.result()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqft.components.entry import Entry
+from sqft.components.registration import Registration
 from sqft.errors import PluginError, SqftError
 
 PASSED_OVER = ("sqft.types", "sqft.components.kinds", "sqft.kernels")
@@ -15,7 +15,7 @@ PASSED_OVER = ("sqft.types", "sqft.components.kinds", "sqft.kernels")
 
 
 @contextmanager
-def blaming(entries: Iterable[Entry], log: Path) -> Iterator[None]:
+def blaming(entries: Iterable[Registration], log: Path) -> Iterator[None]:
     """Turn an exception that arose in one of these components into a `PluginError` that names it.
 
     Raises:
@@ -28,20 +28,20 @@ def blaming(entries: Iterable[Entry], log: Path) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a component that leaves has not done its work
         if (found := culprit(error, entries)) is None:
             raise
-        entry, place = found
+        registration, place = found
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise PluginError(f"{entry} raised {what}\n  at {place}; the traceback is in {log}") from error
+        raise PluginError(f"{registration} raised {what}\n  at {place}; the traceback is in {log}") from error
 
 
-def culprit(error: BaseException, entries: Iterable[Entry]) -> tuple[Entry, str] | None:
+def culprit(error: BaseException, entries: Iterable[Registration]) -> tuple[Registration, str] | None:
     """The component in whose code an exception arose, and "file:line"; None when it was in no component's.
 
     The innermost frame that is either sqft's or a component's decides: torch's error three calls below a
     scorer is the scorer's, and one in the core's `evaluate` is not that of the searcher who asked.
     """
-    by_package: dict[str, list[Entry]] = {}
-    for entry in entries:
-        by_package.setdefault(entry.component.__module__.partition(".")[0], []).append(entry)
+    by_package: dict[str, list[Registration]] = {}
+    for registration in entries:
+        by_package.setdefault(registration.component.__module__.partition(".")[0], []).append(registration)
     frames = list(reversed(list(traceback.walk_tb(error.__traceback__))))
     for index, (frame, line) in enumerate(frames):
         module = str(frame.f_globals.get("__name__", ""))

@@ -15,12 +15,12 @@ from sqft.errors import ContractError
 from sqft.types import (
     SPARSITY_TOLERANCE,
     BaseWeight,
-    Choice,
     DeltaModule,
     Grid,
     LinearShape,
     LinearStats,
     Quantized,
+    RankConfig,
     RankGroup,
     SearchSpace,
 )
@@ -29,57 +29,57 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 
-def check_scores(who: str, place: str, weight: Tensor, scores: object) -> None:
+def check_scores(label: str, place: str, weight: Tensor, scores: object) -> None:
     """Scores are a finite floating tensor of the weight's shape, on its device."""
-    _check_tensor(who, place, "scores", scores, tuple(weight.shape), weight.device)
+    _check_tensor(label, place, "scores", scores, tuple(weight.shape), weight.device)
 
 
-def check_some_scores(who: str, place: str, scores: object) -> None:
+def check_some_scores(label: str, place: str, scores: object) -> None:
     """Scores of some of a layer's columns: a finite floating matrix."""
     shape = getattr(scores, "shape", ())
     device = getattr(scores, "device", None)
     if len(shape) != 2 or device is None:
         raise ContractError(
-            f"{who} asked `select` about {type(scores).__name__} for {place}, expected scores [out, some]"
+            f"{label} asked `select` about {type(scores).__name__} for {place}, expected scores [out, some]"
         )
-    _check_tensor(who, place, "scores", scores, tuple(shape), device)
+    _check_tensor(label, place, "scores", scores, tuple(shape), device)
 
 
-def check_pruned(who: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> None:
+def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> None:
     """A new weight and its mask, both of the weight's shape: finite, 0 where the mask is false, about as sparse as the
     layer is to be."""
     if not isinstance(pruned, tuple) or len(pruned) != 2:
-        raise ContractError(f"{who} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
-    new = _check_tensor(who, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
+        raise ContractError(f"{label} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
+    new = _check_tensor(label, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
     mask = pruned[1]
     if str(getattr(mask, "dtype", None)) != "torch.bool" or mask.shape != weight.shape or mask.device != weight.device:
         raise ContractError(
-            f"{who} returned a mask for {place} that is no bool tensor of the weight's shape and device"
+            f"{label} returned a mask for {place} that is no bool tensor of the weight's shape and device"
         )
     if changed := int(((new != 0) & ~mask).sum()):
-        raise ContractError(f"{who} left {changed} pruned weights of {place} that are not 0")
+        raise ContractError(f"{label} left {changed} pruned weights of {place} that are not 0")
     spent = 1 - mask.double().mean().item()
     if abs(spent - sparsity) > 1e-6:
-        raise ContractError(f"{who} pruned {spent:.3f} of {place}, where `select` let go of {sparsity:.3f}")
+        raise ContractError(f"{label} pruned {spent:.3f} of {place}, where `select` let go of {sparsity:.3f}")
 
 
-def check_measured(who: str, names: Sequence[str], measured: object) -> None:
+def check_measured(label: str, names: Sequence[str], measured: object) -> None:
     """A finite number for every layer of the block."""
     if not isinstance(measured, Mapping) or set(measured) != set(names):
-        raise ContractError(f"{who} did not measure just the layers it was given, such as {names[0]}")
+        raise ContractError(f"{label} did not measure just the layers it was given, such as {names[0]}")
     for name, value in measured.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ContractError(f"{who} measured {name} as {value!r}, expected a finite number")
+            raise ContractError(f"{label} measured {name} as {value!r}, expected a finite number")
 
 
-def check_unchanged(who: str, place: str, before: Tensor, after: Tensor, what: str = "the weight") -> None:
+def check_unchanged(label: str, place: str, before: Tensor, after: Tensor, what: str = "the weight") -> None:
     """The component did not edit its argument."""
     if before.shape != after.shape or not before.equal(after):
-        raise ContractError(f"{who} edited {what} of {place} in place; it must return a new tensor")
+        raise ContractError(f"{label} edited {what} of {place} in place; it must return a new tensor")
 
 
 @contextmanager
-def statistics_unchanged(who: str, stats: Mapping[str, LinearStats]) -> Iterator[None]:
+def statistics_unchanged(label: str, stats: Mapping[str, LinearStats]) -> Iterator[None]:
     """Inside, the component does not edit the statistics of these layers.
 
     No copy is kept of a Hessian, which may be larger than all else: version counters see torch's edits in place, and a
@@ -89,7 +89,7 @@ def statistics_unchanged(who: str, stats: Mapping[str, LinearStats]) -> Iterator
     yield
     for (place, field), state in _states(stats).items():
         if state != before[place, field]:
-            raise ContractError(f"{who} edited the statistics ({field}) of {place} in place; it must copy them first")
+            raise ContractError(f"{label} edited the statistics ({field}) of {place} in place; it must copy them first")
 
 
 def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -99,35 +99,37 @@ def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int
     return {place: (tensor._version, bit_sum(tensor)) for place, tensor in sums.items() if tensor is not None}
 
 
-def check_allocation(who: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:
+def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:
     """Every layer, and nothing else, has a fraction in [0, 1); over all weights they come to `sparsity`."""
     if not isinstance(result, Mapping):
-        raise ContractError(f"{who} returned {type(result).__name__}, expected a mapping of layer names to fractions")
+        raise ContractError(f"{label} returned {type(result).__name__}, expected a mapping of layer names to fractions")
     for linear in linears:
         value = result.get(linear.name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ContractError(f"{who} gave {linear.name} the sparsity {value!r}, expected a number in [0, 1)")
+            raise ContractError(f"{label} gave {linear.name} the sparsity {value!r}, expected a number in [0, 1)")
     sizes = {linear.name: linear.out_features * linear.in_features for linear in linears}
     if unknown := [name for name in result if name not in sizes]:
-        raise ContractError(f"{who} gave {unknown[0]!r} a sparsity, which is none of the layers it was asked about")
+        raise ContractError(f"{label} gave {unknown[0]!r} a sparsity, which is none of the layers it was asked about")
     spent = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())
     if abs(spent - sparsity) > SPARSITY_TOLERANCE:
         raise ContractError(
-            f"{who} gave the layers a sparsity of {spent:.4f} together, where {sparsity:g} was asked for "
+            f"{label} gave the layers a sparsity of {spent:.4f} together, where {sparsity:g} was asked for "
             f"(within {SPARSITY_TOLERANCE})"
         )
 
 
-def check_quantized(who: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:
-    """Codes [out, in] lie on the grid `contracts.Grid` describes, and pruned entries are exactly zero."""
+def check_quantized(label: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:
+    """Codes [out, in] lie on the grid `sqft.types.Grid` describes, and pruned entries are exactly zero."""
     if not isinstance(quantized, Quantized) or not isinstance(quantized.grid, Grid):
-        raise ContractError(f"{who} returned {type(quantized).__name__} for {place}, expected Quantized with a Grid")
+        raise ContractError(f"{label} returned {type(quantized).__name__} for {place}, expected Quantized with a Grid")
     grid, index = quantized.grid, quantized.grid.group_index
     if type(grid.bits) is not int or not 1 <= grid.bits <= 16:
-        raise ContractError(f"{who} returned a grid of {grid.bits!r} bits for {place}, expected an integer in [1, 16]")
+        raise ContractError(
+            f"{label} returned a grid of {grid.bits!r} bits for {place}, expected an integer in [1, 16]"
+        )
     if type(grid.group_size) is not int or (grid.group_size < 1 and grid.group_size != -1):
         raise ContractError(
-            f"{who} returned a grid of group size {grid.group_size!r} for {place}, expected a positive integer or -1"
+            f"{label} returned a grid of group size {grid.group_size!r} for {place}, expected a positive integer or -1"
         )
     out, inputs = weight.shape
     size = inputs if grid.group_size == -1 else grid.group_size
@@ -139,45 +141,49 @@ def check_quantized(who: str, place: str, quantized: object, weight: Tensor, mas
     if index is not None:
         integers.append(("group indices", index, (inputs,), groups - 1))
     for what, values, shape, highest in integers:
-        tensor = _check_tensor(who, place, what, values, shape, weight.device, "an integer type")
+        tensor = _check_tensor(label, place, what, values, shape, weight.device, "an integer type")
         if tensor.min().item() < 0 or tensor.max().item() > highest:
-            raise ContractError(f"{who} returned {what} outside [0, {highest}] for {place}")
-    if not (_check_tensor(who, place, "scales", grid.scale, (out, groups), weight.device) > 0).all():
-        raise ContractError(f"{who} returned scales for {place} that are not above 0")
+            raise ContractError(f"{label} returned {what} outside [0, {highest}] for {place}")
+    if not (_check_tensor(label, place, "scales", grid.scale, (out, groups), weight.device) > 0).all():
+        raise ContractError(f"{label} returned scales for {place} that are not above 0")
     if mask is not None:
         zero = grid.zero[:, index.long()] if index is not None else grid.zero.repeat_interleave(size, 1)[:, :inputs]
         if changed := int(((quantized.codes != zero) & ~mask).sum()):
-            raise ContractError(f"{who} changed {changed} pruned weights of {place}, expected their group's zero point")
+            raise ContractError(
+                f"{label} changed {changed} pruned weights of {place}, expected their group's zero point"
+            )
 
 
-def check_space(who: str, linears: Sequence[LinearShape], space: object) -> None:
+def check_space(label: str, linears: Sequence[LinearShape], space: object) -> None:
     """Every layer is in exactly one group, and every group has ranks, largest first, all in tuples."""
     if not isinstance(space, SearchSpace):
-        raise ContractError(f"{who} returned {type(space).__name__}, expected SearchSpace")
+        raise ContractError(f"{label} returned {type(space).__name__}, expected SearchSpace")
     if space != SearchSpace(tuple(RankGroup(g.name, tuple(g.ranks), tuple(g.members)) for g in space.groups)):
-        raise ContractError(f"{who} returned a search space with lists in it, expected tuples")
+        raise ContractError(f"{label} returned a search space with lists in it, expected tuples")
     found = Counter(member for group in space.groups for member in group.members)
     wanted = Counter(linear.name for linear in linears)
     for name in found | wanted:
         if found[name] != wanted[name]:
             raise ContractError(
-                f"{who} returned a search space that has {name} in {found[name]} groups, expected {wanted[name]}"
+                f"{label} returned a search space that has {name} in {found[name]} groups, expected {wanted[name]}"
             )
     for group in space.groups:
         ranks = group.ranks
         whole = all(type(rank) is int and rank >= 1 for rank in ranks)
         if not ranks or not whole or list(ranks) != sorted(set(ranks), reverse=True):
-            raise ContractError(f"{who} gave group {group.name} the ranks {list(ranks)}, expected integers descending")
+            raise ContractError(
+                f"{label} gave group {group.name} the ranks {list(ranks)}, expected integers descending"
+            )
 
 
-def check_choice(who: str, space: SearchSpace, choice: object) -> None:
+def check_choice(label: str, space: SearchSpace, choice: object) -> None:
     """A configuration lies in its space."""
-    whole = isinstance(choice, Choice) and type(choice.ranks) is tuple and all(type(r) is int for r in choice.ranks)
+    whole = isinstance(choice, RankConfig) and type(choice.ranks) is tuple and all(type(r) is int for r in choice.ranks)
     if not whole or choice not in space:
-        raise ContractError(f"{who} returned {choice!r}, which is no configuration of the search space")
+        raise ContractError(f"{label} returned {choice!r}, which is no configuration of the search space")
 
 
-def check_delta(who: str, linear: LinearShape, delta: DeltaModule, ranks: Sequence[int] = ()) -> None:
+def check_delta(label: str, linear: LinearShape, delta: DeltaModule, ranks: Sequence[int] = ()) -> None:
     """A module with finite float32 factors on the CPU that fit the layer; the delta is zero at start.
 
     At each of `ranks`, the first of which is the delta's own; without them at the delta's own rank.
@@ -186,38 +192,40 @@ def check_delta(who: str, linear: LinearShape, delta: DeltaModule, ranks: Sequen
 
     name = linear.name
     if not isinstance(delta, torch.nn.Module):
-        raise ContractError(f"{who} returned {type(delta).__name__} for {name}, expected a torch.nn.Module")
+        raise ContractError(f"{label} returned {type(delta).__name__} for {name}, expected a torch.nn.Module")
     own = getattr(delta, "rank", None)
     if type(own) is not int or (ranks and own != ranks[0]):
-        raise ContractError(f"{who} returned a delta of rank {own} for {name}, expected {ranks[0] if ranks else 'one'}")
+        raise ContractError(
+            f"{label} returned a delta of rank {own} for {name}, expected {ranks[0] if ranks else 'one'}"
+        )
     for rank in ranks or (own,):
         factors = delta.factors(rank)
         if not isinstance(factors, tuple) or len(factors) != 3:
-            raise ContractError(f"{who} returned factors for {name} that are not (B, A, scale)")
+            raise ContractError(f"{label} returned factors for {name} that are not (B, A, scale)")
         cpu = torch.device("cpu")
-        B = _check_tensor(who, name, "B", factors[0], (linear.out_features, rank), cpu, "float32")
-        A = _check_tensor(who, name, "A", factors[1], (rank, linear.in_features), cpu, "float32")
+        B = _check_tensor(label, name, "B", factors[0], (linear.out_features, rank), cpu, "float32")
+        A = _check_tensor(label, name, "A", factors[1], (rank, linear.in_features), cpu, "float32")
         if not isinstance(factors[2], int | float) or not math.isfinite(factors[2]):
-            raise ContractError(f"{who} returned the scale {factors[2]!r} for {name}, expected a finite number")
+            raise ContractError(f"{label} returned the scale {factors[2]!r} for {name}, expected a finite number")
         if B.any() and A.any() and (B.detach() @ A.detach()).any():  # most often B is zero, and no product is made
-            raise ContractError(f"{who} starts {name} with a delta that is not zero")
+            raise ContractError(f"{label} starts {name} with a delta that is not zero")
 
 
-def check_effective(who: str, place: str, base: BaseWeight, result: object, keeps_mask: bool) -> None:
+def check_effective(label: str, place: str, base: BaseWeight, result: object, keeps_mask: bool) -> None:
     """An effective weight fits its base, is finite and keeps the zeros it promised to keep."""
     weight = base.weight
-    tensor = _check_tensor(who, place, "an effective weight", result, tuple(weight.shape), weight.device)
+    tensor = _check_tensor(label, place, "an effective weight", result, tuple(weight.shape), weight.device)
     if keeps_mask and base.mask is not None and (lost := int((tensor[~base.mask] != 0).sum())):
-        raise ContractError(f"{who} turned {lost} zeros of the base nonzero in {place}")
+        raise ContractError(f"{label} turned {lost} zeros of the base nonzero in {place}")
 
 
-def check_derivative(who: str, place: str, base: BaseWeight, result: object) -> None:
+def check_derivative(label: str, place: str, base: BaseWeight, result: object) -> None:
     """A derivative has the weight's shape and is finite."""
-    _check_tensor(who, place, "a derivative", result, tuple(base.weight.shape), base.weight.device)
+    _check_tensor(label, place, "a derivative", result, tuple(base.weight.shape), base.weight.device)
 
 
 def _check_tensor(
-    who: str,
+    label: str,
     place: str,
     what: str,
     value: object,
@@ -234,13 +242,13 @@ def _check_tensor(
         "an integer type": (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     }
     if not isinstance(value, torch.Tensor):
-        raise ContractError(f"{who} returned {type(value).__name__} as {what} for {place}, expected a tensor")
+        raise ContractError(f"{label} returned {type(value).__name__} as {what} for {place}, expected a tensor")
     if tuple(value.shape) != shape:
-        raise ContractError(f"{who} returned {what} of shape {list(value.shape)} for {place}, expected {list(shape)}")
+        raise ContractError(f"{label} returned {what} of shape {list(value.shape)} for {place}, expected {list(shape)}")
     if value.dtype not in kinds[kind]:
-        raise ContractError(f"{who} returned {what} of {value.dtype} for {place}, expected {kind}")
+        raise ContractError(f"{label} returned {what} of {value.dtype} for {place}, expected {kind}")
     if value.device != where:
-        raise ContractError(f"{who} returned {what} on {value.device} for {place}, expected {where}")
+        raise ContractError(f"{label} returned {what} on {value.device} for {place}, expected {where}")
     if not value.isfinite().all():
-        raise ContractError(f"{who} returned {what} with values that are not finite for {place}")
+        raise ContractError(f"{label} returned {what} with values that are not finite for {place}")
     return value

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 from sqft.types import (
     BaseKind,
     BaseWeight,
-    Choice,
     DeltaModule,
     Evaluate,
     LinearShape,
     LinearStats,
     ModelReader,
     Quantized,
+    RankConfig,
     SearchSpace,
     Select,
     Statistic,
@@ -101,7 +101,7 @@ class Quantizer(Component):
         """Codes and grid for a float32 `weight` [out, in]; where `mask` is false the value is 0."""
         raise NotImplementedError
 
-    def misfit(self, linear: LinearShape) -> str | None:
+    def incompatibility(self, linear: LinearShape) -> str | None:
         """Why a layer of this size cannot lie on the grid these options ask for, and what could; None when it can."""
         return None
 
@@ -118,7 +118,7 @@ class Adapter(Component):
         """The ranks each group of these layers may take; every layer is in exactly one group."""
         raise NotImplementedError
 
-    def sample(self, space: SearchSpace, rng: Random) -> Choice:
+    def sample(self, space: SearchSpace, rng: Random) -> RankConfig:
         """The ranks of one training step. `rng` is seeded by the recipe's seed and the step."""
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class Searcher(Component):
     evaluates: ClassVar[bool] = True
     """False when it never calls `evaluate`: it may then be named in `evaluate.of` as `finetune:NAME`."""
 
-    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> Choice:
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         """A configuration in `space`. It must be deterministic in `rng` and the answers of `evaluate`."""
         raise NotImplementedError
 

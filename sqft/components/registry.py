@@ -18,8 +18,8 @@ import pluggy
 
 from sqft.components import hookspecs
 from sqft.components.discovery import GROUP, distributions, version_mismatch
-from sqft.components.entry import Broken, Entry, Provider
 from sqft.components.kinds import KINDS, Component
+from sqft.components.registration import Broken, Provider, Registration
 from sqft.components.validation import component_mistake
 from sqft.errors import PluginError
 
@@ -36,7 +36,7 @@ class Registry:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("sqft")
         self._manager.add_hookspecs(hookspecs)
-        self._entries: dict[tuple[str, str], list[Entry]] = {}
+        self._entries: dict[tuple[str, str], list[Registration]] = {}
         self._broken: list[Broken] = []
 
     @classmethod
@@ -67,10 +67,10 @@ class Registry:
             if self._manager.get_plugin(provider.plugin) is plugin:
                 self._manager.unregister(name=provider.plugin)
                 for found in self._entries.values():
-                    found[:] = [entry for entry in found if entry.provider != provider]
+                    found[:] = [registration for registration in found if registration.provider != provider]
             raise PluginError("\n".join(map(str, failures)))
 
-    def get(self, kind: str, name: str) -> Entry:
+    def get(self, kind: str, name: str) -> Registration:
         """The entry of that kind and name; "plugin/name" picks one when several offer the name.
 
         Raises:
@@ -79,21 +79,21 @@ class Registry:
         plugin, _, bare = name.rpartition("/")
         found = self._entries.get((kind, bare), [])
         if plugin:
-            found = [entry for entry in found if entry.provider.plugin == plugin]
+            found = [registration for registration in found if registration.provider.plugin == plugin]
         if len(found) == 1:
             return found[0]
         if found:
             offers = ", ".join(
-                f"{entry.provider.plugin}/{bare} ({entry.provider.source})"
-                for entry in sorted(found, key=lambda entry: str(entry.provider))
+                f"{registration.provider.plugin}/{bare} ({registration.provider.source})"
+                for registration in sorted(found, key=lambda registration: str(registration.provider))
             )
             raise PluginError(f"{kind} '{bare}' is offered more than once: {offers}. Write the one you mean.")
         raise PluginError(self._missing(kind, name))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Registration]:
         """Every usable component, by kind and name."""
         order = list(KINDS)
-        flat = [entry for found in self._entries.values() for entry in found]
+        flat = [registration for found in self._entries.values() for registration in found]
         return sorted(flat, key=lambda e: (order.index(e.component.kind), e.component.name, str(e.provider)))
 
     def broken(self) -> list[Broken]:
@@ -171,8 +171,8 @@ class Registry:
                 if wrong := component_mistake(kind, hook, component):
                     self._break(provider, wrong)
                     continue
-                entry = Entry(component, provider)
-                self._entries.setdefault((kind, component.name), []).append(entry)
+                registration = Registration(component, provider)
+                self._entries.setdefault((kind, component.name), []).append(registration)
 
     def _break(self, provider: Provider, reason: str) -> None:
         self._broken.append(Broken(provider.plugin, provider.source, reason))

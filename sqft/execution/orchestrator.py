@@ -23,7 +23,7 @@ from sqft.planning.plan import Plan, Step
 from sqft.planning.planner import make_plan
 from sqft.recipe.diagnostics import related
 from sqft.recipe.recipe import Recipe
-from sqft.recipe.rerun import anchored
+from sqft.recipe.rerun import with_absolute_paths
 from sqft.recipe.sections import Finetune
 from sqft.store.artifacts import Artifact, Store
 from sqft.utils.distributed import processes
@@ -170,17 +170,17 @@ class Orchestrator:
             SqftError: when something is the user's to mend. Finished steps stay, a killed one resumes.
         """
         steps = self._until(plan, until)
-        if self.processes.first:
+        if self.processes.is_main:
             if fresh:
                 self._discard(plan, fresh)
             self._check_disk(steps)
             self._check_model(plan, steps)
         self._check_device()
         self._check_training(steps)
-        self.processes.agree(f"{plan.fingerprint} {until}", "plans another run than the first process")
+        self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = self._run_folder(plan)
         outcomes: dict[str, Outcome] = {}
-        entries = [part.entry for step in plan.steps for part in step.parts.values()]
+        entries = [part.registration for step in plan.steps for part in step.components.values()]
         log_file = folder / "run.log"
         with blaming(entries, log_file), logged(log_file, self.store.writing), ExitStack() as used:
             started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -192,7 +192,7 @@ class Orchestrator:
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             report = make_report(plan, self._standing(plan, outcomes))
-            if self.processes.first:
+            if self.processes.is_main:
                 self._write_report(folder, report, outcomes, started)
         return Run(plan, folder, outcomes, report)
 
@@ -214,7 +214,7 @@ class Orchestrator:
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
         """The step's artifact: found, or made, proved and committed; nobody forgets it while `used` is open."""
-        if not self.processes.first:
+        if not self.processes.is_main:
             return self._follow(plan, step, inputs)
         with self.store.begin(step.stage, step.fingerprint) as scratch:
             used.enter_context(self.store.using(step.stage, step.fingerprint))
@@ -222,18 +222,18 @@ class Orchestrator:
             if found:
                 self.store.verify(found)
                 log.info("%s: reused %s", label, found.folder.name)
-                self.processes.tell("stands")
+                self.processes.broadcast("stands")
                 return found
             log.info("%s", label)
             self._notify("sqft_stage_started", step=step)
             stage, context = self._stage(plan, step, inputs, scratch)
             if step.stage in TOGETHER:
-                self.processes.tell("together")
+                self.processes.broadcast("together")
             start = time.monotonic()
             with peak_memory() as peak:
                 report = stage.run(context)
             seconds = time.monotonic() - start
-            stage.prove(context)
+            stage.verify(context)
             proof = time.monotonic() - start - seconds
             artifact = self.store.commit(
                 scratch,
@@ -242,7 +242,7 @@ class Orchestrator:
                     "step": step.name,
                     "fingerprint": step.fingerprint,
                     "inputs": {role: plan.step(name).fingerprint for role, name in step.inputs.items()},
-                    "components": {kind: part.identity for kind, part in step.parts.items()},
+                    "components": {kind: part.identity for kind, part in step.components.items()},
                     "versions": versions(),
                     "device": self.device,
                     "processes": self.processes.count if step.stage in TOGETHER else 1,
@@ -253,15 +253,15 @@ class Orchestrator:
                 },
             )
             log.info("%s: done in %.0f s, peak %s", label, seconds, human(peak[0]))
-            self.processes.tell("stands")
+            self.processes.broadcast("stands")
             return artifact
 
     def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Path]) -> Artifact:
         """Take part in the step if all make it together; its artifact once the first process says that it stands."""
-        if self.processes.hear() == "together":
+        if self.processes.receive() == "together":
             stage, context = self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint))
             stage.run(context)
-            self.processes.hear()
+            self.processes.receive()
         found = self.store.find(step.stage, step.fingerprint)
         if found is None:
             raise StageError(
@@ -275,7 +275,7 @@ class Orchestrator:
         from sqft.stages.context import Context
 
         stage = importlib.import_module(f"sqft.stages.{step.stage}")
-        track = self.track if self.processes.first else silent
+        track = self.track if self.processes.is_main else silent
         return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
 
     def _until(self, plan: Plan, until: str | None) -> list[Step]:
@@ -358,9 +358,9 @@ class Orchestrator:
         folder = self.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
         with self.store.writing():
             folder.mkdir(parents=True, exist_ok=True)
-            if not self.processes.first:
+            if not self.processes.is_main:
                 return folder
-            write_json(folder / "recipe.json", anchored(plan.recipe))
+            write_json(folder / "recipe.json", with_absolute_paths(plan.recipe))
             write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
         return folder
 
@@ -374,6 +374,6 @@ def _step_json(step: Step) -> dict[str, Any]:
         "name": step.name,
         "fingerprint": step.fingerprint,
         "inputs": dict(step.inputs),
-        "components": {kind: part.identity for kind, part in step.parts.items()},
+        "components": {kind: part.identity for kind, part in step.components.items()},
         "estimate": dataclasses.asdict(step.estimate),
     }

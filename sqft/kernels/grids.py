@@ -21,7 +21,7 @@ NORM = 2.4
 """The error's power in the clip search, as GPTQ's authors have it: between mean and worst."""
 
 
-def fit(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
+def fit_grid(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
     """Scale (float16 values in float32) and zero point (int32 in [1, 2**bits − 1]), both [...], of groups [..., n].
 
     The range of a group always holds 0, so that 0 is a grid point: value = scale · (code − zero). The zero point is
@@ -59,11 +59,11 @@ def _grid(low: Tensor, high: Tensor, top: int, symmetric: bool) -> tuple[Tensor,
 
 
 def _error(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    codes = round_on(groups, scale[..., None], zero[..., None], top)
+    codes = quantize_to_codes(groups, scale[..., None], zero[..., None], top)
     return (scale[..., None] * (codes - zero[..., None]) - groups).abs().pow(NORM).sum(-1)
 
 
-def round_on(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+def quantize_to_codes(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     """Codes clamp(round(W / s) + z, 0, top) (paper eq. 3), of shapes that broadcast; whole numbers in float32."""
     return ((weight / scale).round() + zero).clamp(0, top)
 
@@ -76,7 +76,7 @@ def group_index(grid: Grid, inputs: int) -> Tensor:
     return torch.arange(inputs, device=grid.scale.device) // size
 
 
-def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
+def expand_per_input(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
     """The scale and the zero point of each input, float32 [out, in]."""
     scale, zero = grid.scale.float(), grid.zero.float()
     if grid.group_index is not None:
@@ -88,20 +88,20 @@ def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Codes [out, in], uint8, of a weight [out, in] on a grid: round to nearest (paper eq. 3)."""
-    scale, zero = spread(grid, weight.shape[1])
-    return round_on(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
+    scale, zero = expand_per_input(grid, weight.shape[1])
+    return quantize_to_codes(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weight [out, in] float32 that codes stand for: s · (q − z) (paper eq. 4)."""
-    scale, zero = spread(quantized.grid, quantized.codes.shape[1])
+    scale, zero = expand_per_input(quantized.grid, quantized.codes.shape[1])
     return scale * (quantized.codes - zero)
 
 
-def rounded(weight: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """What the codes of a float32 weight [out, in] stand for: `dequantize(quantize(weight))`, to the bit."""
-    scale, zero = spread(grid, weight.shape[1])
-    return scale * (round_on(weight, scale, zero, 2**grid.bits - 1) - zero)
+    scale, zero = expand_per_input(grid, weight.shape[1])
+    return scale * (quantize_to_codes(weight, scale, zero, 2**grid.bits - 1) - zero)
 
 
 def straight_through(
@@ -113,7 +113,7 @@ def straight_through(
     (q − z) − W / s where the clamp leaves the code alone, and q − z where it does not (Esser et al., Learned step size
     quantization, ICLR 2020, eq. 3); None unless `learn_scales`.
     """
-    scale, zero = spread(grid, weight.shape[1])
+    scale, zero = expand_per_input(grid, weight.shape[1])
     ratio, top = weight / scale, 2**grid.bits - 1
     code = ratio.round() + zero
     within, steps = (code >= 0) & (code <= top), code.clamp(0, top) - zero
@@ -125,13 +125,13 @@ def straight_through(
     return scale * steps, grad * within, grad_scale
 
 
-def stretched(grid: Grid, gain: Tensor) -> Grid:
-    """The grid with its scales multiplied by `gain` [out, groups], in the precision they are stored in.
+def scale_grid(grid: Grid, scale_multiplier: Tensor) -> Grid:
+    """The grid with its scales multiplied by `scale_multiplier` [out, groups], in the precision they are stored in.
 
     A scale keeps its sign: there are checkpoints with negative ones.
     """
     scale = grid.scale.float()
-    size = (scale.abs() * gain.detach().float()).clamp(min=SMALLEST)
+    size = (scale.abs() * scale_multiplier.detach().float()).clamp(min=SMALLEST)
     return dataclasses.replace(grid, scale=size.copysign(scale).half())
 
 

@@ -37,7 +37,7 @@ has a formula): they know that error to 1/sqrt(2 * 1000), about 2%. lm-eval's 10
 def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], track: Track) -> dict[str, float]:
     """exp of the mean negative log-likelihood of every token but each window's first."""
     total, tokens = 0.0, 0
-    with _evaluating(model):
+    with eval_mode(model):
         for window in track(windows, "perplexity", len(windows)):
             ids = window[None].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -80,7 +80,7 @@ def exact_match(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     outcomes = [False] * len(prompts)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with _evaluating(model), _finite(model), _greedy(model, tokenizer) as settings:
+    with eval_mode(model), _finite(model), _greedy(model, tokenizer) as settings:
         settings.max_new_tokens = max_new_tokens
         for batch in track(batches, "generating", len(batches)):
             longest = max(len(prompts[index][0]) for index in batch)
@@ -118,7 +118,7 @@ def summed_loss(
     collate, device = Collator(pad_id), next(loss.parameters()).device
     total, labels = 0.0, 0
     starts = range(0, len(examples), batch_size)
-    with _evaluating(loss):
+    with eval_mode(loss):
         for start in track(starts, "loss", len(starts)):
             rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples[start : start + batch_size]]
             batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
@@ -148,7 +148,7 @@ def lm_eval_tasks(
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         where = f", nor in {include_path}" if include_path else "; give your own with evaluate.include_path"
         raise StageError(f"lm-eval has no task '{unknown[0]}'{where}")
-    with _evaluating(model), _finite(model), _greedy(model, tokenizer), _undisturbed(model):
+    with eval_mode(model), _finite(model), _greedy(model, tokenizer), _undisturbed(model):
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=tasks,
@@ -175,7 +175,7 @@ def _metrics(entries: dict[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from sqft.components.kinds import Adapter, Exporter, Merger, Quantizer
-from sqft.planning.plan import Part
+from sqft.planning.plan import ResolvedComponent
 from sqft.planning.resolution import Resolver
 from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import BaseKind, LinearShape
@@ -16,7 +16,7 @@ from sqft.utils.patterns import selected
 class Fitting(Resolver):
     """What does not fit becomes a problem with its path in the recipe; nothing is raised."""
 
-    def _base_fits(self, merger: Part | None) -> None:
+    def _base_fits(self, merger: ResolvedComponent | None) -> None:
         if merger is None or not isinstance(merger.component, Merger):
             return
         recipe = self.recipe
@@ -33,7 +33,7 @@ class Fitting(Resolver):
             f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
         )
 
-    def _no_dropout(self, adapter: Part | None, merger: Part | None) -> None:
+    def _no_dropout(self, adapter: ResolvedComponent | None, merger: ResolvedComponent | None) -> None:
         """A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own."""
         if not (adapter and merger and self._on_codes()):
             return
@@ -49,7 +49,7 @@ class Fitting(Resolver):
         """Whether codes lie under the adapters."""
         return bool(self.recipe.quantize or (self.source and self.source.quantization))
 
-    def _start(self, section: Finetune, merger: Part | None) -> Finetune:
+    def _start(self, section: Finetune, merger: ResolvedComponent | None) -> Finetune:
         """The section with a place to start from that there is."""
         if section.base == "codes" and self.source and not self._on_codes():
             self._problem(
@@ -86,11 +86,11 @@ class Fitting(Resolver):
                     f"finetune.report_to.{index}", f"'{name}' is not installed; pip install {name}, or remove it here"
                 )
 
-    def _exporter_fits(self, part: Part | None, place: str) -> None:
+    def _exporter_fits(self, part: ResolvedComponent | None, place: str) -> None:
         if part is None or not isinstance(part.component, Exporter):
             return
         if part.component.needs_codes and self.source and not self._on_codes():
-            components = [entry.component for entry in self.registry.entries()]
+            components = [registration.component for registration in self.registry.entries()]
             fitting = sorted(c.name for c in components if issubclass(c, Exporter) and not c.needs_codes)
             self._problem(
                 place,
@@ -99,14 +99,14 @@ class Fitting(Resolver):
             )
 
     def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
-        components = [entry.component for entry in self.registry.entries()]
+        components = [registration.component for registration in self.registry.entries()]
         return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
 
-    def _grid_fits(self, part: Part, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
+    def _grid_fits(self, part: ResolvedComponent, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
         try:
-            reasons = [(layer, said) for layer in chosen if (said := quantizer.misfit(layer))]
+            reasons = [(layer, said) for layer in chosen if (said := quantizer.incompatibility(layer))]
         except (Exception, SystemExit) as error:  # a plugin's code
-            self._problem("quantize.quantizer", f"{part.entry} raised {error!r}")
+            self._problem("quantize.quantizer", f"{part.registration} raised {error!r}")
             return
         if reasons:
             layer, said = reasons[0]

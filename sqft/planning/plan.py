@@ -1,6 +1,6 @@
 """What will happen: a recipe and a registry make a list of steps, each with a fingerprint.
 
-Pure data, no torch; `sqft.planner` makes it.
+Pure data, no torch; `sqft.planning.planner` makes it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.components.entry import Entry
 from sqft.components.kinds import Component
+from sqft.components.registration import Registration
 from sqft.planning.estimates import Estimate
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
@@ -21,21 +21,21 @@ from sqft.utils.text import human
 
 
 @dataclass(frozen=True)
-class Part:
+class ResolvedComponent:
     """A component of a step: its entry in the registry and its validated options."""
 
-    entry: Entry
+    registration: Registration
     component: Component
 
     @property
     def identity(self) -> dict[str, Any]:
-        cls = self.entry.component
+        cls = self.registration.component
         return {
             "name": cls.name,
-            "provider": self.entry.provider.source,
+            "provider": self.registration.provider.source,
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "options": self.component.model_dump(mode="json"),
-            "code": self.entry.code,
+            "code": self.registration.code,
         }
 
 
@@ -46,7 +46,7 @@ class Step:
     name: str
     stage: str
     section: Section
-    parts: Mapping[str, Part]
+    components: Mapping[str, ResolvedComponent]
     inputs: Mapping[str, str]
     fingerprint: str
     estimate: Estimate
@@ -83,7 +83,10 @@ class Plan:
                 (
                     step.name,
                     "reuse" if step.name in self.reused else "run",
-                    ", ".join(f"{p.entry.component.name} ({p.entry.provider.source})" for p in step.parts.values()),
+                    ", ".join(
+                        f"{p.registration.component.name} ({p.registration.provider.source})"
+                        for p in step.components.values()
+                    ),
                     f"{step.estimate.parameters:,}",
                     human(step.estimate.storage),
                     human(step.estimate.memory),

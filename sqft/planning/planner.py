@@ -17,7 +17,7 @@ from sqft.errors import Problem, RecipeError, SqftError
 from sqft.planning.compatibility import Fitting
 from sqft.planning.estimates import Estimate, activation_bytes, calibration_bytes
 from sqft.planning.fingerprint import fingerprint_of
-from sqft.planning.plan import Part, Plan, Step
+from sqft.planning.plan import Plan, ResolvedComponent, Step
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Search
@@ -133,7 +133,7 @@ class _Planner(Fitting):
             {"calibration": calibration and calibration.model_dump(exclude={"data"})},
         )
 
-    def _calibration(self, needs: frozenset[Statistic], who: str) -> tuple[Calibration | None, dict[str, Path]]:
+    def _calibration(self, needs: frozenset[Statistic], label: str) -> tuple[Calibration | None, dict[str, Path]]:
         """The calibration a component needs, if it needs any, and its file."""
         calibration = self.recipe.calibration if needs else None
         if calibration:
@@ -142,12 +142,12 @@ class _Planner(Fitting):
         if needs:
             self._problem(
                 "calibration",
-                f"is missing: {who} needs {', '.join(sorted(needs))}; "
+                f"is missing: {label} needs {', '.join(sorted(needs))}; "
                 'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
             )
         return None, {}
 
-    def _finetune(self) -> Part | None:
+    def _finetune(self) -> ResolvedComponent | None:
         section = self.recipe.finetune
         assert section is not None
         adapter = self._part("adapter", section.adapter, "finetune.adapter")
@@ -161,14 +161,14 @@ class _Planner(Fitting):
             assert isinstance(adapter.component, Adapter)
             try:
                 space = adapter.component.space(targets)
-                check_space(str(adapter.entry), targets, space)
+                check_space(str(adapter.registration), targets, space)
                 top = {member: max(group.ranks) for group in space.groups for member in group.members}
                 trained = sum(top.get(t.name, 0) * (t.in_features + t.out_features) for t in targets)
             except (
                 Exception,
                 SystemExit,
             ) as error:  # a plugin's code
-                said = str(error) if isinstance(error, SqftError) else f"{adapter.entry} raised {error!r}"
+                said = str(error) if isinstance(error, SqftError) else f"{adapter.registration} raised {error!r}"
                 self._problem("finetune.adapter", said)
         files = self._training_data(section)
         section = self._within_window(section, "max_length", "finetune")
@@ -207,7 +207,7 @@ class _Planner(Fitting):
         elif section.data is not None:
             section = section.model_copy(update={"data": None})
         _, size = self._weights()
-        merger = self.steps["finetune"].parts.get("merger") if "finetune" in self.steps else None
+        merger = self.steps["finetune"].components.get("merger") if "finetune" in self.steps else None
         memory = self._held(merger) + (2 if self._on_codes() else 1) * size + (1 << 29)
         trained = self.steps["finetune"].estimate.storage if "finetune" in self.steps else 0
         self._add(
@@ -220,7 +220,7 @@ class _Planner(Fitting):
             self._tuning_code(),
         )
 
-    def _merge(self, merger: Part | None) -> None:
+    def _merge(self, merger: ResolvedComponent | None) -> None:
         section = self.recipe.merge
         assert section is not None
         if merger and isinstance(merger.component, Merger) and not merger.component.merges:
@@ -293,7 +293,7 @@ class _Planner(Fitting):
                 name=f"evaluate:{what}",
             )
 
-    def _subject(self, what: str, place: str) -> tuple[dict[str, str] | None, dict[str, Part | None]]:
+    def _subject(self, what: str, place: str) -> tuple[dict[str, str] | None, dict[str, ResolvedComponent | None]]:
         """The inputs and parts of one entry of `evaluate.of`."""
         stage, _, name = what.partition(":")
         if what == "model":
@@ -327,7 +327,7 @@ class _Planner(Fitting):
     def _tuning_code(self) -> dict[str, Any]:
         """Later stages run the adapter's and the merger's code again: an edit re-does them too."""
         step = self.steps.get("finetune")
-        return {"tuning": {kind: part.entry.code for kind, part in step.parts.items()}} if step else {}
+        return {"tuning": {kind: part.registration.code for kind, part in step.components.items()}} if step else {}
 
     def _stored(self) -> int:
         """Bytes on disk of the model under the adapters."""
@@ -335,7 +335,7 @@ class _Planner(Fitting):
             return self._in_codes(self.source.linears, self.source.quantization["bits"])
         return self.steps["quantize"].estimate.storage if "quantize" in self.steps else self._weights()[1]
 
-    def _held(self, merger: Part | None) -> int:
+    def _held(self, merger: ResolvedComponent | None) -> int:
         """Bytes in memory of the model under the adapters: codes stay packed, unless floats are put on their grid."""
         merges = merger is not None and isinstance(merger.component, Merger) and merger.component.merges
         floats = self.recipe.quantize and self.recipe.finetune and self.recipe.finetune.base == "floats"
@@ -345,7 +345,7 @@ class _Planner(Fitting):
         self,
         stage: str,
         section: Section,
-        parts: Mapping[str, Part | None],
+        parts: Mapping[str, ResolvedComponent | None],
         inputs: Mapping[str, str],
         files: Mapping[str, Path],
         estimate: Estimate,

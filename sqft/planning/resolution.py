@@ -17,7 +17,7 @@ from sqft.data.hub import hub_data
 from sqft.data.readers import SUFFIXES, split_names, suffix_of
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
-from sqft.planning.plan import Part
+from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.data import Data
 from sqft.recipe.diagnostics import problems_of
 from sqft.recipe.fields import Section
@@ -50,10 +50,10 @@ class Resolver:
         except SqftError as error:
             self._problem("model.path", str(error))
 
-    def _part(self, kind: str, ref: ComponentRef, place: str) -> Part | None:
+    def _part(self, kind: str, ref: ComponentRef, place: str) -> ResolvedComponent | None:
         """The component a recipe names, with its options validated against its own fields."""
         try:
-            entry = self.registry.get(kind, ref.name)
+            registration = self.registry.get(kind, ref.name)
         except SqftError as error:
             # Which plugins are broken may explain several problems; it is said once, at the end.
             reason, *broken = str(error).splitlines()
@@ -61,11 +61,11 @@ class Resolver:
             self.broken |= dict.fromkeys(broken)
             return None
         try:
-            return Part(entry, entry.component.model_validate(ref.options))
+            return ResolvedComponent(registration, registration.component.model_validate(ref.options))
         except ValidationError as error:
-            self.problems += problems_of(error, entry.component, f"{place}.options")
+            self.problems += problems_of(error, registration.component, f"{place}.options")
         except (Exception, SystemExit) as error:  # a validator of the plugin's own
-            self._problem(f"{place}.options", f"{entry} raised {type(error).__name__}: {error}")
+            self._problem(f"{place}.options", f"{registration} raised {type(error).__name__}: {error}")
         return None
 
     def _file(self, path: str, place: str, folder: bool = False) -> Path:

@@ -47,7 +47,7 @@ def paths(recipe: Recipe) -> dict[str, str]:
     return {place: path for place, path in found.items() if path}
 
 
-def anchored(recipe: Recipe) -> dict[str, Any]:
+def with_absolute_paths(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain data that can be stored anywhere: its relative paths, which count from its own folder, made
     absolute.
 
@@ -87,7 +87,7 @@ def find_run(name: str, store: Path) -> tuple[Path, Path]:
     return found[-1], store
 
 
-def measuring(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
+def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
     """The changes to a stored recipe that make it measure `of`, and make nothing that this does not need.
 
     Without `measures` it measures what the recipe does; what the recipe says of one of them too holds for it.
@@ -113,7 +113,7 @@ def measuring(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, 
     return [*changes, "export=[]", f"name={name}", f"evaluate={json.dumps({**section, 'of': list(of)})}"]
 
 
-def standing(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:
+def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:
     """What can be measured of a stored recipe without making anything; `reused` says which steps of one stand."""
     if not any(raw.get(name) is not None for name in STAGES):
         return ["model"]

@@ -1,5 +1,5 @@
-"""One verb a file: do a step to a model, then prove what was promised. Nothing algorithmic lives here.
+"""One verb a file: do a step to a model, then verify what was promised. Nothing algorithmic lives here.
 
 A stage is a module with `run(context) -> report`, which writes into `context.folder`, and
-`prove(context)`, which reads back what was written and raises when a promise is broken.
+`verify(context)`, which reads back what was written and raises when a promise is broken.
 """

@@ -18,7 +18,7 @@ from sqft.components.kinds import Adapter, Merger
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import attach
-from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear
 from sqft.modeling.adapters.saving import space_from
 from sqft.modeling.architecture.blocks import all_linears, shape_of
@@ -64,7 +64,7 @@ def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTra
     return load_source(plan.source, recipe.dtype, recipe.trust_remote_code)
 
 
-def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
+def build_adapted_model(plan: Plan, base: Base, seed: int, device: str) -> AdaptedModel:
     """Load the base and attach untrained deltas.
 
     Raises:
@@ -72,8 +72,11 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     """
     step = plan.step("finetune")
     section = cast(Finetune, step.section)
-    adapter, merger = cast(Adapter, step.parts["adapter"].component), cast(Merger, step.parts["merger"].component)
-    who = str(step.parts["adapter"].entry)
+    adapter, merger = (
+        cast(Adapter, step.components["adapter"].component),
+        cast(Merger, step.components["merger"].component),
+    )
+    label = str(step.components["adapter"].registration)
     packed = plan.quantized and not (merger.merges and section.base == "floats")
     if packed:
         assert base.folder is not None
@@ -87,13 +90,13 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
     shapes = tuple(shape_of(n, layer) for n, layer in layers.items())
     space = adapter.space(shapes)
-    checks.check_space(who, shapes, space)
+    checks.check_space(label, shapes, space)
     ranks = {member: group.ranks for group in space.groups for member in group.members}
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for shape in shapes:
         deltas[shape.name] = adapter.delta(shape, generator)
-        checks.check_delta(who, shape, deltas[shape.name], ranks[shape.name])
+        checks.check_delta(label, shape, deltas[shape.name], ranks[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     masked = merger.keeps_mask or base.folder is not None
@@ -106,7 +109,7 @@ def build(plan: Plan, base: Base, seed: int, device: str) -> Tuned:
     learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
     adapted = attach(model, deltas, merger, weights, dropout, learn_scales)
     model.to(device)
-    return Tuned(model, tokenizer, adapted, space)
+    return AdaptedModel(model, tokenizer, adapted, space)
 
 
 def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
@@ -118,9 +121,9 @@ def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: boo
         if isinstance(layer, PackedLinear):
             weights[name] = layer.base
             if name in kept:
-                layer.base.keep(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
+                layer.base.set_mask(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
             elif mask_codes:
-                layer.base.keep(layer.base.block().weight != 0)
+                layer.base.set_mask(layer.base.block().weight != 0)
         else:
             weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
     return weights
@@ -144,13 +147,13 @@ def _before_quantization(
     }
 
 
-def restore(plan: Plan, base: Base, trained: Path, device: str) -> Tuned:
+def load_adapted_model(plan: Plan, base: Base, trained: Path, device: str) -> AdaptedModel:
     """Load the base and the deltas that a finetune artifact stored.
 
     Raises:
         ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
     """
-    tuned = build(plan, base, 0, device)
+    tuned = build_adapted_model(plan, base, 0, device)
     stored = load_file(trained / "deltas.safetensors")
     expected = tuned.deltas()
     if stored.keys() != expected.keys():
@@ -164,6 +167,6 @@ def restore(plan: Plan, base: Base, trained: Path, device: str) -> Tuned:
         layer.load_trained(own)
     if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
         raise ContractError(
-            f"{plan.step('finetune').parts['adapter'].entry} gave another search space than in training"
+            f"{plan.step('finetune').components['adapter'].registration} gave another search space than in training"
         )
     return tuned

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sqft.errors import StageError
 
 
-def put(who: str, name: str, linear: nn.Linear, value: Tensor) -> None:
+def assign_weight(label: str, name: str, linear: nn.Linear, value: Tensor) -> None:
     """Give a layer the weight that a component computed in float32, in the model's precision.
 
     Raises:
@@ -18,7 +18,7 @@ def put(who: str, name: str, linear: nn.Linear, value: Tensor) -> None:
     if lost := int((~linear.weight.isfinite()).sum()):
         dtype = str(linear.weight.dtype).removeprefix("torch.")
         raise StageError(
-            f"{who} gave {name} {lost} weights that {dtype}, the model's precision, does not hold: the largest is "
+            f"{label} gave {name} {lost} weights that {dtype}, the model's precision, does not hold: the largest is "
             f"{value.abs().max().item():.3g} and {dtype} ends at {torch.finfo(linear.weight.dtype).max:.3g}; set "
             "model.dtype to bfloat16 or float32, or give more calibration text"
         )

@@ -59,11 +59,11 @@ class Context:
 
     def component(self, kind: type[C], step: Step | None = None) -> C:
         """This step's component of a kind (or another step's)."""
-        return cast(C, (step or self.step).parts[kind.kind].component)
+        return cast(C, (step or self.step).components[kind.kind].component)
 
-    def who(self, kind: type[Component], step: Step | None = None) -> str:
+    def label(self, kind: type[Component], step: Step | None = None) -> str:
         """That component as error messages name it."""
-        return str((step or self.step).parts[kind.kind].entry)
+        return str((step or self.step).components[kind.kind].registration)
 
     def model_folder(self) -> Path | None:
         """The folder of the base model this step works on; None means the recipe's own model."""
@@ -128,7 +128,7 @@ class Context:
             seed = self.seed_for("calibration")
             return calibration_windows(file, tokenizer, section.samples, section.length, seed)
 
-    def feed(
+    def run_calibration(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,

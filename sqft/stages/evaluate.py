@@ -13,14 +13,14 @@ from sqft.components import checks
 from sqft.components.kinds import Searcher
 from sqft.data.windows import text_windows
 from sqft.errors import StageError
-from sqft.modeling.adapters.adapted_linear import acting_weight, frozen
-from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.adapters.adapted_linear import acting_weight, cached_effective_weights
+from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, lm_eval_tasks, perplexity
 from sqft.recipe.sections import Evaluate
-from sqft.stages.adapted import base_model, restore
+from sqft.stages.adapted import base_model, load_adapted_model
 from sqft.stages.context import Context
-from sqft.types import Choice
+from sqft.types import RankConfig
 from sqft.utils.files import write_json
 
 
@@ -49,7 +49,7 @@ def run(context: Context) -> dict[str, Any]:
     return {**summary, **facts}
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """Measurements promise nothing of a model; a perplexity that is not finite was refused when it was taken."""
 
 
@@ -62,16 +62,16 @@ def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedToke
         model, tokenizer = base_model(plan, merged / "model" if merged else context.model_folder())
         yield model.to(context.device), tokenizer, _facts(model)
         return
-    tuned = restore(plan, context.base(), context.inputs["finetune"], context.device)
+    tuned = load_adapted_model(plan, context.base(), context.inputs["finetune"], context.device)
     if "search" in context.inputs:
-        choice = read_choice(context.inputs["search"])
+        choice = read_ranks(context.inputs["search"])
     else:
         searcher = context.component(Searcher)
         choice = searcher.search(tuned.space, _no_evaluation, Random(context.seed_for("search")))
     checks.check_choice("the chosen configuration", tuned.space, choice)
-    tuned.choose(choice)
+    tuned.set_ranks(choice)
     facts = _facts(tuned.model) | {"trainable": tuned.trained(choice)}
-    with frozen(tuned.model):
+    with cached_effective_weights(tuned.model):
         yield tuned.model, tuned.tokenizer, facts
 
 
@@ -87,5 +87,5 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
     return {"sparsity": zeros / total, "zeros": zeros, "weights": total}
 
 
-def _no_evaluation(choice: Choice, samples: int | None = None) -> float:
+def _no_evaluation(choice: RankConfig, samples: int | None = None) -> float:
     raise StageError("evaluate.of takes only searchers that need no evaluation")

@@ -23,32 +23,32 @@ def run(context: Context) -> dict[str, Any]:
     context.component(Exporter).export(model, folder)
     if odd := [place for place, state in before ^ _states(model.folder)]:
         raise ContractError(
-            f"{context.who(Exporter)} changed {min(odd)}, a part of the model it was to export; "
+            f"{context.label(Exporter)} changed {min(odd)}, a part of the model it was to export; "
             + ("make that again with --fresh" if context.inputs else "copy the model again")
         )
     return {"exporter": context.component(Exporter).name}
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """Something was written; tensors that kept their names are whole, finite and no denser."""
-    folder, who = context.folder / "model", context.who(Exporter)
+    folder, label = context.folder / "model", context.label(Exporter)
     if not any(folder.iterdir()):
-        raise ArtifactError(f"export ({who}) wrote nothing")
+        raise ArtifactError(f"export ({label}) wrote nothing")
     source, written = _model(context), FolderReader(folder)
     known = set(source.names())
     try:
         written.names()
     except ArtifactError as error:
-        raise ArtifactError(f"export ({who}): {error}") from None
+        raise ArtifactError(f"export ({label}): {error}") from None
     for name, tensor in written.tensors():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ArtifactError(
-                f"export ({who}): {name} holds values that are not finite as {tensor.dtype}; export a wider precision"
+                f"export ({label}): {name} holds values that are not finite as {tensor.dtype}; export a wider precision"
             )
         if name in known and tensor.shape == (original := source.tensor(name)).shape:
             lost = int(((original == 0) & (tensor != 0)).sum())
             if lost:
-                raise ArtifactError(f"export ({who}): {lost} zeros of {name} are not zero any more")
+                raise ArtifactError(f"export ({label}): {lost} zeros of {name} are not zero any more")
 
 
 def _states(folder: Path) -> set[tuple[Path, tuple[int, int, int]]]:

@@ -19,15 +19,15 @@ from sqft.data.encoding import Encoded, Example, encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.statistics import bit_sum
-from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FrozenWeight
 from sqft.modeling.adapters.saving import store_deltas
 from sqft.modeling.architecture.linears import Expert
-from sqft.modeling.training.checkpoints import Sealing, newest_complete, resume
+from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete, resume
 from sqft.modeling.training.loss import CompletionLoss, sees_across
-from sqft.modeling.training.trainer import Best, DeltaTrainer, FiniteLoss, Share
+from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
 from sqft.recipe.sections import Finetune
-from sqft.stages.adapted import build, restore
+from sqft.stages.adapted import build_adapted_model, load_adapted_model
 from sqft.stages.context import Context, log
 from sqft.stages.training_arguments import arguments
 from sqft.utils.files import CHECKPOINTS
@@ -36,7 +36,7 @@ from sqft.utils.files import CHECKPOINTS
 def run(context: Context) -> dict[str, Any]:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = cast(Finetune, context.step.section)
-    tuned = build(context.plan, context.base(), context.seed_for("adapter"), context.device)
+    tuned = build_adapted_model(context.plan, context.base(), context.seed_for("adapter"), context.device)
     encoded = _encode(context, tuned, "data", context.training_records()[0])
     held = context.records("validation", section.validation) if section.validation else []
     validation = _encode(context, tuned, "validation", held).examples if held else None
@@ -52,14 +52,14 @@ def run(context: Context) -> dict[str, Any]:
         model.check_head(torch.tensor([encoded.examples[0].input_ids[:64]], device=tuned.model.device))
     progress = _Progress(context)
     frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
-    with context.processes.together(context.device):
+    with context.processes.process_group(context.device):
         newest, state, best = _train(context, tuned, model, rows, collator, validation, progress)
     for name, layer in tuned.adapted.items():
         if _checksum(layer.base) != frozen[name]:
-            raise ContractError(f"{context.who(Merger)} edited the frozen weight of {name} in place while training")
+            raise ContractError(f"{context.label(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
     looks = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    if context.processes.first:
+    if context.processes.is_main:
         store_deltas(tuned, context.folder)
         with (context.folder / "log.jsonl").open("w") as stream:
             told = [entry for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}]
@@ -80,24 +80,24 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
-    tuned = restore(context.plan, context.base(), context.folder, "cpu")
-    merger, who, idle = context.component(Merger), context.who(Merger), []
+    tuned = load_adapted_model(context.plan, context.base(), context.folder, "cpu")
+    merger, label, idle = context.component(Merger), context.label(Merger), []
     for name, layer in tuned.adapted.items():
         B, A, scale = layer.delta.factors(layer.rank)
         delta = scale * (B.float() @ A.float())
         if not delta.any() and isinstance(tuned.model.get_submodule(name.rpartition(".")[0]), Expert):
             idle.append(name)  # no example was routed to it
         elif not delta.any():
-            raise ArtifactError(f"finetune ({context.who(Adapter)}): {name} did not train: its delta is still zero")
+            raise ArtifactError(f"finetune ({context.label(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
-            checks.check_effective(who, name, layer.base.block(), layer.effective(), merger.keeps_mask)
+            checks.check_effective(label, name, layer.base.block(), layer.effective(), merger.keeps_mask)
     if idle:
         log.warning("%d layers of experts did not train, such as %s: no example was routed to them", len(idle), idle[0])
 
 
-def _encode(context: Context, tuned: Tuned, name: str, records: list[Record]) -> Encoded:
+def _encode(context: Context, tuned: AdaptedModel, name: str, records: list[Record]) -> Encoded:
     """Records as tokens."""
     section = cast(Finetune, context.step.section)
     encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
@@ -110,7 +110,7 @@ def _encode(context: Context, tuned: Tuned, name: str, records: list[Record]) ->
 
 
 def _rows(
-    context: Context, tuned: Tuned, examples: list[Example]
+    context: Context, tuned: AdaptedModel, examples: list[Example]
 ) -> tuple[list[dict[str, Any]], Collator | PackingCollator]:
     """What Trainer draws from, and how a batch is made of it.
 
@@ -130,17 +130,17 @@ def _rows(
 
 def _train(
     context: Context,
-    tuned: Tuned,
+    tuned: AdaptedModel,
     model: CompletionLoss,
     rows: list[dict[str, Any]],
     collator: Collator | PackingCollator,
     validation: list[Example] | None,
     progress: _Progress,
-) -> tuple[Path | None, TrainerState, Best]:
+) -> tuple[Path | None, TrainerState, EarlyStopping]:
     """The checkpoint that training went on from, if there was one, what Trainer knows at its end, and the best look."""
     section, processes = cast(Finetune, context.step.section), context.processes
     checkpoints = context.folder / CHECKPOINTS
-    best = Best(model, section.patience, processes)
+    best = EarlyStopping(model, section.patience, processes)
     logs = context.plan.recipe.resolve(section.logging_dir) if section.logging_dir else context.folder / "logs"
     trainer = DeltaTrainer(
         tuned,
@@ -150,8 +150,8 @@ def _train(
         args=arguments(section, checkpoints, context.seed, context.device),
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=Share(collator, processes),
-        callbacks=[_RankSampler(context, tuned), progress, FiniteLoss(), best, Sealing(processes)],
+        data_collator=RankShardCollator(collator, processes),
+        callbacks=[_RankSampler(context, tuned), progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
     )
     newest = newest_complete(checkpoints, processes)
     state = resume(trainer, best, newest)
@@ -164,7 +164,7 @@ def _checksum(weight: FrozenWeight) -> int:
     return sum(map(bit_sum, weight.state_dict().values()))
 
 
-def _check_first_combine(context: Context, tuned: Tuned) -> None:
+def _check_first_combine(context: Context, tuned: AdaptedModel) -> None:
     """The core's check of a merger's result, once before training: every forward would cost the speed."""
     merger = context.component(Merger)
     if not merger.merges:
@@ -183,10 +183,10 @@ def _check_first_combine(context: Context, tuned: Tuned) -> None:
     kept = base.weight.clone(), delta.clone()
     result = merger.combine(base, delta)
     derivative = merger.derivative(base, delta, torch.ones_like(delta))
-    checks.check_unchanged(context.who(Merger), name, kept[0], base.weight)
-    checks.check_unchanged(context.who(Merger), name, kept[1], delta, "the delta")
-    checks.check_effective(context.who(Merger), name, base, result, merger.keeps_mask)
-    checks.check_derivative(context.who(Merger), name, base, derivative)
+    checks.check_unchanged(context.label(Merger), name, kept[0], base.weight)
+    checks.check_unchanged(context.label(Merger), name, kept[1], delta, "the delta")
+    checks.check_effective(context.label(Merger), name, base, result, merger.keeps_mask)
+    checks.check_derivative(context.label(Merger), name, base, derivative)
 
 
 class _RankSampler(TrainerCallback):
@@ -196,15 +196,15 @@ class _RankSampler(TrainerCallback):
     resumed run trains the ranks that an uninterrupted one would have.
     """
 
-    def __init__(self, context: Context, tuned: Tuned) -> None:
+    def __init__(self, context: Context, tuned: AdaptedModel) -> None:
         self.context, self.tuned = context, tuned
-        self.adapter, self.who = context.component(Adapter), context.who(Adapter)
+        self.adapter, self.label = context.component(Adapter), context.label(Adapter)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rng = Random(self.context.seed_for("ranks", state.global_step))
         choice = self.adapter.sample(self.tuned.space, rng)
-        checks.check_choice(self.who, self.tuned.space, choice)
-        self.tuned.choose(choice)
+        checks.check_choice(self.label, self.tuned.space, choice)
+        self.tuned.set_ranks(choice)
 
 
 class _Progress(TrainerCallback):

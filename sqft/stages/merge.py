@@ -14,13 +14,13 @@ from sqft.components.kinds import Merger
 from sqft.data.encoding import encode_all
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
-from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import PackedWeight
-from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.loading.quantized import open_folder, read_quantized, save_quantized
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import base_model, restore
+from sqft.stages.adapted import base_model, load_adapted_model
 from sqft.stages.context import Context, log
 from sqft.types import Quantized
 
@@ -67,38 +67,38 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
     tuned = _chosen(context)
     effective, codes = _effective(tuned)
     base, _ = base_model(context.plan, context.base().folder)
     folder, finetune = context.folder / "model", context.plan.step("finetune")
-    merger, who = context.component(Merger, finetune), context.who(Merger, finetune)
+    merger, label = context.component(Merger, finetune), context.label(Merger, finetune)
     if context.plan.quantized:
         stored, expected = read_quantized(folder), read_quantized(cast(Path, context.base().folder)) | codes
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
-                raise ArtifactError(f"merge ({who}): codes or grid of {name} as stored are not those trained through")
+                raise ArtifactError(f"merge ({label}): codes or grid of {name} as stored are not those trained through")
     merged, original = open_folder(folder, context.plan.recipe.model.trust_remote_code)[0], _tensors(base)
     for name, tensor in _tensors(merged).items():
         layer = name.removesuffix(".weight")
         if not tensor.isfinite().all():
-            raise ArtifactError(f"merge ({who}): {name} as stored holds values that are not finite")
+            raise ArtifactError(f"merge ({label}): {name} as stored holds values that are not finite")
         if tensor.dtype != original[name].dtype or not torch.equal(tensor, effective.get(layer, original[name])):
-            raise ArtifactError(f"merge ({who}): {name} as stored is not the weight trained through")
+            raise ArtifactError(f"merge ({label}): {name} as stored is not the weight trained through")
         lost = int(((tensor != 0) & ~_kept(tuned, layer)).sum()) if layer in effective else 0
         if lost and merger.keeps_mask:
-            raise ArtifactError(f"merge ({who}): {lost} zeros of the base are not zero in {name}")
+            raise ArtifactError(f"merge ({label}): {lost} zeros of the base are not zero in {name}")
 
 
-def _chosen(context: Context) -> Tuned:
+def _chosen(context: Context) -> AdaptedModel:
     """The adapted model under the chosen configuration, on the CPU."""
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"], "cpu")
-    tuned.choose(read_choice(context.inputs["search"]))
+    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], "cpu")
+    tuned.set_ranks(read_ranks(context.inputs["search"]))
     return tuned
 
 
-def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
+def _effective(tuned: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Every adapted layer's effective weight, and the codes of those that lie on a grid."""
     codes = {name: layer.codes() for name, layer in tuned.adapted.items() if layer.base.grid() is not None}
     effective = {
@@ -108,7 +108,7 @@ def _effective(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     return effective, codes
 
 
-def _start(tuned: Tuned, name: str) -> Quantized:
+def _start(tuned: AdaptedModel, name: str) -> Quantized:
     """The codes that training began with: the base's own, or those of the floats before quantization."""
     base = tuned.adapted[name].base
     if isinstance(base, PackedWeight):
@@ -122,7 +122,7 @@ def _apart(one: Quantized, other: Quantized) -> int:
     return int((one.codes != other.codes).sum())
 
 
-def _unlike(tuned: Tuned, codes: Mapping[str, Quantized], device: str) -> int:
+def _unlike(tuned: AdaptedModel, codes: Mapping[str, Quantized], device: str) -> int:
     """How many codes come out otherwise on a device than on the CPU, where the merge is made."""
     unlike = 0
     for name, known in codes.items():
@@ -136,7 +136,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _kept(tuned: Tuned, name: str) -> Tensor:
+def _kept(tuned: AdaptedModel, name: str) -> Tensor:
     """Bool [out, in], true where the base under an adapter keeps a weight; codes without a mask keep them all."""
     base = tuned.adapted[name].base
     block = base.block()
@@ -146,7 +146,7 @@ def _kept(tuned: Tuned, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _logits_apart(context: Context, tuned: Tuned) -> float:
+def _logits_apart(context: Context, tuned: AdaptedModel) -> float:
     """The largest difference between the logits of the merged model, read back, and of the model that trained.
 
     Raises:

@@ -79,7 +79,7 @@ def check_fit(plan: Plan) -> None:
 
 def _check_peft(plan: Plan, model: PreTrainedModel, targets: list[str]) -> None:
     """What an adapter beside its base does here, stock PEFT does with it too."""
-    merger = plan.step("finetune").parts["merger"].component
+    merger = plan.step("finetune").components["merger"].component
     if not isinstance(merger, Merger) or merger.merges:
         return
     from peft import LoraConfig, get_peft_model
@@ -101,7 +101,7 @@ def _walked(plan: Plan) -> list[str]:
     """The places in the recipe that name layers which calibration must see."""
     needs: dict[str, frozenset[Statistic]] = {}
     for step in plan.steps:
-        for part in step.parts.values():
+        for part in step.components.values():
             if isinstance(part.component, Scorer | Allocator | Quantizer):
                 place = f"{step.stage}.include"
                 needs[place] = needs.get(place, frozenset()) | part.component.needs
@@ -114,7 +114,7 @@ def _check_mixtures(plan: Plan, model: nn.Module, wanted: Mapping[str, Sequence[
         log.warning("%s stays as it is: its experts (%d weights) cannot be taken apart", name, weights)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     adapted = [x for x in wanted.get("finetune.targets", ()) if x.name.rpartition(".")[0] in experts]
-    merger = plan.step("finetune").parts["merger"].component if plan.recipe.finetune else None
+    merger = plan.step("finetune").components["merger"].component if plan.recipe.finetune else None
     if adapted and isinstance(merger, Merger) and not merger.merges:
         raise StageError(
             f"finetune.targets names {adapted[0].name}, and stock PEFT, for which '{merger.name}' writes its adapter, "

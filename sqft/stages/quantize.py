@@ -23,7 +23,7 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.recipe.sections import Quantize
 from sqft.stages.adapted import base_model
-from sqft.stages.compress import put
+from sqft.stages.compress import assign_weight
 from sqft.stages.context import Context
 from sqft.types import LinearStats, Quantized
 from sqft.utils.files import write_json
@@ -37,7 +37,7 @@ def run(context: Context) -> dict[str, Any]:
     """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
     (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
     section = cast(Quantize, context.step.section)
-    quantizer, who = context.component(Quantizer), context.who(Quantizer)
+    quantizer, label = context.component(Quantizer), context.label(Quantizer)
     model, tokenizer = base_model(context.plan, context.model_folder())
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
@@ -53,19 +53,19 @@ def run(context: Context) -> dict[str, Any]:
         kept = weight.clone()
         generator = torch.Generator(weight.device).manual_seed(context.seed_for("quantize", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        with checks.statistics_unchanged(who, {name: stats}):
+        with checks.statistics_unchanged(label, {name: stats}):
             result = quantizer.quantize(weight, mask, stats)
-        checks.check_unchanged(who, name, kept, weight)
-        checks.check_unchanged(who, name, kept != 0, mask, "the mask")
-        checks.check_quantized(who, name, result, kept, mask)
+        checks.check_unchanged(label, name, kept, weight)
+        checks.check_unchanged(label, name, kept != 0, mask, "the mask")
+        checks.check_quantized(label, name, result, kept, mask)
         value = dequantize(result)
-        put(who, name, linear, value)
-        _check_storable(who, name, result, next(iter(quantized.values()), result))
+        assign_weight(label, name, linear, value)
+        _check_storable(label, name, result, next(iter(quantized.values()), result))
         quantized[name] = _on_cpu(result)
         masks[name] = pack_mask(mask).cpu()
         report[name] = _error(kept, value, stats.hessian)
 
-    context.feed(model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
+    context.run_calibration(model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
     save_quantized(model, tokenizer, quantized, context.folder / "model")
     save_file(masks, context.folder / "masks.safetensors")
     write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
@@ -82,49 +82,49 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
     base, _ = base_model(context.plan, context.model_folder())
-    folder, who = context.folder / "model", context.who(Quantizer)
+    folder, label = context.folder / "model", context.label(Quantizer)
     layers, original = read_quantized(folder), base.state_dict()
     masks = load_file(context.folder / "masks.safetensors")
     digests = json.loads((context.folder / DIGESTS).read_text("utf-8"))
     if odd := sorted(layers.keys() ^ digests.keys()):
-        raise ArtifactError(f"quantize ({who}): {odd[0]} was quantized and is not stored, or the other way round")
+        raise ArtifactError(f"quantize ({label}): {odd[0]} was quantized and is not stored, or the other way round")
     for name, layer in layers.items():
         if layer.codes.shape != original[f"{name}.weight"].shape:
-            raise ArtifactError(f"quantize ({who}): {name} as stored has another shape than the base's")
+            raise ArtifactError(f"quantize ({label}): {name} as stored has another shape than the base's")
         value = dequantize(layer)
         if not value.isfinite().all():
-            raise ArtifactError(f"quantize ({who}): {name} as stored holds values that are not finite")
+            raise ArtifactError(f"quantize ({label}): {name} as stored holds values that are not finite")
         if _digest(layer) != digests[name]:
-            raise ArtifactError(f"quantize ({who}): codes or grid of {name} as stored are not the quantizer's")
+            raise ArtifactError(f"quantize ({label}): codes or grid of {name} as stored are not the quantizer's")
         if not unpack_mask(masks[name], (layer.codes.shape[0], layer.codes.shape[1])).equal(
             original[f"{name}.weight"] != 0
         ):
-            raise ArtifactError(f"quantize ({who}): the mask of {name} as stored is not the base's")
+            raise ArtifactError(f"quantize ({label}): the mask of {name} as stored is not the base's")
         if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
-            raise ArtifactError(f"quantize ({who}): {lost} zeros of the base are not zero in {name} as stored")
+            raise ArtifactError(f"quantize ({label}): {lost} zeros of the base are not zero in {name} as stored")
     as_it_was = as_stored(base, fused=False)
     if lacking := sorted(
         as_it_was.keys() - {f"{layer}.weight" for layer in layers} - set(FolderReader(folder).names())
     ):
-        raise ArtifactError(f"quantize ({who}): {lacking[0]} of the base is not stored")
+        raise ArtifactError(f"quantize ({label}): {lacking[0]} of the base is not stored")
     for name, tensor in FolderReader(folder).tensors():
         owner, _, part = name.rpartition(".")
         if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, as_it_was[name]):
-            raise ArtifactError(f"quantize ({who}): {name} as stored is not the base's")
+            raise ArtifactError(f"quantize ({label}): {name} as stored is not the base's")
 
 
-def _check_storable(who: str, name: str, result: Quantized, first: Quantized) -> None:
+def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
     """A checkpoint has one number of bits and one group size for all layers, whole words, and float16 scales."""
     grid, (out, inputs) = result.grid, result.codes.shape
     if grid.bits not in (2, 3, 4, 8) or inputs * grid.bits % 32 or out * grid.bits % 32:
-        raise ContractError(f"{who} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
+        raise ContractError(f"{label} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
     if (grid.bits, grid.group_size) != (first.grid.bits, first.grid.group_size):
-        raise ContractError(f"{who} gave {name} other bits or another group size than the layers before")
+        raise ContractError(f"{label} gave {name} other bits or another group size than the layers before")
     if not grid.scale.half().to(grid.scale.dtype).equal(grid.scale):
-        raise ContractError(f"{who} gave {name} scales that float16 does not hold; round them before taking codes")
+        raise ContractError(f"{label} gave {name} scales that float16 does not hold; round them before taking codes")
 
 
 def _on_cpu(layer: Quantized) -> Quantized:

@@ -14,25 +14,25 @@ from sqft.components.kinds import Merger, Searcher
 from sqft.data.encoding import encode_all
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
-from sqft.modeling.adapters.adapted_linear import frozen
-from sqft.modeling.adapters.adapted_model import Tuned
-from sqft.modeling.adapters.saving import read_choice, store_adapter, store_choice
+from sqft.modeling.adapters.adapted_linear import cached_effective_weights
+from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import restore
+from sqft.stages.adapted import load_adapted_model
 from sqft.stages.context import Context, log
-from sqft.types import Choice
+from sqft.types import RankConfig
 from sqft.utils.progress import silent
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
-    searcher, who = context.component(Searcher), context.who(Searcher)
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"], context.device)
-    evaluate = _Remembered(context, tuned)
+    searcher, label = context.component(Searcher), context.label(Searcher)
+    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], context.device)
+    evaluate = CachedEvaluator(context, tuned)
     choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
-    checks.check_choice(who, tuned.space, choice)
-    store_choice(choice, context.folder)
+    checks.check_choice(label, tuned.space, choice)
+    store_ranks(choice, context.folder)
     merger = context.component(Merger, context.plan.step("finetune"))
     base = str((context.model_folder() or context.plan.source.path).resolve())
     store_adapter(tuned, choice, merger, base, context.folder / "adapter")
@@ -46,17 +46,17 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = restore(context.plan, context.base(), context.inputs["finetune"], "cpu")
-    choice = read_choice(context.folder)
-    checks.check_choice(context.who(Searcher), tuned.space, choice)
+    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], "cpu")
+    choice = read_ranks(context.folder)
+    checks.check_choice(context.label(Searcher), tuned.space, choice)
     (file,) = (context.folder / "adapter").glob("*.safetensors")
     stored = load_file(file)
     ranks = tuned.space.ranks_by_linear(choice)
     for name, layer in tuned.adapted.items():
         B, A, _ = layer.delta.factors(ranks[name])
-        scales = [("gain", layer.gain)] if layer.gain is not None else []
+        scales = [("scale_multiplier", layer.scale_multiplier)] if layer.scale_multiplier is not None else []
         for which, tensor in (("lora_B", B), ("lora_A", A), *scales):
             found = next(
                 (stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None
@@ -65,14 +65,14 @@ def prove(context: Context) -> None:
                 raise ArtifactError(f"search: {which} of {name} as stored is not the trained one")
 
 
-class _Remembered:
+class CachedEvaluator:
     """`Evaluate` over a validation set in one seeded order, each trial written down before it is answered."""
 
-    def __init__(self, context: Context, tuned: Tuned) -> None:
+    def __init__(self, context: Context, tuned: AdaptedModel) -> None:
         self.context, self.tuned = context, tuned
         self.section = cast(Search, context.step.section)
         self.file = context.folder / "trials.jsonl"
-        self.known: dict[tuple[Choice, int], float] = {}
+        self.known: dict[tuple[RankConfig, int], float] = {}
         self.records: list[Record] = []
         if context.component(Searcher).evaluates:
             given = self.section.data
@@ -80,8 +80,8 @@ class _Remembered:
             Random(context.seed_for("proxy")).shuffle(self.records)
         self._recall()
 
-    def __call__(self, choice: Choice, samples: int | None = None) -> float:
-        searcher = self.context.who(Searcher)
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        searcher = self.context.label(Searcher)
         checks.check_choice(searcher, self.tuned.space, choice)
         if samples is not None and (type(samples) is not int or samples < 1):
             raise ContractError(
@@ -99,15 +99,15 @@ class _Remembered:
             log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
         return self.known[key]
 
-    def best(self, choice: Choice) -> float | None:
+    def best(self, choice: RankConfig) -> float | None:
         """The chosen configuration's value on the most samples it was tried on."""
         values = {count: value for (tried, count), value in self.known.items() if tried == choice}
         return values[max(values)] if values else None
 
-    def _measure(self, choice: Choice, records: list[Record]) -> float:
-        self.tuned.choose(choice)
+    def _measure(self, choice: RankConfig, records: list[Record]) -> float:
+        self.tuned.set_ranks(choice)
         section, model, tokenizer = self.section, self.tuned.model, self.tuned.tokenizer
-        with frozen(self.tuned.model):
+        with cached_effective_weights(self.tuned.model):
             if section.metric == "exact_match":
                 result = exact_match(
                     model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent
@@ -129,7 +129,7 @@ class _Remembered:
         for line in self.file.read_text().splitlines():
             try:
                 trial = json.loads(line)
-                self.known[Choice(tuple(trial["ranks"])), trial["samples"]] = trial["value"]
+                self.known[RankConfig(tuple(trial["ranks"])), trial["samples"]] = trial["value"]
             except (ValueError, KeyError, TypeError):
                 break
         lines = [json.dumps({"ranks": c.ranks, "samples": n, "value": v}) + "\n" for (c, n), v in self.known.items()]

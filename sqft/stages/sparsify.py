@@ -23,7 +23,7 @@ from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.loading.transformers_io import load_folder, load_source, save_model
 from sqft.recipe.sections import Sparsify
-from sqft.stages.compress import put
+from sqft.stages.compress import assign_weight
 from sqft.stages.context import Context
 from sqft.types import LinearStats
 from sqft.utils.files import write_json
@@ -36,7 +36,7 @@ DIGESTS = "digests.json"
 def run(context: Context) -> dict[str, Any]:
     """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
     section = cast(Sparsify, context.step.section)
-    recipe, scorer, who = context.plan.recipe, context.component(Scorer), context.who(Scorer)
+    recipe, scorer, label = context.plan.recipe, context.component(Scorer), context.label(Scorer)
     model, tokenizer = load_source(context.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
     layers = {
         name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
@@ -46,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
     shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
     allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
-    checks.check_allocation(context.who(Allocator), shapes, section.sparsity, allocation)
+    checks.check_allocation(context.label(Allocator), shapes, section.sparsity, allocation)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -59,27 +59,27 @@ def run(context: Context) -> dict[str, Any]:
         tokens_seen = 0 if stats.unreached else stats.tokens
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
-            select = _Selection(who, name, section.pattern, allocation[name])
-            with checks.statistics_unchanged(who, {name: stats}):
+            select = _Selection(label, name, section.pattern, allocation[name])
+            with checks.statistics_unchanged(label, {name: stats}):
                 pruned = scorer.prune(weight, stats, select)
-            checks.check_unchanged(who, name, kept, weight)
+            checks.check_unchanged(label, name, kept, weight)
             select.check()
-            checks.check_pruned(who, name, kept, pruned, select.pruned / max(select.seen, 1))
+            checks.check_pruned(label, name, kept, pruned, select.pruned / max(select.seen, 1))
             mask = pruned[1]
-            put(who, name, linear, pruned[0])
+            assign_weight(label, name, linear, pruned[0])
             digests[name] = _digest(linear.weight)
         else:
-            with checks.statistics_unchanged(who, {name: stats}):
+            with checks.statistics_unchanged(label, {name: stats}):
                 scores = scorer.score(weight, stats)
-            checks.check_unchanged(who, name, kept, weight)
-            checks.check_scores(who, name, kept, scores)
+            checks.check_unchanged(label, name, kept, weight)
+            checks.check_scores(label, name, kept, scores)
             mask = keep_mask(scores, allocation[name], section.pattern)
             linear.weight.data.masked_fill_(~mask, 0)
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
         seen[name] = tokens_seen
 
-    tokens = context.feed(model, tokenizer, layers, scorer.needs, compress, "scoring")
+    tokens = context.run_calibration(model, tokenizer, layers, scorer.needs, compress, "scoring")
     save_model(model, tokenizer, context.folder / "model")
     save_file(masks, context.folder / "masks.safetensors")
     if scorer.updates:
@@ -101,7 +101,7 @@ def _measured(
     context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
 ) -> dict[str, float]:
     """What the allocator measures of the dense layers, block by block; nothing when it measures nothing."""
-    allocator, who = context.component(Allocator), context.who(Allocator)
+    allocator, label = context.component(Allocator), context.label(Allocator)
     if not allocator.needs:
         return {}
     measured: dict[str, float] = {}
@@ -112,35 +112,35 @@ def _measured(
     weights: dict[str, Tensor] = {}
     stats: dict[str, LinearStats] = {}
 
-    def note(name: str, linear: nn.Linear, found: LinearStats) -> None:
+    def collect(name: str, linear: nn.Linear, found: LinearStats) -> None:
         """Measure a block once its last layer has come; what it took is not kept."""
         weights[name], stats[name] = linear.weight.detach().to(torch.float32, copy=True), found
         names = for_block[name]
         if len(weights) < len(names):
             return
         kept = {name: weight.clone() for name, weight in weights.items()}
-        with checks.statistics_unchanged(who, stats):
+        with checks.statistics_unchanged(label, stats):
             numbers = allocator.measure(weights, stats)
         for one in names:
-            checks.check_unchanged(who, one, kept[one], weights[one])
-        checks.check_measured(who, names, numbers)
+            checks.check_unchanged(label, one, kept[one], weights[one])
+        checks.check_measured(label, names, numbers)
         measured.update(numbers)
         weights.clear()
         stats.clear()
 
-    context.feed(model, tokenizer, layers, allocator.needs, note, "measuring")
+    context.run_calibration(model, tokenizer, layers, allocator.needs, collect, "measuring")
     return measured
 
 
 class _Selection:
-    """`contracts.Select` of one layer, which remembers how much of it went."""
+    """`sqft.types.Select` of one layer, which remembers how much of it went."""
 
-    def __init__(self, who: str, place: str, pattern: str, sparsity: float) -> None:
-        self.who, self.place, self.pattern, self.sparsity = who, place, pattern, sparsity
+    def __init__(self, label: str, place: str, pattern: str, sparsity: float) -> None:
+        self.label, self.place, self.pattern, self.sparsity = label, place, pattern, sparsity
         self.pruned = self.seen = 0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        checks.check_some_scores(self.who, self.place, scores)
+        checks.check_some_scores(self.label, self.place, scores)
         if ":" in self.pattern and scores.shape[1] % int(self.pattern.partition(":")[2]):
             raise StageError(
                 f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M "
@@ -155,7 +155,7 @@ class _Selection:
         spent = self.pruned / max(self.seen, 1)
         if ":" not in self.pattern and abs(spent - self.sparsity) > 0.02:
             raise StageError(
-                f"sparsify.scorer: {self.who} chooses among so few inputs of {self.place} at a time that {spent:.3f} "
+                f"sparsify.scorer: {self.label} chooses among so few inputs of {self.place} at a time that {spent:.3f} "
                 f"of them go where {self.sparsity:.3f} was asked for; give it a larger block"
             )
 
@@ -165,13 +165,13 @@ def _digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def prove(context: Context) -> None:
+def verify(context: Context) -> None:
     """Read back, every pruned entry is zero, every other one is the original bit for bit, or in the layers of a scorer
     that updates weights what it gave; all are finite."""
     recipe = context.plan.recipe.model
     original, _ = load_source(context.plan.source, recipe.dtype, recipe.trust_remote_code)
     stored, _ = load_folder(context.folder / "model", trust_remote_code=recipe.trust_remote_code)
-    packed, who = load_file(context.folder / "masks.safetensors"), context.who(Scorer)
+    packed, label = load_file(context.folder / "masks.safetensors"), context.label(Scorer)
     given = json.loads((context.folder / DIGESTS).read_text("utf-8")) if context.component(Scorer).updates else {}
     found = dict(stored.named_parameters())
     for name, parameter in original.named_parameters():
@@ -181,9 +181,9 @@ def prove(context: Context) -> None:
             expected = (found[name] if layer in given else expected).masked_fill(~mask, 0)
         tensor = found[name]
         if layer in given and _digest(tensor) != given[layer]:
-            raise ArtifactError(f"sparsify ({who}): {name} as stored is not what the scorer gave")
+            raise ArtifactError(f"sparsify ({label}): {name} as stored is not what the scorer gave")
         if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
             wrong = int((tensor != expected).sum())
             raise ArtifactError(
-                f"sparsify ({who}): {name} as stored is not the masked original ({wrong} entries differ)"
+                f"sparsify ({label}): {name} as stored is not the masked original ({wrong} entries differ)"
             )

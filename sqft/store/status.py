@@ -36,7 +36,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Held:
+class ArtifactStatus:
     """A folder of `artifacts/`."""
 
     folder: Path
@@ -78,22 +78,22 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Holdings:
+class StoreStatus:
     """A store's runs and artifacts, by name."""
 
     root: Path
     runs: tuple[RunState, ...]
-    artifacts: tuple[Held, ...]
+    artifacts: tuple[ArtifactStatus, ...]
 
     @property
     def size(self) -> int:
         return total(self.artifacts)
 
     @property
-    def prunable(self) -> list[Held]:
+    def prunable(self) -> list[ArtifactStatus]:
         return [held for held in self.artifacts if held.prunable]
 
-    def standing(self, run: RunState) -> dict[str, bool]:
+    def completed_steps(self, run: RunState) -> dict[str, bool]:
         """Each step of a run, and whether its artifact is there whole."""
         whole = {held.name for held in self.artifacts if held.state == "whole"}
         return {step: name in whole for step, name in run.steps.items()}
@@ -102,7 +102,7 @@ class Holdings:
         return {
             "store": str(self.root),
             "size": self.size,
-            "runs": [asdict(run) | {"standing": self.standing(run)} for run in self.runs],
+            "runs": [asdict(run) | {"standing": self.completed_steps(run)} for run in self.runs],
             "artifacts": [
                 {**asdict(held), "folder": str(held.folder), "prunable": held.prunable, "kept": held.kept}
                 for held in self.artifacts
@@ -113,7 +113,7 @@ class Holdings:
     def runs_table(self) -> tuple[list[str], list[list[str]]]:
         cells = []
         for run in self.runs:
-            steps = self.standing(run)
+            steps = self.completed_steps(run)
             missing = [step for step, stands in steps.items() if not stands]
             stand = f"{len(steps) - len(missing)} of {len(steps)}" + (f"; not {', '.join(missing)}" if missing else "")
             cells.append([run.name, run.started, run.finished or "–", run.problem or stand])
@@ -136,7 +136,7 @@ class Holdings:
         return ["stage", "fingerprint", "state", "size", "age", "used by"], cells
 
 
-def total(artifacts: Iterable[Held]) -> int:
+def total(artifacts: Iterable[ArtifactStatus]) -> int:
     return sum(held.size for held in artifacts)
 
 
@@ -148,7 +148,7 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def survey(store: Store) -> Holdings:
+def scan_store(store: Store) -> StoreStatus:
     """Look through a store. Nothing is changed, and no file but manifests and runs' own is read.
 
     Raises:
@@ -163,20 +163,20 @@ def survey(store: Store) -> Holdings:
             users.setdefault(name, []).append(run.name)
     found = (_held(store, folder, users) for folder in _folders(store.artifacts))
     artifacts = sorted((held for held in found if held), key=lambda held: (held.name, held.folder.name))
-    return Holdings(store.root, runs, tuple(artifacts))
+    return StoreStatus(store.root, runs, tuple(artifacts))
 
 
-def prune(store: Store, artifacts: Sequence[Held]) -> list[Held]:
+def prune(store: Store, artifacts: Sequence[ArtifactStatus]) -> list[ArtifactStatus]:
     """Delete these artifacts, but for those that a run has come to need or work on meanwhile; what was deleted.
 
     Raises:
         SqftError: when it cannot be read what some run refers to. Nothing is deleted then.
     """
-    _check_runs(survey(store).runs)
+    _check_runs(scan_store(store).runs)
     return [held for held in artifacts if store.remove(held.folder, partial(_needed, store, held))]
 
 
-def _needed(store: Store, held: Held) -> bool:
+def _needed(store: Store, held: ArtifactStatus) -> bool:
     """Asked under the artifact's lock: a run says what it refers to before it takes any lock."""
     runs = tuple(map(_run, _folders(store.runs)))
     _check_runs(runs)
@@ -214,7 +214,7 @@ def _run(folder: Path) -> RunState:
     return RunState(folder.name, str(times.get("started") or began), times.get("finished"), steps, refers, problem)
 
 
-def _held(store: Store, folder: Path, users: Mapping[str, Sequence[str]]) -> Held | None:
+def _held(store: Store, folder: Path, users: Mapping[str, Sequence[str]]) -> ArtifactStatus | None:
     """A folder as it is; None when it is no artifact's."""
     name = LEFT.sub("", folder.name)
     match = NAME.fullmatch(name)
@@ -238,7 +238,7 @@ def _held(store: Store, folder: Path, users: Mapping[str, Sequence[str]]) -> Hel
         when = (changed if changed.exists() else folder).stat().st_mtime
     except OSError:  # a run moves on while we look
         size, when = 0, time.time()
-    return Held(
+    return ArtifactStatus(
         folder,
         name,
         stage,

@@ -26,7 +26,7 @@ PROMPT, GENERATED, REPEATS = 512, 32, 3
 """Tokens of a prompt (fewer in a shorter window), tokens generated after it, and how often in one process."""
 
 
-NOBODYS = "finetune.max_grad_norm=1e12"
+BENCH_ONLY_OVERRIDE = "finetune.max_grad_norm=1e12"
 """Clips nothing, and no recipe says so: a measurement's artifact, which is thrown away, is never one of the user's."""
 
 
@@ -49,7 +49,7 @@ def bench(
     for path, plan in zip(recipes, plans, strict=True):
         if plan.recipe.finetune is None:
             raise StageError(f"{path} fine-tunes nothing; bench compares recipes with a finetune section")
-        merger = cast(Merger, plan.step("finetune").parts["merger"].component)
+        merger = cast(Merger, plan.step("finetune").components["merger"].component)
         if merger.merges and plan.recipe.merge is None:
             raise StageError(
                 f"{path} trains what can be merged and does not merge it, and bench serves what is shipped; "
@@ -96,7 +96,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _facts(run: Run) -> dict[str, Any]:
     """What is known without a clock. Storage is what is shipped: a merged model, or a base and an adapter."""
     plan = run.plan
-    merger = cast(Merger, plan.step("finetune").parts["merger"].component)
+    merger = cast(Merger, plan.step("finetune").components["merger"].component)
     floats, codes = plan.recipe.model.dtype, f"INT{_bits(run)}" if plan.quantized else ""
     folders = [run["merge"].folder / "model"] if "merge" in run else [_base(run), run["search"].folder / "adapter"]
     rows = {row["configuration"].partition(" ")[0]: row for row in run.report["rows"]}
@@ -150,7 +150,7 @@ def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict
         f"finetune.steps={steps}",
         "finetune.warmup_steps=0",
         "finetune.report_to=[]",
-        NOBODYS,
+        BENCH_ONLY_OVERRIDE,
         "search={}",
         'name="bench"',
     ]
@@ -182,7 +182,7 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
         raise StageError(f"a window of {window} tokens has no room for a prompt and {GENERATED} tokens after it")
     with peak_memory() as peak:
         found = serving.speed(model, prompt, GENERATED, REPEATS)
-    taken, packed = serving.kernels(model)
+    taken, packed = serving.count_kernel_layers(model)
     return {
         "prefill": found.prefill,
         "decode": found.decode,

@@ -52,7 +52,7 @@ def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[P
         DataError: naming a record that leaves nothing to learn from or to ask.
         StageError: when the model has no tokenizer that can be loaded.
     """
-    found = _Looks(plan, count).found
+    found = _PreviewBuilder(plan, count).found
     for name in sections:
         if not any(_below(place, name) for place in found):
             raise SqftError(f"this recipe reads no data in '{name}'; it does in {', '.join(found) or 'no section'}")
@@ -65,7 +65,7 @@ def _below(place: str, name: str) -> bool:
     return f"{place}.".startswith(f"{name}.")
 
 
-class _Looks:
+class _PreviewBuilder:
     """For each place of data in the recipe, in the order of its steps, what makes its preview. Nothing is read yet.
 
     What the stages would read is read by the stages' own `Context`.
@@ -106,7 +106,7 @@ class _Looks:
             self.found["finetune.validation"] = lambda place: self._learned(place, read())
 
     def _search(self, context: Context, section: Search) -> None:
-        searcher = context.step.parts.get("searcher")
+        searcher = context.step.components.get("searcher")
         evaluates = searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates
         if not evaluates or (section.metric == "loss" and not section.data):
             return  # what is held out is shown as it is learned from, which is how the loss sees it

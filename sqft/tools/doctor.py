@@ -168,7 +168,7 @@ def _int4_kernel() -> bool:
     layer = Quantized(codes, Grid(torch.ones(16, 1).half(), torch.full((16, 1), 8), 32, 4))
     weight, x = PackedWeight(layer, None, torch.bfloat16), torch.eye(32, dtype=torch.bfloat16)[:1]
     with torch.no_grad():
-        return weight.serve() and torch.equal(weight.linear(x, None).float(), dequantize(layer)[:, :1].T)
+        return weight.prepare_int4_kernel() and torch.equal(weight.linear(x, None).float(), dequantize(layer)[:, :1].T)
 
 
 def _plugins() -> Iterator[Check]:
@@ -176,7 +176,7 @@ def _plugins() -> Iterator[Check]:
 
     registry = Registry.discover()
     entries = registry.entries()
-    plugins = {entry.provider for entry in entries}
+    plugins = {registration.provider for registration in entries}
     state: State = "ok" if entries else "wrong"
     note = "" if entries else "not even sqft's own; install it again"
     yield Check("plugins", "installed", f"{len(entries)} components of {len(plugins)} plugins", state, True, note)

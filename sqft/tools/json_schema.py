@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sqft.components.entry import Entry
 from sqft.components.kinds import Component
+from sqft.components.registration import Registration
 from sqft.components.registry import Registry
 from sqft.recipe.recipe import Recipe
 
@@ -29,19 +29,19 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["$schema"] = {"type": "string", "description": "where this schema lies, for editors"}
     for kind, (section, key) in PLACES.items():
-        entries = [entry for entry in registry.entries() if entry.component.kind == kind]
-        names = {name for entry in entries for name in _names(entry)}
+        entries = [registration for registration in registry.entries() if registration.component.kind == kind]
+        names = {name for registration in entries for name in _names(registration)}
         choices: list[dict[str, Any]] = [{"enum": sorted(names)}]
-        for entry in entries:
-            options, definitions = _options(entry)
+        for registration in entries:
+            options, definitions = _options(registration)
             schema["$defs"] |= definitions
             choices.append(
                 {
                     "type": "object",
-                    "properties": {"name": {"enum": _names(entry)}, "options": options},
+                    "properties": {"name": {"enum": _names(registration)}, "options": options},
                     "required": ["name"],
                     "additionalProperties": False,
-                    "description": (entry.component.__doc__ or "").strip(),
+                    "description": (registration.component.__doc__ or "").strip(),
                 }
             )
         place = schema["$defs"][section]["properties"][key]
@@ -50,15 +50,15 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     return schema
 
 
-def _names(entry: Entry) -> list[str]:
+def _names(registration: Registration) -> list[str]:
     """A component's name, alone and with its plugin's."""
-    return [entry.component.name, f"{entry.provider.plugin}/{entry.component.name}"]
+    return [registration.component.name, f"{registration.provider.plugin}/{registration.component.name}"]
 
 
-def _options(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]]:
     """The schema of a component's options, and the definitions it refers to, under names of their own."""
-    prefix = f"{entry.provider.plugin}.{entry.component.kind}.{entry.component.name}"
-    schema = entry.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
+    prefix = f"{registration.provider.plugin}.{registration.component.kind}.{registration.component.name}"
+    schema = registration.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
     schema.pop("description", None)
     definitions = schema.pop("$defs", {})
     return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
-from sqft.modeling.adapters.saving import read_choice
+from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.loading.quantized import load_packed, quantization_of
 from sqft.modeling.loading.transformers_io import load_folder
 from sqft.planning.plan import Plan
-from sqft.stages.adapted import Base, restore
+from sqft.stages.adapted import Base, load_adapted_model
 
 SERVED = torch.bfloat16
 
@@ -32,18 +32,18 @@ class Speed:
 def merged_as_served(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """A finished model's folder: floats as they are, codes as codes."""
     if quantization_of(folder) is None:
-        return ready(load_folder(folder, "bfloat16", trust_remote_code)[0])
-    return ready(load_packed(folder, trust_remote_code, "bfloat16"))
+        return prepare_for_serving(load_folder(folder, "bfloat16", trust_remote_code)[0])
+    return prepare_for_serving(load_packed(folder, trust_remote_code, "bfloat16"))
 
 
 def adapted_as_served(plan: Plan, base: Base, trained: Path, choice: Path) -> PreTrainedModel:
     """A base with the chosen adapter beside it, which could not be merged."""
-    tuned = restore(plan, base, trained, "cpu")
-    tuned.choose(read_choice(choice))
-    return ready(tuned.model)
+    tuned = load_adapted_model(plan, base, trained, "cpu")
+    tuned.set_ranks(read_ranks(choice))
+    return prepare_for_serving(tuned.model)
 
 
-def ready(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_for_serving(model: PreTrainedModel) -> PreTrainedModel:
     """In place: parameters in bfloat16; codes, with their grids as they are, laid out for the int4 kernel as well."""
     for module in model.modules():
         if isinstance(module, FrozenWeight):
@@ -51,11 +51,11 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(SERVED)
         if isinstance(module, PackedWeight):
-            module.serve()
+            module.prepare_int4_kernel()
     return model.eval()
 
 
-def kernels(model: nn.Module) -> tuple[int, int]:
+def count_kernel_layers(model: nn.Module) -> tuple[int, int]:
     """How many packed layers the int4 kernel takes, and how many there are."""
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     return sum(module.kernel is not None for module in packed), len(packed)

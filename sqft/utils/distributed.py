@@ -46,16 +46,16 @@ class Processes:
     groups: int = field(default=0, repr=False)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def tell(self, word: str) -> None:
+    def broadcast(self, word: str) -> None:
         """Say the next word to the others; of the first process only."""
         if self.count > 1:
             self.store.set(f"word/{self.said}", word)
             self.said += 1
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         """The first process's next word, waited for.
 
         Raises:
@@ -72,19 +72,19 @@ class Processes:
 
     def share(self, word: str) -> str:
         """The first process's word, in all of them."""
-        if self.first:
-            self.tell(word)
+        if self.is_main:
+            self.broadcast(word)
             return word
-        return self.hear()
+        return self.receive()
 
-    def agree(self, word: str, what: str) -> None:
+    def assert_same(self, word: str, what: str) -> None:
         """Raises:
         StageError: when this process's word is not the first's.
         """
         if self.share(word) != word:
             raise StageError(f"process {self.rank} {what}; give all of them the same recipe, data and packages")
 
-    def speaks(self) -> bool:
+    def should_report(self) -> bool:
         """Whether this process is to say why it failed: the first to fail does, and what follows from it is silent.
 
         The others stay a while, for a launcher that sees one process end ends them all, in the middle of a word.
@@ -102,7 +102,7 @@ class Processes:
             distributed.barrier()
 
     @contextmanager
-    def together(self, device: str) -> Iterator[None]:
+    def process_group(self, device: str) -> Iterator[None]:
         """Inside, torch's collectives work; transformers' Trainer finds and uses them.
 
         Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqft.components import checks
 from sqft.errors import ContractError
-from sqft.types import BaseWeight, Choice, Grid, LinearShape, Quantized, RankGroup, SearchSpace
+from sqft.types import BaseWeight, Grid, LinearShape, Quantized, RankConfig, RankGroup, SearchSpace
 
 WHO = "scorer 'mine' (mine 0.1.0)"
 PLACE = "layers.0.q_proj"
@@ -34,7 +34,7 @@ def assert_rejected(message: str, check: Callable[..., None], *arguments: Any) -
 
 
 def test_no_torch_at_the_top() -> None:
-    code = "import sys, sqft.checks, sqft.testing; assert 'torch' not in sys.modules"
+    code = "import sys, sqft.components.checks, sqft.testing; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
 
 
@@ -200,9 +200,9 @@ def test_a_space_that_does_not(space: Any, message: str) -> None:
 
 
 def test_a_choice() -> None:
-    checks.check_choice(WHO, SPACE, Choice((2, 3)))
+    checks.check_choice(WHO, SPACE, RankConfig((2, 3)))
     wrong: tuple[Any, ...] = ((3, 3), (2,), (2, 3, 3), [2, 3], (2.0, 3), None)
-    for choice in (*map(Choice, wrong), (2, 3), None):
+    for choice in (*map(RankConfig, wrong), (2, 3), None):
         assert_rejected(repr(choice), checks.check_choice, SPACE, choice)
 
 

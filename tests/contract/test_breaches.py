@@ -23,7 +23,7 @@ from sqft_uniform import Uniform
 from sqft_wanda import Wanda
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import Choice, RankGroup, SearchSpace, hookimpl
+from sqft.api import RankConfig, RankGroup, SearchSpace, hookimpl
 from sqft.components.hookspecs import COMPONENT_HOOKS
 from sqft.errors import ArtifactError, ContractError, RecipeError, SqftError
 
@@ -78,8 +78,8 @@ def exporter(change: Any) -> Any:
     return HuggingFace, {"export": export}
 
 
-def ask_outside(self: Any, space: Any, evaluate: Any, rng: Any) -> Choice:
-    evaluate(Choice((1,) * len(space.groups)))
+def ask_outside(self: Any, space: Any, evaluate: Any, rng: Any) -> RankConfig:
+    evaluate(RankConfig((1,) * len(space.groups)))
     return space.choice([0] * len(space.groups))  # type: ignore[no-any-return]
 
 
@@ -154,7 +154,7 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (adapter(lambda space: SearchSpace(list(space.groups))), RecipeError, "expected tuples"),  # type: ignore[arg-type]
     (adapter(lambda space: SearchSpace(space.groups[:: next(order)])), ContractError, "gave another search space"),
     (adapter(sample=lambda self, space, rng: None), ContractError, "returned None, which is no configuration"),
-    (adapter(sample=lambda self, space, rng: Choice((1,) * len(space.groups))), ContractError, "no configuration"),
+    (adapter(sample=lambda self, space, rng: RankConfig((1,) * len(space.groups))), ContractError, "no configuration"),
     (
         adapter(delta=lambda linear, rank, *rest: LowRankDelta(linear, rank - 1, *rest)),
         ContractError,
@@ -182,8 +182,12 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     ),
     (merger(editing_later), ContractError, f"edited the frozen weight of {Q} in place while training"),
     ((Heuristic, {"search": lambda self, space, *_: None}), ContractError, "returned None, which is no configuration"),
-    ((Heuristic, {"search": lambda self, space, *_: Choice((1, 1))}), ContractError, "returned Choice(ranks=(1, 1))"),
-    ((HillClimbing, {"search": ask_outside}), ContractError, "returned Choice(ranks=(1, 1, 1, 1)), which is no"),
+    (
+        (Heuristic, {"search": lambda self, space, *_: RankConfig((1, 1))}),
+        ContractError,
+        "returned RankConfig(ranks=(1, 1))",
+    ),
+    ((HillClimbing, {"search": ask_outside}), ContractError, "returned RankConfig(ranks=(1, 1, 1, 1)), which is no"),
     ((HuggingFace, {"export": lambda self, model, folder: None}), ArtifactError, "wrote nothing"),
     (exporter(lambda weight: weight / 0), ArtifactError, f"{UP}.weight holds values that are not finite"),
     (exporter(lambda weight: weight + 1), ArtifactError, f"zeros of {UP}.weight are not zero any more"),

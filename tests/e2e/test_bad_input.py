@@ -28,7 +28,7 @@ from sqft_sparsepeft import SparsePEFT
 from sqft_uniform import Uniform
 
 from sqft import Registry
-from sqft.api import Choice, Quantized, SearchSpace
+from sqft.api import Quantized, RankConfig, SearchSpace
 from sqft.cli import main
 from sqft.components.kinds import Component
 from sqft.store.artifacts import Store
@@ -404,8 +404,8 @@ def rounded(weight: torch.Tensor, mask: torch.Tensor | None, stats: Any) -> Quan
     return Rtn(group_size=32).quantize(weight, mask, stats)
 
 
-def sampled(space: SearchSpace) -> Choice:
-    return Choice(tuple(999 for _ in space.groups))
+def sampled(space: SearchSpace) -> RankConfig:
+    return RankConfig(tuple(999 for _ in space.groups))
 
 
 class Overlapping:
@@ -470,13 +470,13 @@ THE_PLUGINS: list[tuple[str, type[Component], Change, str]] = [
     ("an allocator that gives too much", bad(Uniform, allocate=lambda _, x, s, m: {y.name: 1.5 for y in x}), SHARED, f"gave {LAYER} the sparsity 1.5, expected a number in [0, 1)"),
     ("an allocator that forgets", bad(Uniform, allocate=lambda _, x, s, m: {}), SHARED, f"gave {LAYER} the sparsity None"),
     ("an allocator that edits the list", bad(Uniform, allocate=lambda _, x, s, m: emptied(x)), SHARED, "allocator 'bad' |raised"),
-    ("a quantizer that raises", bad(Rtn, misfit=lambda *_: None, quantize=fails), ROUNDED, f"quantizer 'bad' |{RAISED}"),
-    ("a quantizer that raises in the plan", bad(Rtn, misfit=fails), ROUNDED, "quantize.quantizer: quantizer 'bad' |raised ValueError"),
-    ("a quantizer of another shape", bad(Rtn, misfit=lambda *_: None, quantize=lambda _, w, m, s: rounded(w[:16], None, s)), ROUNDED, f"quantizer 'bad' |returned codes of shape [16, 32] for {LAYER}, expected [32, 32]"),
-    ("a quantizer of nothing", bad(Rtn, misfit=lambda *_: None, quantize=lambda *_: None), ROUNDED, "returned NoneType for|expected Quantized with a Grid"),
-    ("a quantizer that edits the weight", bad(Rtn, misfit=lambda *_: None, quantize=lambda _, w, m, s: edited(w, rounded(w, m, s))), ROUNDED, f"edited the weight of {LAYER} in place"),
-    ("a quantizer that edits the mask", bad(Rtn, misfit=lambda *_: None, quantize=lambda _, w, m, s: (m.fill_(True), rounded(w, m, s))[1]), ROUNDED_SPARSE, f"edited the mask of {LAYER} in place"),
-    ("a quantizer that refills zeros", bad(Rtn, misfit=lambda *_: None, quantize=lambda _, w, m, s: rounded(w + 1, None, s)), ROUNDED_SPARSE, f"pruned weights of {LAYER}"),
+    ("a quantizer that raises", bad(Rtn, incompatibility=lambda *_: None, quantize=fails), ROUNDED, f"quantizer 'bad' |{RAISED}"),
+    ("a quantizer that raises in the plan", bad(Rtn, incompatibility=fails), ROUNDED, "quantize.quantizer: quantizer 'bad' |raised ValueError"),
+    ("a quantizer of another shape", bad(Rtn, incompatibility=lambda *_: None, quantize=lambda _, w, m, s: rounded(w[:16], None, s)), ROUNDED, f"quantizer 'bad' |returned codes of shape [16, 32] for {LAYER}, expected [32, 32]"),
+    ("a quantizer of nothing", bad(Rtn, incompatibility=lambda *_: None, quantize=lambda *_: None), ROUNDED, "returned NoneType for|expected Quantized with a Grid"),
+    ("a quantizer that edits the weight", bad(Rtn, incompatibility=lambda *_: None, quantize=lambda _, w, m, s: edited(w, rounded(w, m, s))), ROUNDED, f"edited the weight of {LAYER} in place"),
+    ("a quantizer that edits the mask", bad(Rtn, incompatibility=lambda *_: None, quantize=lambda _, w, m, s: (m.fill_(True), rounded(w, m, s))[1]), ROUNDED_SPARSE, f"edited the mask of {LAYER} in place"),
+    ("a quantizer that refills zeros", bad(Rtn, incompatibility=lambda *_: None, quantize=lambda _, w, m, s: rounded(w + 1, None, s)), ROUNDED_SPARSE, f"pruned weights of {LAYER}"),
     ("an adapter that raises in the plan", bad(Lora, space=fails), ADAPTED, "finetune.adapter: adapter 'bad' |raised ValueError"),
     ("an adapter that forgets layers", bad(Lora, space=lambda _, x: Lora(rank=4).space(x[:1])), ADAPTED, "finetune.adapter: adapter 'bad' |returned a search space that has |in 0 groups, expected 1"),
     ("an adapter that edits the list", bad(Lora, space=lambda _, x: emptied(x)), ADAPTED, "finetune.adapter: adapter 'bad' |raised"),
@@ -497,8 +497,8 @@ THE_PLUGINS: list[tuple[str, type[Component], Change, str]] = [
     ("a searcher that chooses elsewhere", bad(Heuristic, search=lambda _, space, e, r: sampled(space)), TUNED, "searcher 'bad' |which is no configuration of the search space"),
     ("a searcher of nothing", bad(Heuristic, search=lambda *_: None), TUNED, "searcher 'bad' |returned None, which is no configuration"),
     ("a searcher that asks elsewhere", bad(Heuristic, evaluates=True, search=lambda _, space, e, r: e(sampled(space))), TUNED, "searcher 'bad' |configuration of the search space"),
-    ("a searcher that asks for no samples", bad(Heuristic, evaluates=True, search=lambda _, space, e, r: e(Choice(tuple(g.ranks[0] for g in space.groups)), 0)), TUNED, "asked for an evaluation on 0 samples, expected 1 or more, or None"),
-    ("a searcher that asks in secret", bad(Heuristic, search=lambda _, space, e, r: e(Choice(tuple(g.ranks[0] for g in space.groups)))), TUNED, "asked for an evaluation, but search.data is not given"),
+    ("a searcher that asks for no samples", bad(Heuristic, evaluates=True, search=lambda _, space, e, r: e(RankConfig(tuple(g.ranks[0] for g in space.groups)), 0)), TUNED, "asked for an evaluation on 0 samples, expected 1 or more, or None"),
+    ("a searcher that asks in secret", bad(Heuristic, search=lambda _, space, e, r: e(RankConfig(tuple(g.ranks[0] for g in space.groups)))), TUNED, "asked for an evaluation, but search.data is not given"),
     ("an exporter that raises", bad(HuggingFace, export=fails), EXPORTED, f"exporter 'bad' |{RAISED}"),
     ("an exporter that writes nothing", bad(HuggingFace, export=lambda *_: None), EXPORTED, "export (exporter 'bad' |wrote nothing"),
     ("an exporter that links", bad(HuggingFace, export=wrote("more.json", None)), EXPORTED, "more.json is a link; an artifact must hold its files itself"),

@@ -41,13 +41,13 @@ elif where == "checkpoint":  # written, but not sealed, and one file cut short a
     sealed = resume.seal
     resume.seal = seal
 elif where == "proof":  # trained to the end, not yet an artifact
-    finetune.prove = lambda context: die()
+    finetune.verify = lambda context: die()
 elif where == "trial":
-    original = search._Remembered._measure
+    original = search.CachedEvaluator._measure
     def measure(self, choice, records):
         if len(self.known) == at: die()
         return original(self, choice, records)
-    search._Remembered._measure = measure
+    search.CachedEvaluator._measure = measure
 orchestrator = Orchestrator(Registry.discover(), sys.argv[2])
 orchestrator.run(orchestrator.plan(Recipe.load(sys.argv[1])))
 """

@@ -64,9 +64,11 @@ def test_the_merged_codes_are_those_of_equation_3(
     changed = moved = 0
     for name, layer in after.items():
         old = before[name]
-        gain = adapter.get(f"{name}.gain", torch.ones(1))
-        assert f"{name}.gain" in adapter or "merger" not in change or name not in scales
-        assert layer.grid.scale.equal((old.grid.scale.float() * gain).half()) and layer.grid.zero.equal(old.grid.zero)
+        scale_multiplier = adapter.get(f"{name}.scale_multiplier", torch.ones(1))
+        assert f"{name}.scale_multiplier" in adapter or "merger" not in change or name not in scales
+        assert layer.grid.scale.equal((old.grid.scale.float() * scale_multiplier).half()) and layer.grid.zero.equal(
+            old.grid.zero
+        )
         index = old.grid.group_index
         size = layer.codes.shape[1] if old.grid.group_size == -1 else old.grid.group_size
         index = torch.arange(layer.codes.shape[1]) // size if index is None else index.long()
@@ -115,7 +117,7 @@ def test_weights_before_and_after_quantization_are_not_in_memory_together(
 
     monkeypatch.setattr(tuning, "base_model", counting)
     base = tuning.Base.of(plan, {"base": done["quantize"].folder, "floats": done["sparsify"].folder})
-    tuned = tuning.build(plan, base, 0, "cpu")
+    tuned = tuning.build_adapted_model(plan, base, 0, "cpu")
     assert len(loaded) == 2
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in left if ".layers." in name}
     assert names == {
@@ -166,9 +168,10 @@ def test_scales_do_not_decay(quantized: dict[str, Any], registry: Registry, tmp_
     quantized.pop("evaluate")
     finished = run(quantized, registry, tmp_path)
     adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
-    gains = torch.cat([tensor.flatten() for name, tensor in adapter.items() if name.endswith(".gain")])
+    gains = torch.cat([tensor.flatten() for name, tensor in adapter.items() if name.endswith(".scale_multiplier")])
     assert 0.9 < float(gains.mean()) < 1.2  # six steps of 5% of decay alone would leave 0.74
-    assert finished["search"].report["trainable"] > sum(t.numel() for n, t in adapter.items() if "gain" not in n)
+    factors = [tensor for name, tensor in adapter.items() if "scale_multiplier" not in name]
+    assert finished["search"].report["trainable"] > sum(factor.numel() for factor in factors)
 
 
 def test_a_zero_point_of_zero_is_kept_and_named(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import SMALLEST, dequantize, fit, quantize, stretched
+from sqft.kernels.grids import SMALLEST, dequantize, fit_grid, quantize, scale_grid
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -35,7 +35,7 @@ def loop(row: list[float], bits: int, symmetric: bool) -> tuple[float, int, list
 @given(st.integers(0, 999), BITS, st.booleans(), st.sampled_from([0.0, 3.0, -3.0]))
 def test_against_a_loop(seed: int, bits: int, symmetric: bool, shift: float) -> None:
     groups = weights(seed, 5, 8, shift)
-    scale, zero = fit(groups, bits, symmetric)
+    scale, zero = fit_grid(groups, bits, symmetric)
     codes = quantize(groups, Grid(scale.half()[:, None], zero[:, None], -1, bits))
     for row in range(5):
         expected = loop(groups[row].double().tolist(), bits, symmetric)
@@ -52,7 +52,7 @@ def test_zero_is_a_point_and_rounding_settles(seed: int, bits: int, symmetric: b
     weight = weights(seed, 4, 32, shift)
     weight[:, ::3] = 0
     weight[0] = 0  # a group of zeros
-    scale, zero = fit(weight.reshape(4, 2, 16), bits, symmetric, clip)
+    scale, zero = fit_grid(weight.reshape(4, 2, 16), bits, symmetric, clip)
     grid = Grid(scale.half(), zero, 16, bits)
     assert grid.scale.float().equal(scale) and (scale > 0).all()
     assert zero.min() >= 1 and zero.max() < 2**bits  # a 0 would carry where words are added to
@@ -69,7 +69,7 @@ def test_the_clip_search_never_does_worse() -> None:
     groups[:, 0] *= 8  # an outlier in each
 
     def error(clip: bool) -> torch.Tensor:
-        scale, zero = fit(groups, 3, False, clip)
+        scale, zero = fit_grid(groups, 3, False, clip)
         grid = Grid(scale.half()[:, None], zero[:, None], -1, 3)
         return (dequantize(Quantized(quantize(groups, grid), grid)) - groups).abs().pow(2.4).sum(-1)
 
@@ -80,7 +80,9 @@ def test_the_clip_search_never_does_worse() -> None:
 def test_groups_by_index_or_side_by_side(index: list[int] | None) -> None:
     weight = weights(1, 3, 6, 0.0)
     where = index or [0, 0, 0, 1, 1, 1]
-    scale, zero = fit(torch.stack([weight[:, [i for i, g in enumerate(where) if g == h]] for h in (0, 1)], 1), 4, False)
+    scale, zero = fit_grid(
+        torch.stack([weight[:, [i for i, g in enumerate(where) if g == h]] for h in (0, 1)], 1), 4, False
+    )
     grid = Grid(scale.half(), zero, 3, 4, torch.tensor(index) if index else None)
     value = dequantize(Quantized(quantize(weight, grid), grid))
     for i, g in enumerate(where):
@@ -91,5 +93,5 @@ def test_groups_by_index_or_side_by_side(index: list[int] | None) -> None:
 def test_a_stretched_scale_keeps_its_sign() -> None:
     """Some programs write negative scales; a gain that falls below 0 stops at the smallest step instead."""
     grid = Grid(torch.tensor([[0.5, -0.5, -0.25]]).half(), torch.full((1, 3), 8, dtype=torch.int32), 32, 4)
-    assert stretched(grid, torch.ones(1, 3)).scale.equal(grid.scale)
-    assert stretched(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST]]
+    assert scale_grid(grid, torch.ones(1, 3)).scale.equal(grid.scale)
+    assert scale_grid(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearShape, LinearStats, Quantized, StageError
-from sqft.kernels.grids import dequantize, fit
+from sqft.kernels.grids import dequantize, fit_grid
 
 OUT, IN, TOKENS = 6, 64, 256
 
@@ -57,7 +57,7 @@ def exact(weight: Tensor, mask: Tensor | None, H: Tensor, order: list[int], bits
         done: list[int] = []
         for place, j in enumerate(order):
             if place % size == 0:
-                scale, zero = fit(W[order[place : place + size]].float()[None], bits, False)
+                scale, zero = fit_grid(W[order[place : place + size]].float()[None], bits, False)
             s, z = scale.double().item(), zero.item()
             result[row, j] = s * (min(max(round(W[j].item() / s) + z, 0), top) - z) if j in kept else 0.0
             if j not in kept:
@@ -77,7 +77,7 @@ def remasked(weight: Tensor, mask: Tensor, H: Tensor, bits: int, size: int) -> T
     for row in range(len(W)):
         for j in range(W.shape[1]):
             if j % size == 0:
-                scale, zero = fit(W[row, j : j + size].float()[None], bits, False)
+                scale, zero = fit_grid(W[row, j : j + size].float()[None], bits, False)
             s, z = scale.double().item(), zero.item()
             result[row, j] = s * (min(max(round(W[row, j].item() / s) + z, 0), top) - z)
             wrong = (W[row, j] - result[row, j]) / U[j, j]
@@ -184,7 +184,7 @@ def test_dead_and_dependent_inputs() -> None:
     H[7, 7] = H[6, 6]
     found = dequantize(Gptq(group_size=32, damp=1e-8).quantize(weight, None, LinearStats(TOKENS, hessian=H)))
     assert found.isfinite().all()
-    (scale, _) = fit(weight[:, :32], 4, False)
+    (scale, _) = fit_grid(weight[:, :32], 4, False)
     assert ((found[:, 5] - weight[:, 5]).abs() <= scale).all()  # rounded by itself, and not made zero
 
 
@@ -198,9 +198,9 @@ def test_a_hessian_that_is_none() -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    said = Gptq(group_size=128).misfit(LinearShape("l", 576, 576))
+    said = Gptq(group_size=128).incompatibility(LinearShape("l", 576, 576))
     assert said is not None and "576 inputs are no multiple of group_size 128" in said and said.endswith("64, 32, -1")
-    assert Gptq(group_size=64).misfit(LinearShape("l", 576, 576)) is None
+    assert Gptq(group_size=64).incompatibility(LinearShape("l", 576, 576)) is None
 
 
 def test_codes_that_stand_for_more_than_float16_holds(raw: dict[str, Any], tmp_path: Path) -> None:

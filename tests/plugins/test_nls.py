@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqft_nls.adapter import Lora, Nls
 from sqft_nls.delta import LowRankDelta
 
-from sqft.api import Choice, LinearShape
+from sqft.api import LinearShape, RankConfig
 from sqft.testing import check_adapter
 
 NAMES = [
@@ -131,7 +131,7 @@ def test_lora_is_one_rank_everywhere() -> None:
     lora = Lora(rank=3, alpha=6)
     space = lora.space(LINEARS)
     assert [group.members for group in space.groups] == [(name,) for name in NAMES]
-    assert lora.sample(space, Random(0)) == Choice((3,) * len(NAMES))
+    assert lora.sample(space, Random(0)) == RankConfig((3,) * len(NAMES))
     one, nls = lora.delta(LINEARS[0], seeded()), Nls(ranks=(3,), alpha=6).delta(LINEARS[0], seeded())
     for ours, theirs in zip(one.factors(3)[:2], nls.factors(3)[:2], strict=True):
         assert ours.equal(theirs)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqft_nls.searchers import Heuristic, HillClimbing, Maximal, Minimal, RandomSearch
 
-from sqft.api import Choice, RankGroup, SearchSpace
+from sqft.api import RankConfig, RankGroup, SearchSpace
 
 
 def space_of(*lengths: int) -> SearchSpace:
@@ -24,10 +24,10 @@ class Recorder:
     """An `Evaluate` over a function, remembering what it was asked."""
 
     def __init__(self, value: object = None) -> None:
-        self.value, self.asked = value, list[Choice]()
+        self.value, self.asked = value, list[RankConfig]()
         self.samples: set[int | None] = set()
 
-    def __call__(self, choice: Choice, samples: int | None = None) -> float:
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         self.asked.append(choice)
         self.samples.add(samples)
         return float(self.value(choice)) if callable(self.value) else 0.0
@@ -52,9 +52,9 @@ generators = st.builds(lambda kind, seed: kind(seed), st.sampled_from([Random, S
 def test_the_fixed_ones() -> None:
     space = space_of(3, 4, 1)
     nothing = Recorder()
-    assert Heuristic().search(space, nothing, Random(0)) == Choice((2, 3, 1))
-    assert Maximal().search(space, nothing, Random(0)) == Choice((3, 4, 1))
-    assert Minimal().search(space, nothing, Random(0)) == Choice((1, 1, 1))
+    assert Heuristic().search(space, nothing, Random(0)) == RankConfig((2, 3, 1))
+    assert Maximal().search(space, nothing, Random(0)) == RankConfig((3, 4, 1))
+    assert Minimal().search(space, nothing, Random(0)) == RankConfig((1, 1, 1))
     assert nothing.asked == []
 
 
@@ -71,7 +71,7 @@ def test_algorithm_1(lengths: list[int], seed: int, rng: Random, neighbors: int,
     """Replay the questions: each turn's are unvisited neighbours of the anchor of Algorithm 1, N if there are."""
     space = space_of(*lengths)
     noise = Random(seed)
-    table: dict[Choice, float] = {}
+    table: dict[RankConfig, float] = {}
     recorder = Recorder(lambda choice: table.setdefault(choice, noise.randrange(4)))
     searcher = HillClimbing(turns=turns, neighbors=neighbors, step=step, samples=7)
     found = searcher.search(space, recorder, rng)
@@ -104,13 +104,13 @@ def test_algorithm_1(lengths: list[int], seed: int, rng: Random, neighbors: int,
 def test_a_plateau_stays_at_the_heuristic() -> None:
     space = space_of(3, 3, 3)
     recorder = Recorder(lambda choice: 0.5)
-    assert HillClimbing(turns=3, neighbors=4).search(space, recorder, Random(1)) == Choice((2, 2, 2))
+    assert HillClimbing(turns=3, neighbors=4).search(space, recorder, Random(1)) == RankConfig((2, 2, 2))
     assert len(recorder.asked) == 13
 
 
 def test_an_exhausted_neighbourhood_ends_the_search() -> None:
     recorder = Recorder(lambda choice: 0.5)
-    assert HillClimbing(turns=9, neighbors=5).search(space_of(3), recorder, Random(1)) == Choice((2,))
+    assert HillClimbing(turns=9, neighbors=5).search(space_of(3), recorder, Random(1)) == RankConfig((2,))
     assert len(recorder.asked) == 3
     recorder = Recorder(lambda choice: 0.5)
     HillClimbing(turns=9, neighbors=5).search(space_of(1, 1), recorder, Random(1))
@@ -125,7 +125,7 @@ def test_every_neighbour_is_found_once(lengths: list[int], step: int, neighbors:
     searcher = HillClimbing(turns=6**3, neighbors=neighbors, step=step)
     found = searcher.search(space_of(*lengths), recorder, rng)
     every = product(*(range(1, length + 1) for length in lengths))
-    near = [Choice(r) for r in every if all(abs(a - b) <= step for a, b in zip(r, found.ranks, strict=True))]
+    near = [RankConfig(r) for r in every if all(abs(a - b) <= step for a, b in zip(r, found.ranks, strict=True))]
     assert sorted(recorder.asked, key=str) == sorted(near, key=str)
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
 from sqft.errors import SqftError
-from sqft.recipe.rerun import anchored, find_run, measuring, paths, recipe_of_model
+from sqft.recipe.rerun import evaluation_overrides, find_run, paths, recipe_of_model, with_absolute_paths
 
 
 def sqft(*arguments: object) -> Result:
@@ -136,12 +136,12 @@ def test_anchored(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["model"]["path"] = "someone/model"
     raw["calibration"]["data"] = "c.jsonl"
     raw["evaluate"] |= {"tasks": ["mine"], "include_path": "../tasks"}
-    stored = anchored(Recipe.parse(raw, tmp_path / "here"))
+    stored = with_absolute_paths(Recipe.parse(raw, tmp_path / "here"))
     assert stored["model"]["path"] == "someone/model"
     assert stored["calibration"]["data"] == str(tmp_path / "here" / "c.jsonl")
     assert stored["evaluate"]["include_path"] == str(tmp_path / "tasks")
     again = Recipe.parse(stored, tmp_path)
-    assert anchored(again) == stored and paths(again).keys() == {
+    assert with_absolute_paths(again) == stored and paths(again).keys() == {
         "calibration.data", "finetune.data.path", "search.data.path",
         "evaluate.perplexity.text", "evaluate.exact_match.data.path", "evaluate.include_path",
     }  # fmt: skip
@@ -149,7 +149,7 @@ def test_anchored(raw: dict[str, Any], tmp_path: Path) -> None:
 
 def test_only_what_is_measured_is_kept(raw: dict[str, Any]) -> None:
     def kept(*of: str, **measures: Any) -> Recipe:
-        return Recipe.changed(json.loads(json.dumps(raw)), measuring(raw, of, measures))
+        return Recipe.changed(json.loads(json.dumps(raw)), evaluation_overrides(raw, of, measures))
 
     sparse = kept("sparsify", perplexity={"text": "other.txt"})
     assert sparse.sparsify and not (sparse.finetune or sparse.search or sparse.merge)
@@ -174,7 +174,7 @@ def test_a_list_of_data_and_validation_are_found_again(
     raw["finetune"] |= {"validation": "validation.jsonl", "evaluate_every": 3}
     orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
     recipe = Recipe.parse(raw, here)
-    stored = Recipe.parse(json.loads(json.dumps(anchored(recipe))), tmp_path)
+    stored = Recipe.parse(json.loads(json.dumps(with_absolute_paths(recipe))), tmp_path)
     assert [step.fingerprint for step in orchestrator.plan(stored).steps] == [
         step.fingerprint for step in orchestrator.plan(recipe).steps
     ]

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.cli import main
 from sqft.errors import SqftError
-from sqft.store.status import Held, age, prune, survey
+from sqft.store.status import ArtifactStatus, age, prune, scan_store
 from sqft.store.artifacts import Store
 
 PRINT = "0123456789ab" + "c" * 52
@@ -38,8 +38,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def only(store: Store) -> Held:
-    (held,) = survey(store).artifacts
+def only(store: Store) -> ArtifactStatus:
+    (held,) = scan_store(store).artifacts
     return held
 
 
@@ -55,7 +55,7 @@ def test_two_recipes_share_a_sparse_base(raw: dict[str, Any], registry: Registry
     one, two, store = run(raw), run(other), Store(tmp_path)
     shared = one["sparsify"].folder
     assert two["sparsify"].folder == shared
-    holdings = survey(store)
+    holdings = scan_store(store)
     users = {held.folder: set(held.runs) for held in holdings.artifacts}
     assert users[shared] == {one.folder.name, two.folder.name}
     assert users[one["merge"].folder] == {one.folder.name}
@@ -65,7 +65,7 @@ def test_two_recipes_share_a_sparse_base(raw: dict[str, Any], registry: Registry
     shutil.rmtree(one.folder)
     done = CliRunner().invoke(main, ["status", "--store", str(tmp_path), "--prune", "--yes"])
     assert done.exit_code == 0, done.output
-    assert {held.folder for held in survey(store).artifacts} == {outcome.folder for outcome in two.values()}
+    assert {held.folder for held in scan_store(store).artifacts} == {outcome.folder for outcome in two.values()}
     again = run(other)
     assert {name: o.folder for name, o in again.items()} == {name: o.folder for name, o in two.items()}
 
@@ -117,7 +117,7 @@ def test_what_a_run_that_goes_on_builds_on(store: Store) -> None:
     """Its folder may be gone: the lock says that it has not ended."""
     folder, other = put(store), put(store, "sparsify", users=("run",))
     with store.using("merge", PRINT):
-        held = next(one for one in survey(store).artifacts if one.stage == "merge")
+        held = next(one for one in scan_store(store).artifacts if one.stage == "merge")
         assert held.in_use and not held.in_work and not held.prunable
         assert "| whole, in use |" in shown(store)
         said = shown(store, "--prune", "--yes")
@@ -175,7 +175,7 @@ def test_damage_is_shown_and_kept_while_a_run_refers_to_it(store: Store, users: 
 def test_nothing_is_deleted_while_a_run_cannot_be_read(store: Store, content: str) -> None:
     folder = put(store, users=("run",))
     (store.runs / "run" / "plan.json").write_text(content)
-    assert "plan.json is damaged" in survey(store).runs[0].problem
+    assert "plan.json is damaged" in scan_store(store).runs[0].problem
     with pytest.raises(SqftError, match="what run run refers to"):
         prune(store, [only(store)])
     done = CliRunner().invoke(main, ["status", "--store", str(store.root), "--prune", "--yes"])

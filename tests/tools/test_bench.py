@@ -103,7 +103,7 @@ def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
     g = torch.Generator().manual_seed(0)
     quantized = round_to_nearest(torch.randn(32, 128, generator=g), None, 4, 32, symmetric, False)
     weight = PackedWeight(quantized, None, torch.bfloat16)
-    assert weight.serve()
+    assert weight.prepare_int4_kernel()
     for rows in (1, FEW, FEW + 1):
         x = torch.randn(rows, 128, generator=g).bfloat16()
         exact = x.double() @ dequantize(quantized).double().T
@@ -114,6 +114,6 @@ def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
             assert y.equal(F.linear(x, dequantize(quantized).bfloat16()))
     part = round_to_nearest(torch.randn(32, 96, generator=g), None, 4, 32, symmetric, False)
     part = replace(part, grid=replace(part.grid, group_size=64))  # of somebody else's, whose last group is short
-    assert not PackedWeight(part, None, torch.bfloat16).serve()
+    assert not PackedWeight(part, None, torch.bfloat16).prepare_int4_kernel()
     odd = round_to_nearest(torch.randn(32, 128, generator=g), None, 8, 32, symmetric, False)
-    assert not PackedWeight(odd, None, torch.bfloat16).serve()
+    assert not PackedWeight(odd, None, torch.bfloat16).prepare_int4_kernel()

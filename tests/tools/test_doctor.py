@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from sqft import Registry
 from sqft.cli import main
-from sqft.components.entry import Provider
+from sqft.components.registration import Provider
 from sqft.tools import doctor
 from sqft.tools.doctor import Check, checks
 

@@ -11,7 +11,7 @@ import sqft.utils.distributed
 from sqft.data.collators import Collator, PackingCollator
 from sqft.data.encoding import IGNORED, Example
 from sqft.errors import StageError
-from sqft.modeling.training.trainer import Share
+from sqft.modeling.training.trainer import RankShardCollator
 from sqft.utils.distributed import Processes
 
 
@@ -60,14 +60,14 @@ def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -
     rows = [{"input_ids": [n, n], "labels": [IGNORED, n]} for n in range(examples)]
     seen: list[int] = []
     for rank in range(count):
-        batch = Share(Collator(0), Processes(rank, count))(rows)
+        batch = RankShardCollator(Collator(0), Processes(rank, count))(rows)
         seen += batch["labels"][:, 1].tolist()
     assert sorted(n for n in seen if n != IGNORED) == list(range(examples))
 
 
 def test_each_packed_row_belongs_to_one_process() -> None:
     rows = [{"examples": [Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))]} for n in (7, 8)]
-    batches = [Share(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
+    batches = [RankShardCollator(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
     assert [batch["labels"].tolist() for batch in batches] == [
         [[IGNORED, 7, IGNORED, 7]],
         [[IGNORED, 8, IGNORED, 8]],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sqft.components.kinds import Merger
 from sqft.errors import StageError
 from sqft.modeling.adapters.effective_weight import EffectiveLinear, EffectiveWeight, effective_codes, effective_weight
-from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedLinear, unpacked
+from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedLinear, dequantized
 from sqft.types import DeltaModule, Quantized
 
 
@@ -44,9 +44,9 @@ class AdaptedLinear(nn.Module):
         self.base, self.bias = base, bias
         self.delta, self.merger = delta, merger
         # What the grid's scales are multiplied by, [out, groups], where they train too.
-        self.gain: nn.Parameter | None = None
+        self.scale_multiplier: nn.Parameter | None = None
         if learn_scales and base.scale is not None:
-            self.gain = nn.Parameter(torch.ones_like(base.scale, dtype=torch.float32))
+            self.scale_multiplier = nn.Parameter(torch.ones_like(base.scale, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         self.rank = delta.rank
         self.cached: Tensor | None = None
@@ -59,7 +59,7 @@ class AdaptedLinear(nn.Module):
         B, A, scale = self.delta.factors(self.rank)
         if not self.merger.merges:
             return self.base.dense() + (B @ A * scale).to(self.base.dtype)
-        whole: Tensor = EffectiveWeight.apply(B, A, self.gain, scale, self.merger, self.base)  # type: ignore[no-untyped-call]
+        whole: Tensor = EffectiveWeight.apply(B, A, self.scale_multiplier, scale, self.merger, self.base)  # type: ignore[no-untyped-call]
         return whole
 
     def effective(self) -> Tensor:
@@ -81,20 +81,22 @@ class AdaptedLinear(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """What trains, by name."""
         held: dict[str, Tensor] = cast(nn.Module, self.delta).state_dict()
-        return held if self.gain is None else {**held, "grid.gain": self.gain.detach()}
+        if self.scale_multiplier is None:
+            return held
+        return {**held, "grid.scale_multiplier": self.scale_multiplier.detach()}
 
     def load_trained(self, stored: Mapping[str, Tensor]) -> None:
         """Take what `trained` gave."""
         own = dict(stored)
-        if self.gain is not None:
-            self.gain.data.copy_(own.pop("grid.gain"))
+        if self.scale_multiplier is not None:
+            self.scale_multiplier.data.copy_(own.pop("grid.scale_multiplier"))
         cast(nn.Module, self.delta).load_state_dict(own)
 
     def _factors(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
         if not self.merger.merges:
             raise StageError(f"merger '{self.merger.name}' has no effective weight: its adapter stays beside the base")
         B, A, scale = self.delta.factors(self.rank)
-        return B.detach(), A.detach(), scale, self.gain
+        return B.detach(), A.detach(), scale, self.scale_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         if self.cached is not None:
@@ -107,14 +109,16 @@ class AdaptedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and self.dropout.p > 0:
             # Not the difference of two outputs: in bfloat16 that would lose a small delta's digits.
-            side = self._through(self.dropout(x), None, B, A, scale, less_base=True)
+            side = self._through(self.dropout(x), None, B, A, scale, delta_only=True)
             return self.base.linear(x, self.bias) + side
         return self._through(x, self.bias, B, A, scale)
 
     def _through(
-        self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, less_base: bool = False
+        self, x: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, delta_only: bool = False
     ) -> Tensor:
-        y: Tensor = EffectiveLinear.apply(x, bias, B, A, self.gain, scale, self.merger, self.base, less_base)  # type: ignore[no-untyped-call]
+        y: Tensor = EffectiveLinear.apply(
+            x, bias, B, A, self.scale_multiplier, scale, self.merger, self.base, delta_only
+        )  # type: ignore[no-untyped-call]
         return y
 
 
@@ -139,7 +143,7 @@ def attach(
     return adapted
 
 
-def choose(adapted: Mapping[str, AdaptedLinear], ranks: Mapping[str, int]) -> None:
+def set_ranks(adapted: Mapping[str, AdaptedLinear], ranks: Mapping[str, int]) -> None:
     """Set the rank of every adapted layer."""
     for name, layer in adapted.items():
         layer.rank = ranks[name]
@@ -155,13 +159,13 @@ def acting_weight(module: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def cached_effective_weights(model: nn.Module) -> Iterator[None]:
     """Inside, each layer holds the weight it acts with as floats, so that evaluation runs at the base's speed."""
     adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     try:
         for layer in adapted:
             layer.cached = layer.effective() if layer.merger.merges else None
-        with unpacked(module for module in model.modules() if getattr(module, "cached", None) is None):
+        with dequantized(module for module in model.modules() if getattr(module, "cached", None) is None):
             yield
     finally:
         for layer in adapted:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, choose
-from sqft.types import Choice, SearchSpace
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, set_ranks
+from sqft.types import RankConfig, SearchSpace
 
 
 @dataclass(frozen=True)
-class Tuned:
+class AdaptedModel:
     """The adapted model of one `finetune` step."""
 
     model: PreTrainedModel
@@ -20,15 +20,17 @@ class Tuned:
     adapted: dict[str, AdaptedLinear]
     space: SearchSpace
 
-    def choose(self, choice: Choice) -> None:
+    def set_ranks(self, choice: RankConfig) -> None:
         """Set every layer's rank."""
-        choose(self.adapted, self.space.ranks_by_linear(choice))
+        set_ranks(self.adapted, self.space.ranks_by_linear(choice))
 
-    def trained(self, choice: Choice) -> int:
+    def trained(self, choice: RankConfig) -> int:
         """Parameters of the sub-adapter of a configuration."""
         ranks = self.space.ranks_by_linear(choice)
         factors = sum(ranks[n] * (layer.in_features + layer.out_features) for n, layer in self.adapted.items())
-        return factors + sum(layer.gain.numel() for layer in self.adapted.values() if layer.gain is not None)
+        return factors + sum(
+            layer.scale_multiplier.numel() for layer in self.adapted.values() if layer.scale_multiplier is not None
+        )
 
     def deltas(self) -> dict[str, Tensor]:
         """What trains, by name."""

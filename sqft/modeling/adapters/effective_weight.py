@@ -17,7 +17,7 @@ from sqft.types import BaseWeight, Grid, Quantized
 
 
 def _merged(
-    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, gain: Tensor | None
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, scale_multiplier: Tensor | None
 ) -> Iterator[tuple[slice, BaseWeight, Tensor, Tensor, Grid | None]]:
     """Blocks of rows of the base, of scale · B A and of combine of the two [rows, in], and the grid to round that on.
 
@@ -27,8 +27,8 @@ def _merged(
         right = A.float() * scale
         for rows in base.rows():
             block, delta, grid = base.block(rows), B[rows].float() @ right, base.grid(rows)
-            if grid and gain is not None:
-                grid = grids.stretched(grid, gain[rows])
+            if grid and scale_multiplier is not None:
+                grid = grids.scale_grid(grid, scale_multiplier[rows])
             yield rows, block, delta, merger.combine(block, delta), grid
 
 
@@ -38,27 +38,27 @@ def effective_weight(
     B: Tensor,
     A: Tensor,
     scale: float,
-    gain: Tensor | None = None,
-    less_base: bool = False,
+    scale_multiplier: Tensor | None = None,
+    delta_only: bool = False,
 ) -> Tensor:
     """W_eff [out, in] = combine(W, scale · B A) in the base's dtype, rounded on the base's grid where it has one
     (paper eq. 1–2 for `sparsepeft`, eq. 3–4 for `qa-sparsepeft`).
 
-    `B` [out, r], `A` [r, in], `gain` [out, groups] what the grid's scales are multiplied by. Computed
-    in float32 whatever the dtypes; not differentiable, see `EffectiveLinear`. `less_base` gives W_eff − W,
+    `B` [out, r], `A` [r, in], `scale_multiplier` [out, groups] what the grid's scales are multiplied by. Computed
+    in float32 whatever the dtypes; not differentiable, see `EffectiveLinear`. `delta_only` gives W_eff − W,
     subtracted before it is rounded to the base's dtype.
     """
     result = torch.empty(base.out_features, base.in_features, dtype=base.dtype, device=B.device)
     with torch.no_grad():
-        for rows, block, _, merged, grid in _merged(merger, base, B, A, scale, gain):
+        for rows, block, _, merged, grid in _merged(merger, base, B, A, scale, scale_multiplier):
             if grid:
-                merged = grids.rounded(merged, grid)
-            result[rows] = merged - block.weight if less_base else merged
+                merged = grids.fake_quantize(merged, grid)
+            result[rows] = merged - block.weight if delta_only else merged
     return result
 
 
 def effective_codes(
-    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, gain: Tensor | None = None
+    merger: Merger, base: FrozenWeight, B: Tensor, A: Tensor, scale: float, scale_multiplier: Tensor | None = None
 ) -> Quantized:
     """The codes [out, in] of `effective_weight`, with their grid (paper eq. 3).
 
@@ -69,10 +69,10 @@ def effective_codes(
     if grid is None:
         raise StageError("a float base has no codes")
     codes = torch.empty(base.out_features, base.in_features, dtype=torch.uint8, device=B.device)
-    for rows, _, _, merged, part in _merged(merger, base, B, A, scale, gain):
+    for rows, _, _, merged, part in _merged(merger, base, B, A, scale, scale_multiplier):
         assert part is not None
         codes[rows] = grids.quantize(merged, part)
-    return Quantized(codes, grid if gain is None else grids.stretched(grid, gain))
+    return Quantized(codes, grid if scale_multiplier is None else grids.scale_grid(grid, scale_multiplier))
 
 
 class EffectiveLinear(torch.autograd.Function):
@@ -85,22 +85,22 @@ class EffectiveLinear(torch.autograd.Function):
         bias: Tensor | None,
         B: Tensor,
         A: Tensor,
-        gain: Tensor | None,
+        scale_multiplier: Tensor | None,
         scale: float,
         merger: Merger,
         base: FrozenWeight,
-        less_base: bool,
+        delta_only: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, B, A, gain)
+        ctx.save_for_backward(x, B, A, scale_multiplier)
         # The base lives in its module anyway: nothing that it holds is kept for longer by this.
-        ctx.scale, ctx.merger, ctx.base, ctx.less_base = scale, merger, base, less_base
+        ctx.scale, ctx.merger, ctx.base, ctx.delta_only = scale, merger, base, delta_only
         with torch.autocast(x.device.type, enabled=False):
-            merged = effective_weight(merger, base, B, A, scale, gain, less_base).to(x.dtype)
+            merged = effective_weight(merger, base, B, A, scale, scale_multiplier, delta_only).to(x.dtype)
             return F.linear(x, merged, bias.to(x.dtype) if bias is not None else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, A, gain = ctx.saved_tensors
+        x, B, A, scale_multiplier = ctx.saved_tensors
         base: FrozenWeight = ctx.base
         grad = grads[0].reshape(-1, base.out_features)  # [tokens, out]
         inputs = x.reshape(-1, base.in_features)  # [tokens, in]
@@ -108,7 +108,9 @@ class EffectiveLinear(torch.autograd.Function):
             shape = (base.out_features, base.in_features)
             wanted = torch.empty(shape, dtype=base.dtype, device=B.device) if ctx.needs_input_grad[0] else None
             # One large matmul: d(loss)/d(W_eff) = dyᵀ x, [out, in].
-            grads_of = _gradients(ctx.merger, base, B, A, ctx.scale, gain, grad.T @ inputs, wanted, ctx.less_base)
+            grads_of = _gradients(
+                ctx.merger, base, B, A, ctx.scale, scale_multiplier, grad.T @ inputs, wanted, ctx.delta_only
+            )
             grad_x = (grad @ wanted.to(grad.dtype)).reshape(x.shape) if wanted is not None else None
         return grad_x, None, *grads_of, None, None, None, None
 
@@ -118,17 +120,23 @@ class EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, B: Tensor, A: Tensor, gain: Tensor | None, scale: float, merger: Merger, base: FrozenWeight
+        ctx: Any,
+        B: Tensor,
+        A: Tensor,
+        scale_multiplier: Tensor | None,
+        scale: float,
+        merger: Merger,
+        base: FrozenWeight,
     ) -> Tensor:
-        ctx.save_for_backward(B, A, gain)
+        ctx.save_for_backward(B, A, scale_multiplier)
         ctx.scale, ctx.merger, ctx.base = scale, merger, base
-        return effective_weight(merger, base, B, A, scale, gain)
+        return effective_weight(merger, base, B, A, scale, scale_multiplier)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        B, A, gain = ctx.saved_tensors
+        B, A, scale_multiplier = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(B.device.type, enabled=False):
-            return *_gradients(ctx.merger, ctx.base, B, A, ctx.scale, gain, grads[0]), None, None, None
+            return *_gradients(ctx.merger, ctx.base, B, A, ctx.scale, scale_multiplier, grads[0]), None, None, None
 
 
 def _gradients(
@@ -137,24 +145,27 @@ def _gradients(
     B: Tensor,
     A: Tensor,
     scale: float,
-    gain: Tensor | None,
+    scale_multiplier: Tensor | None,
     grad_weight: Tensor,
     wanted: Tensor | None = None,
-    less_base: bool = False,
+    delta_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of B, A and gain from that of W_eff [out, in]; into `wanted` goes W_eff, or W_eff − W."""
+    """The gradients of B, A and the scale multiplier from that of W_eff [out, in].
+
+    Into `wanted` goes W_eff, or W_eff − W.
+    """
     right = A.float() * scale
     grad_B, grad_A = torch.zeros_like(B, dtype=torch.float32), torch.zeros_like(A, dtype=torch.float32)
-    grad_gain = torch.zeros_like(gain) if gain is not None else None
-    for rows, block, delta, merged, grid in _merged(merger, base, B, A, scale, gain):
+    grad_scale_multiplier = torch.zeros_like(scale_multiplier) if scale_multiplier is not None else None
+    for rows, block, delta, merged, grid in _merged(merger, base, B, A, scale, scale_multiplier):
         left, through = B[rows].float(), grad_weight[rows].float()
         if grid:
-            merged, through, grad_scale = grids.straight_through(merged, grid, through, gain is not None)
-            if grad_gain is not None and grad_scale is not None and base.scale is not None:
-                grad_gain[rows] = grad_scale * base.scale[rows].float()
+            merged, through, grad_scale = grids.straight_through(merged, grid, through, scale_multiplier is not None)
+            if grad_scale_multiplier is not None and grad_scale is not None and base.scale is not None:
+                grad_scale_multiplier[rows] = grad_scale * base.scale[rows].float()
         if wanted is not None:
-            wanted[rows] = merged - block.weight if less_base else merged
+            wanted[rows] = merged - block.weight if delta_only else merged
         grad_delta = merger.derivative(block, delta, through)
         grad_B[rows] = grad_delta @ right.T
         grad_A.addmm_(left.T, grad_delta, alpha=scale)
-    return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_gain
+    return grad_B.to(B.dtype), grad_A.to(A.dtype), grad_scale_multiplier

@@ -106,14 +106,14 @@ class PackedWeight(FrozenWeight):
         self.held: Tensor | None = None
         self.kernel: tuple[Tensor, Tensor] | None = None
         if mask is not None:
-            self.keep(mask)
+            self.set_mask(mask)
 
-    def keep(self, mask: Tensor) -> None:
+    def set_mask(self, mask: Tensor) -> None:
         """Take a bool mask [out, in] of what the base keeps."""
         padded = F.pad(mask, (0, -self.in_features % 8))
         self.mask = pack_mask(padded).reshape(self.out_features, -1)
 
-    def serve(self) -> bool:
+    def prepare_int4_kernel(self) -> bool:
         """Lay the codes out a second time for torch's int4 kernel on CPUs, for decoding in bfloat16; whether it can.
 
         It takes 4 bits, contiguous groups of 32 to 256 and outputs in sixteens, and rounds scales to bfloat16.
@@ -199,7 +199,7 @@ class PackedLinear(nn.Module):
 
 
 @contextmanager
-def unpacked(layers: Iterable[nn.Module]) -> Iterator[None]:
+def dequantized(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the packed weights of these layers lie beside their floats: evaluation at the floats' speed."""
     bases = [base for layer in layers if isinstance(base := getattr(layer, "base", None), PackedWeight)]
     try:

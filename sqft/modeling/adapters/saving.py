@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sqft.checkpoints.families import TRANSPOSED
 from sqft.components.kinds import Merger
-from sqft.modeling.adapters.adapted_model import Tuned
-from sqft.types import Choice, RankGroup, SearchSpace
+from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.types import RankConfig, RankGroup, SearchSpace
 from sqft.utils.files import write_json
 
 
-def store_deltas(tuned: Tuned, folder: Path) -> None:
+def store_deltas(tuned: AdaptedModel, folder: Path) -> None:
     save_file({name: value.cpu() for name, value in tuned.deltas().items()}, folder / "deltas.safetensors")
     write_json(folder / "space.json", asdict(tuned.space))
 
@@ -27,16 +27,16 @@ def space_from(content: Any) -> SearchSpace:
     return SearchSpace(tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"]))
 
 
-def store_choice(choice: Choice, folder: Path) -> None:
+def store_ranks(choice: RankConfig, folder: Path) -> None:
     write_json(folder / "choice.json", {"ranks": list(choice.ranks)})
 
 
-def read_choice(folder: Path) -> Choice:
+def read_ranks(folder: Path) -> RankConfig:
     """The configuration a search artifact stored."""
-    return Choice(tuple(json.loads((folder / "choice.json").read_text())["ranks"]))
+    return RankConfig(tuple(json.loads((folder / "choice.json").read_text())["ranks"]))
 
 
-def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folder: Path) -> None:
+def store_adapter(tuned: AdaptedModel, choice: RankConfig, merger: Merger, base: str, folder: Path) -> None:
     """Write the sub-adapter of a configuration.
 
     For `unmerged` it is a stock PEFT checkpoint: `rank_pattern` and `alpha_pattern` together give
@@ -49,7 +49,11 @@ def store_adapter(tuned: Tuned, choice: Choice, merger: Merger, base: str, folde
     scales = {name: scale for name, (_, _, scale) in factors.items()}
     if merger.merges:
         tensors = {f"{n}.{k}": t for n, (b, a, _) in factors.items() for k, t in (("lora_B", b), ("lora_A", a))}
-        tensors |= {f"{n}.gain": layer.gain for n, layer in tuned.adapted.items() if layer.gain is not None}
+        tensors |= {
+            f"{n}.scale_multiplier": layer.scale_multiplier
+            for n, layer in tuned.adapted.items()
+            if layer.scale_multiplier is not None
+        }
         _save(tensors, folder / "adapter.safetensors")
         content = {"merger": merger.name, "base_model": base, "ranks": ranks, "scales": scales}
         write_json(folder / "sqft_adapter.json", content)

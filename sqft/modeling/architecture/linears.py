@@ -39,7 +39,7 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """A mixture's experts, each with linear layers of its own; the weights stay where they are.
 
-    With `everywhere`, each expert also runs on the tokens that are not routed to it, which changes no result: an
+    With `force_all`, each expert also runs on the tokens that are not routed to it, which changes no result: an
     expert that calibration text never reaches is measured so.
     """
 
@@ -47,7 +47,7 @@ class Experts(nn.ModuleList):
         super().__init__(map(Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
         del fused.gate_up_proj, fused.down_proj
         vars(self)["gated"] = fused._apply_gate  # not a submodule: of what is left of it only the activation acts
-        self.everywhere = False
+        self.force_all = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` [tokens, in], each token's experts and their weights [tokens, k]."""
@@ -55,12 +55,12 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             assert isinstance(expert, Expert)
             tokens, place = torch.where(top_k_index == index)
-            if not (len(tokens) or self.everywhere or _trains(expert)):
+            if not (len(tokens) or self.force_all or _trains(expert)):
                 continue
-            rows = torch.arange(len(hidden_states), device=tokens.device) if self.everywhere else tokens
+            rows = torch.arange(len(hidden_states), device=tokens.device) if self.force_all else tokens
             x = hidden_states[rows]
             y = expert.down_proj(vars(self)["gated"](torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)))
-            y = (y[tokens] if self.everywhere else y) * top_k_weights[tokens, place, None]
+            y = (y[tokens] if self.force_all else y) * top_k_weights[tokens, place, None]
             result.index_add_(0, tokens, y.to(result.dtype))
         return result
 
@@ -102,16 +102,16 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
 
 
 @contextmanager
-def every_expert(module: nn.Module) -> Iterator[None]:
+def route_all_tokens(module: nn.Module) -> Iterator[None]:
     """Inside, every expert runs on every token."""
     mixtures = [inner for inner in module.modules() if isinstance(inner, Experts)]
     for mixture in mixtures:
-        mixture.everywhere = True
+        mixture.force_all = True
     try:
         yield
     finally:
         for mixture in mixtures:
-            mixture.everywhere = False
+            mixture.force_all = False
 
 
 def _trains(expert: Expert) -> bool:

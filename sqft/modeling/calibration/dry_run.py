@@ -81,7 +81,7 @@ def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
         kinds.setdefault((type(block), shapes), []).append(name)
     for first, _, *others in (names for names in kinds.values() if len(names) > 2):
         for name in others:
-            blocks[name].forward = _Double(blocks[first])
+            blocks[name].forward = _ReplayedBlock(blocks[first])
     calls, (state,), slot = capture(model, blocks, windows)
     seen: set[str] = set()
     for names in kinds.values():
@@ -94,7 +94,7 @@ def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
     return seen
 
 
-class _Double:
+class _ReplayedBlock:
     """Gives back what a block alike gave, as new hidden states."""
 
     def __init__(self, block: nn.Module) -> None:

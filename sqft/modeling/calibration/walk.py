@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.architecture.linears import Expert, every_expert
+from sqft.modeling.architecture.linears import Expert, route_all_tokens
 from sqft.modeling.calibration.capture import Call, Slot, capture, run_block
 from sqft.modeling.calibration.statistics import InputStatistics
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic
@@ -68,7 +68,7 @@ def walk(
                 for call, state in zip(calls[name], hidden, strict=True):
                     _replay(block, call, slot, state, device)
             if unseen := {layer: linear for layer, linear in some.items() if not observed[layer].tokens}:
-                with every_expert(block), _observed(unseen, needs) as more:
+                with route_all_tokens(block), _observed(unseen, needs) as more:
                     for call, state in zip(calls[name], hidden, strict=True):
                         _replay(block, call, slot, state, device)
                 log.warning("no token is routed to %s; measured on every token instead", ", ".join(unseen))
@@ -101,14 +101,14 @@ def _by_input(
     inputs: list[Tensor] = []  # kept, so that no other tensor takes the place of one
 
     def hook(name: str) -> Callable[..., None]:
-        def note(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        def collect(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
             known = next((index for index, given in enumerate(inputs) if given is args[0]), None)
             if known is None:
                 inputs.append(args[0])
                 sets.append({})
             sets[-1 if known is None else known].setdefault(name, linear)
 
-        return note
+        return collect
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

@@ -28,7 +28,7 @@ BARE = {"LICENSE", "NOTICE"}
 
 
 class FinishedModel:
-    """A model folder that a step wrote, one tensor at a time; a `sqft.contracts.ModelReader`.
+    """A model folder that a step wrote, one tensor at a time; a `sqft.types.ModelReader`.
 
     Raises:
         SqftError: when the folder is quantized in another format than GPTQ's, version 1.

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
-from sqft.modeling.training.trainer import Best, DeltaTrainer
+from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping
 from sqft.utils.digests import Digests
 from sqft.utils.distributed import Processes
 from sqft.utils.files import write_json
@@ -24,7 +24,7 @@ COMPLETE = "complete.json"
 """Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
 
 
-class Sealing(TrainerCallback):
+class CheckpointSealer(TrainerCallback):
     """Seal each checkpoint once all processes have written their part of it."""
 
     def __init__(self, processes: Processes) -> None:
@@ -32,13 +32,13 @@ class Sealing(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.processes.barrier()
-        if self.processes.first:
+        if self.processes.is_main:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that nothing reads
             seal(folder)
 
 
-def resume(trainer: DeltaTrainer, best: Best, newest: Path | None) -> TrainerState:
+def resume(trainer: DeltaTrainer, best: EarlyStopping, newest: Path | None) -> TrainerState:
     """Train from the newest checkpoint to the end; what Trainer then knows of the run.
 
     A checkpoint of the last step is only read: Trainer would take one step more from it.
@@ -65,7 +65,7 @@ def seal(folder: Path) -> None:
 
 def newest_complete(checkpoints: Path, processes: Processes) -> Path | None:
     """The newest checkpoint whose every file is as it was sealed; all newer ones are deleted, by the first process."""
-    newest = _newest_complete(checkpoints) if processes.first else None
+    newest = _newest_complete(checkpoints) if processes.is_main else None
     name = processes.share(newest.name if newest else "")
     return checkpoints / name if name else None
 

@@ -17,10 +17,10 @@ from transformers.integrations import TensorBoardCallback
 
 from sqft.data.encoding import IGNORED
 from sqft.errors import StageError
-from sqft.modeling.adapters.adapted_model import Tuned
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.evaluation import summed_loss
 from sqft.modeling.training.loss import CompletionLoss
-from sqft.types import Choice
+from sqft.types import RankConfig
 from sqft.utils.distributed import Processes
 from sqft.utils.progress import silent
 
@@ -40,7 +40,7 @@ class DeltaTrainer(Trainer):
     model: CompletionLoss
     control: TrainerControl
 
-    def __init__(self, tuned: Tuned, processes: Processes, logs: Path, **kwargs: Any) -> None:
+    def __init__(self, tuned: AdaptedModel, processes: Processes, logs: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tuned, self.processes = tuned, processes
         self.remove_callback(PrinterCallback)
@@ -49,10 +49,10 @@ class DeltaTrainer(Trainer):
                 callback.logging_dir = str(logs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gain")]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".scale_multiplier")]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Every process draws the whole batch, and `Share` takes its rows of it.
+        """Every process draws the whole batch, and `RankShardCollator` takes its rows of it.
 
         Accelerate would deal out batches instead, and fill an epoch's last one up with examples seen already.
         """
@@ -64,7 +64,7 @@ class DeltaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of a label on `eval_dataset`, at the largest ranks; every process takes its part."""
-        self.tuned.choose(Choice(tuple(max(group.ranks) for group in self.tuned.space.groups)))
+        self.tuned.set_ranks(RankConfig(tuple(max(group.ranks) for group in self.tuned.space.groups)))
         own = self.eval_dataset[self.processes.rank :: self.processes.count]
         rows = max(1, self.args.per_device_train_batch_size // self.processes.count)
         sums = summed_loss(self.model, own, rows, self.tuned.tokenizer.pad_token_id, silent)
@@ -75,7 +75,7 @@ class DeltaTrainer(Trainer):
         return metrics
 
 
-class Best(TrainerCallback):
+class EarlyStopping(TrainerCallback):
     """The lowest loss on validation so far and the deltas that had it, kept in every checkpoint; and when to stop."""
 
     def __init__(self, model: CompletionLoss, patience: int | None, processes: Processes) -> None:
@@ -100,7 +100,7 @@ class Best(TrainerCallback):
         control.should_training_stop |= self.stops
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.kept and self.processes.first:
+        if self.kept and self.processes.is_main:
             known = {"loss": repr(self.loss), "step": str(self.step), "waited": str(self.waited)}
             save_file(self.kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST, metadata=known)
 
@@ -118,7 +118,7 @@ class Best(TrainerCallback):
             self.model.load_state_dict(self.kept)
 
 
-class Share:
+class RankShardCollator:
     """Collates a process's rows of a batch; one that has none takes part with a row without labels."""
 
     def __init__(self, collate: Collate, processes: Processes) -> None:
@@ -132,7 +132,7 @@ class Share:
         return batch
 
 
-class FiniteLoss(TrainerCallback):
+class StopOnNonFiniteLoss(TrainerCallback):
     """Stop at the first loss that is not finite, before a checkpoint is made of it."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

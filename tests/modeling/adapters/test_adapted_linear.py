@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.api import BaseWeight, LinearShape, Merger
 from sqft.modeling.adapters import frozen_weight as module
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, attach, frozen
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, attach, cached_effective_weights
 from sqft.modeling.adapters.frozen_weight import FloatWeight
 
 
@@ -70,7 +70,7 @@ def test_a_model_may_read_the_weight(merger: Merger) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    with frozen(nn.ModuleList([adapted])):
+    with cached_effective_weights(nn.ModuleList([adapted])):
         torch.testing.assert_close(adapted.weight, read.new_tensor(adapted(torch.eye(5)).T.tolist()))
 
 
@@ -130,7 +130,7 @@ def test_frozen_and_training_forward_are_one() -> None:
     adapted = layer(SparsePEFT(), 33, 17)
     x = torch.randn(4, 17)
     trained = adapted(x)
-    with frozen(adapted), torch.no_grad():
+    with cached_effective_weights(adapted), torch.no_grad():
         assert torch.equal(adapted(x), trained)
     assert adapted.cached is None
 
@@ -178,7 +178,7 @@ def test_dropouts_side_path_keeps_a_small_deltas_digits_in_bfloat16() -> None:
     adapted.delta.B.data *= 1e-2  # type: ignore[attr-defined]
     x, probe = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(8, 32)
     B, A, scale = adapted.delta.factors(adapted.rank)
-    side = adapted._through(x, None, B, A, scale, less_base=True)
+    side = adapted._through(x, None, B, A, scale, delta_only=True)
     low = scale * (B.double() @ A.double()) * (adapted.base.weight != 0)
     expected = x.double() @ low.T
     found = [side, *torch.autograd.grad((side.float() * probe).sum(), [B, A])]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.api import Grid, LinearShape, Merger, Quantized
 from sqft.kernels.grids import dequantize, same
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, frozen
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, cached_effective_weights
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 
 
@@ -52,9 +52,9 @@ def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
 
 def oracle(layer: AdaptedLinear, x: Tensor, start: Tensor, kept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. 3–4 in float64 with torch's own straight-through: rounded + (W − detached W), clamped by autograd."""
-    if layer.gain is not None:
-        stretched = grid.scale.double() * layer.gain.double()
-        stored = stretched + (stretched.half().double() - stretched).detach()  # float16, straight through
+    if layer.scale_multiplier is not None:
+        scale_grid = grid.scale.double() * layer.scale_multiplier.double()
+        stored = scale_grid + (scale_grid.half().double() - scale_grid).detach()  # float16, straight through
         grid = Grid(stored, grid.zero, grid.group_size, grid.bits, grid.group_index)
     scale, zero = spread(grid, start.shape[1])
     B, A, s = layer.delta.factors(layer.rank)
@@ -82,8 +82,8 @@ def test_forward_codes_and_gradients_of_a_rounded_weight(
         result = Quantized(torch.where(kept, result.codes, zero).to(torch.uint8), result.grid)
     base = PackedWeight(result, kept, torch.float32) if codes else FloatWeight(weight, True, result.grid)
     layer = adapted(base, QASparsePEFT(), learn_scales=learn)
-    if layer.gain is not None:
-        layer.gain.data.uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(seed))
+    if layer.scale_multiplier is not None:
+        layer.scale_multiplier.data.uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(seed))
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     probe = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 1))
     start = dequantize(result) if codes else weight
@@ -93,7 +93,7 @@ def test_forward_codes_and_gradients_of_a_rounded_weight(
     assert layer.codes().codes.double().equal(code.detach())
     assert layer.effective().equal(dequantize(layer.codes()))
     torch.testing.assert_close(layer(x).double(), y, rtol=1e-5, atol=1e-4)
-    trained = [x, *layer.delta.parameters(), *([layer.gain] if learn else [])]  # type: ignore[attr-defined, list-item]
+    trained = [x, *layer.delta.parameters(), *([layer.scale_multiplier] if learn else [])]  # type: ignore[attr-defined, list-item]
     found = torch.autograd.grad((layer(x) * probe).sum(), trained)
     wanted = torch.autograd.grad((y * probe).sum(), trained)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -132,7 +132,7 @@ def test_what_is_trained_through_is_what_is_merged_under_autocast_and_checkpoint
     parameters = list(layer.delta.parameters())  # type: ignore[attr-defined]
     one, other = torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(again.sum(), parameters)
     assert all(a.equal(b) for a, b in zip(one, other, strict=True))
-    with frozen(layer), torch.no_grad():
+    with cached_effective_weights(layer), torch.no_grad():
         assert layer(x).equal(F.linear(x, merged))
 
 

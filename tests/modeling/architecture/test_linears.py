@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, JambaConfig, JetMoeConfig, MixtralConfig, PreTrainedModel
 
 from sqft.modeling.architecture.blocks import decoder_blocks, linears
-from sqft.modeling.architecture.linears import Experts, Transposed, as_linears, as_stored, every_expert
+from sqft.modeling.architecture.linears import Experts, Transposed, as_linears, as_stored, route_all_tokens
 
 
 def gpt2() -> GPT2Config:
@@ -36,10 +36,10 @@ def test_function_and_state_stay(config: Any) -> None:
     with torch.no_grad():
         before = model(ids).logits
         after = as_linears(model)(ids).logits
-        with every_expert(model):
-            everywhere = model(ids).logits
+        with route_all_tokens(model):
+            force_all = model(ids).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(everywhere, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(force_all, before, rtol=1e-5, atol=1e-6)
     stored = as_stored(model)
     assert stored.keys() == state.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
@@ -93,7 +93,7 @@ def test_everywhere_each_expert_sees_each_token() -> None:
         for layer in layers:
             layer._forward_pre_hooks.clear()
             layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        with every_expert(model):
+        with route_all_tokens(model):
             model(torch.randint(2, 99, (1, 20)))
     assert sum(routed) == 2 * 2 * 20
     assert seen == [20] * 10

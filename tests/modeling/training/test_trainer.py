@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
-from sqft.modeling.training.trainer import Best
+from sqft.modeling.training.trainer import EarlyStopping
 from sqft.recipe.sections import Finetune
 from sqft.stages.finetune import _RankSampler
 from sqft.stages.training_arguments import arguments
@@ -101,7 +101,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     from sqft.data.encoding import encode_all
     from sqft.data.records import read_records
     from sqft.modeling.evaluation import mean_loss
-    from sqft.stages.adapted import Base, restore
+    from sqft.stages.adapted import Base, load_adapted_model
     from sqft.utils.progress import silent
 
     raw = copy.deepcopy(raw)
@@ -110,7 +110,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     plan = orchestrator.plan(Recipe.parse(raw))
     sparse = orchestrator.store.find("sparsify", plan.step("sparsify").fingerprint)
     assert sparse is not None
-    tuned = restore(plan, Base(folder=sparse.folder / "model"), folder, "cpu")
+    tuned = load_adapted_model(plan, Base(folder=sparse.folder / "model"), folder, "cpu")
     examples = encode_all(read_records(Path(validation), 8), tuned.tokenizer, 256, "completion").examples
     assert mean_loss(tuned.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
 
@@ -132,7 +132,7 @@ def test_patience_stops_and_keeps_the_best(
 
 def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     model: Any = torch.nn.Linear(2, 2)
-    best = Best(model, 2, Processes())
+    best = EarlyStopping(model, 2, Processes())
     state, control, args = TrainerState(global_step=1), TrainerControl(), type("A", (), {"output_dir": str(tmp_path)})
     best.on_evaluate(args, state, control, metrics={"eval_loss": 0.1})
     state.global_step = 2
@@ -140,7 +140,7 @@ def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     assert not control.should_training_stop
     (tmp_path / "checkpoint-2").mkdir()
     best.on_save(args, state, control)
-    again = Best(torch.nn.Linear(2, 2), 2, Processes())  # type: ignore[arg-type]
+    again = EarlyStopping(torch.nn.Linear(2, 2), 2, Processes())  # type: ignore[arg-type]
     again.load(tmp_path / "checkpoint-2")
     assert (again.loss, again.step, again.waited, again.stops) == (0.1, 1, 1, False)
     again.on_evaluate(args, state, control, metrics={"eval_loss": 0.2})

@@ -25,7 +25,7 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Registration:
     """A component class and its provider."""
 
     component: type[Component]
