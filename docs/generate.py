@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 
-from sqft import Registry
+from sqft import Registry, kernels
 from sqft.cli import main
 from sqft.components import hookspecs
 from sqft.recipe.diagnostics import model_in
@@ -66,22 +68,12 @@ def recipe() -> Iterator[str]:
         yield "\n".join(rows)
 
 
-def _section(annotation: object) -> type | None:
-    if inspect.isclass(annotation) and hasattr(annotation, "model_fields"):
-        return annotation
-    return next(filter(None, map(_section, getattr(annotation, "__args__", ()))), None)
-
-
-PYTHON: dict[str, tuple[str, tuple[str, ...]]] = {
-    "sqft": ("To plan and run recipes.", ()),
-    "sqft.api": ("To write plugins: all that one may import of the core, with `sqft.kernels`.", ()),
-    "sqft.testing": ("To test plugins.", ()),
-    "sqft.kernels.masks": ("", ()),
-    "sqft.kernels.grids": ("", ()),
-    "sqft.kernels.packing": ("", ()),
-    "sqft.kernels.statistics": ("", ()),
+PYTHON = {
+    "sqft": "Plan and run recipes.",
+    "sqft.api": "Write a plugin. This module and `sqft.kernels` are all that a plugin may import from the core.",
+    "sqft.testing": "Test a plugin.",
 }
-"""Modules, what they are for where they do not say it, and which names, if not all public ones."""
+"""The public modules besides the kernels, and what each is for."""
 
 
 class _Bare(str):
@@ -93,11 +85,14 @@ class _Bare(str):
 
 def python() -> Iterator[str]:
     yield "# Python"
-    for place, (purpose, names) in PYTHON.items():
-        module = importlib.import_module(place)
-        yield f"## {place}"
-        yield purpose or inspect.getdoc(module) or ""
-        for name in names or public_names(place):
+    for module_name in [
+        *PYTHON,
+        *(f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)),
+    ]:
+        module = importlib.import_module(module_name)
+        yield f"## `{module_name}`"
+        yield PYTHON.get(module_name) or inspect.getdoc(module) or ""
+        for name in public_names(module):
             value = getattr(module, name)
             yield f"### `{name}`"
             if inspect.isclass(value):
@@ -106,22 +101,21 @@ def python() -> Iterator[str]:
                 yield _code(_signature(name, value))
                 yield _doc(value)
             else:
-                yield _said_of(name)
+                yield _constant_doc(module, name)
 
 
-def public_names(place: str) -> list[str]:
-    """What a module offers: its `__all__`, or the functions and classes that it defines."""
-    module = importlib.import_module(place)
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == place]
+def public_names(module: ModuleType) -> list[str]:
+    """Return the names in a module's `__all__`, or else of the functions and classes that it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     return [name for name in getattr(module, "__all__", own) if not name.startswith("_")]
 
 
 def _class(cls: type) -> Iterator[str]:
     bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
     body = []
-    for name, text, said in _names(ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0], inspect.getsource(cls)):
+    for name, text, doc in _assignments(inspect.getsource(cls)):
         if not name.startswith("_") and name != "model_config":
-            body += [f"# {line}" for line in said.splitlines()] + [text]
+            body += [f"# {line}" for line in doc.splitlines()] + [text]
     init = vars(cls).get("__init__")
     if getattr(init, "__qualname__", "") == f"{cls.__name__}.__init__" and not hasattr(cls, "__dataclass_fields__"):
         body.append(_signature("__init__", init))
@@ -139,50 +133,65 @@ def _class(cls: type) -> Iterator[str]:
             yield _doc(function) if function.__doc__ else ""
 
 
-def _names(tree: ast.AST, source: str) -> Iterator[tuple[str, str, str]]:
-    """What a module's or class's body gives a name to: the name, the line as it stands, the string below it."""
-    lines = textwrap.dedent(source).splitlines()
-    body: list[ast.stmt] = getattr(tree, "body", [])
+def _assignments(source: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each name that a module's or class's body assigns, the line that does so, and the string below it."""
+    source = textwrap.dedent(source)
+    lines, body = source.splitlines(), ast.parse(source).body
+    if len(body) == 1 and isinstance(body[0], ast.ClassDef):
+        body = body[0].body
     for statement, after in zip(body, [*body[1:], None], strict=True):
         target = getattr(statement, "target", None) or next(iter(getattr(statement, "targets", ())), None)
         if isinstance(target, ast.Name):
             text = textwrap.dedent("\n".join(lines[statement.lineno - 1 : statement.end_lineno]))
-            said = after.value if isinstance(after, ast.Expr) else None
-            yield target.id, text, inspect.cleandoc(str(said.value)) if isinstance(said, ast.Constant) else ""
+            below = after.value if isinstance(after, ast.Expr) else None
+            yield target.id, text, inspect.cleandoc(str(below.value)) if isinstance(below, ast.Constant) else ""
 
 
-def _said_of(name: str) -> str:
-    """The string below a name of the core that is neither a class nor a function."""
-    for file in sorted((Path(__file__).parents[1] / "sqft").rglob("*.py")):
-        for found, _, said in _names(ast.parse(file.read_text()), file.read_text()):
-            if found == name and said:
-                return said
-    raise SystemExit(f"nothing says what {name} is: put a string below it")
+def _constant_doc(module: ModuleType, name: str) -> str:
+    """Return the string below a constant, in this module or in the one that it is imported from."""
+    source = inspect.getsource(module)
+    for assigned, _, doc in _assignments(source):
+        if assigned == name and doc:
+            return doc
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and name in [alias.name for alias in node.names]:
+            return _constant_doc(importlib.import_module(node.module), name)
+    raise SystemExit(f"{module.__name__}.{name} has no description: write a string below it")
 
 
 def _code(text: str) -> str:
     return f"```py\n{text}\n```"
 
 
+SECTION = re.compile(r"^(Args|Returns|Raises):\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
+"""A section of a docstring, and the indented lines below its heading."""
+
+
 def _doc(value: object) -> str:
-    """A docstring, with what is raised as a sentence."""
-    head, raises, tail = (inspect.getdoc(value) or "").partition("Raises:\n")
-    if raises:
-        name, _, when = inspect.cleandoc(tail).partition(":")
-        head += f"Raises `{name}` {' '.join(when.split())}"
-    return head.strip()
+    """Return a docstring as Markdown: arguments as a list, results and errors as sentences."""
+    return SECTION.sub(_section, inspect.getdoc(value) or "").strip()
+
+
+def _section(match: re.Match[str]) -> str:
+    heading, entries = match[1], re.split(r"\n(?=\S)", textwrap.dedent(match[2]).strip())
+    if heading == "Returns":
+        return f"Returns {' '.join(match[2].split())}\n\n"
+    pairs = [(name, " ".join(text.split())) for name, _, text in (entry.partition(":") for entry in entries)]
+    if heading == "Args":
+        return "\n".join(f"- `{name}`: {text}" for name, text in pairs) + "\n\n"
+    return "\n\n".join(f"Raises `{name}` {text}" for name, text in pairs) + "\n\n"
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
-    """As it is written, long ones broken between arguments."""
+    """Return a function's signature as its source has it, broken between arguments where it is long."""
     signature = inspect.signature(function)
     parameters = []
     for parameter in signature.parameters.values():
         default = parameter.default
         default = _Bare(default.__name__) if inspect.isfunction(default) else default
         parameters.append(parameter.replace(annotation=_bare(parameter.annotation), default=default))
-    whole = signature.replace(parameters=parameters, return_annotation=_bare(signature.return_annotation))
-    unbroken = re.sub(r"(?<!,) ", "\xa0", f"def {name}{whole}")
+    complete = signature.replace(parameters=parameters, return_annotation=_bare(signature.return_annotation))
+    unbroken = re.sub(r"(?<!,) ", "\xa0", f"def {name}{complete}")
     lines = textwrap.wrap(unbroken, 84, subsequent_indent=" " * 8, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 
