@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +28,42 @@ class BaseKind(StrEnum):
     DENSE = "dense"
     SPARSE = "sparse"
     QUANTIZED = "quantized"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which entries of a weight [out, in] compete with one another to be kept.
+
+    "row": the entries of each row (Wanda's comparison group, paper §2.1). "layer": all entries of the matrix.
+    "N:M": every M neighbours along a row, of which N are kept; `kept` is N and `of` is M, both 0 in the other two.
+    """
+
+    name: str
+    kept: int = 0
+    of: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read the recipe's word: "row", "layer" or "N:M".
+
+        Raises:
+            ValueError: when it is none of these, or N is 0 or larger than M.
+        """
+        if text in ("row", "layer"):
+            return cls(text)
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+        kept, of = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= kept <= of:
+            raise ValueError(f"pattern {text!r} is none of 'row', 'layer' and 'N:M' with 1 <= N <= M")
+        return cls(f"{kept}:{of}", kept, of)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity that N:M gives every layer, 1 - N / M; None where each layer's own sparsity decides."""
+        return 1 - self.kept / self.of if self.of else None
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)

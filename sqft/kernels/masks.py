@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
-N_M = re.compile(r"([0-9]+):([0-9]+)")
+from sqft.types import Pattern
 
 
-def keep_mask(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
-    """A bool mask [out, in], true where the weight stays, for scores [out, in].
+def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor:
+    """Return a bool mask [out, in], true where the weight stays, for scores [out, in].
 
     `pattern` "row" prunes the lowest round(sparsity · in) of each row (Wanda's comparison group,
     paper §2.1), "layer" the lowest round(sparsity · out · in) of the matrix, "N:M" keeps the N
@@ -22,19 +20,17 @@ def keep_mask(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
+    if isinstance(pattern, str):
+        pattern = Pattern.parse(pattern)
     rows, columns = scores.shape
-    if pattern == "row":
+    if pattern.of:
+        if columns % pattern.of:
+            raise ValueError(f"{columns} inputs are not a multiple of {pattern.of}")
+        groups, pruned = scores.reshape(-1, pattern.of), pattern.of - pattern.kept
+    elif pattern.name == "row":
         groups, pruned = scores, round(sparsity * columns)
-    elif pattern == "layer":
-        groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)
     else:
-        found = N_M.fullmatch(pattern)
-        kept, block = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not 1 <= kept <= block:
-            raise ValueError(f"pattern {pattern!r} is none of 'row', 'layer' and 'N:M' with 1 <= N <= M")
-        if columns % block:
-            raise ValueError(f"{columns} inputs are not a multiple of {block}")
-        groups, pruned = scores.reshape(-1, block), block - kept
+        groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)
     order = groups.argsort(dim=1, stable=True)  # lowest first, the earlier first among equals
     mask = torch.ones_like(groups, dtype=torch.bool)
     mask.scatter_(1, order[:, :pruned], False)

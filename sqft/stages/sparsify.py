@@ -25,7 +25,7 @@ from sqft.modeling.loading.transformers_io import load_folder, load_source, save
 from sqft.recipe.sections import Sparsify
 from sqft.stages.compress import assign_weight
 from sqft.stages.context import Context
-from sqft.types import LinearStats
+from sqft.types import LinearStats, Pattern
 from sqft.utils.files import write_json
 from sqft.utils.patterns import selected
 
@@ -47,6 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
     checks.check_allocation(context.label(Allocator), shapes, section.sparsity, allocation)
+    pattern = Pattern.parse(section.pattern)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -59,7 +60,7 @@ def run(context: Context) -> dict[str, Any]:
         tokens_seen = 0 if stats.unreached else stats.tokens
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
-            select = _Selection(label, name, section.pattern, allocation[name])
+            select = _Selection(label, name, pattern, allocation[name])
             with checks.statistics_unchanged(label, {name: stats}):
                 pruned = scorer.prune(weight, stats, select)
             checks.check_unchanged(label, name, kept, weight)
@@ -73,7 +74,7 @@ def run(context: Context) -> dict[str, Any]:
                 scores = scorer.score(weight, stats)
             checks.check_unchanged(label, name, kept, weight)
             checks.check_scores(label, name, kept, scores)
-            mask = keep_mask(scores, allocation[name], section.pattern)
+            mask = keep_mask(scores, allocation[name], pattern)
             linear.weight.data.masked_fill_(~mask, 0)
         masks[name] = pack_mask(mask).cpu()
         report[name] = 1 - mask.float().mean().item()
@@ -135,13 +136,13 @@ def _measured(
 class _Selection:
     """`sqft.types.Select` of one layer, which remembers how much of it went."""
 
-    def __init__(self, label: str, place: str, pattern: str, sparsity: float) -> None:
+    def __init__(self, label: str, place: str, pattern: Pattern, sparsity: float) -> None:
         self.label, self.place, self.pattern, self.sparsity = label, place, pattern, sparsity
         self.pruned = self.seen = 0
 
     def __call__(self, scores: Tensor) -> Tensor:
         checks.check_some_scores(self.label, self.place, scores)
-        if ":" in self.pattern and scores.shape[1] % int(self.pattern.partition(":")[2]):
+        if self.pattern.of and scores.shape[1] % self.pattern.of:
             raise StageError(
                 f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M "
                 f"of '{self.pattern}'; change its block, or the pattern"
@@ -153,7 +154,7 @@ class _Selection:
     def check(self) -> None:
         """Whole entries of a few may be far from the sparsity that was asked for."""
         spent = self.pruned / max(self.seen, 1)
-        if ":" not in self.pattern and abs(spent - self.sparsity) > 0.02:
+        if self.pattern.sparsity is None and abs(spent - self.sparsity) > 0.02:
             raise StageError(
                 f"sparsify.scorer: {self.label} chooses among so few inputs of {self.place} at a time that {spent:.3f} "
                 f"of them go where {self.sparsity:.3f} was asked for; give it a larger block"
