@@ -45,8 +45,6 @@ LEFT = re.compile(r"^\.(partial|gone)-")
 """What precedes an artifact's name in the folder of one that was begun, or whose deletion was."""
 
 
-
-
 UNFINISHED = (".*.tmp", ".tmp??????")
 """Files that an earlier try was killed in: names that `write_json` and safetensors give until a file is whole."""
 
