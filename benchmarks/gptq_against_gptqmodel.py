@@ -74,11 +74,9 @@ def main() -> None:
 
 def _windows(plan: Plan, tokenizer: Any) -> Tensor:
     """The calibration windows that our quantize step saw."""
-    from sqft.stages.context import Context
-    from sqft.utils.distributed import Processes
-    from sqft.utils.progress import silent
+    from sqft.stages.inputs import StepData
 
-    return Context(plan, plan.step("quantize"), {}, Path(), "cpu", silent, Processes()).calibration(tokenizer)
+    return StepData(plan, plan.step("quantize")).calibration(tokenizer)
 
 
 if __name__ == "__main__":

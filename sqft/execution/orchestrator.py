@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import shutil
 import time
@@ -33,6 +32,8 @@ from sqft.utils.text import human
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from sqft.stages.stage import Stage
 from sqft.utils.resources import peak_memory, versions
 
 log = logging.getLogger("sqft")
@@ -226,14 +227,14 @@ class Orchestrator:
                 return found
             log.info("%s", label)
             self._notify("sqft_stage_started", step=step)
-            stage, context = self._stage(plan, step, inputs, scratch)
+            stage = self._stage(plan, step, inputs, scratch)
             if step.stage in TOGETHER:
                 self.processes.broadcast("together")
             start = time.monotonic()
             with peak_memory() as peak:
-                report = stage.run(context)
+                report = stage.run()
             seconds = time.monotonic() - start
-            stage.verify(context)
+            stage.verify()
             proof = time.monotonic() - start - seconds
             artifact = self.store.commit(
                 scratch,
@@ -259,8 +260,8 @@ class Orchestrator:
     def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Path]) -> Artifact:
         """Take part in the step if all make it together; its artifact once the first process says that it stands."""
         if self.processes.receive() == "together":
-            stage, context = self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint))
-            stage.run(context)
+            stage = self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint))
+            stage.run()
             self.processes.receive()
         found = self.store.find(step.stage, step.fingerprint)
         if found is None:
@@ -270,13 +271,14 @@ class Orchestrator:
             )
         return found
 
-    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path) -> tuple[Any, Any]:
-        """A step's module, imported only now, and its context."""
-        from sqft.stages.context import Context
+    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path) -> Stage:
+        """Make a step's stage; its module is imported only now."""
+        from sqft.stages.inputs import StageInputs
+        from sqft.stages.stage import STAGES
 
-        stage = importlib.import_module(f"sqft.stages.{step.stage}")
         track = self.track if self.processes.is_main else silent
-        return stage, Context(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
+        given = StageInputs(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
+        return STAGES[step.stage](given)
 
     def _until(self, plan: Plan, until: str | None) -> list[Step]:
         if until is None:

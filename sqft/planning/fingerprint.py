@@ -46,7 +46,7 @@ def _without_paths(value: Any) -> Any:
 def core_digest(stage: str) -> str:
     """Digest of the core's own code that a stage's result depends on."""
     root = Path(__file__).parents[1]
-    files = [root / "stages" / f"{name}.py" for name in (stage, "context", "compress", "adapted", "training_arguments")]
+    files = [root / "stages" / f"{name}.py" for name in (stage, "inputs", "compress", "adapted", "training_arguments")]
     files += [root / f"{name}.py" for name in ("types", "components/kinds", "components/checks", "planning/plan")]
     for room in ("kernels", "modeling", "data", "checkpoints"):
         files += sorted((root / room).rglob("*.py"))

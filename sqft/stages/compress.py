@@ -1,11 +1,17 @@
-"""What sparsify and quantize share: give a layer the weight that a component computed."""
+"""What sparsify and quantize share: the calibration walk, and giving a layer the weight that a component computed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.errors import StageError
+from sqft.modeling.calibration.walk import walk
+from sqft.stages.inputs import StageInputs
+from sqft.types import LinearStats, Statistic
 
 
 def assign_weight(label: str, name: str, linear: nn.Linear, value: Tensor) -> None:
@@ -22,3 +28,23 @@ def assign_weight(label: str, name: str, linear: nn.Linear, value: Tensor) -> No
             f"{value.abs().max().item():.3g} and {dtype} ends at {torch.finfo(linear.weight.dtype).max:.3g}; set "
             "model.dtype to bfloat16 or float32, or give more calibration text"
         )
+
+
+def run_calibration(
+    inputs: StageInputs,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Mapping[str, nn.Linear],
+    needs: frozenset[Statistic],
+    compress: Callable[[str, nn.Linear, LinearStats], None],
+    label: str,
+    sequential: bool = False,
+) -> int:
+    """Call `compress` on each layer with the statistics it needs; return how many calibration tokens that took."""
+    if not needs:
+        for name, linear in inputs.track(layers.items(), label, len(layers)):
+            compress(name, linear, LinearStats(tokens=0))
+        return 0
+    windows = inputs.data.calibration(tokenizer)
+    walk(model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential)
+    return windows.numel()

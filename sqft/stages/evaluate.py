@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,56 +18,69 @@ from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, lm_eval_tasks, perplexity
 from sqft.recipe.sections import Evaluate
-from sqft.stages.adapted import base_model, load_adapted_model
-from sqft.stages.context import Context
+from sqft.stages.adapted import Base, base_model, load_adapted_model
+from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig
 from sqft.utils.files import write_json
 
 
-def run(context: Context) -> dict[str, Any]:
+class EvaluateStage:
+    """The stage `evaluate`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `results.json`, outcomes of single items included."""
-    section = cast(Evaluate, context.step.section)
+    section = inputs.section(Evaluate)
     results: dict[str, Any] = {}
-    with _subject(context) as (model, tokenizer, facts):
+    with _subject(inputs) as (model, tokenizer, facts):
         if section.perplexity:
-            with context.reading("perplexity") as text:
+            with inputs.data.reading("perplexity") as text:
                 windows = text_windows(text, tokenizer, section.perplexity.tokens, section.perplexity.length)
-            results["perplexity"] = perplexity(model, windows, context.track)
+            results["perplexity"] = perplexity(model, windows, inputs.track)
         if section.exact_match:
             match = section.exact_match
-            records = context.records("exact_match", match.data)
+            records = inputs.data.records("exact_match", match.data)
             results["exact_match"] = exact_match(
-                model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, context.track
+                model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, inputs.track
             )
         if section.tasks:
-            folder = context.file("include_path") if section.include_path else None  # lm-eval reads it at once
+            folder = inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
             results["tasks"] = lm_eval_tasks(
                 model, tokenizer, list(section.tasks), folder, section.limit, section.batch_size
             )
-    write_json(context.folder / "results.json", results)
+    write_json(inputs.scratch / "results.json", results)
     summary = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in results.items()}
     return {**summary, **facts}
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """Measurements promise nothing of a model; a perplexity that is not finite was refused when it was taken."""
 
 
 @contextmanager
-def _subject(context: Context) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]]:
+def _subject(inputs: StageInputs) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]]:
     """The model to measure, on its device, and its facts: sparsity and parameters that train."""
-    plan = context.plan
-    if "finetune" not in context.inputs:
-        merged = context.inputs.get("merge")
-        model, tokenizer = base_model(plan, merged / "model" if merged else context.model_folder())
-        yield model.to(context.device), tokenizer, _facts(model)
+    plan = inputs.plan
+    if "finetune" not in inputs.folders:
+        merged = inputs.folders.get("merge")
+        model, tokenizer = base_model(plan, merged / "model" if merged else inputs.model_folder())
+        yield model.to(inputs.device), tokenizer, _facts(model)
         return
-    tuned = load_adapted_model(plan, context.base(), context.inputs["finetune"], context.device)
-    if "search" in context.inputs:
-        choice = read_ranks(context.inputs["search"])
+    tuned = load_adapted_model(plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], inputs.device)
+    if "search" in inputs.folders:
+        choice = read_ranks(inputs.folders["search"])
     else:
-        searcher = context.component(Searcher)
-        choice = searcher.search(tuned.space, _no_evaluation, Random(context.seed_for("search")))
+        searcher = inputs.component(Searcher)
+        choice = searcher.search(tuned.space, _no_evaluation, Random(inputs.seed_for("search")))
     checks.check_choice("the chosen configuration", tuned.space, choice)
     tuned.set_ranks(choice)
     facts = _facts(tuned.model) | {"trainable": tuned.trained(choice)}

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from sqft.components.kinds import Exporter
 from sqft.errors import ArtifactError, ContractError
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.stages.context import Context
+from sqft.stages.inputs import Report, StageInputs
 
 
-def run(context: Context) -> dict[str, Any]:
+class ExportStage:
+    """The stage `export`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `model/` as the exporter's runtime wants it."""
-    folder = context.folder / "model"
+    folder = inputs.scratch / "model"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed try left
     folder.mkdir()
-    model = _model(context)
+    model = _model(inputs)
     before = _states(model.folder)
-    context.component(Exporter).export(model, folder)
+    inputs.component(Exporter).export(model, folder)
     if odd := [place for place, state in before ^ _states(model.folder)]:
         raise ContractError(
-            f"{context.label(Exporter)} changed {min(odd)}, a part of the model it was to export; "
-            + ("make that again with --fresh" if context.inputs else "copy the model again")
+            f"{inputs.label(Exporter)} changed {min(odd)}, a part of the model it was to export; "
+            + ("make that again with --fresh" if inputs.folders else "copy the model again")
         )
-    return {"exporter": context.component(Exporter).name}
+    return {"exporter": inputs.component(Exporter).name}
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """Something was written; tensors that kept their names are whole, finite and no denser."""
-    folder, label = context.folder / "model", context.label(Exporter)
+    folder, label = inputs.scratch / "model", inputs.label(Exporter)
     if not any(folder.iterdir()):
         raise ArtifactError(f"export ({label}) wrote nothing")
-    source, written = _model(context), FolderReader(folder)
+    source, written = _model(inputs), FolderReader(folder)
     known = set(source.names())
     try:
         written.names()
@@ -57,7 +69,7 @@ def _states(folder: Path) -> set[tuple[Path, tuple[int, int, int]]]:
     return {(file, ((state := file.stat()).st_size, state.st_mtime_ns, state.st_ino)) for file in files}
 
 
-def _model(context: Context) -> FinishedModel:
+def _model(inputs: StageInputs) -> FinishedModel:
     """What the step before made, or the recipe's own GPTQ checkpoint."""
-    made = [folder / "model" for folder in context.inputs.values()]
-    return FinishedModel(made[0] if made else context.plan.source.path)
+    made = [folder / "model" for folder in inputs.folders.values()]
+    return FinishedModel(made[0] if made else inputs.plan.source.path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState
@@ -27,41 +28,58 @@ from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete
 from sqft.modeling.training.loss import CompletionLoss, sees_across
 from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
 from sqft.recipe.sections import Finetune
-from sqft.stages.adapted import build_adapted_model, load_adapted_model
-from sqft.stages.context import Context, log
+from sqft.stages.adapted import Base, build_adapted_model, load_adapted_model
+from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.training_arguments import arguments
 from sqft.utils.files import CHECKPOINTS
 
+log = logging.getLogger("sqft")
 
-def run(context: Context) -> dict[str, Any]:
+
+class FinetuneStage:
+    """The stage `finetune`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
-    section = cast(Finetune, context.step.section)
-    tuned = build_adapted_model(context.plan, context.base(), context.seed_for("adapter"), context.device)
-    encoded = _encode(context, tuned, "data", context.training_records()[0])
-    held = context.records("validation", section.validation) if section.validation else []
-    validation = _encode(context, tuned, "validation", held).examples if held else None
+    section = inputs.section(Finetune)
+    tuned = build_adapted_model(
+        inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.seed_for("adapter"), inputs.device
+    )
+    encoded = _encode(inputs, tuned, "data", inputs.data.training_records()[0])
+    held = inputs.data.records("validation", section.validation) if section.validation else []
+    validation = _encode(inputs, tuned, "validation", held).examples if held else None
     layer = next(iter(tuned.adapted.values()))
     if layer.merger.merges and layer.dropout.p > 0:
         log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
     if section.gradient_checkpointing:
         tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
-    _check_first_combine(context, tuned)
-    rows, collator = _rows(context, tuned, encoded.examples)
+    _check_first_combine(inputs, tuned)
+    rows, collator = _rows(inputs, tuned, encoded.examples)
     model = CompletionLoss(tuned.model, section.loss_chunk)
     if section.loss_chunk:
         model.check_head(torch.tensor([encoded.examples[0].input_ids[:64]], device=tuned.model.device))
-    progress = _Progress(context)
+    progress = _Progress(inputs)
     frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
-    with context.processes.process_group(context.device):
-        newest, state, best = _train(context, tuned, model, rows, collator, validation, progress)
+    with inputs.processes.process_group(inputs.device):
+        newest, state, best = _train(inputs, tuned, model, rows, collator, validation, progress)
     for name, layer in tuned.adapted.items():
         if _checksum(layer.base) != frozen[name]:
-            raise ContractError(f"{context.label(Merger)} edited the frozen weight of {name} in place while training")
+            raise ContractError(f"{inputs.label(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
     looks = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    if context.processes.is_main:
-        store_deltas(tuned, context.folder)
-        with (context.folder / "log.jsonl").open("w") as stream:
+    if inputs.processes.is_main:
+        store_deltas(tuned, inputs.scratch)
+        with (inputs.scratch / "log.jsonl").open("w") as stream:
             told = [entry for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}]
             stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in told)
     tail = losses[-10:]
@@ -80,26 +98,26 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
-    tuned = load_adapted_model(context.plan, context.base(), context.folder, "cpu")
-    merger, label, idle = context.component(Merger), context.label(Merger), []
+    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.scratch, "cpu")
+    merger, label, idle = inputs.component(Merger), inputs.label(Merger), []
     for name, layer in tuned.adapted.items():
         B, A, scale = layer.delta.factors(layer.rank)
         delta = scale * (B.float() @ A.float())
         if not delta.any() and isinstance(tuned.model.get_submodule(name.rpartition(".")[0]), Expert):
             idle.append(name)  # no example was routed to it
         elif not delta.any():
-            raise ArtifactError(f"finetune ({context.label(Adapter)}): {name} did not train: its delta is still zero")
+            raise ArtifactError(f"finetune ({inputs.label(Adapter)}): {name} did not train: its delta is still zero")
         if merger.merges:
             checks.check_effective(label, name, layer.base.block(), layer.effective(), merger.keeps_mask)
     if idle:
         log.warning("%d layers of experts did not train, such as %s: no example was routed to them", len(idle), idle[0])
 
 
-def _encode(context: Context, tuned: AdaptedModel, name: str, records: list[Record]) -> Encoded:
+def _encode(inputs: StageInputs, tuned: AdaptedModel, name: str, records: list[Record]) -> Encoded:
     """Records as tokens."""
-    section = cast(Finetune, context.step.section)
+    section = inputs.section(Finetune)
     encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
     if encoded.truncated:
         log.warning(
@@ -110,14 +128,14 @@ def _encode(context: Context, tuned: AdaptedModel, name: str, records: list[Reco
 
 
 def _rows(
-    context: Context, tuned: AdaptedModel, examples: list[Example]
+    inputs: StageInputs, tuned: AdaptedModel, examples: list[Example]
 ) -> tuple[list[dict[str, Any]], Collator | PackingCollator]:
     """What Trainer draws from, and how a batch is made of it.
 
     Raises:
         StageError: when examples are to be packed, and the model would let one see another.
     """
-    section, pad = cast(Finetune, context.step.section), tuned.tokenizer.pad_token_id
+    section, pad = inputs.section(Finetune), tuned.tokenizer.pad_token_id
     if not section.packing:
         return [{"input_ids": e.input_ids, "labels": e.labels} for e in examples], Collator(pad)
     if sees_across(tuned.model):
@@ -129,7 +147,7 @@ def _rows(
 
 
 def _train(
-    context: Context,
+    inputs: StageInputs,
     tuned: AdaptedModel,
     model: CompletionLoss,
     rows: list[dict[str, Any]],
@@ -138,20 +156,20 @@ def _train(
     progress: _Progress,
 ) -> tuple[Path | None, TrainerState, EarlyStopping]:
     """The checkpoint that training went on from, if there was one, what Trainer knows at its end, and the best look."""
-    section, processes = cast(Finetune, context.step.section), context.processes
-    checkpoints = context.folder / CHECKPOINTS
+    section, processes = inputs.section(Finetune), inputs.processes
+    checkpoints = inputs.scratch / CHECKPOINTS
     best = EarlyStopping(model, section.patience, processes)
-    logs = context.plan.recipe.resolve(section.logging_dir) if section.logging_dir else context.folder / "logs"
+    logs = inputs.plan.recipe.resolve(section.logging_dir) if section.logging_dir else inputs.scratch / "logs"
     trainer = DeltaTrainer(
         tuned,
         processes,
         logs,
         model=model,
-        args=arguments(section, checkpoints, context.seed, context.device),
+        args=arguments(section, checkpoints, inputs.data.seed, inputs.device),
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=RankShardCollator(collator, processes),
-        callbacks=[_RankSampler(context, tuned), progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
+        callbacks=[_RankSampler(inputs, tuned), progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
     )
     newest = newest_complete(checkpoints, processes)
     state = resume(trainer, best, newest)
@@ -164,9 +182,9 @@ def _checksum(weight: FrozenWeight) -> int:
     return sum(map(bit_sum, weight.state_dict().values()))
 
 
-def _check_first_combine(context: Context, tuned: AdaptedModel) -> None:
+def _check_first_combine(inputs: StageInputs, tuned: AdaptedModel) -> None:
     """The core's check of a merger's result, once before training: every forward would cost the speed."""
-    merger = context.component(Merger)
+    merger = inputs.component(Merger)
     if not merger.merges:
         return
     for name, layer in tuned.adapted.items():
@@ -183,10 +201,10 @@ def _check_first_combine(context: Context, tuned: AdaptedModel) -> None:
     kept = base.weight.clone(), delta.clone()
     result = merger.combine(base, delta)
     derivative = merger.derivative(base, delta, torch.ones_like(delta))
-    checks.check_unchanged(context.label(Merger), name, kept[0], base.weight)
-    checks.check_unchanged(context.label(Merger), name, kept[1], delta, "the delta")
-    checks.check_effective(context.label(Merger), name, base, result, merger.keeps_mask)
-    checks.check_derivative(context.label(Merger), name, base, derivative)
+    checks.check_unchanged(inputs.label(Merger), name, kept[0], base.weight)
+    checks.check_unchanged(inputs.label(Merger), name, kept[1], delta, "the delta")
+    checks.check_effective(inputs.label(Merger), name, base, result, merger.keeps_mask)
+    checks.check_derivative(inputs.label(Merger), name, base, derivative)
 
 
 class _RankSampler(TrainerCallback):
@@ -196,12 +214,12 @@ class _RankSampler(TrainerCallback):
     resumed run trains the ranks that an uninterrupted one would have.
     """
 
-    def __init__(self, context: Context, tuned: AdaptedModel) -> None:
-        self.context, self.tuned = context, tuned
-        self.adapter, self.label = context.component(Adapter), context.label(Adapter)
+    def __init__(self, inputs: StageInputs, tuned: AdaptedModel) -> None:
+        self.inputs, self.tuned = inputs, tuned
+        self.adapter, self.label = inputs.component(Adapter), inputs.label(Adapter)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rng = Random(self.context.seed_for("ranks", state.global_step))
+        rng = Random(self.inputs.seed_for("ranks", state.global_step))
         choice = self.adapter.sample(self.tuned.space, rng)
         checks.check_choice(self.label, self.tuned.space, choice)
         self.tuned.set_ranks(choice)
@@ -210,8 +228,8 @@ class _RankSampler(TrainerCallback):
 class _Progress(TrainerCallback):
     """Trainer's steps on sqft's own display, and how many seconds each took."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
         self.bar: Any = None
         self.times: list[float] = []
 
@@ -220,7 +238,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         left = state.max_steps - state.global_step
-        self.bar = self.context.track(range(left), "fine-tuning", left)
+        self.bar = self.inputs.track(range(left), "fine-tuning", left)
         next(self.bar, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.loading.quantized import open_folder, read_quantized, save_quantized
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import base_model, load_adapted_model
-from sqft.stages.context import Context, log
+from sqft.stages.adapted import Base, base_model, load_adapted_model
+from sqft.stages.inputs import Report, StageInputs
 from sqft.types import Quantized
+
+log = logging.getLogger("sqft")
 
 COMPARED = 4
 """Examples whose logits are compared, the merged model's with the adapted one's."""
@@ -30,27 +33,40 @@ TOLERANCE = 1e-2
 """How far they may be apart, as a share of the largest; equal weights give equal logits but for the order of sums."""
 
 
-def run(context: Context) -> dict[str, Any]:
+class MergeStage:
+    """The stage `merge`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
-    tuned = _chosen(context)
+    tuned = _chosen(inputs)
     effective, codes = _effective(tuned)
-    model, tokenizer = base_model(context.plan, context.base().folder)
+    model, tokenizer = base_model(inputs.plan, Base.of(inputs.plan, inputs.folders).folder)
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
         zeros_before += int((~_kept(tuned, name)).sum())
         zeros_after += int((merged == 0).sum())
         weights += merged.numel()
         model.get_parameter(f"{name}.weight").data.copy_(merged)
-    folder, report = context.folder / "model", {}
-    if context.plan.quantized:
-        before = read_quantized(cast(Path, context.base().folder))
+    folder, report = inputs.scratch / "model", {}
+    if inputs.plan.quantized:
+        before = read_quantized(cast(Path, Base.of(inputs.plan, inputs.folders).folder))
         report = {
             "bits": next(iter(before.values())).grid.bits,
             "codes_changed": sum(_apart(codes[name], _start(tuned, name)) for name in codes),
             "codes_unlike_base": sum(_apart(codes[name], before[name]) for name in codes),
         }
-        if context.device != "cpu":  # where it trained, sums may come in another order
-            report["codes_unlike_on_device"] = _unlike(tuned, codes, context.device)
+        if inputs.device != "cpu":  # where it trained, sums may come in another order
+            report["codes_unlike_on_device"] = _unlike(tuned, codes, inputs.device)
         if any(bool((layer.grid.zero == 0).any()) for layer in before.values()):
             log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
         save_quantized(model, tokenizer, before | codes, folder)
@@ -62,24 +78,27 @@ def run(context: Context) -> dict[str, Any]:
         "zeros_before": zeros_before,
         "zeros_after": zeros_after,
         "sparsity": zeros_after / weights,
-        "logits_difference": _logits_apart(context, tuned),
+        "logits_difference": _logits_apart(inputs, tuned),
         **report,
     }
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
-    tuned = _chosen(context)
+    tuned = _chosen(inputs)
     effective, codes = _effective(tuned)
-    base, _ = base_model(context.plan, context.base().folder)
-    folder, finetune = context.folder / "model", context.plan.step("finetune")
-    merger, label = context.component(Merger, finetune), context.label(Merger, finetune)
-    if context.plan.quantized:
-        stored, expected = read_quantized(folder), read_quantized(cast(Path, context.base().folder)) | codes
+    base, _ = base_model(inputs.plan, Base.of(inputs.plan, inputs.folders).folder)
+    folder, finetune = inputs.scratch / "model", inputs.plan.step("finetune")
+    merger, label = inputs.component(Merger, finetune), inputs.label(Merger, finetune)
+    if inputs.plan.quantized:
+        stored, expected = (
+            read_quantized(folder),
+            read_quantized(cast(Path, Base.of(inputs.plan, inputs.folders).folder)) | codes,
+        )
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
                 raise ArtifactError(f"merge ({label}): codes or grid of {name} as stored are not those trained through")
-    merged, original = open_folder(folder, context.plan.recipe.model.trust_remote_code)[0], _tensors(base)
+    merged, original = open_folder(folder, inputs.plan.recipe.model.trust_remote_code)[0], _tensors(base)
     for name, tensor in _tensors(merged).items():
         layer = name.removesuffix(".weight")
         if not tensor.isfinite().all():
@@ -91,10 +110,10 @@ def verify(context: Context) -> None:
             raise ArtifactError(f"merge ({label}): {lost} zeros of the base are not zero in {name}")
 
 
-def _chosen(context: Context) -> AdaptedModel:
+def _chosen(inputs: StageInputs) -> AdaptedModel:
     """The adapted model under the chosen configuration, on the CPU."""
-    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], "cpu")
-    tuned.set_ranks(read_ranks(context.inputs["search"]))
+    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], "cpu")
+    tuned.set_ranks(read_ranks(inputs.folders["search"]))
     return tuned
 
 
@@ -146,22 +165,22 @@ def _kept(tuned: AdaptedModel, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _logits_apart(context: Context, tuned: AdaptedModel) -> float:
+def _logits_apart(inputs: StageInputs, tuned: AdaptedModel) -> float:
     """The largest difference between the logits of the merged model, read back, and of the model that trained.
 
     Raises:
         ArtifactError: when it is larger than rounding explains, or is no number.
     """
     # Validation examples where there are some: what was not trained on.
-    search = context.plan.step("search")
-    given, section = cast(Search, search.section).data, cast(Finetune, context.plan.step("finetune").section)
+    search = inputs.plan.step("search")
+    given, section = cast(Search, search.section).data, cast(Finetune, inputs.plan.step("finetune").section)
     if given:
-        records = context.records("data", given, search)
+        records = inputs.data.of("search").records("data", given)
     else:
-        training, held = context.training_records()
+        training, held = inputs.data.training_records()
         records = held or training
     examples = encode_all(records[:COMPARED], tuned.tokenizer, section.max_length, section.loss_on).examples
-    merged, _ = open_folder(context.folder / "model", context.plan.recipe.model.trust_remote_code)
+    merged, _ = open_folder(inputs.scratch / "model", inputs.plan.recipe.model.trust_remote_code)
     gaps, sizes = [0.0], [0.0]
     for example in examples:
         ids = torch.tensor([example.input_ids])

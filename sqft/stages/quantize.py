@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +23,8 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.recipe.sections import Quantize
 from sqft.stages.adapted import base_model
-from sqft.stages.compress import assign_weight
-from sqft.stages.context import Context
+from sqft.stages.compress import assign_weight, run_calibration
+from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
 from sqft.utils.files import write_json
 from sqft.utils.patterns import selected
@@ -33,12 +33,25 @@ DIGESTS = "digests.json"
 """What the quantizer gave for each layer, to hold against what is read back."""
 
 
-def run(context: Context) -> dict[str, Any]:
+class QuantizeStage:
+    """The stage `quantize`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
     (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
-    section = cast(Quantize, context.step.section)
-    quantizer, label = context.component(Quantizer), context.label(Quantizer)
-    model, tokenizer = base_model(context.plan, context.model_folder())
+    section = inputs.section(Quantize)
+    quantizer, label = inputs.component(Quantizer), inputs.label(Quantizer)
+    model, tokenizer = base_model(inputs.plan, inputs.model_folder())
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
         raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
@@ -51,7 +64,7 @@ def run(context: Context) -> dict[str, Any]:
         # What is zero in the base stays zero, whether sqft pruned it or the model came sparse.
         mask = weight != 0
         kept = weight.clone()
-        generator = torch.Generator(weight.device).manual_seed(context.seed_for("quantize", name))
+        generator = torch.Generator(weight.device).manual_seed(inputs.seed_for("quantize", name))
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         with checks.statistics_unchanged(label, {name: stats}):
             result = quantizer.quantize(weight, mask, stats)
@@ -65,10 +78,10 @@ def run(context: Context) -> dict[str, Any]:
         masks[name] = pack_mask(mask).cpu()
         report[name] = _error(kept, value, stats.hessian)
 
-    context.run_calibration(model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
-    save_quantized(model, tokenizer, quantized, context.folder / "model")
-    save_file(masks, context.folder / "masks.safetensors")
-    write_json(context.folder / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
+    run_calibration(inputs, model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
+    save_quantized(model, tokenizer, quantized, inputs.scratch / "model")
+    save_file(masks, inputs.scratch / "masks.safetensors")
+    write_json(inputs.scratch / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
     weights = sum(linear.weight.numel() for linear in layers.values())
     zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
     grid = next(iter(quantized.values())).grid
@@ -82,13 +95,13 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
-    base, _ = base_model(context.plan, context.model_folder())
-    folder, label = context.folder / "model", context.label(Quantizer)
+    base, _ = base_model(inputs.plan, inputs.model_folder())
+    folder, label = inputs.scratch / "model", inputs.label(Quantizer)
     layers, original = read_quantized(folder), base.state_dict()
-    masks = load_file(context.folder / "masks.safetensors")
-    digests = json.loads((context.folder / DIGESTS).read_text("utf-8"))
+    masks = load_file(inputs.scratch / "masks.safetensors")
+    digests = json.loads((inputs.scratch / DIGESTS).read_text("utf-8"))
     if odd := sorted(layers.keys() ^ digests.keys()):
         raise ArtifactError(f"quantize ({label}): {odd[0]} was quantized and is not stored, or the other way round")
     for name, layer in layers.items():

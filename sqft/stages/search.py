@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from random import Random
-from typing import Any, cast
+from typing import cast
 
 from safetensors.torch import load_file
 
@@ -19,23 +20,40 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import load_adapted_model
-from sqft.stages.context import Context, log
+from sqft.stages.adapted import Base, load_adapted_model
+from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig
 from sqft.utils.progress import silent
 
+log = logging.getLogger("sqft")
 
-def run(context: Context) -> dict[str, Any]:
+
+class SearchStage:
+    """The stage `search`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
-    searcher, label = context.component(Searcher), context.label(Searcher)
-    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], context.device)
-    evaluate = CachedEvaluator(context, tuned)
-    choice = searcher.search(tuned.space, evaluate, Random(context.seed_for("search")))
+    searcher, label = inputs.component(Searcher), inputs.label(Searcher)
+    tuned = load_adapted_model(
+        inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], inputs.device
+    )
+    evaluate = CachedEvaluator(inputs, tuned)
+    choice = searcher.search(tuned.space, evaluate, Random(inputs.seed_for("search")))
     checks.check_choice(label, tuned.space, choice)
-    store_ranks(choice, context.folder)
-    merger = context.component(Merger, context.plan.step("finetune"))
-    base = str((context.model_folder() or context.plan.source.path).resolve())
-    store_adapter(tuned, choice, merger, base, context.folder / "adapter")
+    store_ranks(choice, inputs.scratch)
+    merger = inputs.component(Merger, inputs.plan.step("finetune"))
+    base = str((inputs.model_folder() or inputs.plan.source.path).resolve())
+    store_adapter(tuned, choice, merger, base, inputs.scratch / "adapter")
     ranks = tuned.space.ranks_by_linear(choice)
     return {
         "searcher": searcher.name,
@@ -46,12 +64,12 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = load_adapted_model(context.plan, context.base(), context.inputs["finetune"], "cpu")
-    choice = read_ranks(context.folder)
-    checks.check_choice(context.label(Searcher), tuned.space, choice)
-    (file,) = (context.folder / "adapter").glob("*.safetensors")
+    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], "cpu")
+    choice = read_ranks(inputs.scratch)
+    checks.check_choice(inputs.label(Searcher), tuned.space, choice)
+    (file,) = (inputs.scratch / "adapter").glob("*.safetensors")
     stored = load_file(file)
     ranks = tuned.space.ranks_by_linear(choice)
     for name, layer in tuned.adapted.items():
@@ -68,20 +86,20 @@ def verify(context: Context) -> None:
 class CachedEvaluator:
     """`Evaluate` over a validation set in one seeded order, each trial written down before it is answered."""
 
-    def __init__(self, context: Context, tuned: AdaptedModel) -> None:
-        self.context, self.tuned = context, tuned
-        self.section = cast(Search, context.step.section)
-        self.file = context.folder / "trials.jsonl"
+    def __init__(self, inputs: StageInputs, tuned: AdaptedModel) -> None:
+        self.inputs, self.tuned = inputs, tuned
+        self.section = inputs.section(Search)
+        self.file = inputs.scratch / "trials.jsonl"
         self.known: dict[tuple[RankConfig, int], float] = {}
         self.records: list[Record] = []
-        if context.component(Searcher).evaluates:
+        if inputs.component(Searcher).evaluates:
             given = self.section.data
-            self.records = context.records("data", given) if given else context.training_records()[1]
-            Random(context.seed_for("proxy")).shuffle(self.records)
+            self.records = inputs.data.records("data", given) if given else inputs.data.training_records()[1]
+            Random(inputs.seed_for("proxy")).shuffle(self.records)
         self._recall()
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
-        searcher = self.context.label(Searcher)
+        searcher = self.inputs.label(Searcher)
         checks.check_choice(searcher, self.tuned.space, choice)
         if samples is not None and (type(samples) is not int or samples < 1):
             raise ContractError(
@@ -114,7 +132,7 @@ class CachedEvaluator:
                 )
                 value = float(result["accuracy"])
             else:
-                tuning = cast(Finetune, self.context.plan.step("finetune").section)
+                tuning = cast(Finetune, self.inputs.plan.step("finetune").section)
                 encoded = encode_all(records, tokenizer, tuning.max_length, tuning.loss_on)
                 pad = cast(int, tokenizer.pad_token_id)
                 value = -mean_loss(model, encoded.examples, section.batch_size, pad, silent)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +22,8 @@ from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.loading.transformers_io import load_folder, load_source, save_model
 from sqft.recipe.sections import Sparsify
-from sqft.stages.compress import assign_weight
-from sqft.stages.context import Context
+from sqft.stages.compress import assign_weight, run_calibration
+from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Pattern
 from sqft.utils.files import write_json
 from sqft.utils.patterns import selected
@@ -33,20 +32,33 @@ DIGESTS = "digests.json"
 """What a scorer that updates weights gave for each layer, to hold against what is read back."""
 
 
-def run(context: Context) -> dict[str, Any]:
+class SparsifyStage:
+    """The stage `sparsify`."""
+
+    def __init__(self, inputs: StageInputs) -> None:
+        self.inputs = inputs
+
+    def run(self) -> Report:
+        return _run(self.inputs)
+
+    def verify(self) -> None:
+        _verify(self.inputs)
+
+
+def _run(inputs: StageInputs) -> Report:
     """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
-    section = cast(Sparsify, context.step.section)
-    recipe, scorer, label = context.plan.recipe, context.component(Scorer), context.label(Scorer)
-    model, tokenizer = load_source(context.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
+    section = inputs.section(Sparsify)
+    recipe, scorer, label = inputs.plan.recipe, inputs.component(Scorer), inputs.label(Scorer)
+    model, tokenizer = load_source(inputs.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
     layers = {
         name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
     }
     if not layers:
         raise StageError("sparsify.include matches no linear layer of the model's decoder blocks")
     shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
-    allocator, measured = context.component(Allocator), _measured(context, model, tokenizer, layers)
+    allocator, measured = inputs.component(Allocator), _measured(inputs, model, tokenizer, layers)
     allocation = allocator.allocate(shapes, section.sparsity, measured)
-    checks.check_allocation(context.label(Allocator), shapes, section.sparsity, allocation)
+    checks.check_allocation(inputs.label(Allocator), shapes, section.sparsity, allocation)
     pattern = Pattern.parse(section.pattern)
     masks: dict[str, Tensor] = {}
     report: dict[str, float] = {}
@@ -56,7 +68,7 @@ def run(context: Context) -> dict[str, Any]:
     def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
         weight = linear.weight.detach().to(torch.float32, copy=True)
         kept = weight.clone()
-        generator = torch.Generator(weight.device).manual_seed(context.seed_for("sparsify", name))
+        generator = torch.Generator(weight.device).manual_seed(inputs.seed_for("sparsify", name))
         tokens_seen = 0 if stats.unreached else stats.tokens
         stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
         if scorer.updates:
@@ -80,11 +92,11 @@ def run(context: Context) -> dict[str, Any]:
         report[name] = 1 - mask.float().mean().item()
         seen[name] = tokens_seen
 
-    tokens = context.run_calibration(model, tokenizer, layers, scorer.needs, compress, "scoring")
-    save_model(model, tokenizer, context.folder / "model")
-    save_file(masks, context.folder / "masks.safetensors")
+    tokens = run_calibration(inputs, model, tokenizer, layers, scorer.needs, compress, "scoring")
+    save_model(model, tokenizer, inputs.scratch / "model")
+    save_file(masks, inputs.scratch / "masks.safetensors")
     if scorer.updates:
-        write_json(context.folder / DIGESTS, digests)
+        write_json(inputs.scratch / DIGESTS, digests)
     total = sum(linear.weight.numel() for linear in layers.values())
     zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
     return {
@@ -99,10 +111,10 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _measured(
-    context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
+    inputs: StageInputs, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
 ) -> dict[str, float]:
     """What the allocator measures of the dense layers, block by block; nothing when it measures nothing."""
-    allocator, label = context.component(Allocator), context.label(Allocator)
+    allocator, label = inputs.component(Allocator), inputs.label(Allocator)
     if not allocator.needs:
         return {}
     measured: dict[str, float] = {}
@@ -129,7 +141,7 @@ def _measured(
         weights.clear()
         stats.clear()
 
-    context.run_calibration(model, tokenizer, layers, allocator.needs, collect, "measuring")
+    run_calibration(inputs, model, tokenizer, layers, allocator.needs, collect, "measuring")
     return measured
 
 
@@ -166,14 +178,14 @@ def _digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def verify(context: Context) -> None:
+def _verify(inputs: StageInputs) -> None:
     """Read back, every pruned entry is zero, every other one is the original bit for bit, or in the layers of a scorer
     that updates weights what it gave; all are finite."""
-    recipe = context.plan.recipe.model
-    original, _ = load_source(context.plan.source, recipe.dtype, recipe.trust_remote_code)
-    stored, _ = load_folder(context.folder / "model", trust_remote_code=recipe.trust_remote_code)
-    packed, label = load_file(context.folder / "masks.safetensors"), context.label(Scorer)
-    given = json.loads((context.folder / DIGESTS).read_text("utf-8")) if context.component(Scorer).updates else {}
+    recipe = inputs.plan.recipe.model
+    original, _ = load_source(inputs.plan.source, recipe.dtype, recipe.trust_remote_code)
+    stored, _ = load_folder(inputs.scratch / "model", trust_remote_code=recipe.trust_remote_code)
+    packed, label = load_file(inputs.scratch / "masks.safetensors"), inputs.label(Scorer)
+    given = json.loads((inputs.scratch / DIGESTS).read_text("utf-8")) if inputs.component(Scorer).updates else {}
     found = dict(stored.named_parameters())
     for name, parameter in original.named_parameters():
         expected, layer = parameter.detach(), name.removesuffix(".weight")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from sqft.components.kinds import Searcher
@@ -19,10 +18,8 @@ from sqft.errors import SqftError
 from sqft.modeling.loading.transformers_io import source_tokenizer
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Evaluate, ExactMatch, Finetune, Search
-from sqft.stages.context import Context
+from sqft.stages.inputs import StepData
 from sqft.utils.digests import Digests
-from sqft.utils.distributed import Processes
-from sqft.utils.progress import silent
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def _below(place: str, name: str) -> bool:
 class _PreviewBuilder:
     """For each place of data in the recipe, in the order of its steps, what makes its preview. Nothing is read yet.
 
-    What the stages would read is read by the stages' own `Context`.
+    It is read through the stages' own `StepData`.
     """
 
     def __init__(self, plan: Plan, count: int) -> None:
@@ -78,22 +75,22 @@ class _PreviewBuilder:
         self.training_sets: Callable[[], dict[str, tuple[list[Record], list[Record]]]]
         digests = Digests()
         for step in plan.steps:
-            context = Context(plan, step, {}, Path(), "cpu", silent, Processes(), digests)
+            data = StepData(plan, step, digests)
             section = step.section
             if "calibration" in step.files:
-                self.found.setdefault("calibration.data", partial(self._calibration, context))
+                self.found.setdefault("calibration.data", partial(self._calibration, data))
             if isinstance(section, Finetune):
-                self._finetune(context, section)
+                self._finetune(data, section)
             elif isinstance(section, Search):
-                self._search(context, section)
+                self._search(data, section)
             elif isinstance(section, Evaluate):
-                self._evaluate(context, section)
+                self._evaluate(data, section)
 
     # -- sections -------------------------------------------------------------------------------
 
-    def _finetune(self, context: Context, section: Finetune) -> None:
+    def _finetune(self, data: StepData, section: Finetune) -> None:
         self.tuning = section
-        self.training_sets = cache(context.training_sets)
+        self.training_sets = cache(data.training_sets)
         self.encoded = cache(lambda role: self._encoded(self.training_sets()[role][0]))
         for role in section.data_sets:
             self.found[f"finetune.{role}"] = partial(self._training, role)
@@ -102,34 +99,34 @@ class _PreviewBuilder:
         if section.holdout:
             self.found["finetune.holdout"] = lambda place: self._learned(place, self._held())
         if section.validation:
-            read = partial(context.records, "validation", section.validation)
+            read = partial(data.records, "validation", section.validation)
             self.found["finetune.validation"] = lambda place: self._learned(place, read())
 
-    def _search(self, context: Context, section: Search) -> None:
-        searcher = context.step.components.get("searcher")
+    def _search(self, data: StepData, section: Search) -> None:
+        searcher = data.step.components.get("searcher")
         evaluates = searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates
         if not evaluates or (section.metric == "loss" and not section.data):
             return  # what is held out is shown as it is learned from, which is how the loss sees it
         place, read = "finetune.holdout", self._held
         if section.data:
-            place, read = "search.data", partial(context.records, "data", section.data)
+            place, read = "search.data", partial(data.records, "data", section.data)
         if section.metric == "loss":
             self.found[place] = lambda place: self._learned(place, read())
         else:
             self.found[place] = lambda place: self._asked(place, read(), section)
 
-    def _evaluate(self, context: Context, section: Evaluate) -> None:
+    def _evaluate(self, data: StepData, section: Evaluate) -> None:
         if text := section.perplexity:
-            windows = partial(text_windows, context.step.files["perplexity"], self.tokenizer, text.tokens, text.length)
+            windows = partial(text_windows, data.step.files["perplexity"], self.tokenizer, text.tokens, text.length)
             self.found["evaluate.perplexity"] = lambda place: self._text(place, windows())
         if match := section.exact_match:
-            read = partial(context.records, "exact_match", match.data)
+            read = partial(data.records, "exact_match", match.data)
             self.found["evaluate.exact_match"] = lambda place: self._asked(place, read(), match)
 
     # -- previews -------------------------------------------------------------------------------
 
-    def _calibration(self, context: Context, place: str) -> Preview:
-        windows = context.calibration(self.tokenizer)
+    def _calibration(self, data: StepData, place: str) -> Preview:
+        windows = data.calibration(self.tokenizer)
         shown = [[Piece(self.tokenizer.decode(window), False)] for window in windows[: self.count]]
         samples, length = windows.shape
         return Preview(place, shown, {"windows": f"{samples} of {length} tokens, {windows.numel()} in all"})

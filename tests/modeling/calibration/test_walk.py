@@ -28,7 +28,6 @@ from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.calibration import walk as calibrate
 from sqft.modeling.calibration.walk import walk
 from sqft.types import Statistic
-from sqft.utils.distributed import Processes
 from sqft.utils.progress import silent
 
 BOTH = frozenset({Statistic.INPUT_NORM, Statistic.HESSIAN})
@@ -151,11 +150,11 @@ def test_wandas_masks_equal_brute_force(raw: dict[str, Any], registry: Registry,
 
 def check_wanda(folder: Path, source: Path, run: Any, layers: int) -> None:
     from sqft.modeling.loading.transformers_io import load_source
-    from sqft.stages.context import Context
+    from sqft.stages.inputs import StepData
 
     plan, step = run.plan, run["sparsify"].step
     model, tokenizer = load_source(plan.source, "float32")
-    seed = Context(plan, step, {}, folder, "cpu", silent, Processes()).seed_for("calibration")
+    seed = StepData(plan, step).seed_for("calibration")
     calibration = plan.recipe.calibration
     windows = calibration_windows(step.files["calibration"], tokenizer, calibration.samples, calibration.length, seed)
     packed, checked = load_file(folder / "masks.safetensors"), 0

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.checkpoints import source
 from sqft.errors import StageError
-from sqft.stages.context import Context
-from sqft.utils.distributed import Processes
-from sqft.utils.progress import silent
+from sqft.stages.inputs import StepData
+from sqft.utils import digests
 
 SECTIONS = {
     "calibration.data": "sparsify.calibration",
@@ -61,32 +59,34 @@ def test_data_that_changed_since_the_plan(own: dict[str, Any], registry: Registr
 
 
 @pytest.fixture
-def context(own: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
-    monkeypatch.setattr(source, "SETTLED", 0)
+def step_data(own: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StepData:
+    monkeypatch.setattr(digests, "SETTLED", 0)
     orchestrator = Orchestrator(registry, tmp_path / "store")
     orchestrator.store.root.mkdir()
     plan = orchestrator.plan(Recipe.parse(own))
     step = plan.step("finetune")
-    return Context(plan, step, {}, tmp_path, "cpu", silent, Processes(), orchestrator.store.digests)
+    return StepData(plan, step, orchestrator.store.digests)
 
 
-def test_data_that_change_while_they_are_read(context: Context) -> None:
-    with pytest.raises(StageError, match=r"finetune\.data: .* has changed"), context.reading("data") as file:
+def test_data_that_change_while_they_are_read(step_data: StepData) -> None:
+    with pytest.raises(StageError, match=r"finetune\.data: .* has changed"), step_data.reading("data") as file:
         before = file.stat()
         file.write_text(file.read_text().replace("=", "~"))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_data_that_stay_are_not_read_for_their_digest_again(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_stay_are_not_read_for_their_digest_again(
+    step_data: StepData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read"))
-    assert len(context.training_records()[0]) == 64
+    assert len(step_data.training_records()[0]) == 64
 
 
-def test_a_file_that_was_only_touched_is_the_same(context: Context) -> None:
-    file = context.step.files["data"]
+def test_a_file_that_was_only_touched_is_the_same(step_data: StepData) -> None:
+    file = step_data.step.files["data"]
     os.utime(file)
     file.write_text(file.read_text())
-    assert context.file("data") == file
+    assert step_data.file("data") == file
 
 
 def test_a_file_of_a_data_set_in_a_folder(own: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_a_file_of_a_data_set_in_a_folder(own: dict[str, Any], registry: Registr
     shutil.copy(own["finetune"]["data"], tmp_path / "set" / "train.jsonl")
     own["finetune"]["data"] = str(tmp_path / "set")
     plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(own))
-    context = Context(plan, plan.step("search"), {}, tmp_path, "cpu", silent, Processes())
-    assert len(context.training_records()[0]) == 64
+    step_data = StepData(plan, plan.step("search"))
+    assert len(step_data.training_records()[0]) == 64
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "other"}')
     with pytest.raises(StageError, match=r"finetune\.data: .*set has changed"):  # the search reads it too
-        context.training_records()
+        step_data.training_records()
