@@ -349,7 +349,7 @@ def test_a_hub_id_whose_download_was_cut_off(cache: Path, sharded: Path) -> None
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "SETTLED", 0)
+    monkeypatch.setattr("sqft.utils.digests.SETTLED", 0)
 
 
 def plant(memory: Path) -> None:

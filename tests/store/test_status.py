@@ -59,7 +59,7 @@ def test_two_recipes_share_a_sparse_base(raw: dict[str, Any], registry: Registry
     users = {held.folder: set(held.runs) for held in holdings.artifacts}
     assert users[shared] == {one.folder.name, two.folder.name}
     assert users[one["merge"].folder] == {one.folder.name}
-    assert not holdings.prunable and all(holdings.standing(holdings.runs[0]).values())
+    assert not holdings.prunable and all(holdings.completed_steps(holdings.runs[0]).values())
     assert holdings.size == sum(f.stat().st_size for f in store.artifacts.rglob("*") if f.is_file())
 
     shutil.rmtree(one.folder)

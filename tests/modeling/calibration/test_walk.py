@@ -102,7 +102,7 @@ def test_experts_together_see_what_each_would_see_alone(monkeypatch: pytest.Monk
     """Bit for bit; and what a plain forward of the finished model shows."""
     windows, model = torch.randint(2, 90, (3, 64)), mixture(4)
     stats = halved(model, windows, sequential=True)
-    monkeypatch.setattr(calibrate, "HESSIANS", 1)
+    monkeypatch.setattr(calibrate, "HESSIAN_BYTES", 1)
     alone = halved(mixture(4), windows, sequential=True)
     assert stats.keys() == alone.keys() == set(linears(model))
     for name, found in stats.items():
