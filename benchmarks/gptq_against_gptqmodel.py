@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.modeling.loading.transformers_io import load_source, save_model
+from sqft.modeling.loading import load_model
+from sqft.modeling.loading.transformers_io import save_model
 from sqft.planning.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def main() -> None:
     print("| inputs | sqft | gptqmodel | ratio |\n|---|---|---|---|")
     print(f"| (not quantized) | {perplexity(dense):.3f} | | |", flush=True)
     plan = orchestrator.plan(dense)
-    model, tokenizer = load_source(plan.source, "float32")
+    model, tokenizer = load_model(plan.model_spec)
     floats = arguments.store / "floats"
     if not floats.is_dir():
         save_model(model, tokenizer, floats)

@@ -20,6 +20,7 @@ from sqft_gptq import Gptq
 from torch import Tensor, nn
 
 from sqft.api import LinearStats, Statistic
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.source import find_model
 from sqft.data.windows import calibration_windows, text_windows
 from sqft.kernels.grids import dequantize
@@ -27,7 +28,7 @@ from sqft.kernels.masks import keep_mask
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.calibration.walk import walk
 from sqft.modeling.evaluation import perplexity
-from sqft.modeling.loading.transformers_io import load_source
+from sqft.modeling.loading import load_model
 from sqft.utils.digests import Digests
 from sqft.utils.progress import silent
 
@@ -55,7 +56,7 @@ def main() -> None:
     source = find_model(str(MODEL), Path, None, Digests())
     print("| way | perplexity | seconds |\n|---|---|---|")
     for way in arguments.ways:
-        model, tokenizer = load_source(source, "float32")
+        model, tokenizer = load_model(ModelSpec(source.path, "float32"))
         windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, arguments.samples, arguments.length, 0)
         later: dict[str, Tensor] = {}
 

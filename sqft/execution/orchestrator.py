@@ -64,11 +64,12 @@ class Outcome:
         Raises:
             StageError: when the step wrote none (an adapter, a choice, a measurement).
         """
-        from sqft.modeling.loading.quantized import open_folder
+        from sqft.checkpoints.model_spec import ModelSpec
+        from sqft.modeling.loading import load_model
 
         if not (self.folder / "model").is_dir():
             raise StageError(f"step '{self.step.name}' holds no model; sparsify, quantize, merge and export do")
-        return open_folder(self.folder / "model")[0]
+        return load_model(ModelSpec(self.folder / "model"))[0]
 
 
 @dataclass(frozen=True)

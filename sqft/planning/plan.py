@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.components.kinds import Component
 from sqft.components.registration import Registration
 from sqft.planning.estimates import Estimate
@@ -72,6 +73,18 @@ class Plan:
     def quantized(self) -> bool:
         """Whether codes lie under the adapters."""
         return self.recipe.quantize is not None or self.source.quantization is not None
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The recipe's own model, in the recipe's precision."""
+        model = self.recipe.model
+        return ModelSpec(self.source.path, model.dtype, model.trust_remote_code)
+
+    def spec(self, folder: Path | None) -> ModelSpec:
+        """A model folder that a step wrote, in the precision it is stored in; for None, the recipe's own model."""
+        if folder is None or folder == self.source.path:
+            return self.model_spec
+        return ModelSpec(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)

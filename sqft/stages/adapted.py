@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
@@ -22,8 +21,8 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear
 from sqft.modeling.adapters.saving import space_from
 from sqft.modeling.architecture.blocks import all_linears, shape_of
-from sqft.modeling.loading.quantized import load_packed, open_folder, read_grids
-from sqft.modeling.loading.transformers_io import load_source, load_tokenizer
+from sqft.modeling.loading import load_model, load_packed, load_tokenizer
+from sqft.modeling.loading.quantized import read_grids
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
 from sqft.utils.patterns import selected
@@ -54,16 +53,6 @@ class Base:
         )
 
 
-def base_model(plan: Plan, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base under the adapters: a sparse or quantized model's folder, or else the recipe's own model."""
-    recipe = plan.recipe.model
-    if plan.source.quantization and (folder is None or folder == plan.source.path):
-        return open_folder(plan.source.path, recipe.trust_remote_code, recipe.dtype)
-    if folder:
-        return open_folder(folder, recipe.trust_remote_code)
-    return load_source(plan.source, recipe.dtype, recipe.trust_remote_code)
-
-
 def build_adapted_model(plan: Plan, base: Base, seed: int, device: str) -> AdaptedModel:
     """Load the base and attach untrained deltas.
 
@@ -80,11 +69,10 @@ def build_adapted_model(plan: Plan, base: Base, seed: int, device: str) -> Adapt
     packed = plan.quantized and not (merger.merges and section.base == "floats")
     if packed:
         assert base.folder is not None
-        recipe = plan.recipe.model
-        model = load_packed(base.folder, recipe.trust_remote_code, recipe.dtype)
-        tokenizer = load_tokenizer(base.folder, recipe.trust_remote_code)
+        spec = replace(plan.spec(base.folder), dtype=plan.model_spec.dtype)
+        model, tokenizer = load_packed(spec), load_tokenizer(spec)
     else:
-        model, tokenizer = base_model(plan, base.folder)
+        model, tokenizer = load_model(plan.spec(base.folder))
     layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
     if not layers:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
@@ -138,7 +126,7 @@ def _before_quantization(
     for name in grids:  # floats take the place of what the codes stand for: both are never in memory together
         weight = cast(Tensor, layers[name].weight)
         layers[name].weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-    floats, _ = base_model(plan, base.floats)
+    floats, _ = load_model(plan.spec(base.floats))
     return {
         name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, grids[name])
         if name in grids

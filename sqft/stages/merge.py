@@ -18,10 +18,11 @@ from sqft.kernels import grids
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import PackedWeight
 from sqft.modeling.adapters.saving import read_ranks
-from sqft.modeling.loading.quantized import open_folder, read_quantized, save_quantized
+from sqft.modeling.loading import load_model
+from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import Base, base_model, load_adapted_model
+from sqft.stages.adapted import Base, load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import Quantized
 
@@ -50,7 +51,7 @@ def _run(inputs: StageInputs) -> Report:
     """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
     tuned = _chosen(inputs)
     effective, codes = _effective(tuned)
-    model, tokenizer = base_model(inputs.plan, Base.of(inputs.plan, inputs.folders).folder)
+    model, tokenizer = load_model(inputs.plan.spec(Base.of(inputs.plan, inputs.folders).folder))
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
         zeros_before += int((~_kept(tuned, name)).sum())
@@ -87,7 +88,7 @@ def _verify(inputs: StageInputs) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
     tuned = _chosen(inputs)
     effective, codes = _effective(tuned)
-    base, _ = base_model(inputs.plan, Base.of(inputs.plan, inputs.folders).folder)
+    base, _ = load_model(inputs.plan.spec(Base.of(inputs.plan, inputs.folders).folder))
     folder, finetune = inputs.scratch / "model", inputs.plan.step("finetune")
     merger, label = inputs.component(Merger, finetune), inputs.label(Merger, finetune)
     if inputs.plan.quantized:
@@ -98,7 +99,7 @@ def _verify(inputs: StageInputs) -> None:
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
                 raise ArtifactError(f"merge ({label}): codes or grid of {name} as stored are not those trained through")
-    merged, original = open_folder(folder, inputs.plan.recipe.model.trust_remote_code)[0], _tensors(base)
+    merged, original = load_model(inputs.plan.spec(folder))[0], _tensors(base)
     for name, tensor in _tensors(merged).items():
         layer = name.removesuffix(".weight")
         if not tensor.isfinite().all():
@@ -180,7 +181,7 @@ def _logits_apart(inputs: StageInputs, tuned: AdaptedModel) -> float:
         training, held = inputs.data.training_records()
         records = held or training
     examples = encode_all(records[:COMPARED], tuned.tokenizer, section.max_length, section.loss_on).examples
-    merged, _ = open_folder(inputs.scratch / "model", inputs.plan.recipe.model.trust_remote_code)
+    merged, _ = load_model(inputs.plan.spec(inputs.scratch / "model"))
     gaps, sizes = [0.0], [0.0]
     for example in examples:
         ids = torch.tensor([example.input_ids])

@@ -14,7 +14,7 @@ from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.architecture.linears import Expert, fused_experts
 from sqft.modeling.calibration.dry_run import check_walk, uncalled
-from sqft.modeling.loading.transformers_io import check_vocabulary, skeleton, source_tokenizer
+from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer
 from sqft.planning.plan import Plan
 from sqft.types import LinearShape, Statistic
 from sqft.utils.patterns import selected
@@ -36,10 +36,10 @@ def check_fit(plan: Plan) -> None:
             or naming the layers that do not fit.
     """
     recipe = plan.recipe
-    model = skeleton(plan.source, recipe.model.trust_remote_code)
+    model = load_skeleton(plan.model_spec)
     if plan.source.kind != "gguf":  # which would be read whole for it
-        tokenizer = source_tokenizer(plan.source, recipe.model.trust_remote_code)
-        check_vocabulary(model, tokenizer, str(plan.source.path))
+        tokenizer = load_tokenizer(plan.model_spec)
+        check_vocabulary(model, tokenizer, plan.source.path)
     layers = linears(model)
     actual = {name: shape_of(name, linear) for name, linear in layers.items()}
     owners: dict[int, list[str]] = {}

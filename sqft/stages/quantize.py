@@ -19,10 +19,10 @@ from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import as_stored
+from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.recipe.sections import Quantize
-from sqft.stages.adapted import base_model
 from sqft.stages.compress import assign_weight, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
@@ -51,7 +51,7 @@ def _run(inputs: StageInputs) -> Report:
     (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
     section = inputs.section(Quantize)
     quantizer, label = inputs.component(Quantizer), inputs.label(Quantizer)
-    model, tokenizer = base_model(inputs.plan, inputs.model_folder())
+    model, tokenizer = load_model(inputs.plan.spec(inputs.model_folder()))
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
         raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
@@ -97,7 +97,7 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
-    base, _ = base_model(inputs.plan, inputs.model_folder())
+    base, _ = load_model(inputs.plan.spec(inputs.model_folder()))
     folder, label = inputs.scratch / "model", inputs.label(Quantizer)
     layers, original = read_quantized(folder), base.state_dict()
     masks = load_file(inputs.scratch / "masks.safetensors")

@@ -20,7 +20,8 @@ from sqft.components.kinds import Allocator, Scorer
 from sqft.errors import ArtifactError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
-from sqft.modeling.loading.transformers_io import load_folder, load_source, save_model
+from sqft.modeling.loading import load_model
+from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Sparsify
 from sqft.stages.compress import assign_weight, run_calibration
 from sqft.stages.inputs import Report, StageInputs
@@ -48,8 +49,8 @@ class SparsifyStage:
 def _run(inputs: StageInputs) -> Report:
     """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
     section = inputs.section(Sparsify)
-    recipe, scorer, label = inputs.plan.recipe, inputs.component(Scorer), inputs.label(Scorer)
-    model, tokenizer = load_source(inputs.plan.source, recipe.model.dtype, recipe.model.trust_remote_code)
+    scorer, label = inputs.component(Scorer), inputs.label(Scorer)
+    model, tokenizer = load_model(inputs.plan.model_spec)
     layers = {
         name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
     }
@@ -181,9 +182,8 @@ def _digest(weight: Tensor) -> str:
 def _verify(inputs: StageInputs) -> None:
     """Read back, every pruned entry is zero, every other one is the original bit for bit, or in the layers of a scorer
     that updates weights what it gave; all are finite."""
-    recipe = inputs.plan.recipe.model
-    original, _ = load_source(inputs.plan.source, recipe.dtype, recipe.trust_remote_code)
-    stored, _ = load_folder(inputs.scratch / "model", trust_remote_code=recipe.trust_remote_code)
+    original, _ = load_model(inputs.plan.model_spec)
+    stored, _ = load_model(inputs.plan.spec(inputs.scratch / "model"))
     packed, label = load_file(inputs.scratch / "masks.safetensors"), inputs.label(Scorer)
     given = json.loads((inputs.scratch / DIGESTS).read_text("utf-8")) if inputs.component(Scorer).updates else {}
     found = dict(stored.named_parameters())

@@ -172,8 +172,7 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
     orchestrator = Orchestrator(Registry.discover(), store)
     run = orchestrator.run(orchestrator.load(recipe, changes))
     if "merge" in run:
-        trusted = run.plan.recipe.model.trust_remote_code
-        model = serving.merged_as_served(run["merge"].folder / "model", trusted)
+        model = serving.merged_as_served(run.plan.spec(run["merge"].folder / "model"))
     else:
         base = Base.of(run.plan, {role: run[name].folder for role, name in run.plan.step("finetune").inputs.items()})
         model = serving.adapted_as_served(run.plan, base, run["finetune"].folder, run["search"].folder)

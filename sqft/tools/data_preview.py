@@ -15,7 +15,7 @@ from sqft.data.encoding import IGNORED, Encoded, Example, cut_to, encode_all, pr
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import SqftError
-from sqft.modeling.loading.transformers_io import source_tokenizer
+from sqft.modeling.loading import load_tokenizer
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Evaluate, ExactMatch, Finetune, Search
 from sqft.stages.inputs import StepData
@@ -70,7 +70,7 @@ class _PreviewBuilder:
 
     def __init__(self, plan: Plan, count: int) -> None:
         self.plan, self.count = plan, count
-        self.tokenizer = source_tokenizer(plan.source, plan.recipe.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(plan.model_spec)
         self.found: dict[str, Callable[[str], Preview]] = {}
         self.training_sets: Callable[[], dict[str, tuple[list[Record], list[Record]]]]
         digests = Digests()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
 from sqft.modeling.adapters.saving import read_ranks
-from sqft.modeling.loading.quantized import load_packed, quantization_of
-from sqft.modeling.loading.transformers_io import load_folder
+from sqft.modeling.loading import load_model, load_packed
+from sqft.modeling.loading.quantized import quantization_of
 from sqft.planning.plan import Plan
 from sqft.stages.adapted import Base, load_adapted_model
 
@@ -29,11 +30,11 @@ class Speed:
     decode: float
 
 
-def merged_as_served(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def merged_as_served(spec: ModelSpec) -> PreTrainedModel:
     """A finished model's folder: floats as they are, codes as codes."""
-    if quantization_of(folder) is None:
-        return prepare_for_serving(load_folder(folder, "bfloat16", trust_remote_code)[0])
-    return prepare_for_serving(load_packed(folder, trust_remote_code, "bfloat16"))
+    spec = replace(spec, dtype="bfloat16")
+    model = load_model(spec)[0] if quantization_of(spec.path) is None else load_packed(spec)
+    return prepare_for_serving(model)
 
 
 def adapted_as_served(plan: Plan, base: Base, trained: Path, choice: Path) -> PreTrainedModel:

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
-from sqft.modeling.loading.quantized import open_folder, read_quantized
+from sqft.modeling.loading import load_model
+from sqft.modeling.loading.quantized import read_quantized
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def elsewhere(consumer: str, *arguments: object, **environment: str) -> str:
 
 def opened(consumer: str, folder: Path, scratch: Path, same: Path | None = None) -> str:
     """What a consumer says of a folder, held against what sqft reads there, or in `same`."""
-    model, tokenizer = open_folder(same or folder)
+    model, tokenizer = load_model(ModelSpec(same or folder))
     ids = tokenizer("A box has 15 stamps. Ben takes 12. Left: 3. The quick brown fox", return_tensors="pt").input_ids
     with torch.no_grad():
         save_file({"ids": ids, "logits": model(ids).logits.contiguous()}, scratch / "given.safetensors")

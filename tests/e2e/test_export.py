@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import RecipeError
 from sqft.kernels.grids import dequantize, same
 from sqft.modeling.loading.folder_reader import FolderReader
@@ -60,7 +61,7 @@ def test_a_checkpoint_of_codes_as_it_came(
     assert {file.name: file.read_bytes() for file in quantized_folder.iterdir()} == before
     layers, again = read_quantized(quantized_folder), read_quantized(finished["export:gptq-0"].folder / "model")
     assert layers.keys() == again.keys() and all(same(layers[name], again[name]) for name in layers)
-    expected = load_dequantized(quantized_folder)
+    expected = load_dequantized(ModelSpec(quantized_folder))
     stock = AutoModelForCausalLM.from_pretrained(finished["export:hf-2"].folder / "model")
     assert stock.dtype == expected.dtype  # the checkpoint's own
     assert all(stock.state_dict()[name].equal(value) for name, value in expected.state_dict().items())

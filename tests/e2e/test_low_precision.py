@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.kernels.masks import unpack_mask
 
 pytestmark = pytest.mark.slow
@@ -42,10 +43,10 @@ def test_gptq_beats_rounding_on_every_layer_of_the_first_blocks(run: Run) -> Non
     from sqft.data.windows import calibration_windows
     from sqft.kernels.grids import dequantize
     from sqft.modeling.calibration.walk import walk
-    from sqft.modeling.loading.transformers_io import load_folder
+    from sqft.modeling.loading import load_model
     from sqft.utils.progress import silent
 
-    model, tokenizer = load_folder(run["sparsify"].folder / "model")
+    model, tokenizer = load_model(ModelSpec(run["sparsify"].folder / "model"))
     model.model.layers = model.model.layers[:4]
     windows = calibration_windows(run.plan.step("quantize").files["calibration"], tokenizer, 8, 256, 0)
     compared = []

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import ArtifactError
-from sqft.modeling.loading.quantized import open_folder
+from sqft.modeling.loading import load_model
 from sqft.stages import merge, quantize
 
 BIAS = "model.layers.1.mlp.up_proj.bias"
@@ -122,7 +122,7 @@ def test_logits_that_are_no_numbers_prove_nothing(
         model.register_forward_hook(hook)
 
     def opened(*args: Any) -> Any:
-        model, tokenizer = open_folder(*args)
+        model, tokenizer = load_model(*args)
         add(model, ours)
         return model, tokenizer
 
@@ -132,7 +132,7 @@ def test_logits_that_are_no_numbers_prove_nothing(
         add(tuned.model, theirs)
         return apart(context, tuned)
 
-    monkeypatch.setattr(merge, "open_folder", opened)
+    monkeypatch.setattr(merge, "load_model", opened)
     monkeypatch.setattr(merge, "_logits_apart", compared)
     with pytest.raises(ArtifactError, match="merge: the logits of the merged model, or of the model that trained"):
         run(biased, registry, tmp_path / "store")

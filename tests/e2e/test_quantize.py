@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError, RecipeError
 from sqft.kernels.masks import unpack_mask
 
@@ -138,7 +139,7 @@ def test_a_checkpoint_with_parts_that_do_not_fit(
 ) -> None:
     from safetensors.torch import save_file
 
-    from sqft.modeling.loading.quantized import open_folder, read_quantized
+    from sqft.modeling.loading.quantized import load_dequantized, read_quantized
 
     folder = run(quantizing, registry, tmp_path)["quantize"].folder / "model"
     whole = load_file(folder / "model.safetensors")
@@ -153,7 +154,7 @@ def test_a_checkpoint_with_parts_that_do_not_fit(
         read_quantized(folder)
     with_({f"{name}.scales": whole[f"{name}.scales"][:, :5]})
     with pytest.raises(ArtifactError, match=rf"the parts of {name} do not fit one another"):
-        open_folder(folder)
+        load_dequantized(ModelSpec(folder))
     with_({"model.norm.weight": None})
     with pytest.raises(ArtifactError, match=r"disagree about tensor model\.norm\.weight"):
-        open_folder(folder)
+        load_dequantized(ModelSpec(folder))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.loading.quantized import read_quantized
@@ -108,14 +109,14 @@ def test_weights_before_and_after_quantization_are_not_in_memory_together(
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(quantized))
     done = orchestrator.run(plan, until="quantize")
-    load, loaded, left = tuning.base_model, [], []
+    load, loaded, left = tuning.load_model, [], []
 
     def counting(*given: Any) -> Any:
         left.extend(sorted(n for n, p in loaded[0].named_parameters() if not p.is_meta) if loaded else ())
         loaded.append(load(*given)[0])
         return loaded[-1], None
 
-    monkeypatch.setattr(tuning, "base_model", counting)
+    monkeypatch.setattr(tuning, "load_model", counting)
     base = tuning.Base.of(plan, {"base": done["quantize"].folder, "floats": done["sparsify"].folder})
     tuned = tuning.build_adapted_model(plan, base, 0, "cpu")
     assert len(loaded) == 2
@@ -147,10 +148,10 @@ def test_sqft_leaves_a_stock_adapter_beside_the_codes(
     rows = {row["configuration"]: row for row in finished.report["rows"]}
     from sqft.data.windows import text_windows
     from sqft.modeling.evaluation import perplexity
-    from sqft.modeling.loading.transformers_io import load_tokenizer
+    from sqft.modeling.loading import load_tokenizer
     from sqft.utils.progress import silent
 
-    tokenizer = load_tokenizer(finished["quantize"].folder / "model")
+    tokenizer = load_tokenizer(ModelSpec(finished["quantize"].folder / "model"))
     windows = text_windows(Path(quantized["evaluate"]["perplexity"]["text"]), tokenizer, 256, 64)
     theirs = perplexity(model, windows, silent)["perplexity"]
     assert theirs == pytest.approx(rows["search (hill-climbing)"]["perplexity"], rel=1e-5)

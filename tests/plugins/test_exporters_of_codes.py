@@ -19,6 +19,7 @@ from sqft_gptq import GptqCheckpoint
 from torch import Tensor
 
 from sqft.api import Grid, Quantized
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.kernels.grids import dequantize, group_index, same
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.quantized import load_dequantized, read_quantized
@@ -131,7 +132,10 @@ def test_the_folder_is_a_model_in_shards(quantized_folder: Path, tmp_path: Path)
     GptqCheckpoint(max_shard_size="20KB").export(FinishedModel(quantized_folder), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert "lm_head.weight" in index["weight_map"] and len(set(index["weight_map"].values())) > 1
-    one, other = load_dequantized(tmp_path).state_dict(), load_dequantized(quantized_folder).state_dict()
+    one, other = (
+        load_dequantized(ModelSpec(tmp_path)).state_dict(),
+        load_dequantized(ModelSpec(quantized_folder)).state_dict(),
+    )
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
     assert (tmp_path / "tokenizer.json").is_file()
     own = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, quantized_folder)]

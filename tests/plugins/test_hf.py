@@ -16,6 +16,7 @@ from sqft_hf import HuggingFace
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.source import find_model
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.quantized import load_dequantized
@@ -212,7 +213,7 @@ def test_a_quantized_model_becomes_floats(quantized_folder: Path, target: Path) 
     assert "quantization_config" not in config(target)
     loaded, told = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
     assert not any(told.values()), told
-    expected = load_dequantized(quantized_folder).state_dict()
+    expected = load_dequantized(ModelSpec(quantized_folder)).state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in loaded.state_dict().items())
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.errors import StageError
+from sqft.errors import ModelError, StageError
 from sqft.modeling.loading.folder_reader import FolderReader
 
 
@@ -46,7 +46,7 @@ def test_an_architecture_transformers_does_not_know(
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "lama"'))
     raw["model"]["path"] = str(folder)
     orchestrator = Orchestrator(registry, tmp_path / "store")
-    with pytest.raises(StageError, match=r"cannot make a causal language model of .*odd: .*lama"):
+    with pytest.raises(ModelError, match=r"cannot make a causal language model of .*odd: .*lama"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
 
 
@@ -88,9 +88,9 @@ def test_a_tokenizer_larger_than_the_vocabulary(
         del raw["sparsify"], raw["evaluate"]
         raw["finetune"]["merger"] = "qa-sparsepeft"
     monkeypatch.setattr(FolderReader, "tensor", None)  # no weight is read
-    monkeypatch.setattr("sqft.modeling.loading.transformers_io._load", None)
+    monkeypatch.setattr("sqft.modeling.loading.load_floats", None)
     orchestrator = Orchestrator(registry, tmp_path / "store")
-    with pytest.raises(StageError, match="few: the tokenizer knows 257 tokens, and the model 200"):
+    with pytest.raises(ModelError, match="few: the tokenizer knows 257 tokens, and the model 200"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.cli import main
 from sqft.errors import SqftError
 from sqft.modeling.architecture.blocks import linears
@@ -62,7 +63,7 @@ def test_a_file_that_transformers_does_not_read_is_not_counted(model: LlamaForCa
 def test_gptq_zeros_are_codes_at_the_zero_point(quantized_folder: Path) -> None:
     """Grids that are not symmetric, groups in no order, and one kind of layer left in floats."""
     found = inspect_model(quantized_folder)
-    weights = load_dequantized(quantized_folder).state_dict()
+    weights = load_dequantized(ModelSpec(quantized_folder)).state_dict()
     expected = {name: int((weights[f"{name}.weight"] == 0).sum()) for name in zeros(found)}
     assert zeros(found) == expected and sum(expected.values()) > 100
     assert found.format == "GPTQ, version 1"

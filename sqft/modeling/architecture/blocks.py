@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sqft.errors import StageError
+from sqft.errors import ModelError
 from sqft.modeling.adapters.frozen_weight import PackedLinear
 from sqft.types import LinearShape
 
@@ -15,7 +15,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Hybrid models have blocks of several kinds in one list.
 
     Raises:
-        StageError: when the model has no such list.
+        ModelError: when the model has no such list.
     """
     best: tuple[str, nn.ModuleList] | None = None
     outer = "\0"
@@ -28,7 +28,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if best is None or len(module) > len(best[1]):
             best = (name, module)
     if best is None:
-        raise StageError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
     return {f"{best[0]}.{index}": block for index, block in enumerate(best[1])}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqft.errors import StageError
+from sqft.errors import ModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -24,7 +24,7 @@ def capture(
     """Every block's calls with the hidden states taken out, the first block's hidden states, their slot.
 
     Raises:
-        StageError: when the blocks cannot be replayed one by one.
+        ModelError: when the blocks cannot be replayed one by one.
     """
     slot, rest = _probe(model, blocks, windows[:1])
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
@@ -75,7 +75,7 @@ def _probe(
             hook.remove()
     kind = type(model).__name__
     if len(outputs) != len(blocks):
-        raise StageError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
+        raise ModelError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
     produced = [output[0] if isinstance(output, tuple) else output for output in outputs]
     rest = [output[1:] if isinstance(output, tuple) else None for output in outputs]
     besides: list[Tensor] = []
@@ -86,9 +86,9 @@ def _probe(
         slots = (slots or entered) & entered
         besides += tensors_in(more)
         if not slots:
-            raise StageError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
+            raise ModelError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
         if any(one is other for one in tensors_in([args, kwargs]) for other in besides if other is not before):
-            raise StageError(
+            raise ModelError(
                 f"{kind}'s blocks pass on more than their hidden states, so they cannot be walked one by one"
             )
     return min(slots, key=str), dict(zip(blocks, rest, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from sqft.errors import StageError
+from sqft.errors import ModelError, StageError
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import Expert, Experts, fused_experts
 from sqft.modeling.calibration.capture import capture, forward, run_block
@@ -29,12 +29,13 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
     The model is spent: hooks stay on it.
 
     Raises:
-        StageError: saying why the blocks cannot be walked, or naming layers that the walk would not see.
+        ModelError: saying why the blocks cannot be walked.
+        StageError: naming layers that the walk would not see.
     """
     with _without_numbers(model) as windows:
         try:
             seen = _seen(model, windows)
-        except StageError:
+        except ModelError:
             raise
         except Exception as error:
             try:
@@ -42,7 +43,7 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
             except Exception:  # an operation whose result's shape hangs on numbers
                 return
             said = str(error).partition("\n")[0]
-            raise StageError(f"{type(model).__name__}'s blocks cannot be run one by one: {said}") from error
+            raise ModelError(f"{type(model).__name__}'s blocks cannot be run one by one: {said}") from error
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     unseen = [name for name in chosen if name not in seen and name.rpartition(".")[0] not in experts]
     if unseen:

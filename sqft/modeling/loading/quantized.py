@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_config, gptq_settings, write_gptq_config
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
@@ -21,7 +22,7 @@ from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.transformers_io import load_folder, load_tokenizer, save_settings
+from sqft.modeling.loading.transformers_io import save_settings
 from sqft.types import Grid, Quantized
 
 
@@ -104,35 +105,27 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     return layer
 
 
-def open_folder(
-    folder: Path, trust_remote_code: bool = False, dtype: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder, floats or GPTQ, as a float model with its tokenizer, in its own precision unless told."""
-    if quantization_of(folder) is None:
-        return load_folder(folder, dtype, trust_remote_code)
-    return load_dequantized(folder, trust_remote_code, dtype), load_tokenizer(folder, trust_remote_code)
-
-
-def load_dequantized(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PreTrainedModel:
-    """A GPTQ folder as an ordinary float model: every layer's weight is what its codes stand for.
+def load_dequantized(spec: ModelSpec) -> PreTrainedModel:
+    """Load a GPTQ folder as an ordinary float model: every layer's weight is what its codes stand for.
 
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
     """
-    return _assemble(folder, trust_remote_code, dtype, packed=False)
+    return _assemble(spec, packed=False)
 
 
-def load_packed(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PreTrainedModel:
-    """A GPTQ folder with a `PackedLinear` in the place of every quantized layer: codes stay codes in memory.
+def load_packed(spec: ModelSpec) -> PreTrainedModel:
+    """Load a GPTQ folder with a `PackedLinear` in the place of every quantized layer: codes stay codes in memory.
 
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
     """
-    return _assemble(folder, trust_remote_code, dtype, packed=True)
+    return _assemble(spec, packed=True)
 
 
-def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed: bool) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
+    folder = spec.path
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     del config.quantization_config
     settings, reader = quantization_of(folder), FolderReader(folder)
     assert settings is not None
@@ -142,11 +135,11 @@ def _assemble(folder: Path, trust_remote_code: bool, wanted: str | None, packed:
     wanted_names = [n for n in reader.names() if n not in parts and not n.endswith("rotary_emb.inv_freq")]
     state = {name: reader.tensor(name) for name in wanted_names}
     floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    dtype: torch.dtype = getattr(torch, wanted) if wanted else next(floats, torch.float32)
+    dtype: torch.dtype = getattr(torch, spec.dtype) if spec.dtype else next(floats, torch.float32)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     with init_empty_weights():  # no memory for floats that are not there
         model: PreTrainedModel = as_linears(
-            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
         )
     modules = dict(model.named_modules())
     head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sqft.checkpoints.model_source import ModelSource
-from sqft.errors import StageError
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.utils.files import write_json
 
@@ -26,40 +26,27 @@ transformers_logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def load_source(
-    source: ModelSource, dtype: str, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pre-trained model and tokenizer a recipe names, on the CPU, in evaluation mode.
+def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """Load a model's modules on the meta device: no weight is read.
 
     Raises:
-        StageError: when transformers cannot make a causal language model of it.
-    """
-    return _load(_where(source), dtype, trust_remote_code, str(source.path))
-
-
-def skeleton(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules on the meta device: no weight is read.
-
-    Raises:
-        StageError: when transformers has no causal language model for its config.
+        ModelError: when transformers has no causal language model for its config.
     """
     try:
         with warnings.catch_warnings(), _quiet(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(**_where(source), trust_remote_code=trust_remote_code)
-            if source.quantization:
+            config = AutoConfig.from_pretrained(**_where(spec), trust_remote_code=spec.trust_remote_code)
+            if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
-            return as_linears(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            return as_linears(AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code))
     except Exception as error:  # transformers' own checks of a config raise anything
-        raise StageError(
-            f"transformers cannot make a causal language model of {source.path}: {_first(error)}"
-        ) from error
+        raise ModelError(f"transformers cannot make a causal language model of {spec.path}: {_first(error)}") from error
 
 
-def _where(source: ModelSource) -> dict[str, Any]:
-    if source.kind == "gguf":
-        return {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    return {"pretrained_model_name_or_path": source.path}
+def _where(spec: ModelSpec) -> dict[str, Any]:
+    if spec.is_gguf:
+        return {"pretrained_model_name_or_path": spec.path.parent, "gguf_file": spec.path.name}
+    return {"pretrained_model_name_or_path": spec.path}
 
 
 def _first(error: Exception) -> str:
@@ -70,83 +57,76 @@ def _first(error: Exception) -> str:
     return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
 
 
-def load_folder(
-    folder: Path, dtype: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder that sqft wrote, in its own precision unless told."""
-    return _load({"pretrained_model_name_or_path": folder}, dtype or "auto", trust_remote_code, str(folder))
+def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file or a folder of floats.
 
-
-def _load(
-    where: dict[str, Any], dtype: str, trust_remote_code: bool, place: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    wanted = getattr(torch, dtype) if dtype != "auto" else "auto"
-    what = f"the tokenizer of {place}"
+    Raises:
+        ModelError: when transformers cannot load it, when a weight is missing, mis-shaped or not finite, or when the
+            tokenizer knows more tokens than the model has rows for.
+    """
+    path, what = spec.path, f"the tokenizer of {spec.path}"
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            tokenizer = _tokenizer(where, trust_remote_code)
-            what = place
+            tokenizer = _tokenizer(spec)
+            what = str(path)
             model, found = AutoModelForCausalLM.from_pretrained(
-                **where,
-                dtype=wanted,
-                trust_remote_code=trust_remote_code,
+                **_where(spec),
+                dtype=getattr(torch, spec.dtype) if spec.dtype else "auto",
+                trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # told below, by name
+                ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
     except Exception as error:  # a file or config that transformers makes nothing of
-        raise StageError(f"transformers cannot load {what}: {_first(error)}") from error
+        raise ModelError(f"transformers cannot load {what}: {_first(error)}") from error
     if odd := sorted(found["mismatched_keys"]):
         name, stored, expected = odd[0]
-        raise StageError(f"{place}: {name} is {list(stored)}, and config.json makes it {list(expected)}; copy it again")
+        raise ModelError(f"{path}: {name} is {list(stored)}, and config.json makes it {list(expected)}; copy it again")
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
-        raise StageError(f"{place} lacks {missing[0]}, which {type(model).__name__} has by config.json; copy it again")
+        raise ModelError(f"{path} lacks {missing[0]}, which {type(model).__name__} has by config.json; copy it again")
     _forget_quantization(model)
-    check_vocabulary(model, tokenizer, place)
+    check_vocabulary(model, tokenizer, path)
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
-            raise StageError(f"{place}: tensor {name} holds values that are not finite; the model cannot be used")
+            raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
     return as_linears(model).eval(), tokenizer
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """The model has a row for every token that text can become.
 
     Raises:
-        StageError: when the tokenizer knows more.
+        ModelError: when the tokenizer knows more.
     """
     # Tokens that were added besides may have no row (Gemma 3's of images): text does not make them.
     ordinary = len(tokenizer) - len(tokenizer.get_added_vocab())
     if ordinary > (rows := len(model.get_input_embeddings().weight)):
-        raise StageError(
-            f"{place}: the tokenizer knows {ordinary} tokens, and the model {rows}; bring the model's own "
+        raise ModelError(
+            f"{path}: the tokenizer knows {ordinary} tokens, and the model {rows}; bring the model's own "
             "tokenizer, or give the model rows for all with resize_token_embeddings"
         )
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder that sqft wrote; padding is the end of sequence where it has none."""
-    return _tokenizer({"pretrained_model_name_or_path": folder}, trust_remote_code)
-
-
-def source_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that a recipe names, without the model.
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer without the model; padding is the end of sequence where it has no padding token.
 
     Raises:
-        StageError: when transformers cannot make one of its files.
+        ModelError: when transformers cannot make a tokenizer of its files.
     """
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            return _tokenizer(_where(source), trust_remote_code)
+            return _tokenizer(spec)
     except Exception as error:
-        raise StageError(f"transformers cannot load the tokenizer of {source.path}: {_first(error)}") from error
+        raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {_first(error)}") from error
 
 
-def _tokenizer(where: dict[str, Any], trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        **_where(spec), trust_remote_code=spec.trust_remote_code
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:  # nothing else can stand for it: what pads is left out of generated text

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sqft.errors import StageError
+from sqft.errors import ModelError, StageError
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.calibration.dry_run import check_walk
 from sqft.modeling.calibration.walk import walk
@@ -64,10 +64,10 @@ def only_hidden(x: Tensor, _: Tensor) -> tuple[Any, ...]:
 def test_why_blocks_cannot_be_walked(between: Any, times: int, words: str) -> None:
     with torch.device("meta"):
         model: Any = Model(between, times)
-    with pytest.raises(StageError, match=words):
+    with pytest.raises(ModelError, match=words):
         check_walk(model, {})
     model = Model(between, times)  # and calibration says the same
-    with pytest.raises(StageError, match=words):
+    with pytest.raises(ModelError, match=words):
         walk(model, torch.zeros(1, 8, dtype=torch.long), set(), frozenset(), lambda *_: None, "cpu", silent)
 
 

@@ -149,11 +149,12 @@ def test_wandas_masks_equal_brute_force(raw: dict[str, Any], registry: Registry,
 
 
 def check_wanda(folder: Path, source: Path, run: Any, layers: int) -> None:
-    from sqft.modeling.loading.transformers_io import load_source
+    from sqft.checkpoints.model_spec import ModelSpec
+    from sqft.modeling.loading import load_model
     from sqft.stages.inputs import StepData
 
     plan, step = run.plan, run["sparsify"].step
-    model, tokenizer = load_source(plan.source, "float32")
+    model, tokenizer = load_model(ModelSpec(plan.source.path, "float32"))
     seed = StepData(plan, step).seed_for("calibration")
     calibration = plan.recipe.calibration
     windows = calibration_windows(step.files["calibration"], tokenizer, calibration.samples, calibration.length, seed)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import same
 from sqft.modeling.loading.finished_model import FinishedModel
@@ -29,7 +30,7 @@ def test_floats(model_folder: Path, tmp_path: Path) -> None:
 
 def test_codes(quantized_folder: Path, tmp_path: Path) -> None:
     """Named and valued as the float model has them, in the precision of what stayed floats."""
-    reader, state = FinishedModel(quantized_folder), load_dequantized(quantized_folder).state_dict()
+    reader, state = FinishedModel(quantized_folder), load_dequantized(ModelSpec(quantized_folder)).state_dict()
     assert list(reader.names()) == sorted(state)
     for name, value in state.items():
         found = reader.tensor(name)

@@ -1,0 +1,23 @@
+"""Which model to load, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model to load, in which precision, and whether its own code may run.
+
+    `path` is a folder in Hugging Face layout, with floats or with GPTQ codes, or a GGUF file. `dtype` is the name of a
+    torch dtype; None means the precision that is stored.
+    """
+
+    path: Path
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix == ".gguf"
