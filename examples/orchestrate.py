@@ -1,6 +1,6 @@
-"""The quickstart from Python, with a scorer of one's own that is not installed.
+"""Run the quickstart from Python, with a scorer of your own that is not installed as a package.
 
-python examples/orchestrate.py        (after `make quickstart`, which fetches model and data)
+python examples/orchestrate.py        (after `make quickstart`, which downloads the model and writes the data)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Squared(Scorer):
-    """Squared weight times squared input norm: the same masks as wanda's, from other numbers."""
+    """Squared weight times squared input norm: other scores than wanda's, but the same masks."""
 
     name = "squared"
 

@@ -4,24 +4,24 @@
 
 The quickstart must run offline on a small CPU, so its data are made here instead of downloaded:
 
-- train.jsonl, validation.jsonl, test.jsonl: {"prompt", "completion"} records, one-step addition and
-  subtraction word problems answered by the bare number. The wording is deliberately narrow and the numbers
-  are small, so that a small model can pick the task up from a short run. Among the problems of train.jsonl lie
-  some paragraphs of the calibration text, {"text"}: without them the model forgets prose.
+- train.jsonl, validation.jsonl, test.jsonl: {"prompt", "completion"} records. They are one-step addition and
+  subtraction word problems whose answer is only the number. The wording is deliberately narrow and the numbers
+  are small, so that a small model can learn the task in a short run. train.jsonl also has some paragraphs of the
+  calibration text, as {"text"} records: without them the model forgets prose.
 - calibration.jsonl, {"text"} records, and heldout.txt: Python's own language reference, as it ships in
-  `pydoc_data.topics`. It is real English prose, on every machine that has Python: the first is to calibrate
-  pruning and quantization, the second to take perplexity on.
+  `pydoc_data.topics`. It is real English prose on every machine that has Python. The first file is used to
+  calibrate pruning and quantization, the second to measure perplexity.
 
 How the splits are kept apart:
 
-- Every (operation, unordered pair of numbers) belongs to exactly one split, by a seeded shuffle, so no sum or
+- Every (operation, unordered pair of numbers) belongs to exactly one split, by a seeded shuffle. So no sum or
   difference of the test split was ever trained on, not even with its numbers swapped. The names of the people
-  come from one list per split. No prompt is written twice.
-- A topic is either calibration or held out, by a seeded shuffle. Topics quote each other, so a paragraph that
-  calibration shares with the held-out text is dropped from calibration.
+  come from a separate list for each split. No prompt is written twice.
+- A topic is either for calibration or held out, by a seeded shuffle. Topics quote each other, so a paragraph that
+  calibration shares with the held-out text is removed from calibration.
 
-The same seed gives the same bytes. The word problems do not depend on the version of Python; the language
-reference, and with it the prose among them, does, since each version ships its own.
+The same seed gives the same bytes. The word problems do not depend on the version of Python. The language
+reference does, and so does the prose among the problems, because each version ships its own.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pydoc_data.topics import topics
 from typing import TypeVar
 
 SIZES = {"train": 2400, "validation": 128, "test": 204}
-# The shares of the number pairs kept from training, which takes the others.
+# The shares of the number pairs that are kept out of training. Training takes the others.
 PAIR_SHARES = {"validation": 0.15, "test": 0.2}
 NAMES = {
     "train": ["Tom", "Anna", "Ben", "Mary", "Jack", "Lucy", "Sam", "Emma", "Max", "Kate", "Paul", "Rose"],
@@ -42,7 +42,7 @@ NAMES = {
     "test": ["John", "Alice", "Leo", "Nina", "David", "Helen", "Eric", "Julia"],
 }
 ITEMS = ["apples", "books", "cards", "coins", "marbles", "pencils", "shells", "stamps"]
-# Widen this for a harder task: there are then more pairs to learn, each seen less often.
+# Widen this for a harder task: there are then more pairs to learn, and each is seen less often.
 NUMBERS = range(2, 21)
 
 # Sums always ask for the "Total" and differences for what is "Left", so the wording makes the operation clear.
@@ -60,10 +60,10 @@ TEMPLATES = {
     ),
 }
 
-# Enough for 8k tokens of perplexity, from short topics only, so that no single one makes up most of the text.
+# Enough text for perplexity on 8k tokens, from short topics only, so that no topic makes up most of the text.
 HELDOUT_CHARS = 45_000
 HELDOUT_TOPIC_CHARS = 10_000
-# How much prose lies among the problems, in whole paragraphs of at least so many characters. In training it comes in
+# How much prose is mixed into the problems, in complete paragraphs of at least PROSE_PARAGRAPH_CHARS characters. In training it comes in
 # pieces as long as the longest problem: about one example in eight.
 PROSE_CHARS = 35_000
 PROSE_PARAGRAPH_CHARS = 300
@@ -85,7 +85,7 @@ def pick(items: list[T], rng: random.Random) -> T:
 
 
 def split_pairs(rng: random.Random) -> dict[str, dict[str, list[Pair]]]:
-    """For each split and operation, its pairs of numbers, smaller first."""
+    """Return the pairs of numbers of each split and operation, smaller number first."""
     splits: dict[str, dict[str, list[Pair]]] = {split: {} for split in SIZES}
     all_pairs = {"+": combinations_with_replacement(NUMBERS, 2), "-": combinations(NUMBERS, 2)}
     for operation, pairs in all_pairs.items():
@@ -118,7 +118,10 @@ def paragraphs(text: str) -> list[str]:
 
 
 def without_shared(text: str, heldout: list[str]) -> str:
-    """`text` less its paragraphs that contain, or are part of, a long held-out one, however wrapped."""
+    """Return `text` without the paragraphs that contain a long held-out paragraph or are part of one.
+
+    Line breaks inside a paragraph do not matter.
+    """
 
     def is_shared(paragraph: str) -> bool:
         words = " ".join(paragraph.split())
@@ -128,7 +131,7 @@ def without_shared(text: str, heldout: list[str]) -> str:
 
 
 def split_topics(rng: random.Random) -> tuple[list[Record], str]:
-    """The calibration records, one for each topic, and the held-out text."""
+    """Return the calibration records, one for each topic, and the held-out text."""
     heldout: list[str] = []
     calibration: list[str] = []
     size = 0
@@ -148,7 +151,7 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
 
 
 def prose(texts: Iterable[str], rng: random.Random) -> list[Record]:
-    """Whole paragraphs, PROSE_CHARS in all, of words and not of tables."""
+    """Return complete paragraphs, PROSE_CHARS characters in total, of words and not of tables."""
     found = [" ".join(paragraph.split()) for text in texts for paragraph in paragraphs(text)]
     long = (paragraph for paragraph in dict.fromkeys(found) if len(paragraph) >= PROSE_PARAGRAPH_CHARS)
     plain = [text for text in long if sum(c.isalpha() or c == " " for c in text) >= 0.85 * len(text)]
