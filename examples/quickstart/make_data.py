@@ -63,8 +63,8 @@ TEMPLATES = {
 # Enough text for perplexity on 8k tokens, from short topics only, so that no topic makes up most of the text.
 HELDOUT_CHARS = 45_000
 HELDOUT_TOPIC_CHARS = 10_000
-# How much prose is mixed into the problems, in complete paragraphs of at least PROSE_PARAGRAPH_CHARS characters. In training it comes in
-# pieces as long as the longest problem: about one example in eight.
+# How much prose is mixed into the problems, in complete paragraphs of at least PROSE_PARAGRAPH_CHARS characters. In
+# training it comes in pieces as long as the longest problem: about one example in eight.
 PROSE_CHARS = 35_000
 PROSE_PARAGRAPH_CHARS = 300
 # Shorter paragraphs (headings, "See also:") recur everywhere and leak nothing.
