@@ -312,7 +312,7 @@ def _only_gpu(device: str) -> str:
 
 def _how_to_load(result: Path, run: Run) -> str:
     if (result / "adapter_config.json").is_file():
-        base = run.base().resolve()
+        base = run.plan.adapter_base.model(run.inputs("search")).resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
         model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
         return (

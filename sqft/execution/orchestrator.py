@@ -99,10 +99,9 @@ class Run(Mapping[str, Outcome]):
         places = [made[-1].folder / name for name in ("model", "adapter")] if made else []
         return next(filter(Path.is_dir, places), None)
 
-    def base(self) -> Path:
-        """What the chosen adapter acts on, where it lies now: a step's model, or the recipe's own."""
-        step = self.plan.step("search").inputs.get("base")
-        return self.outcomes[step].folder / "model" if step else self.plan.source.path
+    def inputs(self, step: str) -> dict[str, Path]:
+        """Return the artifact folders of a step's inputs, by role."""
+        return {role: self[name].folder for role, name in self.plan.step(step).inputs.items()}
 
 
 class Orchestrator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from sqft.components.kinds import Adapter, Exporter, Merger, Quantizer
 from sqft.planning.plan import ResolvedComponent
@@ -16,7 +17,7 @@ from sqft.utils.patterns import selected
 class Fitting(Resolver):
     """What does not fit becomes a problem with its path in the recipe; nothing is raised."""
 
-    def _base_fits(self, merger: ResolvedComponent | None) -> None:
+    def _base_fits(self, merger: ResolvedComponent[Any] | None) -> None:
         if merger is None or not isinstance(merger.component, Merger):
             return
         recipe = self.recipe
@@ -33,7 +34,7 @@ class Fitting(Resolver):
             f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
         )
 
-    def _no_dropout(self, adapter: ResolvedComponent | None, merger: ResolvedComponent | None) -> None:
+    def _no_dropout(self, adapter: ResolvedComponent[Any] | None, merger: ResolvedComponent[Any] | None) -> None:
         """A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own."""
         if not (adapter and merger and self._on_codes()):
             return
@@ -49,7 +50,7 @@ class Fitting(Resolver):
         """Whether codes lie under the adapters."""
         return bool(self.recipe.quantize or (self.source and self.source.quantization))
 
-    def _start(self, section: Finetune, merger: ResolvedComponent | None) -> Finetune:
+    def _start(self, section: Finetune, merger: ResolvedComponent[Any] | None) -> Finetune:
         """The section with a place to start from that there is."""
         if section.base == "codes" and self.source and not self._on_codes():
             self._problem(
@@ -86,7 +87,7 @@ class Fitting(Resolver):
                     f"finetune.report_to.{index}", f"'{name}' is not installed; pip install {name}, or remove it here"
                 )
 
-    def _exporter_fits(self, part: ResolvedComponent | None, place: str) -> None:
+    def _exporter_fits(self, part: ResolvedComponent[Any] | None, place: str) -> None:
         if part is None or not isinstance(part.component, Exporter):
             return
         if part.component.needs_codes and self.source and not self._on_codes():
@@ -102,7 +103,7 @@ class Fitting(Resolver):
         components = [registration.component for registration in self.registry.entries()]
         return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
 
-    def _grid_fits(self, part: ResolvedComponent, quantizer: Quantizer, chosen: list[LinearShape]) -> None:
+    def _grid_fits(self, part: ResolvedComponent[Any], quantizer: Quantizer, chosen: list[LinearShape]) -> None:
         try:
             reasons = [(layer, said) for layer in chosen if (said := quantizer.incompatibility(layer))]
         except (Exception, SystemExit) as error:  # a plugin's code

@@ -9,27 +9,37 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.components.kinds import Component
 from sqft.components.registration import Registration
+from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.estimates import Estimate
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
 from sqft.utils.text import human
 
+C = TypeVar("C", bound=Component)
+K = TypeVar("K", bound=Component, covariant=True)
+
 
 @dataclass(frozen=True)
-class ResolvedComponent:
-    """A component of a step: its entry in the registry and its validated options."""
+class ResolvedComponent(Generic[K]):
+    """A component of a step, of one kind: its entry in the registry and its validated options."""
 
     registration: Registration
-    component: Component
+    component: K
+
+    @property
+    def label(self) -> str:
+        """The component as error messages name it, with its distribution."""
+        return str(self.registration)
 
     @property
     def identity(self) -> dict[str, Any]:
+        """What the fingerprint and the manifest say of it: name, provider, class, options and a digest of its code."""
         cls = self.registration.component
         return {
             "name": cls.name,
@@ -47,13 +57,21 @@ class Step:
     name: str
     stage: str
     section: Section
-    components: Mapping[str, ResolvedComponent]
+    components: Mapping[str, ResolvedComponent[Component]]
     inputs: Mapping[str, str]
     fingerprint: str
     estimate: Estimate
     files: Mapping[str, Path] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
-    """Of each file, or folder, as the fingerprint has it."""
+    """Content digest of each file or folder, as it enters the fingerprint."""
+
+    def component(self, kind: type[C]) -> C:
+        """Return this step's component of a kind: `step.component(Scorer)`."""
+        return cast(C, self.components[kind.kind].component)
+
+    def label(self, kind: type[Component]) -> str:
+        """Return that component's name as error messages show it, with its distribution."""
+        return self.components[kind.kind].label
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,8 @@ class Plan:
 
     recipe: Recipe
     source: ModelSource
+    adapter_base: AdapterBase
+    """What lies under the adapters, or would if the recipe trained any."""
     steps: tuple[Step, ...]
     reused: frozenset[str] = frozenset()
 
@@ -70,21 +90,16 @@ class Plan:
         return hashlib.sha256("".join(step.fingerprint for step in self.steps).encode()).hexdigest()
 
     @property
-    def quantized(self) -> bool:
-        """Whether codes lie under the adapters."""
-        return self.recipe.quantize is not None or self.source.quantization is not None
-
-    @property
     def model_spec(self) -> ModelSpec:
         """The recipe's own model, in the recipe's precision."""
         model = self.recipe.model
         return ModelSpec(self.source.path, model.dtype, model.trust_remote_code)
 
-    def spec(self, folder: Path | None) -> ModelSpec:
-        """A model folder that a step wrote, in the precision it is stored in; for None, the recipe's own model."""
-        if folder is None or folder == self.source.path:
+    def spec(self, path: Path) -> ModelSpec:
+        """Return the spec of a model that a step wrote, in the precision it is stored in, or of the recipe's own."""
+        if path == self.source.path:
             return self.model_spec
-        return ModelSpec(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        return ModelSpec(path, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)

@@ -14,6 +14,7 @@ from sqft.components.checks import check_space
 from sqft.components.kinds import Adapter, Allocator, Merger, Quantizer, Scorer, Searcher
 from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError, SqftError
+from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.compatibility import Fitting
 from sqft.planning.estimates import Estimate, activation_bytes, calibration_bytes
 from sqft.planning.fingerprint import fingerprint_of
@@ -21,7 +22,7 @@ from sqft.planning.plan import Plan, ResolvedComponent, Step
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Search
-from sqft.types import Statistic
+from sqft.types import BaseKind, Statistic
 from sqft.utils.digests import Digests
 
 
@@ -71,7 +72,12 @@ class _Planner(Fitting):
             self._evaluate(recipe.evaluate)
         if not (self.steps or self.problems):
             self._problem("", "asks for nothing; add a section such as sparsify, finetune or evaluate")
-        return Plan(recipe, self.source, tuple(self.steps.values())) if self.source else None
+        return Plan(recipe, self.source, self._adapter_base(), tuple(self.steps.values())) if self.source else None
+
+    def _adapter_base(self) -> AdapterBase:
+        assert self.source is not None
+        kind = BaseKind.QUANTIZED if self._on_codes() else BaseKind.SPARSE if self.recipe.sparsify else BaseKind.DENSE
+        return AdapterBase(kind, self.source.path, self.base.get("base"), self.base.get("floats"))
 
     # -- sections, in the paper's order ---------------------------------------------------------
 
@@ -147,7 +153,7 @@ class _Planner(Fitting):
             )
         return None, {}
 
-    def _finetune(self) -> ResolvedComponent | None:
+    def _finetune(self) -> ResolvedComponent[Any] | None:
         section = self.recipe.finetune
         assert section is not None
         adapter = self._part("adapter", section.adapter, "finetune.adapter")
@@ -220,7 +226,7 @@ class _Planner(Fitting):
             self._tuning_code(),
         )
 
-    def _merge(self, merger: ResolvedComponent | None) -> None:
+    def _merge(self, merger: ResolvedComponent[Any] | None) -> None:
         section = self.recipe.merge
         assert section is not None
         if merger and isinstance(merger.component, Merger) and not merger.component.merges:
@@ -293,7 +299,7 @@ class _Planner(Fitting):
                 name=f"evaluate:{what}",
             )
 
-    def _subject(self, what: str, place: str) -> tuple[dict[str, str] | None, dict[str, ResolvedComponent | None]]:
+    def _subject(self, what: str, place: str) -> tuple[dict[str, str] | None, dict[str, ResolvedComponent[Any] | None]]:
         """The inputs and parts of one entry of `evaluate.of`."""
         stage, _, name = what.partition(":")
         if what == "model":
@@ -335,7 +341,7 @@ class _Planner(Fitting):
             return self._in_codes(self.source.linears, self.source.quantization["bits"])
         return self.steps["quantize"].estimate.storage if "quantize" in self.steps else self._weights()[1]
 
-    def _held(self, merger: ResolvedComponent | None) -> int:
+    def _held(self, merger: ResolvedComponent[Any] | None) -> int:
         """Bytes in memory of the model under the adapters: codes stay packed, unless floats are put on their grid."""
         merges = merger is not None and isinstance(merger.component, Merger) and merger.component.merges
         floats = self.recipe.quantize and self.recipe.finetune and self.recipe.finetune.base == "floats"
@@ -345,7 +351,7 @@ class _Planner(Fitting):
         self,
         stage: str,
         section: Section,
-        parts: Mapping[str, ResolvedComponent | None],
+        parts: Mapping[str, ResolvedComponent[Any] | None],
         inputs: Mapping[str, str],
         files: Mapping[str, Path],
         estimate: Estimate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -50,7 +50,7 @@ class Resolver:
         except SqftError as error:
             self._problem("model.path", str(error))
 
-    def _part(self, kind: str, ref: ComponentRef, place: str) -> ResolvedComponent | None:
+    def _part(self, kind: str, ref: ComponentRef, place: str) -> ResolvedComponent[Any] | None:
         """The component a recipe names, with its options validated against its own fields."""
         try:
             registration = self.registry.get(kind, ref.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -25,54 +25,26 @@ from sqft.modeling.loading import load_model, load_packed, load_tokenizer
 from sqft.modeling.loading.quantized import read_grids
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
+from sqft.types import BaseKind
 from sqft.utils.patterns import selected
 
 
-@dataclass(frozen=True)
-class Base:
-    """What lies under the adapters.
-
-    `folder` holds the base model, floats or codes; None means the recipe's own model. Under codes, `floats` is the
-    folder of the float weights before quantization, None again meaning the recipe's own, and `masks` the file of
-    what quantization kept; None means that it kept everything.
-    """
-
-    folder: Path | None = None
-    floats: Path | None = None
-    masks: Path | None = None
-
-    @classmethod
-    def of(cls, plan: Plan, inputs: Mapping[str, Path]) -> Base:
-        """That of a step, given its input artifacts' folders by role."""
-        base, floats = inputs.get("base"), inputs.get("floats")
-        own = plan.source.path if plan.source.quantization else None
-        return cls(
-            base / "model" if base else own,
-            floats / "model" if floats else None,
-            base / "masks.safetensors" if base and plan.quantized else None,
-        )
-
-
-def build_adapted_model(plan: Plan, base: Base, seed: int, device: str) -> AdaptedModel:
-    """Load the base and attach untrained deltas.
+def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, device: str) -> AdaptedModel:
+    """Load the base and attach untrained deltas; `folders` are the step's input artifacts by role.
 
     Raises:
         ContractError: when the adapter's space or deltas break its contract.
     """
     step = plan.step("finetune")
     section = cast(Finetune, step.section)
-    adapter, merger = (
-        cast(Adapter, step.components["adapter"].component),
-        cast(Merger, step.components["merger"].component),
-    )
-    label = str(step.components["adapter"].registration)
-    packed = plan.quantized and not (merger.merges and section.base == "floats")
+    adapter, merger, label = step.component(Adapter), step.component(Merger), step.label(Adapter)
+    base = plan.adapter_base
+    packed = base.quantized and not (merger.merges and section.base == "floats")
     if packed:
-        assert base.folder is not None
-        spec = replace(plan.spec(base.folder), dtype=plan.model_spec.dtype)
+        spec = replace(plan.spec(base.model(folders)), dtype=plan.model_spec.dtype)
         model, tokenizer = load_packed(spec), load_tokenizer(spec)
     else:
-        model, tokenizer = load_model(plan.spec(base.folder))
+        model, tokenizer = load_model(plan.spec(base.model(folders)))
     layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
     if not layers:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
@@ -87,11 +59,13 @@ def build_adapted_model(plan: Plan, base: Base, seed: int, device: str) -> Adapt
         checks.check_delta(label, shape, deltas[shape.name], ranks[shape.name])
     dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
-    masked = merger.keeps_mask or base.folder is not None
+    masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
     if packed:
-        weights = _packed(layers, base.masks if merger.merges else None, merger.merges and section.mask == "codes")
-    elif plan.quantized:
-        weights = _before_quantization(plan, base, layers, masked)
+        weights = _packed(
+            layers, base.masks(folders) if merger.merges else None, merger.merges and section.mask == "codes"
+        )
+    elif base.quantized:
+        weights = _before_quantization(plan, folders, layers, masked)
     else:
         weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
     learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
@@ -118,15 +92,16 @@ def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: boo
 
 
 def _before_quantization(
-    plan: Plan, base: Base, layers: Mapping[str, nn.Module], masked: bool
+    plan: Plan, folders: Mapping[str, Path], layers: Mapping[str, nn.Module], masked: bool
 ) -> dict[str, FrozenWeight]:
     """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
-    assert base.folder is not None
-    grids = read_grids(base.folder, layers)
+    path = plan.adapter_base.floats(folders)
+    assert path is not None
+    grids = read_grids(plan.adapter_base.model(folders), layers)
     for name in grids:  # floats take the place of what the codes stand for: both are never in memory together
         weight = cast(Tensor, layers[name].weight)
         layers[name].weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-    floats, _ = load_model(plan.spec(base.floats))
+    floats, _ = load_model(plan.spec(path))
     return {
         name: FloatWeight(floats.get_parameter(f"{name}.weight"), masked, grids[name])
         if name in grids
@@ -135,13 +110,13 @@ def _before_quantization(
     }
 
 
-def load_adapted_model(plan: Plan, base: Base, trained: Path, device: str) -> AdaptedModel:
+def load_adapted_model(plan: Plan, folders: Mapping[str, Path], trained: Path, device: str) -> AdaptedModel:
     """Load the base and the deltas that a finetune artifact stored.
 
     Raises:
         ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
     """
-    tuned = build_adapted_model(plan, base, 0, device)
+    tuned = build_adapted_model(plan, folders, 0, device)
     stored = load_file(trained / "deltas.safetensors")
     expected = tuned.deltas()
     if stored.keys() != expected.keys():
@@ -154,7 +129,5 @@ def load_adapted_model(plan: Plan, base: Base, trained: Path, device: str) -> Ad
                 raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
         layer.load_trained(own)
     if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
-        raise ContractError(
-            f"{plan.step('finetune').components['adapter'].registration} gave another search space than in training"
-        )
+        raise ContractError(f"{plan.step('finetune').label(Adapter)} gave another search space than in training")
     return tuned

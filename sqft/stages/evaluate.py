@@ -19,7 +19,7 @@ from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, lm_eval_tasks, perplexity
 from sqft.modeling.loading import load_model
 from sqft.recipe.sections import Evaluate
-from sqft.stages.adapted import Base, load_adapted_model
+from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig
 from sqft.utils.files import write_json
@@ -73,10 +73,10 @@ def _subject(inputs: StageInputs) -> Iterator[tuple[PreTrainedModel, PreTrainedT
     plan = inputs.plan
     if "finetune" not in inputs.folders:
         merged = inputs.folders.get("merge")
-        model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_folder()))
+        model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
         yield model.to(inputs.device), tokenizer, _facts(model)
         return
-    tuned = load_adapted_model(plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], inputs.device)
+    tuned = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
     if "search" in inputs.folders:
         choice = read_ranks(inputs.folders["search"])
     else:

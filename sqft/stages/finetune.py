@@ -28,7 +28,7 @@ from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete
 from sqft.modeling.training.loss import CompletionLoss, sees_across
 from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
 from sqft.recipe.sections import Finetune
-from sqft.stages.adapted import Base, build_adapted_model, load_adapted_model
+from sqft.stages.adapted import build_adapted_model, load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.training_arguments import arguments
 from sqft.utils.files import CHECKPOINTS
@@ -52,9 +52,7 @@ class FinetuneStage:
 def _run(inputs: StageInputs) -> Report:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = inputs.section(Finetune)
-    tuned = build_adapted_model(
-        inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.seed_for("adapter"), inputs.device
-    )
+    tuned = build_adapted_model(inputs.plan, inputs.folders, inputs.seed_for("adapter"), inputs.device)
     encoded = _encode(inputs, tuned, "data", inputs.data.training_records()[0])
     held = inputs.data.records("validation", section.validation) if section.validation else []
     validation = _encode(inputs, tuned, "validation", held).examples if held else None
@@ -100,7 +98,7 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
-    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.scratch, "cpu")
+    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.scratch, "cpu")
     merger, label, idle = inputs.component(Merger), inputs.label(Merger), []
     for name, layer in tuned.adapted.items():
         B, A, scale = layer.delta.factors(layer.rank)

@@ -150,15 +150,13 @@ class StageInputs:
 
     def component(self, kind: type[C], step: Step | None = None) -> C:
         """Return the step's component of a kind (or another step's)."""
-        component = (step or self.step).components[kind.kind].component
-        assert isinstance(component, kind)
-        return component
+        return (step or self.step).component(kind)
 
     def label(self, kind: type[Component], step: Step | None = None) -> str:
         """Return that component's name as error messages have it."""
-        return str((step or self.step).components[kind.kind].registration)
+        return (step or self.step).label(kind)
 
-    def model_folder(self) -> Path | None:
-        """Return the folder of the base model this step works on; None means the recipe's own model."""
+    def model_path(self) -> Path:
+        """Return the path of the model this step works on: another step's, or the recipe's own."""
         base = self.folders.get("base")
-        return base / "model" if base else None
+        return base / "model" if base else self.plan.source.path

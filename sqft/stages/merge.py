@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -22,7 +21,7 @@ from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import Base, load_adapted_model
+from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import Quantized
 
@@ -49,9 +48,9 @@ class MergeStage:
 
 def _run(inputs: StageInputs) -> Report:
     """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
-    tuned = _chosen(inputs)
+    tuned, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
     effective, codes = _effective(tuned)
-    model, tokenizer = load_model(inputs.plan.spec(Base.of(inputs.plan, inputs.folders).folder))
+    model, tokenizer = load_model(inputs.plan.spec(base_path))
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
         zeros_before += int((~_kept(tuned, name)).sum())
@@ -59,8 +58,8 @@ def _run(inputs: StageInputs) -> Report:
         weights += merged.numel()
         model.get_parameter(f"{name}.weight").data.copy_(merged)
     folder, report = inputs.scratch / "model", {}
-    if inputs.plan.quantized:
-        before = read_quantized(cast(Path, Base.of(inputs.plan, inputs.folders).folder))
+    if inputs.plan.adapter_base.quantized:
+        before = read_quantized(base_path)
         report = {
             "bits": next(iter(before.values())).grid.bits,
             "codes_changed": sum(_apart(codes[name], _start(tuned, name)) for name in codes),
@@ -86,15 +85,15 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
-    tuned = _chosen(inputs)
+    tuned, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
     effective, codes = _effective(tuned)
-    base, _ = load_model(inputs.plan.spec(Base.of(inputs.plan, inputs.folders).folder))
+    base, _ = load_model(inputs.plan.spec(base_path))
     folder, finetune = inputs.scratch / "model", inputs.plan.step("finetune")
     merger, label = inputs.component(Merger, finetune), inputs.label(Merger, finetune)
-    if inputs.plan.quantized:
+    if inputs.plan.adapter_base.quantized:
         stored, expected = (
             read_quantized(folder),
-            read_quantized(cast(Path, Base.of(inputs.plan, inputs.folders).folder)) | codes,
+            read_quantized(base_path) | codes,
         )
         for name in stored.keys() | expected.keys():
             if not (name in stored and name in expected and grids.same(stored[name], expected[name])):
@@ -113,7 +112,7 @@ def _verify(inputs: StageInputs) -> None:
 
 def _chosen(inputs: StageInputs) -> AdaptedModel:
     """The adapted model under the chosen configuration, on the CPU."""
-    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], "cpu")
+    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
     tuned.set_ranks(read_ranks(inputs.folders["search"]))
     return tuned
 

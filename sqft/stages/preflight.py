@@ -79,8 +79,8 @@ def check_fit(plan: Plan) -> None:
 
 def _check_peft(plan: Plan, model: PreTrainedModel, targets: list[str]) -> None:
     """What an adapter beside its base does here, stock PEFT does with it too."""
-    merger = plan.step("finetune").components["merger"].component
-    if not isinstance(merger, Merger) or merger.merges:
+    merger = plan.step("finetune").component(Merger)
+    if merger.merges:
         return
     from peft import LoraConfig, get_peft_model
 
@@ -114,8 +114,8 @@ def _check_mixtures(plan: Plan, model: nn.Module, wanted: Mapping[str, Sequence[
         log.warning("%s stays as it is: its experts (%d weights) cannot be taken apart", name, weights)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     adapted = [x for x in wanted.get("finetune.targets", ()) if x.name.rpartition(".")[0] in experts]
-    merger = plan.step("finetune").components["merger"].component if plan.recipe.finetune else None
-    if adapted and isinstance(merger, Merger) and not merger.merges:
+    merger = plan.step("finetune").component(Merger) if plan.recipe.finetune else None
+    if adapted and merger and not merger.merges:
         raise StageError(
             f"finetune.targets names {adapted[0].name}, and stock PEFT, for which '{merger.name}' writes its adapter, "
             "knows no single expert; use a merger that merges, or targets outside the experts (full names with *)"

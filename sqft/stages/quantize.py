@@ -51,7 +51,7 @@ def _run(inputs: StageInputs) -> Report:
     (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
     section = inputs.section(Quantize)
     quantizer, label = inputs.component(Quantizer), inputs.label(Quantizer)
-    model, tokenizer = load_model(inputs.plan.spec(inputs.model_folder()))
+    model, tokenizer = load_model(inputs.plan.spec(inputs.model_path()))
     layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
     if not layers:
         raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
@@ -97,7 +97,7 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
-    base, _ = load_model(inputs.plan.spec(inputs.model_folder()))
+    base, _ = load_model(inputs.plan.spec(inputs.model_path()))
     folder, label = inputs.scratch / "model", inputs.label(Quantizer)
     layers, original = read_quantized(folder), base.state_dict()
     masks = load_file(inputs.scratch / "masks.safetensors")

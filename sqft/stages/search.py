@@ -20,7 +20,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import Base, load_adapted_model
+from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig
 from sqft.utils.progress import silent
@@ -44,15 +44,13 @@ class SearchStage:
 def _run(inputs: StageInputs) -> Report:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
     searcher, label = inputs.component(Searcher), inputs.label(Searcher)
-    tuned = load_adapted_model(
-        inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], inputs.device
-    )
+    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
     evaluate = CachedEvaluator(inputs, tuned)
     choice = searcher.search(tuned.space, evaluate, Random(inputs.seed_for("search")))
     checks.check_choice(label, tuned.space, choice)
     store_ranks(choice, inputs.scratch)
     merger = inputs.component(Merger, inputs.plan.step("finetune"))
-    base = str((inputs.model_folder() or inputs.plan.source.path).resolve())
+    base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
     store_adapter(tuned, choice, merger, base, inputs.scratch / "adapter")
     ranks = tuned.space.ranks_by_linear(choice)
     return {
@@ -66,7 +64,7 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = load_adapted_model(inputs.plan, Base.of(inputs.plan, inputs.folders), inputs.folders["finetune"], "cpu")
+    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
     choice = read_ranks(inputs.scratch)
     checks.check_choice(inputs.label(Searcher), tuned.space, choice)
     (file,) = (inputs.scratch / "adapter").glob("*.safetensors")

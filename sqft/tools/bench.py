@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sqft.components.kinds import Merger
 from sqft.components.registry import Registry
@@ -49,7 +49,7 @@ def bench(
     for path, plan in zip(recipes, plans, strict=True):
         if plan.recipe.finetune is None:
             raise StageError(f"{path} fine-tunes nothing; bench compares recipes with a finetune section")
-        merger = cast(Merger, plan.step("finetune").components["merger"].component)
+        merger = plan.step("finetune").component(Merger)
         if merger.merges and plan.recipe.merge is None:
             raise StageError(
                 f"{path} trains what can be merged and does not merge it, and bench serves what is shipped; "
@@ -96,9 +96,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _facts(run: Run) -> dict[str, Any]:
     """What is known without a clock. Storage is what is shipped: a merged model, or a base and an adapter."""
     plan = run.plan
-    merger = cast(Merger, plan.step("finetune").components["merger"].component)
-    floats, codes = plan.recipe.model.dtype, f"INT{_bits(run)}" if plan.quantized else ""
-    folders = [run["merge"].folder / "model"] if "merge" in run else [_base(run), run["search"].folder / "adapter"]
+    merger = plan.step("finetune").component(Merger)
+    floats, codes = plan.recipe.model.dtype, f"INT{_bits(run)}" if plan.adapter_base.quantized else ""
+    if "merge" in run:
+        folders = [run["merge"].folder / "model"]
+    else:
+        folders = [plan.adapter_base.model(run.inputs("search")), run["search"].folder / "adapter"]
     rows = {row["configuration"].partition(" ")[0]: row for row in run.report["rows"]}
     final = rows.get("merge") or rows.get("search") or {}
     return {
@@ -112,12 +115,6 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _bits(run: Run) -> int:
     return int((run.plan.source.quantization or run["quantize"].report)["bits"])
-
-
-def _base(run: Run) -> Path:
-    """The model under the adapters."""
-    base = run.plan.step("finetune").inputs.get("base")
-    return run[base].folder / "model" if base else run.plan.source.path
 
 
 def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
@@ -165,7 +162,6 @@ def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict
 
 def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]:
     """The finished model as it would be served."""
-    from sqft.stages.adapted import Base
     from sqft.tools import serving
     from sqft.utils.resources import peak_memory
 
@@ -174,8 +170,8 @@ def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]
     if "merge" in run:
         model = serving.merged_as_served(run.plan.spec(run["merge"].folder / "model"))
     else:
-        base = Base.of(run.plan, {role: run[name].folder for role, name in run.plan.step("finetune").inputs.items()})
-        model = serving.adapted_as_served(run.plan, base, run["finetune"].folder, run["search"].folder)
+        folders = run.inputs("finetune")
+        model = serving.adapted_as_served(run.plan, folders, run["finetune"].folder, run["search"].folder)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + GENERATED
     if (prompt := min(PROMPT, window - GENERATED)) < 1:
         raise StageError(f"a window of {window} tokens has no room for a prompt and {GENERATED} tokens after it")

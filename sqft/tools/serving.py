@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.loading import load_model, load_packed
 from sqft.modeling.loading.quantized import quantization_of
 from sqft.planning.plan import Plan
-from sqft.stages.adapted import Base, load_adapted_model
+from sqft.stages.adapted import load_adapted_model
 
 SERVED = torch.bfloat16
 
@@ -37,9 +38,9 @@ def merged_as_served(spec: ModelSpec) -> PreTrainedModel:
     return prepare_for_serving(model)
 
 
-def adapted_as_served(plan: Plan, base: Base, trained: Path, choice: Path) -> PreTrainedModel:
-    """A base with the chosen adapter beside it, which could not be merged."""
-    tuned = load_adapted_model(plan, base, trained, "cpu")
+def adapted_as_served(plan: Plan, folders: Mapping[str, Path], trained: Path, choice: Path) -> PreTrainedModel:
+    """The base, from the artifacts by role, with the chosen adapter beside it, which could not be merged."""
+    tuned = load_adapted_model(plan, folders, trained, "cpu")
     tuned.set_ranks(read_ranks(choice))
     return prepare_for_serving(tuned.model)
 

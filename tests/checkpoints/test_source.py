@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from sqft.checkpoints import source
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.safetensors import safetensors_header
 from sqft.checkpoints.source import find_model

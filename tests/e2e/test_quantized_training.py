@@ -117,8 +117,8 @@ def test_weights_before_and_after_quantization_are_not_in_memory_together(
         return loaded[-1], None
 
     monkeypatch.setattr(tuning, "load_model", counting)
-    base = tuning.Base.of(plan, {"base": done["quantize"].folder, "floats": done["sparsify"].folder})
-    tuned = tuning.build_adapted_model(plan, base, 0, "cpu")
+    folders = {"base": done["quantize"].folder, "floats": done["sparsify"].folder}
+    tuned = tuning.build_adapted_model(plan, folders, 0, "cpu")
     assert len(loaded) == 2
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in left if ".layers." in name}
     assert names == {

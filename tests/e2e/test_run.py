@@ -99,11 +99,12 @@ def test_an_unmerged_adapter_in_stock_peft(
         finished["search"].folder / "adapter",
         out,
     )
-    from sqft.stages.adapted import Base, RankConfig, load_adapted_model
+    from sqft.stages.adapted import load_adapted_model
+    from sqft.types import RankConfig
 
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(raw))
-    tuned = load_adapted_model(plan, Base(finished["sparsify"].folder / "model"), finished["finetune"].folder, "cpu")
+    tuned = load_adapted_model(plan, {"base": finished["sparsify"].folder}, finished["finetune"].folder, "cpu")
     tuned.set_ranks(RankConfig(tuple(json.loads((finished["search"].folder / "choice.json").read_text())["ranks"])))
     with torch.no_grad():
         expected = tuned.model(torch.arange(2, 40)[None]).logits

@@ -101,7 +101,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     from sqft.data.encoding import encode_all
     from sqft.data.records import read_records
     from sqft.modeling.evaluation import mean_loss
-    from sqft.stages.adapted import Base, load_adapted_model
+    from sqft.stages.adapted import load_adapted_model
     from sqft.utils.progress import silent
 
     raw = copy.deepcopy(raw)
@@ -110,7 +110,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     plan = orchestrator.plan(Recipe.parse(raw))
     sparse = orchestrator.store.find("sparsify", plan.step("sparsify").fingerprint)
     assert sparse is not None
-    tuned = load_adapted_model(plan, Base(folder=sparse.folder / "model"), folder, "cpu")
+    tuned = load_adapted_model(plan, {"base": sparse.folder}, folder, "cpu")
     examples = encode_all(read_records(Path(validation), 8), tuned.tokenizer, 256, "completion").examples
     assert mean_loss(tuned.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
 
