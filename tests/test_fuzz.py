@@ -253,7 +253,7 @@ def test_any_file_as_records(tmp_path: Path, content: bytes, limit: int | None) 
         assert str(file) in str(error)
     else:
         assert 0 < len(records) <= (limit or len(records))
-        assert all(isinstance(record, Record) and record.place.startswith(f"{file}:") for record in records)
+        assert all(isinstance(record, Record) and record.location.startswith(f"{file}:") for record in records)
 
 
 @examples(120)

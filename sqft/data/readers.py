@@ -1,4 +1,4 @@
-"""Rows of files and data sets: (place, row) pairs, where a row that cannot be had is the DataError that says why."""
+"""Rows of files and data sets: (location, row) pairs; a row that cannot be parsed is the DataError that says why."""
 
 from __future__ import annotations
 
@@ -18,50 +18,52 @@ from sqft.errors import DataError
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
-
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
 
-
 SUPPORTED = f".jsonl, .json, .csv and .txt, also compressed ({', '.join(COMPRESSED)}), .parquet and .arrow"
+"""The formats, as messages name them."""
+
+UNBOUNDED = 1 << 50
+"""A length longer than any split: where a slice in percent, or from the end, of such a split would end is far beyond
+the end of a slice in rows, so the two can be distinguished."""
+
+Rows = Iterator[tuple[str, Any]]
+"""Pairs of a location ("file:line", as messages name it) and a row, or the DataError that says why there is none."""
 
 
-MANY = 1 << 50
-"""More rows than any split has: a slice in percent, or from the end, of so many lies far beyond one in numbers."""
-
-
-def rows_of(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, or of a folder that is a data set; of `split`, which may be sliced as `datasets` does.
+def read_rows(path: Path, config: str | None, split: str) -> Rows:
+    """Read the rows of a file, or of a folder that is a data set; `split` may be sliced as `datasets` does it.
 
     Raises:
         DataError: when the file, the data set or the slice cannot be read at all.
     """
     if not is_sliced(split):
-        yield from _whole(path, config, split)
+        yield from _split(path, config, split)
         return
     instruction, names = _parsed(split)
     rows = {}
     for name in names:
-        parts = [part for part in instruction.to_absolute(dict.fromkeys(names, MANY)) if part.splitname == name]
+        parts = [part for part in instruction.to_absolute(dict.fromkeys(names, UNBOUNDED)) if part.splitname == name]
         last = max(end for part in parts for end in (part.from_, part.to))
-        rows[name] = list(islice(_whole(path, config, name), last if last < MANY // 1000 else None))
+        rows[name] = list(islice(_split(path, config, name), last if last < UNBOUNDED // 1000 else None))
     try:
-        absolute = instruction.to_absolute({name: len(found) for name, found in rows.items()})
-    except ValueError as error:  # a rounding that needs 100 rows
-        raise DataError(f"{path}: '{split}' cannot be taken: {error}") from None
+        absolute = instruction.to_absolute({name: len(read) for name, read in rows.items()})
+    except ValueError as error:  # rounding "pct1_dropremainder" needs 100 rows
+        raise DataError(f"{path}: the slice '{split}' cannot be taken: {error}") from None
     for part in absolute:
         yield from rows[part.splitname][part.from_ : part.to]
 
 
 def is_sliced(split: str) -> bool:
-    """Whether a split is an expression over splits ("train[:10%]+test") and not the name of one."""
+    """Return whether a split is an expression over splits ("train[:10%]+test") rather than the name of one."""
     return any(mark in split for mark in "[]+(")
 
 
 def split_names(split: str) -> set[str]:
-    """The splits that `split` takes rows of.
+    """Return the names of the splits that `split` takes rows of.
 
     Raises:
-        DataError: when it is nothing that `datasets` knows.
+        DataError: when `datasets` cannot parse it.
     """
     return _parsed(split)[1] if is_sliced(split) else {split}
 
@@ -72,17 +74,19 @@ def _parsed(split: str) -> tuple[Any, set[str]]:
     try:
         instruction = ReadInstruction.from_spec(split)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{error}; write as datasets does: train[:100], train[10%:20%], train[-50:]+test") from None
+        raise DataError(
+            f"{error}; write slices as datasets does: train[:100], train[10%:20%], train[-50:]+test"
+        ) from None
     return instruction, {part.partition("[")[0].strip() for part in split.split("+")}
 
 
 def suffix_of(path: Path) -> str:
-    """What names a file's format: of a compressed one, of what is in it."""
+    """Return the suffix that determines a file's format, ignoring compression: ".jsonl" of "a.jsonl.gz"."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def text_of(path: Path) -> str:
-    """A file's whole text, decompressed.
+def read_text(path: Path) -> str:
+    """Return all text of a file, decompressed.
 
     Raises:
         DataError: when it cannot be read as UTF-8 text.
@@ -103,10 +107,11 @@ def _text(path: Path, newline: str | None = None) -> TextIOWrapper:
     return TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
 
 
-def _whole(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _split(path: Path, config: str | None, split: str) -> Rows:
+    """Read all rows of one split by its name; of a file, all rows."""
     if path.is_dir():
-        saved = _saved(path, split)
-        yield from _shards(saved) if saved else _data_set(path, config, split)
+        saved = _saved_to_disk(path, split)
+        yield from _shards(saved) if saved else _loaded_by_datasets(path, config, split)
         return
     readers = {
         ".jsonl": _json_lines,
@@ -122,21 +127,24 @@ def _whole(path: Path, config: str | None, split: str) -> Iterator[tuple[str, An
         raise DataError(f"{path} cannot be decompressed: {error}") from None
 
 
-def _unknown(path: Path) -> Iterator[tuple[str, Any]]:
-    """A file that may be JSON Lines: its first line must be."""
-    for number, (place, row) in enumerate(_json_lines(path)):
+def _unknown(path: Path) -> Rows:
+    """Read a file of another suffix as JSON Lines, if its first line is JSON."""
+    for number, (location, row) in enumerate(_json_lines(path)):
         if number == 0 and isinstance(row, DataError):
-            raise DataError(f"{path} is of no format that is known by name ({SUPPORTED}), nor JSON Lines: {row}")
-        yield place, row
+            raise DataError(f"{path} has no supported suffix ({SUPPORTED}), and is not JSON Lines either: {row}")
+        yield location, row
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line a text, but for blank ones. JSON Lines by this name are refused: nobody means to learn their braces."""
+def _lines(path: Path) -> Rows:
+    """Read each line that is not blank as a {text}; refuse JSON Lines, which would be trained on as raw JSON text."""
     with _text(path) as stream:
         try:
             for number, line in enumerate(stream, 1):
                 if number == 1 and _is_object(line):
-                    raise DataError(f"{path} holds JSON objects, and each line of a .txt is a text; name it .jsonl")
+                    raise DataError(
+                        f"{path} holds JSON objects, but each line of a .txt file is read as plain text; "
+                        "rename it to .jsonl"
+                    )
                 if line.strip():
                     yield f"{path}:{number}", {"text": line.rstrip("\n")}
         except UnicodeDecodeError as error:
@@ -150,7 +158,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path) -> Rows:
     with _bytes(path) as stream:  # bytes: their lines end at "\n" alone, and JSON may hold U+2028 or U+0085
         for number, line in enumerate(stream, 1):
             try:
@@ -163,8 +171,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", DataError(f"not valid JSON: {error}")
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of objects in one file; a file that is JSON Lines by another name is read as such."""
+def _json(path: Path) -> Rows:
+    """Read a list of objects; a file that holds JSON Lines instead is read as such."""
     with _bytes(path) as stream:
         content = stream.read()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -178,27 +186,24 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, record {number}", row
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path) -> Rows:
     with _text(path, newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             for row in reader:
-                place = f"{path}:{reader.line_num}"
+                location = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    heads = len(reader.fieldnames or ())
-                    yield (
-                        place,
-                        DataError(f"the row has {'more' if None in row else 'fewer'} cells than its {heads} heads"),
-                    )
+                    columns, amount = len(reader.fieldnames or ()), "more" if None in row else "fewer"
+                    yield location, DataError(f"the row has {amount} cells than the header, which has {columns}")
                 else:
-                    yield place, row
+                    yield location, row
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Rows:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -210,10 +215,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is not a complete Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
+def _arrow(path: Path) -> Rows:
     import pyarrow
     from pyarrow import ipc
 
@@ -231,33 +236,37 @@ def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no whole Arrow file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is not a complete Arrow file: {str(error).splitlines()[0]}") from None
 
 
-def _saved(path: Path, split: str) -> Path | None:
-    """Where a split lies that `save_to_disk` wrote, which `load_dataset` refuses to read; None of other folders."""
+def _saved_to_disk(path: Path, split: str) -> Path | None:
+    """Return the folder of a split that `save_to_disk` wrote, which `load_dataset` cannot read; None if none did.
+
+    Raises:
+        DataError: when the data set has no such split.
+    """
     if (path / "dataset_dict.json").is_file():
         if not (path / split / "state.json").is_file():
             has = ", ".join(sorted(state.parent.name for state in path.glob("*/state.json"))) or "none"
-            raise DataError(f"{path} has no split '{split}'; it has {has}")
+            raise DataError(f"{path} has no split '{split}'; its splits: {has}")
         return path / split
     if not (path / "state.json").is_file():
         return None
     if split != "train":
-        raise DataError(f"{path} was saved as one data set, and has no split but 'train', whole or sliced")
+        raise DataError(f"{path} was saved as a single data set: its only split is 'train', which may be sliced")
     return path
 
 
-def _shards(folder: Path) -> Iterator[tuple[str, Any]]:
+def _shards(folder: Path) -> Rows:
     try:
         names = [Path(file["filename"]).name for file in json.loads((folder / "state.json").read_text())["_data_files"]]
     except (ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{folder / 'state.json'} names no files: {error}; save the data set again") from None
+        raise DataError(f"{folder / 'state.json'} does not list data files: {error}; save the data set again") from None
     for name in names:
         yield from _arrow(folder / name)
 
 
-def _data_set(path: Path, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _loaded_by_datasets(path: Path, config: str | None, split: str) -> Rows:
     import datasets
 
     datasets.disable_progress_bars()
@@ -267,8 +276,8 @@ def _data_set(path: Path, config: str | None, split: str) -> Iterator[tuple[str,
         for number, row in enumerate(rows, 1):
             if not lines or row["text"].strip():
                 yield f"{path.name} {split}, row {number}", row
-    except Exception as error:  # its builders raise anything
+    except Exception as error:  # the builders of `datasets` raise any class
         if not any(suffix_of(file) in SUFFIXES and file.is_file() for file in path.rglob("*")):
-            raise DataError(f"{path} holds no file that is read as data: {SUPPORTED}") from None
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: datasets cannot read split '{split}' of config '{config}': {said}") from None
+            raise DataError(f"{path} has no data file; supported formats: {SUPPORTED}") from None
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: datasets cannot read split '{split}' of config '{config}': {cause}") from None

@@ -1,4 +1,4 @@
-"""Records in: files of rows or a Hugging Face data set, each row a prompt and completion, a conversation or a text."""
+"""Files of rows and Hugging Face data sets become records: a prompt and completion, a conversation, or a text."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from sqft.data.readers import is_sliced, rows_of
+from sqft.data.readers import is_sliced, read_rows
 from sqft.data.templates import INSTRUCTION, Template, render
 from sqft.errors import DataError
 
 SHAPES = "'prompt' and 'completion', or 'messages', or 'instruction' and 'output', or 'text'"
+"""The fields of a record, as messages name them."""
+
 SURROGATE = re.compile("[\ud800-\udfff]")
-WRONG = 5
-"""How many bad records a message names."""
+"""Half of a surrogate pair, which JSON can spell and no tokenizer can encode."""
+
+MAX_REPORTED = 5
+"""The most bad records that one message names."""
 
 
 class Record(dict[str, Any]):
-    """A record of a file; `place` is the file and the line or row it came from."""
+    """A record; `location` is the file and the line or row that it was read from, as messages name it."""
 
-    place: str
+    location: str
 
 
-class HowToRead(Protocol):
-    """What a recipe says of a data set; all but `path`, which has been found by then."""
+class ReadOptions(Protocol):
+    """How to read a data set, as a recipe's data section states it."""
 
     @property
     def limit(self) -> int | None: ...
@@ -39,9 +43,9 @@ class HowToRead(Protocol):
     def split(self) -> str: ...
 
 
-def records_of(path: Path, how: HowToRead) -> list[Record]:
-    """The records of a data set as a recipe wants them read. See `read_records`."""
-    return read_records(path, how.limit, how.prompt, how.config, how.split)
+def records_of(path: Path, options: ReadOptions) -> list[Record]:
+    """Read the records of a data set with a recipe's options. See `read_records`."""
+    return read_records(path, options.limit, options.prompt, options.config, options.split)
 
 
 def read_records(
@@ -51,41 +55,45 @@ def read_records(
     config: str | None = None,
     split: str = "train",
 ) -> list[Record]:
-    """The records of a file, each a `Record`; nothing after the first `limit` is read.
+    """Read the records of a file or data set.
 
-    `template` makes prompt and completion of a row's fields. A folder is a data set as `datasets` reads it, of which
-    `config` and `split` are taken; a file has the split "train" alone. A file of no known suffix is JSON Lines.
+    Args:
+        path: A file, or a folder that `datasets` can load. A file without a known suffix is read as JSON Lines.
+        limit: Read no row after the first `limit`.
+        template: Makes prompt and completion of a row's fields.
+        config: Which configuration of a folder's data set to read.
+        split: Which split of a folder's data set to read, possibly sliced; a file has the split "train" alone.
 
     Raises:
         DataError: naming the file and the first bad rows, or saying that there is no record.
     """
     records: list[Record] = []
-    wrong: list[str] = []
+    mistakes: list[str] = []
     try:
-        for place, row in islice(rows_of(path, config, split), limit):
+        for location, row in islice(read_rows(path, config, split), limit):
             try:
-                records.append(_record(row, place, template))
+                records.append(_record(row, location, template))
             except DataError as error:
-                wrong.append(f"{place}: {error}")
+                mistakes.append(f"{location}: {error}")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    if wrong:
-        more = f"\n… and {len(wrong) - WRONG} more" if len(wrong) > WRONG else ""
-        raise DataError("\n".join(wrong[:WRONG]) + more)
+    if mistakes:
+        more = f"\n… and {len(mistakes) - MAX_REPORTED} more" if len(mistakes) > MAX_REPORTED else ""
+        raise DataError("\n".join(mistakes[:MAX_REPORTED]) + more)
     if not records:
         where = f"{path}, split '{split}'," if is_sliced(split) else str(path)
-        raise DataError(f"{where} holds no record; expected {SHAPES} in each")
+        raise DataError(f"{where} has no records; expected records with {SHAPES}")
     return records
 
 
 def split_off(records: Sequence[Record], fraction: float, seed: object) -> tuple[list[Record], list[Record]]:
-    """The records without about a `fraction` of them, and those, both in their order; at least one each.
+    """Split records into those to train on and about a `fraction` held out; at least one each, in their order.
 
-    Whether a record is held out is drawn from `seed` and its number alone: a file that is read twice, with another
-    template or limit, holds out the same ones.
+    Whether a record is held out depends on `seed` and its index alone: a file that is read again, with another
+    template or limit, holds out the same records. With a `fraction` of 0 none is held out.
 
     Raises:
-        DataError: when there are fewer than two.
+        DataError: when there are fewer than two records.
     """
     if not fraction:
         return list(records), []
@@ -102,28 +110,28 @@ def split_off(records: Sequence[Record], fraction: float, seed: object) -> tuple
 
 
 def repeated(records: Sequence[Record], weight: float, rng: Random) -> list[Record]:
-    """Each record `weight` times; of a broken number, a drawn part of them comes once more.
+    """Repeat each record `weight` times; for a fractional weight, a random subset is repeated once more.
 
     Raises:
-        DataError: when that is none at all.
+        DataError: when not a single record would be left.
     """
-    whole, part = divmod(weight, 1)
-    extra = sorted(rng.sample(range(len(records)), round(part * len(records))))
-    if not (whole or extra):
-        raise DataError(f"a weight of {weight:g} draws none of its {len(records)} records; raise it, or leave them out")
-    return [*list(records) * int(whole), *(records[index] for index in extra)]
+    times, fraction = divmod(weight, 1)
+    extra = sorted(rng.sample(range(len(records)), round(fraction * len(records))))
+    if not (times or extra):
+        raise DataError(f"a weight of {weight:g} selects none of {len(records)} records; raise it, or remove this data")
+    return [*list(records) * int(times), *(records[index] for index in extra)]
 
 
 @contextmanager
-def named(record: dict[str, Any], number: int) -> Iterator[None]:
-    """A DataError raised inside says whose it is: the record's file and line, else its number."""
+def locate_errors(record: dict[str, Any], number: int) -> Iterator[None]:
+    """Prefix a DataError raised inside with the record's location, or else its number."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{getattr(record, 'place', f'record {number}')}: {error}") from None
+        raise DataError(f"{getattr(record, 'location', f'record {number}')}: {error}") from None
 
 
-def _record(row: Any, place: str, template: Template | None) -> Record:
+def _record(row: Any, location: str, template: Template | None) -> Record:
     if isinstance(row, DataError):
         raise row
     if isinstance(row, dict) and template is None and "instruction" in row and not row.keys() & {"prompt", "messages"}:
@@ -133,30 +141,30 @@ def _record(row: Any, place: str, template: Template | None) -> Record:
     if mistake := _mistake(row):
         raise DataError(mistake)
     record = Record(row)
-    record.place = place
+    record.location = location
     return record
 
 
 def _mistake(record: Any) -> str | None:
+    """Return what is wrong with a record; None when nothing is."""
     if not isinstance(record, dict):
         return f"expected a JSON object with {SHAPES}, found {type(record).__name__}"
     if "messages" in record:
         messages = record["messages"]
-        whole = isinstance(messages, list) and all(
+        valid = isinstance(messages, list) and all(
             isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
         )
-        if not whole or not any(m["role"] == "assistant" for m in messages):
+        if not valid or not any(m["role"] == "assistant" for m in messages):
             return "'messages' must be a list of {role, content} with at least one assistant turn"
         return None
     keys = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
     for key in keys:
         if not _is_text(record.get(key)):
-            has = ", ".join(f"'{name}'" for name in record) or "nothing"
-            what = "not text" if key in record else f"missing; it has {has}: a prompt template may fit them"
+            has = ", ".join(f"'{name}'" for name in record) or "no fields"
+            what = "not text" if key in record else f"missing; the record has {has}; a prompt template can map them"
             return f"expected {SHAPES}; '{key}' is {what}"
     return None
 
 
 def _is_text(value: Any) -> bool:
-    """A string that can be tokenized: JSON can also spell half of a surrogate pair."""
     return isinstance(value, str) and not SURROGATE.search(value)

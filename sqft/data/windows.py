@@ -2,58 +2,70 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqft.data.encoding import encode
-from sqft.data.readers import SUFFIXES, suffix_of, text_of
-from sqft.data.records import named, read_records
+from sqft.data.encoding import Tokenization
+from sqft.data.readers import SUFFIXES, read_text, suffix_of
+from sqft.data.records import locate_errors, read_records
 from sqft.errors import DataError
 
 
 def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
-    """`samples` windows [samples, length] that do not overlap, drawn from a file by `seed`.
+    """Draw windows of a file's tokens that do not overlap.
 
-    A .jsonl, .json, .csv, .parquet or .arrow file holds records, anything else is plain text. Documents follow one
-    another with an end-of-sequence token between.
+    Args:
+        path: A file of records (.jsonl, .json, .csv, .parquet, .arrow), whose documents are joined, each followed by
+            an end-of-sequence token; any other file is plain text.
+        tokenizer: The model's.
+        samples: The number of windows.
+        length: Tokens in a window.
+        seed: Decides which windows are drawn; the global generator is not used.
+
+    Returns:
+        Token ids, int64 [samples, length].
 
     Raises:
         DataError: when the file is too short, saying how many windows it holds.
     """
     stream = torch.tensor(_stream(path, tokenizer))
-    there = len(stream) // length
-    if there < samples:
+    available = len(stream) // length
+    if available < samples:
         raise DataError(
             f"{path} has {len(stream)} tokens, and {samples} windows of {length} need {samples * length}; "
-            + (f"set calibration.samples to at most {there}, " if there else "")
+            + (f"set calibration.samples to at most {available}, " if available else "")
             + "shorten calibration.length, or give more text"
         )
-    picks = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:samples]
-    return stream[: there * length].reshape(there, length)[picks]
+    picks = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    return stream[: available * length].reshape(available, length)[picks]  # [samples, length]
 
 
 def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) -> list[Tensor]:
-    """A text as windows of at most `length` tokens that do not overlap; a last one of under 2 is dropped.
+    """Split the first `tokens` tokens of a text into windows [at most `length`] that do not overlap.
+
+    A last window of fewer than 2 tokens is dropped.
 
     Raises:
-        DataError: when there are not 2 tokens.
+        DataError: when there are fewer than 2 tokens.
     """
     stream = torch.tensor(_stream(path, tokenizer)[:tokens])
     windows = [window for window in torch.split(stream, length) if len(window) >= 2]
     if not windows:
-        raise DataError(f"{path} has fewer than 2 tokens, so its perplexity cannot be taken")
+        raise DataError(f"{path} has fewer than 2 tokens, so its perplexity cannot be computed; give more text")
     return windows
 
 
 def _stream(path: Path, tokenizer: Any) -> list[int]:
     if suffix_of(path) in SUFFIXES and suffix_of(path) != ".txt":
+        tokenization = Tokenization(tokenizer, sys.maxsize, "all")
         stream: list[int] = []
         for number, record in enumerate(read_records(path), 1):
-            with named(record, number):
-                for piece in encode(record, tokenizer, 1 << 30, "all")[0]:
+            with locate_errors(record, number):
+                for piece in tokenization.encode_record(record)[0]:
                     stream += piece.input_ids
         return stream
-    return list(tokenizer(text_of(path), verbose=False)["input_ids"])
+    return list(tokenizer(read_text(path), verbose=False)["input_ids"])

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from sqft.data.answers import Answer, extract_answer
 from sqft.data.collators import Collator
-from sqft.data.encoding import IGNORED, Answer, Example, answer_of, cut_to, prompts_of
+from sqft.data.encoding import IGNORED, Example, encode_prompts, truncate_prompts
 from sqft.errors import StageError
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import Track
@@ -68,7 +69,7 @@ def exact_match(
         StageError: when no prompt would leave room, or logits are not finite.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    prompts, long = cut_to(window, max_new_tokens, prompts_of(records, tokenizer))
+    prompts, long = truncate_prompts(encode_prompts(records, tokenizer), window, max_new_tokens)
     if long:
         log.warning(
             "%d of %d prompts were cut at the left to %d tokens: the window is %d",
@@ -96,8 +97,8 @@ def exact_match(
             for index, tokens in zip(batch, output[:, longest:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                wanted = answer_of(prompts[index][1], answer)
-                outcomes[index] = wanted != "" and answer_of(text, answer) == wanted
+                wanted = extract_answer(prompts[index][1], answer)
+                outcomes[index] = wanted != "" and extract_answer(text, answer) == wanted
     n, correct = len(outcomes), sum(outcomes)
     p = correct / n
     error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
@@ -120,8 +121,7 @@ def summed_loss(
     starts = range(0, len(examples), batch_size)
     with eval_mode(loss):
         for start in track(starts, "loss", len(starts)):
-            rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples[start : start + batch_size]]
-            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+            batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
             total += loss(**batch, num_items_in_batch=1)["loss"].item()
             labels += int((batch["labels"] != IGNORED).sum())
     return total, labels

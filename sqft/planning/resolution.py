@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.source import find_model
 from sqft.components.registry import Registry
-from sqft.data.encoding import Answer, answer_of, completion_of
+from sqft.data.answers import Answer, completion_of, extract_answer
 from sqft.data.hub import hub_data
 from sqft.data.readers import SUFFIXES, split_names, suffix_of
 from sqft.data.records import records_of
@@ -111,9 +111,9 @@ class Resolver:
             return path
         try:
             for record in records_of(path, data):
-                if answer and not answer_of(completion_of(record), answer):
+                if answer and not extract_answer(completion_of(record), answer):
                     what = "completion" if answer == "text" else "number in the completion"
-                    raise DataError(f"{record.place}: there is no {what} to compare with")
+                    raise DataError(f"{record.location}: there is no {what} to compare with")
         except DataError as error:
             self._problem(f"{place}.path", str(error).replace("\n", "\n    "))
         return path

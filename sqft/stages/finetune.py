@@ -6,6 +6,7 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
 from sqft.data.collators import Collator, PackingCollator, pack
-from sqft.data.encoding import Encoded, Example, encode_all
+from sqft.data.encoding import Encoded, Example, Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.statistics import bit_sum
@@ -116,7 +117,7 @@ def _verify(inputs: StageInputs) -> None:
 def _encode(inputs: StageInputs, tuned: AdaptedModel, name: str, records: list[Record]) -> Encoded:
     """Records as tokens."""
     section = inputs.section(Finetune)
-    encoded = encode_all(records, tuned.tokenizer, section.max_length, section.loss_on)
+    encoded = Tokenization(tuned.tokenizer, section.max_length, section.loss_on).encode(records)
     if encoded.truncated:
         log.warning(
             "finetune.%s: %d of %d examples were cut to %d tokens",
@@ -127,7 +128,7 @@ def _encode(inputs: StageInputs, tuned: AdaptedModel, name: str, records: list[R
 
 def _rows(
     inputs: StageInputs, tuned: AdaptedModel, examples: list[Example]
-) -> tuple[list[dict[str, Any]], Collator | PackingCollator]:
+) -> tuple[Sequence[Any], Collator | PackingCollator]:
     """What Trainer draws from, and how a batch is made of it.
 
     Raises:
@@ -135,20 +136,20 @@ def _rows(
     """
     section, pad = inputs.section(Finetune), tuned.tokenizer.pad_token_id
     if not section.packing:
-        return [{"input_ids": e.input_ids, "labels": e.labels} for e in examples], Collator(pad)
+        return examples, Collator(pad)
     if sees_across(tuned.model):
         kind = type(tuned.model).__name__
         raise StageError(f"finetune.packing: examples in one row of {kind} would see one another; set it to false")
     rows = pack(examples, section.max_length)
     log.info("%d examples in %d rows of %d tokens", len(examples), len(rows), section.max_length)
-    return [{"examples": row} for row in rows], PackingCollator(pad)
+    return rows, PackingCollator(pad)
 
 
 def _train(
     inputs: StageInputs,
     tuned: AdaptedModel,
     model: CompletionLoss,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Any],
     collator: Collator | PackingCollator,
     validation: list[Example] | None,
     progress: _Progress,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.components.kinds import Merger
-from sqft.data.encoding import encode_all
+from sqft.data.encoding import Tokenization
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
 from sqft.modeling.adapters.adapted_model import AdaptedModel
@@ -179,7 +179,8 @@ def _logits_apart(inputs: StageInputs, tuned: AdaptedModel) -> float:
     else:
         training, held = inputs.data.training_records()
         records = held or training
-    examples = encode_all(records[:COMPARED], tuned.tokenizer, section.max_length, section.loss_on).examples
+    tokenization = Tokenization(tuned.tokenizer, section.max_length, section.loss_on)
+    examples = tokenization.encode(records[:COMPARED]).examples
     merged, _ = load_model(inputs.plan.spec(inputs.scratch / "model"))
     gaps, sizes = [0.0], [0.0]
     for example in examples:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sqft.components import checks
 from sqft.components.kinds import Merger, Searcher
-from sqft.data.encoding import encode_all
+from sqft.data.encoding import Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
@@ -131,7 +131,7 @@ class CachedEvaluator:
                 value = float(result["accuracy"])
             else:
                 tuning = cast(Finetune, self.inputs.plan.step("finetune").section)
-                encoded = encode_all(records, tokenizer, tuning.max_length, tuning.loss_on)
+                encoded = Tokenization(tokenizer, tuning.max_length, tuning.loss_on).encode(records)
                 pad = cast(int, tokenizer.pad_token_id)
                 value = -mean_loss(model, encoded.examples, section.batch_size, pad, silent)
         if not math.isfinite(value):

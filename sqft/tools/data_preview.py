@@ -11,7 +11,7 @@ from typing import Any
 
 from sqft.components.kinds import Searcher
 from sqft.data.collators import pack
-from sqft.data.encoding import IGNORED, Encoded, Example, cut_to, encode_all, prompts_of
+from sqft.data.encoding import IGNORED, Encoded, Example, Tokenization, encode_prompts, truncate_prompts
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import SqftError
@@ -156,7 +156,7 @@ class _PreviewBuilder:
 
     def _asked(self, place: str, records: Sequence[Record], section: Search | ExactMatch) -> Preview:
         window = self.plan.source.size("max_position_embeddings") or 1 << 30
-        prompts, cut = cut_to(window, section.max_new_tokens, prompts_of(records, self.tokenizer))
+        prompts, cut = truncate_prompts(encode_prompts(records, self.tokenizer), window, section.max_new_tokens)
         shown = [
             [Piece(self.tokenizer.decode(ids), False), Piece(wanted, True)] for ids, wanted in prompts[: self.count]
         ]
@@ -174,7 +174,7 @@ class _PreviewBuilder:
         return [record for _, held in self.training_sets().values() for record in held]
 
     def _encoded(self, records: Sequence[Record]) -> Encoded:
-        return encode_all(records, self.tokenizer, self.tuning.max_length, self.tuning.loss_on)
+        return Tokenization(self.tokenizer, self.tuning.max_length, self.tuning.loss_on).encode(records)
 
     def _facts(self, encoded: Encoded, rows: bool = False) -> dict[str, str]:
         facts = {

@@ -267,7 +267,7 @@ THE_DATA: list[tuple[str, Change, str]] = [
     ("no file", put("finetune.data", "none.jsonl"), "finetune.data.path: there is no file|none.jsonl"),
     ("a folder", lambda c: put("finetune.data", str(c.folder))(c), "finetune.data.path: |'text' is missing"),
     ("empty", data("finetune.data", ""), "finetune.data.path: |bad.jsonl is empty"),
-    ("blank lines", data("finetune.data", "\n\n \n"), "bad.jsonl holds no record; expected"),
+    ("blank lines", data("finetune.data", "\n\n \n"), "bad.jsonl has no records; expected"),
     ("a record without its completion", data("finetune.data", GOOD + '{"prompt": "1"}'), "bad.jsonl:2: expected |'completion' is missing"),
     ("a record that is a list", data("finetune.data", GOOD + "[1]"), "bad.jsonl:2: expected a JSON object|found list"),
     ("fields of other names", data("finetune.data", '{"question": "a", "answer": "b"}'), "bad.jsonl:1: expected 'prompt' and 'completion'"),
@@ -346,9 +346,9 @@ THE_MODEL: list[tuple[str, Change, str]] = [
     ("a tokenizer of another kind", all_of(FAST, model_file("tokenizer.json", "{}")), "transformers cannot load the tokenizer of"),
     ("a tokenizer larger than the vocabulary", all_of(FAST, settings("config.json", vocab_size=200), weights(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:200].clone()}))), "the tokenizer knows 257 tokens, and the model 200"),
     ("a tokenizer without an end", all_of(only("sparsify", "calibration", "finetune"), NO_EOS), "transformers cannot load the tokenizer of|it has no end of sequence; name its eos_token in tokenizer_config.json"),
-    ("a chat template that is broken", all_of(MEASURED, put("evaluate.of", ["model"]), model_file("chat_template.jinja", "{% for %}"), data("evaluate.exact_match.data", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')), "bad.jsonl:1: the chat template refuses the conversation"),
+    ("a chat template that is broken", all_of(MEASURED, put("evaluate.of", ["model"]), model_file("chat_template.jinja", "{% for %}"), data("evaluate.exact_match.data", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')), "bad.jsonl:1: the chat template rejects the conversation"),
     ("a chat template that is missing", all_of(MEASURED, put("evaluate.of", ["model"]), model_file("chat_template.jinja", None), data("evaluate.exact_match.data", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')), "bad.jsonl:1: the model's tokenizer has no chat template"),
-    ("a chat template that says no", all_of(MEASURED, put("evaluate.of", ["model"]), model_file("chat_template.jinja", "{{ raise_exception('no system') }}"), data("evaluate.exact_match.data", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')), "the chat template refuses the conversation: no system"),
+    ("a chat template that says no", all_of(MEASURED, put("evaluate.of", ["model"]), model_file("chat_template.jinja", "{{ raise_exception('no system') }}"), data("evaluate.exact_match.data", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')), "the chat template rejects the conversation: no system"),
 ]  # fmt: skip
 
 

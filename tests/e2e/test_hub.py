@@ -184,7 +184,7 @@ def test_what_files_of_a_data_set_are_fetched(
         [*command, "--store", str(tmp_path / "store")], env=environment, capture_output=True, text=True
     )
     if shown is None:
-        assert done.returncode == 2 and "holds no file that is read as data: .jsonl, .json" in done.stderr
+        assert done.returncode == 2 and "has no data file; supported formats: .jsonl, .json" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     (preview,) = json.loads(done.stdout)

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft.data.collators import Collator
-from sqft.data.encoding import encode_all
+from sqft.data.encoding import Tokenization
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import DataError, StageError
@@ -97,14 +97,14 @@ def test_a_prompt_beyond_the_window_is_cut_at_the_left(
     for records in ([long, *SUMS], [cut, *SUMS]):
         assert exact_match(model, tokenizer, records, "text", 4, 2, silent)["samples"] == 7
     assert caplog.messages == ["1 of 7 prompts were cut at the left to 20 tokens: the window is 24"]
-    with pytest.raises(StageError, match="max_new_tokens of 24 leave no room for a prompt in a window of 24"):
+    with pytest.raises(DataError, match=r"max_new_tokens 24 leaves no room .* window is 24 tokens"):
         exact_match(model, tokenizer, SUMS, "text", 24, 2, silent)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str, batch_size: int) -> None:
-    examples = encode_all(SUMS, tokenizer, 32, loss_on).examples
+    examples = Tokenization(tokenizer, 32, loss_on).encode(SUMS).examples
     total, count = 0.0, 0
     for example in examples:
         logits = model(torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
@@ -112,7 +112,7 @@ def test_mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
             if label != -100:
                 total, count = total - logits[position, label].item(), count + 1
     assert mean_loss(model, examples, batch_size, 1, silent) == pytest.approx(total / count, rel=1e-5)
-    batch = Collator(1)([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+    batch = Collator(1)(examples)
     assert CompletionLoss(model)(**batch)["loss"].item() == pytest.approx(total / count, rel=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_generation_is_plain_greedy_and_ends_where_the_model_says(
 
 def test_a_record_without_a_completion_is_named(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     record = Record(text="a")
-    record.place = "test.jsonl:7"
+    record.location = "test.jsonl:7"
     with pytest.raises(DataError, match=r"test\.jsonl:7: a {text} record"):
         exact_match(model, tokenizer, [*SUMS, record], "text", 5, 2, silent)
 
@@ -199,7 +199,7 @@ def test_a_record_without_a_completion_is_named(model: LlamaForCausalLM, tokeniz
 MEASURES: list[Callable[[LlamaForCausalLM, PreTrainedTokenizerFast], object]] = [
     lambda model, tokenizer: perplexity(model, [torch.arange(2, 20)], silent),
     lambda model, tokenizer: exact_match(model, tokenizer, SUMS, "text", 2, 4, silent),
-    lambda model, tokenizer: mean_loss(model, encode_all(SUMS, tokenizer, 32, "all").examples, 4, 1, silent),
+    lambda model, tokenizer: mean_loss(model, Tokenization(tokenizer, 32, "all").encode(SUMS).examples, 4, 1, silent),
 ]
 
 

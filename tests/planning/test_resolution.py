@@ -39,7 +39,7 @@ def test_a_wrong_slice_is_one_problem(raw: dict[str, Any], tmp_path: Path) -> No
     raw["search"]["data"] = {"path": "owner/never-fetched", "split": "test[a:]"}
     (first, said), (second, _) = problems(raw, tmp_path)
     assert (first, second) == ("finetune.data.1.split", "search.data.split")
-    assert said.startswith("Unrecognized instruction format: train[:10; write as datasets does: train[:100]")
+    assert said.startswith("Unrecognized instruction format: train[:10; write slices as datasets does: train[:100]")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_wrong_slice_is_one_problem(raw: dict[str, Any], tmp_path: Path) -> No
         ({"split": "test"}, "finetune.data.split", "one file has no split but 'train', whole or sliced"),
         ({"split": "train[:5]+test"}, "finetune.data.split", "one file has no split but 'train', whole or sliced"),
         ({"config": "main"}, "finetune.data.path", "is one file, and has no config"),
-        ({"split": "train[70:]"}, "finetune.data.path", "split 'train[70:]', holds no record"),
+        ({"split": "train[70:]"}, "finetune.data.path", "split 'train[70:]', has no records"),
     ],
 )
 def test_what_one_file_does_not_have(

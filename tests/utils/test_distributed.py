@@ -57,7 +57,7 @@ def test_the_first_to_fail_speaks_and_nobody_waits_for_it(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("count", "examples"), [(2, 5), (3, 2), (1, 4)])
 def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -> None:
-    rows = [{"input_ids": [n, n], "labels": [IGNORED, n]} for n in range(examples)]
+    rows = [Example((n, n), (IGNORED, n)) for n in range(examples)]
     seen: list[int] = []
     for rank in range(count):
         batch = RankShardCollator(Collator(0), Processes(rank, count))(rows)
@@ -66,7 +66,7 @@ def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -
 
 
 def test_each_packed_row_belongs_to_one_process() -> None:
-    rows = [{"examples": [Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))]} for n in (7, 8)]
+    rows = [[Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))] for n in (7, 8)]
     batches = [RankShardCollator(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
     assert [batch["labels"].tolist() for batch in batches] == [
         [[IGNORED, 7, IGNORED, 7]],

@@ -27,7 +27,7 @@ from sqft.utils.progress import silent
 BEST = "best.safetensors"
 
 
-Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class DeltaTrainer(Trainer):
@@ -124,7 +124,7 @@ class RankShardCollator:
     def __init__(self, collate: Collate, processes: Processes) -> None:
         self.collate, self.processes = collate, processes
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         own = examples[self.processes.rank :: self.processes.count]
         batch = self.collate(own or examples[:1])
         if not own:

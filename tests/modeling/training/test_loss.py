@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from sqft.data.collators import Collator, PackingCollator, pack
-from sqft.data.encoding import IGNORED, encode_all
+from sqft.data.encoding import IGNORED, Tokenization
 from sqft.errors import StageError
 from sqft.modeling.training.loss import CompletionLoss, sees_across
 
@@ -21,8 +21,8 @@ SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) 
 def batch_of(
     records: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, loss_on: str = "completion"
 ) -> dict[str, Tensor]:
-    examples = encode_all(records, tokenizer, 32, loss_on).examples
-    return Collator(1)([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+    examples = Tokenization(tokenizer, 32, loss_on).encode(records).examples
+    return Collator(1)(examples)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -144,14 +144,13 @@ def test_trainer_weighs_every_label_that_has_a_prediction(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loss_on: str
 ) -> None:
     """Trainer's own count is the divisor: a label in a row's first place would make every step too small."""
-    examples = encode_all(SUMS, tokenizer, 32, loss_on).examples
+    examples = Tokenization(tokenizer, 32, loss_on).encode(SUMS).examples
     arguments = TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=3, logging_steps=1,
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples]
-    expected = CompletionLoss(model)(**Collator(1)(rows))["loss"].item()
-    trainer = Trainer(CompletionLoss(model), arguments, train_dataset=rows, data_collator=Collator(1))
+    expected = CompletionLoss(model)(**Collator(1)(examples))["loss"].item()
+    trainer = Trainer(CompletionLoss(model), arguments, train_dataset=examples, data_collator=Collator(1))
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -182,9 +181,9 @@ def test_packed_rows_train_as_padded_ones(
     padded = wrapped(**batch)["loss"]
     padded.backward()
     wanted = gradients(model)
-    rows = pack(encode_all(SUMS, tokenizer, 32, loss_on).examples, 32)
+    rows = pack(Tokenization(tokenizer, 32, loss_on).encode(SUMS).examples, 32)
     assert 1 < len(rows) < len(SUMS)
-    packed = wrapped(**PackingCollator(1)([{"examples": row} for row in rows]))["loss"]
+    packed = wrapped(**PackingCollator(1)(rows))["loss"]
     torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
     packed.backward()
     torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)

@@ -98,7 +98,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     """The last look against the loss that a search measures of the stored deltas."""
     folder = finetuned(raw, registry, tmp_path, validation={"path": validation, "limit": 8})
     (seen,) = [json.loads(x)["eval_loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in x]
-    from sqft.data.encoding import encode_all
+    from sqft.data.encoding import Tokenization
     from sqft.data.records import read_records
     from sqft.modeling.evaluation import mean_loss
     from sqft.stages.adapted import load_adapted_model
@@ -111,7 +111,7 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     sparse = orchestrator.store.find("sparsify", plan.step("sparsify").fingerprint)
     assert sparse is not None
     tuned = load_adapted_model(plan, {"base": sparse.folder}, folder, "cpu")
-    examples = encode_all(read_records(Path(validation), 8), tuned.tokenizer, 256, "completion").examples
+    examples = Tokenization(tuned.tokenizer, 256, "completion").encode(read_records(Path(validation), 8)).examples
     assert mean_loss(tuned.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
 
 

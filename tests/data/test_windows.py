@@ -1,4 +1,4 @@
-"""Token streams, and the windows drawn from them, against slow versions."""
+"""Token streams, and the windows drawn from them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sqft.data.collators import Collator, PackingCollator, pack
-from sqft.data.encoding import Example
 from sqft.data.windows import calibration_windows, text_windows
 from sqft.errors import DataError
 
@@ -22,6 +18,8 @@ RECORDS = [
     {"prompt": "a question, ", "completion": "an answer"},
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
 ]
+
+
 STREAM = (
     "one text<|im_end|>a question, an answer<|im_end|>"
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
@@ -100,35 +98,3 @@ def test_windows_of_text_tile_its_first_tokens(tokenizer: PreTrainedTokenizerFas
     assert [len(window) for window in windows] == [32, 32, *([2] if left == 2 else [])]
     start = tokenizer((data / "heldout.txt").read_text())["input_ids"][: 64 + left // 2 * 2]
     assert torch.cat(windows).tolist() == start
-
-
-def test_batches_are_padded_right_and_no_row_starts_with_a_label() -> None:
-    batch = Collator(9)([{"input_ids": (1, 2, 3), "labels": (-100, 2, 3)}, {"input_ids": (4, 5), "labels": (4, 5)}])
-    assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
-
-
-# -- packing ------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
-def test_rows_hold_every_example_once(sizes: list[int]) -> None:
-    examples = [Example(tuple(range(size)), tuple(range(size))) for size in sizes]
-    rows = pack(examples, 20)
-    assert sorted(len(e.input_ids) for row in rows for e in row) == sorted(sizes)
-    assert all(sum(len(e.input_ids) for e in row) <= 20 for row in rows)
-    # First fit: no two rows would go into one.
-    used = sorted(sum(len(e.input_ids) for e in row) for row in rows)
-    assert len(used) < 2 or used[0] + used[1] > 20
-
-
-def test_packed_rows_as_tensors() -> None:
-    one, two = Example((5, 6, 7), (-100, 6, 7)), Example((8, 9), (8, 9))
-    batch = PackingCollator(0)([{"examples": [one, two]}, {"examples": [two]}])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    # The first token of an example is predicted by none; filling carries no loss.
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9], [-100, 9, -100, -100, -100]]

@@ -1,0 +1,38 @@
+"""What a generated text is compared with, and how: as text, or by its first or last number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+NUMBER = re.compile(
+    r"(?:(?<![\w)])([-−])[$€£]?)?"  # a minus, which the hyphen of "10-5", "2024-05" or "GPT-4" is not
+    r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))"  # commas only between thousands: "1,2" is two numbers
+    r"(?:\.(\d+))?"
+)
+
+Answer = Literal["text", "first_number", "last_number"]
+"""Which part of a completion is its answer."""
+
+
+def extract_answer(text: str, mode: Answer) -> str:
+    """Return the part of a text that is compared: all of it, stripped, or its first or last number.
+
+    Numbers that are equal are spelt alike: "1,234.50" becomes "1234.5". "" when the text has no number.
+    """
+    if mode == "text":
+        return text.strip()
+    numbers = NUMBER.findall(text)
+    if not numbers:
+        return ""
+    minus, integer, fraction = numbers[0 if mode == "first_number" else -1]
+    number = integer.replace(",", "").lstrip("0") or "0"
+    if fraction := fraction.rstrip("0"):
+        number = f"{number}.{fraction}"
+    return f"-{number}" if minus and number != "0" else number
+
+
+def completion_of(record: dict[str, Any]) -> str:
+    """Return a record's completion, or the last assistant turn of its conversation; "" for a {text} record."""
+    turns = [message["content"] for message in record.get("messages", ()) if message["role"] == "assistant"]
+    return turns[-1] if turns else str(record.get("completion", ""))
