@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 
 
 class GptqModel(Quantizer):
-    """GPTQ by gptqmodel, layer by layer on the calibration that sqft collects.
+    """GPTQ by gptqmodel, layer by layer, on the statistics that sqft collects.
 
-    It knows no mask: its error feedback moves pruned weights, and here they are put back to zero afterwards. What
-    the feedback expected of them is lost, which `gptq`, sqft's own, does not lose.
+    gptqmodel knows no mask. Its error compensation changes pruned weights, and here they are set back to zero
+    afterwards. So their part of the compensation is lost; sqft's own `gptq` does not lose it.
     """
 
     name = "gptqmodel"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
     symmetric: bool = True
-    damp: float = Field(0.05, gt=0, lt=1, description="added to the Hessian's diagonal, as a share of its mean")
-    act_order: bool = Field(False, description="inputs of the largest activations first")
-    reorder_groups: bool = Field(False, description="gptqmodel's act_group_aware: groups of the largest first")
+    damp: float = Field(0.05, gt=0, lt=1, description="added to the Hessian's diagonal, as a fraction of its mean")
+    act_order: bool = Field(False, description="quantize the inputs with the largest activations first")
+    reorder_groups: bool = Field(
+        False, description="quantize the groups with the largest activations first (gptqmodel's act_group_aware)"
+    )
 
     def incompatibility(self, linear: LinearShape) -> str | None:
         if linear.in_features * self.bits % 32 or linear.out_features * self.bits % 32:
@@ -35,7 +37,7 @@ class GptqModel(Quantizer):
             )
         if self.group_size == -1 or linear.in_features % self.group_size == 0:
             return None
-        return f"{linear.in_features} inputs are no multiple of group_size {self.group_size}; choose 64, 32 or -1"
+        return f"{linear.in_features} inputs are not a multiple of group_size {self.group_size}; choose 64, 32 or -1"
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
         import torch
@@ -45,7 +47,7 @@ class GptqModel(Quantizer):
         from sqft.kernels.grids import group_index, quantize
 
         if stats.hessian is None or not stats.tokens:
-            raise StageError("gptqmodel needs a Hessian of calibration text")
+            raise StageError("gptqmodel needs a Hessian from calibration text")
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
         linear.weight.data = weight if mask is None else weight * mask
         settings = QuantizeConfig(

@@ -1,4 +1,4 @@
-"""Scorers to compare with: they see no data."""
+"""Scorers for comparison. They use no data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Magnitude(Scorer):
 
 
 class RandomScorer(Scorer):
-    """A number drawn for each weight, seeded by the recipe's seed and the layer's name."""
+    """A random number for each weight, seeded by the recipe's seed and the layer's name."""
 
     name = "random"
     needs = frozenset()

@@ -9,9 +9,9 @@ from sqft.api import Exporter, ModelReader, ShardSize, hookimpl
 
 
 class CompressedTensors(Exporter):
-    """compressed-tensors' "pack-quantized": packed codes, scales, and zero points where they are not all the middle.
+    """The "pack-quantized" format of compressed-tensors: packed codes, scales, and zero points if not symmetric.
 
-    Act-order without `static_groups` needs the group of each input, which only versions before 0.19 read.
+    Act-order without `static_groups` stores the group of each input, which only versions before 0.19 can read.
     """
 
     name = "compressed-tensors"

@@ -1,4 +1,4 @@
-"""A finished model as compressed-tensors' "pack-quantized" has it."""
+"""Write a finished model in the "pack-quantized" format of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sqft.kernels.grids import is_symmetric
 from sqft.kernels.packing import pack
 
 VERSION = "0.20.0"
-"""The version of compressed-tensors whose reading of the format this is."""
+"""The version of compressed-tensors whose form of the format is written."""
 
 
 def write(model: ModelReader, folder: Path, limit: int | str) -> None:
-    """Write `model` into `folder`, in files of `limit` bytes."""
+    """Write `model` into `folder`, in files of at most `limit` bytes."""
     model.copy_settings(folder)
     grids = {layer: model.codes(layer).grid for layer in model.quantized()}
     symmetric = all(map(is_symmetric, grids.values()))
@@ -29,20 +29,20 @@ def write(model: ModelReader, folder: Path, limit: int | str) -> None:
 
 
 def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model with layers on these grids and `floats` on none."""
+    """Return the `quantization_config` of a model whose layers lie on these grids, and `floats` on none."""
     first = next(iter(grids.values()))
-    whole_rows = first.group_size == -1
+    per_row = first.group_size == -1
     indexed = any(grid.group_index is not None for grid in grids.values())
     if indexed:
         logging.getLogger("sqft").warning(
-            "groups in act-order are read by compressed-tensors before 0.19 only; gptq's static_groups avoids them"
+            "only compressed-tensors before 0.19 reads groups in act-order; gptq's option static_groups avoids them"
         )
     weights = {
         "num_bits": first.bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "channel" if whole_rows else "group",
-        "group_size": None if whole_rows else first.group_size,
+        "strategy": "channel" if per_row else "group",
+        "group_size": None if per_row else first.group_size,
         "dynamic": False,
         **({"actorder": "group"} if indexed else {}),
     }
@@ -60,14 +60,14 @@ def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) 
 
 
 def packed(layer: Quantized, symmetric: bool) -> dict[str, Tensor]:
-    """A layer's tensors.
+    """Return a layer's tensors.
 
     `weight_packed` int32 [out, in · bits / 32] (along a row one stream of bits, lowest first), `weight_scale` float16
     [out, groups], `weight_shape` int64 [2]; unless `symmetric`, `weight_zero_point` int32 [out · bits / 32, groups],
     packed down its columns; where groups are not contiguous, `weight_g_idx` int32 [in].
 
     Raises:
-        ValueError: when inputs or outputs do not fill whole words.
+        ValueError: when inputs or outputs do not fill 32-bit words.
     """
     grid = layer.grid
     tensors = {

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 class HuggingFace(Exporter):
-    """A folder of safetensors that stock transformers loads, in the precision you serve with.
+    """A folder of safetensors that stock transformers loads, in the precision that you choose.
 
-    A quantized model is written as floats: each weight is what its code stands for.
+    A quantized model is written as floats: each weight gets the value that its code stands for.
     """
 
     name = "hf"
-    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = Field("as-is", description="precision to store")
+    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = Field(
+        "as-is", description="precision of the stored weights"
+    )
     max_shard_size: ShardSize = "5GB"
 
     def export(self, model: ModelReader, folder: Path) -> None:

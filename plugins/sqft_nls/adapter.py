@@ -1,4 +1,4 @@
-"""`nls` and `lora`: one adapter over a list of ranks, or over a list of one."""
+"""`nls` and `lora`: an adapter with a list of ranks, and one with a single rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ Rank = Annotated[int, Field(ge=1)]
 
 
 class _LowRank(Adapter):
-    """What `nls` and `lora` share."""
+    """The options and methods that `nls` and `lora` share."""
 
     input_dropout = "dropout"
     alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input; above 0, training takes two paths")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout on the adapter's input; above 0, training computes two paths and is slower",
+    )
 
     def sample(self, space: SearchSpace, rng: Random) -> RankConfig:
         return RankConfig(tuple(rng.choice(group.ranks) for group in space.groups))
@@ -34,22 +39,25 @@ class _LowRank(Adapter):
 
 
 class Nls(_LowRank):
-    """Elastic ranks: a configuration is drawn for each step, smaller ranks are slices of the largest.
+    """Elastic ranks: each step trains a random rank configuration, and smaller ranks are slices of the largest.
 
     The scale stays alpha / largest rank for every sub-adapter.
     """
 
     name = "nls"
-    ranks: tuple[Rank, ...] = Field((32, 28, 24, 20, 16), min_length=1, description="largest first")
+    ranks: tuple[Rank, ...] = Field(
+        (32, 28, 24, 20, 16), min_length=1, description="ranks that are trained, largest first"
+    )
     groups: tuple[tuple[str, ...], ...] = Field(
-        (("q_proj", "k_proj", "v_proj"),), description="last names of layers that share a rank within one parent"
+        (("q_proj", "k_proj", "v_proj"),),
+        description="last names of layers that share one rank, within the same parent module",
     )
 
     @field_validator("ranks")
     @classmethod
     def _descending(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
         if any(high <= low for high, low in pairwise(ranks)):
-            raise ValueError(f"ranks go from large to small without repeats, found {list(ranks)}")
+            raise ValueError(f"ranks must go from large to small without repeats, found {list(ranks)}")
         return ranks
 
     def space(self, linears: Sequence[LinearShape]) -> SearchSpace:
@@ -66,7 +74,7 @@ class Nls(_LowRank):
 
 
 class Lora(_LowRank):
-    """One rank for every layer."""
+    """The same rank for every layer."""
 
     name = "lora"
     rank: Rank = 32

@@ -1,4 +1,4 @@
-"""The trainable factors. This module imports torch, so it is imported when a delta is made."""
+"""The trainable factors. This module imports torch, so it is imported only when a delta is made."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sqft.api import LinearShape
 
 
 class LowRankDelta(nn.Module):
-    """B [out, r] zeros, A [r, in] Kaiming-uniform as LoRA has it: the delta is 0 at start.
+    """B [out, r] of zeros, and A [r, in] Kaiming-uniform as in LoRA: the delta is 0 at the start.
 
-    Float32 on the CPU, whatever torch's defaults are when it is made.
+    Both are float32 on the CPU, whatever torch's defaults are.
     """
 
     def __init__(self, linear: LinearShape, rank: int, scale: float, generator: Generator) -> None:

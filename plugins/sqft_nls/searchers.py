@@ -11,11 +11,11 @@ from pydantic import Field
 from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace
 
 Indices = tuple[int, ...]
-"""A configuration as a position in each group's list of ranks."""
+"""A rank configuration, as a position in each group's list of ranks."""
 
 
 def median(space: SearchSpace) -> Indices:
-    """The paper's reference: index (n − 1) // 2 of each descending list."""
+    """Return the paper's reference configuration: index (n − 1) // 2 of each descending list."""
     return tuple((len(group.ranks) - 1) // 2 for group in space.groups)
 
 
@@ -50,11 +50,11 @@ class Minimal(Searcher):
 
 
 class RandomSearch(Searcher):
-    """The best of the heuristic and of configurations drawn uniformly."""
+    """The best of the heuristic and of rank configurations drawn uniformly."""
 
     name = "random"
-    trials: int = Field(8, ge=1, description="configurations evaluated, the heuristic included")
-    samples: int | None = Field(64, ge=1, description="validation records; null takes all")
+    trials: int = Field(8, ge=1, description="number of configurations to evaluate, including the heuristic")
+    samples: int | None = Field(64, ge=1, description="number of validation records; null uses all")
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         tried = [median(space)]
@@ -68,20 +68,23 @@ class RandomSearch(Searcher):
 
 
 class HillClimbing(Searcher):
-    """Algorithm 1: from the heuristic, go to the best of some unvisited neighbours while that helps.
+    """Algorithm 1: start at the heuristic, and move to the best of some unvisited neighbours if it is better.
 
-    A neighbour differs from the anchor in one or more groups, each moved by at most `step` positions
-    in its list. How many groups move is drawn uniformly from 1 to all that can, then which, then each
-    one's move uniformly from its non-zero ones. Each turn draws up to `neighbors` that were never
-    visited; where drawing finds none, the neighbourhood is listed. When none is left the search ends.
-    The anchor moves only to a strictly better neighbour, the first drawn among equals.
+    A neighbour differs from the anchor in one or more groups, each by at most `step` positions in its list.
+    First the number of groups that change is drawn, uniformly from 1 to all that can change. Then the groups
+    are drawn, and then a change for each, uniformly from its non-zero ones. Each turn draws up to `neighbors`
+    configurations that were never visited. If drawing finds none, all neighbours are listed in order. When
+    no unvisited neighbour is left, the search ends. The anchor moves only to a strictly better neighbour;
+    among equals, to the one that was drawn first.
     """
 
     name = "hill-climbing"
-    turns: int = Field(3, ge=1, description="T of Algorithm 1")
-    neighbors: int = Field(4, ge=1, description="N of Algorithm 1, evaluated each turn")
-    step: int = Field(1, ge=1, description="S of Algorithm 1: the largest move, in positions of the rank list")
-    samples: int | None = Field(64, ge=1, description="M of Algorithm 1: validation records; null takes all")
+    turns: int = Field(3, ge=1, description="T of Algorithm 1: how often neighbours are drawn")
+    neighbors: int = Field(4, ge=1, description="N of Algorithm 1: how many neighbours are evaluated in each turn")
+    step: int = Field(
+        1, ge=1, description="S of Algorithm 1: the largest change of a group, in positions of its list of ranks"
+    )
+    samples: int | None = Field(64, ge=1, description="M of Algorithm 1: number of validation records; null uses all")
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         def accuracy(indices: Indices) -> float:
@@ -101,7 +104,7 @@ class HillClimbing(Searcher):
         return space.choice(anchor)
 
     def _draw(self, space: SearchSpace, anchor: Indices, visited: set[Indices], rng: Random) -> list[Indices]:
-        """Up to `neighbors` unvisited neighbours, marked as visited."""
+        """Return up to `neighbors` unvisited neighbours, and mark them as visited."""
         moves = [self._moves(index, len(group.ranks)) for index, group in zip(anchor, space.groups, strict=True)]
         movable = [position for position, moved in enumerate(moves) if moved]
         drawn: list[Indices] = []
@@ -119,7 +122,7 @@ class HillClimbing(Searcher):
 
         if movable:
             take(at_random())
-            # However long the list, it is left early: all that `take` passes over has been visited.
+            # The list can be very long, but `take` stops early: it passes over visited configurations only.
             take(product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True))))
         return drawn
 

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
 
 class Owl(Allocator):
-    """Outlier-weighted layerwise sparsity: a block's is lower the more of its Wanda scores are outliers."""
+    """Outlier-weighted layerwise sparsity: the more of a block's Wanda scores are outliers, the lower its sparsity."""
 
     name = "owl"
     needs = frozenset({Statistic.INPUT_NORM})
-    outlier: float = Field(5.0, gt=1, description="times the block's mean score that makes an outlier (M)")
+    outlier: float = Field(5.0, gt=1, description="a score above this many times the block's mean is an outlier (M)")
     spread: float = Field(
-        0.08, ge=0, lt=0.5, description="how far the kept fractions lie apart, in halves: from -spread to +spread (λ)"
+        0.08,
+        ge=0,
+        lt=0.5,
+        description="the kept fractions of blocks differ by up to twice this: -spread to +spread (λ)",
     )
 
     def measure(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> Mapping[str, float]:
-        """The share of a block's scores |W| · ‖X‖ that are above `outlier` times their mean: one number a block."""
+        """Return the share of a block's scores |W| · ‖X‖ above `outlier` times their mean: one number for the block."""
         total, count = 0.0, 0
         for name, weight in weights.items():
             total += float(self._scores(weight, stats[name]).double().sum())
@@ -40,12 +43,13 @@ class Owl(Allocator):
         low, high = min(measured.values()), max(measured.values())
         scale = 2 * self.spread / (high - low) if high > low else 0.0
         kept = {name: (measured[name] - low) * scale for name in sizes}
-        # By size, so that the whole is exact.
+        # Weighted by size, so that the sparsity of all layers together is exact.
         mean = sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
         found = {name: sparsity - (kept[name] - mean) for name in sizes}
         if min(found.values()) < 0 or max(found.values()) >= 1:
             raise StageError(
-                f"owl: a spread of {self.spread:g} around a sparsity of {sparsity:g} leaves 0 to 1; make it smaller"
+                f"owl: a spread of {self.spread:g} around a sparsity of {sparsity:g} goes below 0 or above 1; "
+                "use a smaller spread"
             )
         return found
 

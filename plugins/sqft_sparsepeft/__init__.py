@@ -1,4 +1,4 @@
-"""SparsePEFT and QA-SparsePEFT: adapters that merge without losing one zero, or one bit (paper §2.3, §2.4)."""
+"""SparsePEFT and QA-SparsePEFT: mergers that keep every zero and change no bit in the merge (paper §2.3, §2.4)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class SparsePEFT(Merger):
 class QASparsePEFT(SparsePEFT):
     """SparsePEFT on a quantized base: W + (α/r) (B A) ⊙ M, rounded on the base's own grid (paper eq. 1–4).
 
-    The rounding is the core's, in training and in the merge alike: the codes stored are the ones trained through.
+    The core does the rounding, in training and in the merge alike. So the stored codes are those that training used.
     """
 
     name = "qa-sparsepeft"
     bases = frozenset({BaseKind.QUANTIZED})
     scale_option = "learn_scales"
-    learn_scales: bool = Field(False, description="train the grid's scales too (the paper keeps them)")
+    learn_scales: bool = Field(False, description="also train the scales of the grid (the paper keeps them fixed)")
 
 
 @hookimpl

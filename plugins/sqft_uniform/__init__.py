@@ -1,4 +1,4 @@
-"""The same sparsity for every layer, or the user's own for some of them."""
+"""The same sparsity for every layer, or the user's values for some layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Uniform(Allocator):
-    """Every layer gets the sparsity asked for."""
+    """Every layer gets the sparsity of the recipe."""
 
     name = "uniform"
 
@@ -25,12 +25,12 @@ class Uniform(Allocator):
 
 
 class Explicit(Allocator):
-    """Some layers get a sparsity of their own; the others share what is left, so that the whole is as asked for."""
+    """Some layers get their own sparsity. The others share the rest: all together have the recipe's sparsity."""
 
     name = "explicit"
     values: dict[str, Fraction] = Field(
         default_factory=dict,
-        description='sparsity by glob pattern of full layer names, the longest that fits: {"*.q_proj": 0.3}',
+        description='sparsity by glob pattern of full layer names, the longest match counts: {"*.q_proj": 0.3}',
     )
 
     def allocate(
@@ -41,16 +41,18 @@ class Explicit(Allocator):
         fitting = {name: next((p for p in longest if fnmatchcase(name, p)), None) for name in sizes}
         if unused := [pattern for pattern in self.values if pattern not in fitting.values()]:
             raise StageError(
-                f"explicit: no layer that is pruned gets its value from {unused[0]!r}; use full names, with *"
+                f"explicit: no pruned layer gets its value from {unused[0]!r}; use full layer names, with *"
             )
         given = {name: self.values[pattern] for name, pattern in fitting.items() if pattern}
         others = sum(size for name, size in sizes.items() if name not in given)
         left = sparsity * sum(sizes.values()) - sum(sizes[name] * value for name, value in given.items())
         rest = left / others if others else 0.0
         if not 0 <= rest < 1 or (not others and abs(left) > SPARSITY_TOLERANCE * sum(sizes.values())):
-            whole = (sum(sizes.values()) * sparsity - left) / sum(sizes.values())
+            total = (sum(sizes.values()) * sparsity - left) / sum(sizes.values())
             raise StageError(
-                f"explicit: the values alone prune {whole:.3f} of all weights, and sparsify.sparsity is {sparsity:g}"
+                f"explicit: the given values alone prune {total:.3f} of all weights, "
+                f"but sparsify.sparsity is {sparsity:g}; "
+                "change one of them"
             )
         return {name: given.get(name, rest) for name in sizes}
 

@@ -210,7 +210,7 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("an export that is no list", put("export", {"exporter": "hf"}), "export: input should be a valid tuple"),
     ("an unknown option", put("finetune.adapter.options.rank", [4]), "finetune.adapter.options.rank: unknown key|Did you mean 'ranks'?"),
     ("an option out of range", put("finetune.adapter.options.alpha", -1), "finetune.adapter.options.alpha: input should be greater than 0"),
-    ("ranks that rise", put("finetune.adapter.options.ranks", [2, 4]), "finetune.adapter.options.ranks: ranks go from large to small"),
+    ("ranks that rise", put("finetune.adapter.options.ranks", [2, 4]), "finetune.adapter.options.ranks: ranks must go from large to small"),
     ("no ranks", put("finetune.adapter.options.ranks", []), "finetune.adapter.options.ranks: "),
     ("targets of nothing", put("finetune.targets", ["q_prj"]), "finetune.targets.0: 'q_prj' matches no linear layer; the model has down_proj"),
     ("no targets", put("finetune.targets", []), "finetune.targets: tuple should have at least 1 item"),

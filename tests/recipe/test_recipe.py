@@ -65,7 +65,7 @@ CASES = [
         {"quantizer": {"name": "gptq", "options": {"group_size": 32}}},
         "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized",
     ),
-    ("finetune.adapter.options.ranks", [4, 8], "finetune.adapter.options.ranks: ranks go from large to small"),
+    ("finetune.adapter.options.ranks", [4, 8], "finetune.adapter.options.ranks: ranks must go from large to small"),
     ("finetune.adapter.options.alpha", 0, "finetune.adapter.options.alpha: input should be greater than 0"),
     ("finetune.merger", "sparspeft", "finetune.merger: no merger named 'sparspeft'.*Did you mean 'sparsepeft'"),
     ("finetune.merger", "unmerged", "merge: merger 'unmerged' leaves the adapter beside the base.*sparsepeft"),
