@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sqft.components.registry import Registry
-    from sqft.execution.orchestrator import Orchestrator, Outcome, Run
+    from sqft.execution.orchestrator import Orchestrator
+    from sqft.execution.run import Outcome, Run
     from sqft.planning.plan import Plan, Step
     from sqft.recipe import Recipe
     from sqft.store import Artifact
@@ -19,11 +20,11 @@ __all__ = ["Artifact", "Orchestrator", "Outcome", "Plan", "Recipe", "Registry", 
 _HOMES = {
     "Artifact": "store.artifacts",
     "Orchestrator": "execution.orchestrator",
-    "Outcome": "execution.orchestrator",
+    "Outcome": "execution.run",
     "Plan": "planning.plan",
     "Recipe": "recipe.recipe",
     "Registry": "components.registry",
-    "Run": "execution.orchestrator",
+    "Run": "execution.run",
     "Step": "planning.plan",
 }
 

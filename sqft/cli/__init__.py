@@ -1,10 +1,9 @@
-"""The commands: parse, call, print.
+"""The commands: each parses its arguments, calls the library and prints.
 
-Exit status 0: done. 2: something the user can mend, in one message. 130: interrupted; the same
+Exit status 0: done. 2: an error that the user can fix, in one message. 130: interrupted; the same
 command resumes. 1: a bug of sqft, with its traceback.
 """
 
-from sqft.cli import looking, plugins, runs, start
 from sqft.cli.group import main
 
-__all__ = ["looking", "main", "plugins", "runs", "start"]
+__all__ = ["main"]

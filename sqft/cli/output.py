@@ -1,4 +1,4 @@
-"""Where commands print: tables, progress, and errors as one message."""
+"""Print tables, progress, and errors as one message."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sqft.utils.distributed import processes
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def explained(command: F) -> F:
-    """Turn what the user can mend into one message and status 2, and Ctrl-C into a line and 130."""
+def report_errors(command: F) -> F:
+    """Print an error that the user can fix as one message with status 2; Ctrl-C as a line with status 130."""
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ def explained(command: F) -> F:
                 raise
             sys.exit(1)
         except KeyboardInterrupt:
-            words = shlex.join(["sqft", *_without_fresh(sys.argv[1:])])
+            words = shlex.join(["sqft", *without_fresh(sys.argv[1:])])
             if processes().is_main:
                 click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
             sys.exit(130)
@@ -40,8 +40,8 @@ def explained(command: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-def _without_fresh(words: list[str]) -> list[str]:
-    """A command line without --fresh, which would throw away what it made when it is repeated."""
+def without_fresh(words: list[str]) -> list[str]:
+    """Remove --fresh from a command line: repeated, it would delete what the interrupted command made."""
     kept = []
     for before, word in zip(["", *words], words, strict=False):
         if before != "--fresh" and word != "--fresh" and not word.startswith("--fresh="):
@@ -50,23 +50,23 @@ def _without_fresh(words: list[str]) -> list[str]:
 
 
 def console(err: bool = False) -> Any:
-    """Where tables and progress go; lines stay whole where there is no terminal."""
+    """Return where tables and progress are printed; without a terminal, lines are not wrapped."""
     from rich.console import Console
 
     return Console(stderr=err, soft_wrap=not (sys.stderr if err else sys.stdout).isatty())
 
 
-def show_table(on: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """A table: drawn on a terminal, folded where that is narrow, and Markdown under its title anywhere else."""
+def show_table(screen: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Print a table: drawn on a terminal, cells wrapped where it is narrow; elsewhere as Markdown under its title."""
     from rich.markup import escape
     from rich.table import Column, Table
 
     from sqft.utils.text import markdown
 
-    if not on.is_terminal:
-        on.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
+    if not screen.is_terminal:
+        screen.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
         return
     shown = Table(*(Column(head, overflow="fold") for head in heads))
     for row in cells:
         shown.add_row(*map(escape, row))
-    on.print(shown)
+    screen.print(shown)

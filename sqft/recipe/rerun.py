@@ -69,24 +69,6 @@ def _section(raw: dict[str, Any], place: str) -> dict[str, Any]:
     return section
 
 
-def find_run(name: str, store: Path) -> tuple[Path, Path]:
-    """A run's folder and its store, by the folder, the folder's name, or the recipe's: the newest of that name.
-
-    Raises:
-        SqftError: when there is none; the message lists those that there are.
-    """
-    place = Path(name)
-    if (place / "recipe.json").is_file():
-        parent = place.resolve().parent
-        return place, parent.parent if parent.name == "runs" else store
-    runs = [file.parent for file in sorted((store / "runs").glob("*/recipe.json"), key=lambda f: f.stat().st_mtime)]
-    found = [run for run in runs if run.name == name] or [run for run in runs if run.name.rpartition("-")[0] == name]
-    if not found:
-        names = ", ".join(run.name for run in runs) or "none"
-        raise SqftError(f"there is no run '{name}' in {store}, and no such folder; runs there: {names}")
-    return found[-1], store
-
-
 def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
     """The changes to a stored recipe that make it measure `of`, and make nothing that this does not need.
 

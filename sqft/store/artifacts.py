@@ -1,52 +1,50 @@
-"""What has been done: content-addressed artifacts that exist whole or not at all.
+"""Content-addressed artifacts, each of which is complete or does not exist.
 
 An artifact is written into `.partial-…`, its manifest last, and then renamed; all of it reaches the
-disk before the rename does. Nothing else in the store is ever trusted. A lock for each artifact
-lets two runs share one store.
+disk before the rename does. Nothing else in the store is ever trusted. Two locks for each artifact,
+one to make it and one to use it, let several runs share one store.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from sqft.errors import ArtifactError, SqftError, StageError
+
+from sqft.errors import ArtifactError, SqftError, StoreError
+from sqft.store.locks import Locks
 from sqft.utils.digests import Digests
 from sqft.utils.files import CHECKPOINTS, reason, sync, write_json
 
-
-log = logging.getLogger("sqft")
-
-
 SCHEMA = 1
+"""The version of the manifest's format."""
 
 
 MANIFEST = "manifest.json"
 
 
-LOCKS = ".locks"
+USERS_LOCK = ".used"
+"""Suffix of the lock that the runs share that use an artifact; without it, the lock of the run that makes it."""
 
 
-USED = ".used"
-"""What a lock's name ends in that all runs share which use the artifact."""
+INCOMPLETE_PREFIX = re.compile(r"^\.(partial|gone)-")
+"""Prefix of an artifact's folder while it is being made (partial) or deleted (gone)."""
 
 
-LEFT = re.compile(r"^\.(partial|gone)-")
-"""What precedes an artifact's name in the folder of one that was begun, or whose deletion was."""
+TEMPORARY_FILES = (".*.tmp", ".tmp??????")
+"""Names that `write_json` and safetensors give to files that are being written; a killed run leaves them behind."""
 
 
-UNFINISHED = (".*.tmp", ".tmp??????")
-"""Files that an earlier try was killed in: names that `write_json` and safetensors give until a file is whole."""
+LEAST_ROOM = 1 << 20
+"""Bytes free below which a disk counts as full."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class Artifact:
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     def read_json(self, name: str) -> Any:
+        """Return the content of one of its JSON files."""
         return json.loads((self.folder / name).read_text("utf-8"))
 
 
@@ -78,42 +77,59 @@ class Store:
         self.root = Path(root)
         self.artifacts = self.root / "artifacts"
         self.runs = self.root / "runs"
-        self.digests = Digests(self.root / "digests.json")
+        self.digests = Digests(self.root / "known-digests.json")
+        self._locks = Locks(self.artifacts / ".locks", self.writing)
 
     def folder(self, stage: str, fingerprint: str) -> Path:
+        """Return where an artifact lies once it is complete."""
         return self.artifacts / name_of(stage, fingerprint)
 
+    def partial(self, stage: str, fingerprint: str) -> Path:
+        """Return where an artifact is made: for the holder of its lock, and the processes that help it."""
+        return self.artifacts / f".partial-{name_of(stage, fingerprint)}"
+
+    def _gone(self, name: str) -> Path:
+        """Return a folder's name during its deletion, so that a kill leaves no half of an artifact under its own."""
+        return self.artifacts / f".gone-{name}"
+
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The artifact with that fingerprint, or None when it was never finished.
+        """Return the artifact with that fingerprint, or None when it was never finished.
 
         Raises:
-            ArtifactError: when it is there but damaged (a file missing, of another size, or elsewhere).
-            StageError: when the store cannot be read.
+            ArtifactError: when it exists but is damaged (a file missing, of another size, or elsewhere).
+            StoreError: when the store cannot be read.
         """
         folder = self.folder(stage, fingerprint)
-        with self.writing("read"):
-            there = folder.is_dir()
-        return self._open(folder, fingerprint) if there else None
+        with self._access("read"):
+            exists = folder.is_dir()
+        return self._open(folder, fingerprint) if exists else None
+
+    def is_complete(self, stage: str, fingerprint: str) -> bool:
+        """Return whether `find` would return an artifact; a damaged one counts as missing here."""
+        try:
+            return self.find(stage, fingerprint) is not None
+        except ArtifactError:
+            return False
 
     def _open(self, folder: Path, fingerprint: str) -> Artifact:
-        remedy = f"delete that folder, or run with --fresh {folder.name.rpartition('-')[0]}"
+        remedy = f"delete that folder, or run with --fresh {_stage(folder)}"
         try:
             root = folder.resolve()
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-            sealed = manifest.pop("checksum", None)
+            checksum = manifest.pop("checksum", None)
             if manifest["schema"] != SCHEMA:
                 raise ArtifactError(f"{folder} is of schema {manifest['schema']}, this sqft reads {SCHEMA}; {remedy}")
             if manifest["fingerprint"] != fingerprint:
                 raise ArtifactError(f"{folder} belongs to another fingerprint; {remedy}")
-            if not isinstance(manifest["report"], dict) or manifest["stage"] != folder.name.rpartition("-")[0]:
-                raise ArtifactError(f"{folder} is damaged (its manifest is none of this step); {remedy}")
+            if not isinstance(manifest["report"], dict) or manifest["stage"] != _stage(folder):
+                raise ArtifactError(f"{folder} is damaged (its manifest does not belong to this step); {remedy}")
             for name, entry in manifest["files"].items():
                 file = root / name
                 if not file.is_relative_to(root) or file.resolve() != file:  # "..", an absolute path, a link
                     raise ArtifactError(f"{folder} is damaged ({name} leads out of it, or is a link); {remedy}")
                 if file.stat().st_size != entry["size"]:
                     raise ArtifactError(f"{folder / name} is not the file that was stored (size); {remedy}")
-            if sealed not in (None, _seal(manifest)):  # the first artifacts have none
+            if checksum not in (None, manifest_checksum(manifest)):  # the first artifacts have none
                 raise ArtifactError(f"{folder / MANIFEST} has changed since it was stored (checksum); {remedy}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"{folder} is damaged ({reason(error)}); {remedy}") from None
@@ -126,52 +142,33 @@ class Store:
             ArtifactError: naming the file that changed, or that was added.
         """
         folder, files = artifact.folder, artifact.manifest["files"]
-        remedy = f"or run with --fresh {folder.name.rpartition('-')[0]}"
+        remedy = f"or run with --fresh {_stage(folder)}"
         for name, entry in files.items():
             if self.digests.file(folder / name) != entry.get("sha256"):
                 raise ArtifactError(
                     f"{folder / name} has changed since it was stored (checksum); delete {folder}, {remedy}"
                 )
         known = {folder / name for name in (*files, MANIFEST)}
-        for place in _inside(folder):  # a stage that reads a folder would read what was put there later
-            if place not in known and not place.is_dir():
-                raise ArtifactError(f"{place} is no part of what was stored; move it elsewhere, {remedy}")
-
-    def discard(self, stage: str, fingerprint: str) -> None:
-        """Forget an artifact and whatever was begun of it; waits while another run makes or uses it."""
-        if not self.artifacts.is_dir():
-            return
-        name = name_of(stage, fingerprint)
-        with self._locked(name), self._locked(name + USED), self.writing():
-            for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
-                if folder.is_symlink():
-                    raise OSError(errno.ELOOP, "a link cannot be forgotten", str(folder))
-                gone = self._gone(name)
-                shutil.rmtree(gone, ignore_errors=True)
-                if folder.exists():
-                    folder.rename(gone)
-                    shutil.rmtree(gone)
-
-    def using(self, stage: str, fingerprint: str) -> AbstractContextManager[bool]:
-        """Keep an artifact from being forgotten by another run. To be entered while it is held by `begin`."""
-        return self._locked(name_of(stage, fingerprint) + USED, how=fcntl.LOCK_SH)
+        for path in _content(folder):  # a stage that reads a folder would read what was put there later
+            if path not in known and not path.is_dir():
+                raise ArtifactError(f"{path} is not part of what was stored; move it elsewhere, {remedy}")
 
     @contextmanager
     def begin(self, stage: str, fingerprint: str) -> Iterator[Path]:
-        """The scratch folder of an artifact in the making, kept from an earlier try if there was one.
+        """Give the scratch folder in which to make an artifact, kept from an earlier attempt if there was one.
 
         Held under a lock: a second run that wants the same artifact waits here, and then finds it.
 
         Raises:
-            StageError: when the store cannot be written, or its disk is full before the work is done.
+            StoreError: when the store cannot be written, or its disk is full before the work is done.
         """
         partial, name = self.partial(stage, fingerprint), name_of(stage, fingerprint)
-        with self._locked(name):
+        with self._locks.hold(name):
             if not (folder := self.folder(stage, fingerprint)).exists():
                 with self.writing():
                     partial.mkdir(exist_ok=True)
-            for left in (folder / CHECKPOINTS, self._gone(name)):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in (folder / CHECKPOINTS, self._gone(name)):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             try:
                 yield partial
             except SqftError:
@@ -179,37 +176,35 @@ class Store:
             except Exception as error:
                 if not self._is_full(error):
                     raise
-                raise StageError(
+                raise StoreError(
                     f"{stage}: there is no room left to write in ({reason(error)}); make room for the store "
-                    f"{self.root}, or name another with --store, and repeat the command: what is done stays done"
+                    f"{self.root}, or name another with --store, and repeat the command: finished steps are kept"
                 ) from error
 
     def commit(self, partial: Path, manifest: dict[str, Any]) -> Artifact:
-        """Make a scratch folder an artifact: sizes and checksums, manifest last, then one rename.
+        """Turn a scratch folder into an artifact: sizes and checksums, manifest last, then one rename.
 
         Raises:
-            ArtifactError: when the stage left a link, which would lead out of the artifact one day.
+            ArtifactError: when the stage left a link, which could later lead out of the artifact.
         """
-        for pattern in UNFINISHED:
+        for pattern in TEMPORARY_FILES:
             for file in list(partial.rglob(pattern)):
                 file.unlink()
         entries, readable = {}, partial.stat().st_mode & 0o444
-        places = _inside(partial)
-        for place in places:
-            if place.is_symlink():
-                raise ArtifactError(
-                    f"{place} is a link; an artifact must hold its files itself: write or copy the file"
-                )
-            if place.is_dir() or place == partial / MANIFEST:
+        paths = _content(partial)
+        for path in paths:
+            if path.is_symlink():
+                raise ArtifactError(f"{path} is a link; an artifact must hold its files itself: write or copy the file")
+            if path.is_dir() or path == partial / MANIFEST:
                 continue
-            if missing := readable & ~place.stat().st_mode:  # safetensors gives its files to their owner alone
-                place.chmod(place.stat().st_mode | missing)
-            sync(place)
-            name = place.relative_to(partial).as_posix()
-            entries[name] = {"size": place.stat().st_size, "sha256": self.digests.file(place)}
+            if missing := readable & ~path.stat().st_mode:  # safetensors makes its files readable by their owner alone
+                path.chmod(path.stat().st_mode | missing)
+            sync(path)
+            name = path.relative_to(partial).as_posix()
+            entries[name] = {"size": path.stat().st_size, "sha256": self.digests.file(path)}
         manifest = json.loads(json.dumps({"schema": SCHEMA, **manifest, "files": entries}))  # as it will be read
-        write_json(partial / MANIFEST, manifest | {"checksum": _seal(manifest)})
-        for folder in (*filter(Path.is_dir, places), partial):
+        write_json(partial / MANIFEST, manifest | {"checksum": manifest_checksum(manifest)})
+        for folder in (*filter(Path.is_dir, paths), partial):
             sync(folder)
         folder = self.folder(manifest["stage"], manifest["fingerprint"])
         os.replace(partial, folder)
@@ -217,33 +212,35 @@ class Store:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return Artifact(folder, manifest)
 
-    def is_held(self, name: str) -> bool:
-        """Whether a run makes the artifact of that name at this moment, or opens it."""
-        return self._is_locked(name, fcntl.LOCK_SH)
+    def using(self, stage: str, fingerprint: str) -> AbstractContextManager[bool]:
+        """Keep other runs from deleting an artifact while the block runs. Enter it while `begin` holds the artifact."""
+        return self._locks.hold(name_of(stage, fingerprint) + USERS_LOCK, shared=True)
 
-    def is_used(self, name: str) -> bool:
-        """Whether a run that has not ended made that artifact or builds on it."""
-        return self._is_locked(name + USED, fcntl.LOCK_EX)
-
-    def _is_locked(self, name: str, how: int) -> bool:
-        try:
-            with (self.artifacts / LOCKS / name).open() as stream:
-                fcntl.flock(stream, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no lock, so nobody has begun it
-            return False
-        return False
+    def discard(self, stage: str, fingerprint: str) -> None:
+        """Delete an artifact and any unfinished work on it; waits while another run makes or uses it."""
+        if not self.artifacts.is_dir():
+            return
+        name = name_of(stage, fingerprint)
+        with self._locks.hold(name), self._locks.hold(name + USERS_LOCK), self.writing():
+            for folder in (self.folder(stage, fingerprint), self.partial(stage, fingerprint)):
+                if folder.is_symlink():
+                    raise OSError(errno.ELOOP, "a link cannot be deleted", str(folder))
+                gone = self._gone(name)
+                shutil.rmtree(gone, ignore_errors=True)
+                if folder.exists():
+                    folder.rename(gone)
+                    shutil.rmtree(gone)
 
     def remove(self, folder: Path, unless: Callable[[], bool]) -> bool:
-        """Delete a folder of artifacts, finished or not; whether it was done.
+        """Delete a folder of `artifacts`, finished or not, and return whether it was deleted.
 
-        It is not when another run holds it, or `unless`, asked when nobody can begin to use it any more.
+        It is kept when another run holds it, or when `unless` is true, which is called when no run can begin to use
+        it any more.
         """
-        name = LEFT.sub("", folder.name)
-        held, used = self._locked(name, wait=False), self._locked(name + USED, wait=False)
-        with held as free, used as unused, self.writing():
-            if not (free and unused) or unless():
+        name = INCOMPLETE_PREFIX.sub("", folder.name)
+        making, using = self._locks.hold(name, wait=False), self._locks.hold(name + USERS_LOCK, wait=False)
+        with making as not_made, using as not_used, self.writing():
+            if not (not_made and not_used) or unless():
                 return False
             gone = folder.with_name(self._gone(name).name)
             if gone != folder:
@@ -252,60 +249,52 @@ class Store:
             gone.unlink() if gone.is_symlink() else shutil.rmtree(gone, ignore_errors=not gone.exists())
         return True
 
-    @contextmanager
-    def _locked(self, name: str, wait: bool = True, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
-        """Hold a lock; where another run does, and we do not `wait`, False is what the block gets."""
-        lock, free = self.artifacts / LOCKS / name, True
-        with self.writing():
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            stream = lock.open("w")
-        with stream:
-            with self.writing():
-                try:
-                    fcntl.flock(stream, how | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    free = False
-                    if wait:
-                        log.info("another run works on %s; waiting for it", lock.stem)
-                        fcntl.flock(stream, how)
-            yield free or wait
+    def is_being_made(self, name: str) -> bool:
+        """Return whether a run makes, or opens, the artifact of that folder name at this moment."""
+        return self._locks.is_exclusive(name)
+
+    def is_used(self, name: str) -> bool:
+        """Return whether a run that has not ended made that artifact or depends on it."""
+        return self._locks.is_held(name + USERS_LOCK)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Turn an OSError inside the block into a StoreError that says what to do."""
+        return self._access("written")
 
     @contextmanager
-    def writing(self, how: str = "written") -> Iterator[None]:
-        """What the system refuses inside becomes a StageError that says what to do."""
+    def _access(self, how: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StageError(
-                f"the store {self.root} cannot be {how}: {reason(error)}; mend that, or name another with --store"
+            raise StoreError(
+                f"the store {self.root} cannot be {how}: {reason(error)}; fix that, or name another with --store"
             ) from None
 
     def _is_full(self, error: Exception) -> bool:
-        """Whether a full disk is behind an error. Only Python says so by number: safetensors says it in words, and
-        torch leaves no more than a disk without room."""
+        """Return whether a full disk caused an error.
+
+        Python reports it by number, safetensors in words, and torch only leaves a disk without room.
+        """
         if isinstance(error, OSError):
             return error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < 1 << 20
-
-    def partial(self, stage: str, fingerprint: str) -> Path:
-        """Where an artifact is in the making: for the holder of its lock, and processes that it asked to help."""
-        return self.artifacts / f".partial-{name_of(stage, fingerprint)}"
-
-    def _gone(self, name: str) -> Path:
-        """What a folder is called while it is deleted: a kill in the middle leaves no half of an artifact."""
-        return self.artifacts / f".gone-{name}"
+        return "No space left on device" in str(error) or shutil.disk_usage(self.artifacts).free < LEAST_ROOM
 
 
 def name_of(stage: str, fingerprint: str) -> str:
-    """The name of an artifact's folder."""
+    """Return the name of an artifact's folder."""
     return f"{stage}-{fingerprint[:12]}"
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    """The checksum of all else that a manifest says."""
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Return the checksum of a manifest without its own entry "checksum"."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _inside(folder: Path) -> list[Path]:
-    """All files and folders of an artifact, in order: those below `CHECKPOINTS` are no part of it."""
-    return sorted(place for place in folder.rglob("*") if folder / CHECKPOINTS not in (place, *place.parents))
+def _stage(folder: Path) -> str:
+    """Return the stage in the name of an artifact's folder."""
+    return folder.name.rpartition("-")[0]
+
+
+def _content(folder: Path) -> list[Path]:
+    """Return all files and folders of an artifact, sorted; those below `CHECKPOINTS` are not part of it."""
+    return sorted(path for path in folder.rglob("*") if folder / CHECKPOINTS not in (path, *path.parents))

@@ -19,7 +19,8 @@ from typing import Any
 from sqft.components.kinds import Merger
 from sqft.components.registry import Registry
 from sqft.errors import StageError
-from sqft.execution.orchestrator import Orchestrator, Run
+from sqft.execution.orchestrator import Orchestrator
+from sqft.execution.run import Run
 from sqft.utils.text import human
 
 PROMPT, GENERATED, REPEATS = 512, 32, 3

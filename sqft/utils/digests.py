@@ -12,14 +12,15 @@ from pathlib import Path
 
 from sqft.utils.files import unreadable
 
-SETTLED = 2 * 10**9  # nanoseconds: the coarsest clock of a file system in use, FAT's
+SETTLED = 2 * 10**9
+"""Nanoseconds after which a change of a file shows in its times: the tick of the coarsest file system clock, FAT's."""
 
 
 class Digests:
-    """SHA-256 of files, remembered in `memory` when it can be written.
+    """SHA-256 of files, remembered in the file `memory` if that can be written.
 
-    A file is known again by path, size, times and inode. One that changed within `SETTLED` is read again: a change
-    within one tick of the file system's clock would not show.
+    A file is recognised by path, size, times and inode. One that changed less than `SETTLED` ago is read again: a
+    second change within one tick of the file system's clock would not show.
     """
 
     def __init__(self, memory: Path | None = None) -> None:
@@ -27,15 +28,17 @@ class Digests:
 
     @cached_property
     def _known(self) -> dict[str, str]:
-        try:
-            assert self._memory is not None
-            known = json.loads(self._memory.read_text("utf-8"))
-            return {key: digest for key, digest in known.items() if isinstance(digest, str)}
-        except (AssertionError, AttributeError, OSError, ValueError):
+        if self._memory is None:
             return {}
+        try:
+            known = json.loads(self._memory.read_text("utf-8"))
+        except (OSError, ValueError):  # not written yet, or damaged: everything is read again
+            return {}
+        known = known if isinstance(known, dict) else {}
+        return {key: digest for key, digest in known.items() if isinstance(digest, str)}
 
     def file(self, path: Path) -> str:
-        """The hexadecimal digest of one file's content."""
+        """Return the hexadecimal digest of one file's content."""
         path = path.resolve()
         state = path.stat()
         key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}|{state.st_ino}"
@@ -50,7 +53,9 @@ class Digests:
         return digest
 
     def path(self, path: Path) -> str:
-        """The digest of a file, or of every file below a folder by its name there, but for hidden ones and the store.
+        """Return the digest of a file, or of the names and contents of all files below a folder.
+
+        Hidden files, and the store if it lies in the folder, are left out.
 
         Raises:
             SqftError: when something cannot be read.
@@ -78,6 +83,6 @@ class Digests:
         try:
             temporary.write_text(json.dumps(self._known))
             os.replace(temporary, self._memory)
-        except OSError:  # a store that may not be written serves as it is
+        except OSError:  # a read-only store can still be used
             with suppress(OSError):
                 temporary.unlink()

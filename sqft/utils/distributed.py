@@ -1,8 +1,8 @@
 """One run in several processes that `torchrun` or `accelerate launch` started.
 
-The first process does what one process would do: it takes the locks, makes the steps, writes and speaks. The others
-wait for its word, take part in the steps that all make together, and read what it stored. Words go through the
-launcher's key-value store: a collective would give up after half an hour, and a step may take longer.
+The first process does what a single process would do: it takes the locks, makes the steps, writes and reports. The
+others wait for its messages, take part in the steps that all make together, and read what it stored. Messages go
+through the launcher's key-value store: a collective would time out after half an hour, and a step may take longer.
 """
 
 from __future__ import annotations
@@ -17,85 +17,91 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from sqft.errors import StageError
+from sqft.errors import DeviceError
 
-POLL = 0.05  # seconds between two looks for a word
-
-
-GRACE = 5.0  # seconds for the process that failed first to say why
+POLL_SECONDS = 0.05
+"""Time between two looks for a message."""
 
 
-LOST = (
+GRACE_SECONDS = 5.0
+"""How long the other processes wait before they end, so that the one that failed first can print its message."""
+
+
+LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "Broken pipe",
     "remote process exited",
 )
-"""What torch's collectives say when a process at their other end is gone."""
+"""Messages of torch's collectives when a process at their other end is gone."""
 
 
 @dataclass(eq=False)
 class Processes:
-    """This process among `count`; `store` is torch.distributed's, shared by them."""
+    """This process among `count`; `store` is torch.distributed's key-value store, which they share."""
 
     rank: int = 0
     count: int = 1
     store: Any = None
-    said: int = 0
+    messages: int = 0
+    """How many messages this process has sent, or received."""
     groups: int = field(default=0, repr=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, word: str) -> None:
-        """Say the next word to the others; of the first process only."""
+    def broadcast(self, message: str) -> None:
+        """Send the next message to all other processes; only the first process may."""
         if self.count > 1:
-            self.store.set(f"word/{self.said}", word)
-            self.said += 1
+            self.store.set(f"message/{self.messages}", message)
+            self.messages += 1
 
     def receive(self) -> str:
-        """The first process's next word, waited for.
+        """Wait for the first process's next message and return it.
 
         Raises:
-            StageError: when another process failed, which has said why.
+            DeviceError: when another process failed, which has printed why.
         """
-        key = f"word/{self.said}"
+        key = f"message/{self.messages}"
         while not self.store.check([key]):
             if self.store.check(["failures"]):
-                raise StageError("another process failed")
-            time.sleep(POLL)
-        self.said += 1
-        word: str = self.store.get(key).decode()
-        return word
+                raise DeviceError("another process failed")
+            time.sleep(POLL_SECONDS)
+        self.messages += 1
+        message: str = self.store.get(key).decode()
+        return message
 
-    def share(self, word: str) -> str:
-        """The first process's word, in all of them."""
+    def share(self, message: str) -> str:
+        """Return the first process's message in all processes."""
         if self.is_main:
-            self.broadcast(word)
-            return word
+            self.broadcast(message)
+            return message
         return self.receive()
 
-    def assert_same(self, word: str, what: str) -> None:
-        """Raises:
-        StageError: when this process's word is not the first's.
+    def assert_same(self, value: str, difference: str) -> None:
+        """Check that all processes have the same value; `difference` completes "process 1 …".
+
+        Raises:
+            DeviceError: when this process's value is not the first's.
         """
-        if self.share(word) != word:
-            raise StageError(f"process {self.rank} {what}; give all of them the same recipe, data and packages")
+        if self.share(value) != value:
+            raise DeviceError(f"process {self.rank} {difference}; give all of them the same recipe, data and packages")
 
     def should_report(self) -> bool:
-        """Whether this process is to say why it failed: the first to fail does, and what follows from it is silent.
+        """Decide whether this process prints why it failed: only the first one to fail does.
 
-        The others stay a while, for a launcher that sees one process end ends them all, in the middle of a word.
+        The others wait a while first, since a launcher that sees one process end stops all of them, and the message
+        would be cut off.
         """
         if self.count == 1 or self.store.add("failures", 1) == 1:
             return True
-        time.sleep(GRACE)
+        time.sleep(GRACE_SECONDS)
         return False
 
     def barrier(self) -> None:
-        """Wait, inside `together`, until all processes are here."""
+        """Wait until all processes are here; only inside `process_group`."""
         if self.count > 1:
             from torch import distributed
 
@@ -103,10 +109,10 @@ class Processes:
 
     @contextmanager
     def process_group(self, device: str) -> Iterator[None]:
-        """Inside, torch's collectives work; transformers' Trainer finds and uses them.
+        """Make torch's collectives work inside the block; transformers' Trainer finds and uses them.
 
         Raises:
-            StageError: when another process ended meanwhile.
+            DeviceError: when another process ended meanwhile.
         """
         if self.count == 1:
             yield
@@ -121,11 +127,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in LOST):
+            if not any(sign in str(error) for sign in LOST_CONNECTION):
                 raise
-            raise StageError(
+            raise DeviceError(
                 "another process ended before its work was done (was it killed, or out of memory?); the same command "
-                "goes on from the newest checkpoint"
+                "resumes from the newest checkpoint"
             ) from error
         finally:
             distributed.destroy_process_group()
@@ -133,15 +139,26 @@ class Processes:
 
 @cache
 def processes() -> Processes:
-    """This process among those that the launcher's environment tells of. All but the first are made silent."""
-    rank, count = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
-    if rank is None or count == 1:
+    """Return this process among those of the launcher, whose environment variables say how many there are."""
+    rank, count = _launched()
+    if count == 1:
         return Processes()
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
-    if rank != "0":
+    return Processes(rank, count, PrefixStore("sqft", store))
+
+
+def mute_unless_main() -> None:
+    """Silence this process for the rest of its life if it is not the first one of a launcher: logs and stdout."""
+    rank, _ = _launched()
+    if rank > 0:
         logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    return Processes(int(rank), count, PrefixStore("sqft", store))
+
+
+def _launched() -> tuple[int, int]:
+    """Return rank and number of the processes that a launcher started; 0 and 1 without a launcher."""
+    rank, count = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
+    return (0, 1) if rank is None or count == 1 else (int(rank), count)

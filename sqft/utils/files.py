@@ -1,9 +1,10 @@
-"""Files written whole or not at all, and errors of the file system in one line."""
+"""Files and folders written completely or not at all, and errors of the file system in one line."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 from sqft.errors import SqftError
 
 CHECKPOINTS = "checkpoints"
-"""A folder that a stage resumes from: no part of the artifact, and gone once that stands."""
+"""A folder that a stage resumes from: it is no part of the artifact, and is deleted once that is complete."""
 
 
 def unreadable(error: OSError, path: Path) -> SqftError:
+    """Return the error that says which file cannot be read, and why."""
     return SqftError(f"{error.filename or path} cannot be read: {error.strerror or error}")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file completely or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs of one recipe write the same files
     try:
@@ -34,8 +36,33 @@ def write_json(path: Path, content: Any) -> None:
         raise
 
 
+def copy_folder(source: Path, destination: Path) -> None:
+    """Copy a folder completely or not at all; `destination` must be an empty folder, or not exist.
+
+    Raises:
+        OSError: when it cannot be written; nothing is left behind then.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial)
+        if destination.is_dir():
+            destination.resolve().rmdir()
+        os.replace(partial, destination.resolve())
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above `path`, or `path` itself, that exists."""
+    path = path.resolve()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk: a power cut leaves it."""
+    """Bring a file's content, or a folder's list of names, to the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +74,7 @@ def sync(path: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """An error in a line: the system's words and the file, or its own."""
+    """Return an error as one line: the system's words and the file, or its own message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error).partition("\n")[0] or type(error).__name__

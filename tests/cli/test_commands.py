@@ -18,7 +18,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from sqft.cli import main
-from sqft.cli.output import _without_fresh
+from sqft.cli.output import without_fresh
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_what_until_leaves(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_the_way_on_after_an_interruption_is_not_fresh() -> None:
-    assert _without_fresh(["run", "r", "--fresh", "sparsify", "--until", "merge"]) == ["run", "r", "--until", "merge"]
-    assert _without_fresh(["run", "--fresh=search", "r"]) == ["run", "r"]
+    assert without_fresh(["run", "r", "--fresh", "sparsify", "--until", "merge"]) == ["run", "r", "--until", "merge"]
+    assert without_fresh(["run", "--fresh=search", "r"]) == ["run", "r"]
 
 
 def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:

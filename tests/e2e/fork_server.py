@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ import sqft.stages.quantize  # noqa: E402
 import sqft.stages.search  # noqa: E402
 import sqft.stages.sparsify  # noqa: E402, F401
 from sqft.cli import main  # noqa: E402
-from sqft.execution.orchestrator import Orchestrator  # noqa: E402
+from sqft.components.registry import Registry  # noqa: E402
+from sqft.execution import preflight  # noqa: E402
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "fcntl.flock"}
 
@@ -50,16 +52,16 @@ def live(run: dict[str, Any], pipe: int) -> None:
             if changes == run.get("at"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def notify(self: Orchestrator, hook: str, **arguments: Any) -> None:
+    def notify(self: Registry, hook: str, **arguments: Any) -> Iterator[tuple[str, BaseException]]:
         nonlocal counting
         if hook == "sqft_stage_started" and arguments["step"].stage == run.get("stage") and not counting:
             os.write(pipe, b"s")
             counting = True
-        notified(self, hook, **arguments)
+        return notified(self, hook, **arguments)
 
-    notified, Orchestrator._notify = Orchestrator._notify, notify  # type: ignore[method-assign]
+    notified, Registry.notify = Registry.notify, notify  # type: ignore[method-assign]
     if run.get("blind"):
-        Orchestrator._check_disk = lambda *_: None  # type: ignore[method-assign]
+        preflight.check_disk = lambda *_: None  # type: ignore[assignment]
     time.sleep(run.get("later", 0))
     sys.addaudithook(count)
     sys.argv = ["sqft", *run["argv"]]

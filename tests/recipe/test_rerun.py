@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
-from sqft.errors import SqftError
-from sqft.recipe.rerun import evaluation_overrides, find_run, paths, recipe_of_model, with_absolute_paths
+from sqft.recipe.rerun import evaluation_overrides, paths, recipe_of_model, with_absolute_paths
 
 
 def sqft(*arguments: object) -> Result:
@@ -115,20 +114,6 @@ def test_what_is_not_there(model_folder: Path, tmp_path: Path) -> None:
     assert empty.exit_code == 2 and "has no config.json" in empty.stderr
     odd = sqft("eval", model_folder, "--tasks", "arc_easy", "--of", "merge", "--store", tmp_path)
     assert odd.exit_code == 2 and "needs a finetune section" in odd.stderr
-
-
-def test_runs_by_name(tmp_path: Path) -> None:
-    for age, name in enumerate(("tiny-00000000", "tiny-ffffffff", "tiny-2-00000000", "tiny.eval-00000000")):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "recipe.json").write_text("{}")
-        os.utime(folder / "recipe.json", (1000 - age, 1000 - age))
-    assert find_run("tiny", tmp_path)[0].name == "tiny-00000000"  # the newest
-    assert find_run("tiny-ffffffff", tmp_path)[0].name == "tiny-ffffffff"
-    assert find_run("tiny-2", tmp_path)[0].name == "tiny-2-00000000"
-    assert find_run(str(tmp_path / "runs" / "tiny-ffffffff"), Path("other"))[1] == tmp_path
-    with pytest.raises(SqftError, match="runs there: tiny"):
-        find_run("t", tmp_path)
 
 
 def test_anchored(raw: dict[str, Any], tmp_path: Path) -> None:

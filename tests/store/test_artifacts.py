@@ -21,12 +21,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sqft.errors import ArtifactError, StageError
-from sqft.store.artifacts import Artifact, Store, _seal
+from sqft.errors import ArtifactError, StoreError
+from sqft.store.artifacts import Artifact, Store, manifest_checksum
 from sqft.utils.files import write_json
 
 PRINT = "0123456789abcdef" * 4
-START = "import os, signal, sys; from pathlib import Path; from sqft.store import artifacts as s; st = s.Store(sys.argv[1])\n"
+START = "import os, signal, sys; from pathlib import Path; from sqft.store import artifacts as s\n"
+START += "st = s.Store(sys.argv[1])\n"
 MANIFEST = {"stage": "merge", "fingerprint": PRINT, "report": {"sparsity": 0.5}}
 
 
@@ -51,7 +52,7 @@ def edit(artifact: Artifact, **changes: Any) -> None:
     """Change a manifest as somebody would who seals it again."""
     path = artifact.folder / "manifest.json"
     manifest = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | changes
-    path.write_text(json.dumps(manifest | {"checksum": _seal(manifest)}))
+    path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def test_a_manifest_that_is_not_right_is_refused_with_a_remedy(store: Store, cha
     assert str(caught.value).endswith("; delete that folder, or run with --fresh merge")
 
 
-def test_a_manifest_that_was_edited_is_damage_and_one_without_a_seal_is_of_old(store: Store) -> None:
+def test_a_manifest_that_was_edited_is_damage_and_one_without_amanifest_checksum_is_of_old(store: Store) -> None:
     path = make(store).folder / "manifest.json"
     path.write_text(path.read_text().replace('"sparsity": 0.5', '"sparsity": 0.7'))
     with pytest.raises(ArtifactError, match=r"manifest\.json has changed since it was stored .*--fresh merge"):
@@ -166,7 +167,7 @@ def test_verify_finds_what_was_added(store: Store, place: str) -> None:
     artifact = make(store)
     (artifact.folder / place).parent.mkdir(exist_ok=True)
     (artifact.folder / place).write_bytes(b"x")
-    with pytest.raises(ArtifactError, match=rf"{place} is no part of what was stored; move it .*--fresh merge"):
+    with pytest.raises(ArtifactError, match=rf"{place} is not part of what was stored; move it .*--fresh merge"):
         store.verify(artifact)
 
 
@@ -387,7 +388,7 @@ def test_a_store_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "store")
     assert store.find("merge", PRINT) is None
-    with pytest.raises(StageError, match=r"the store .*file/store cannot be written: Not a directory.*--store"):
+    with pytest.raises(StoreError, match=r"the store .*file/store cannot be written: Not a directory.*--store"):
         make(store)
 
 
@@ -396,13 +397,13 @@ def test_an_artifact_that_cannot_be_forgotten_is_an_error(store: Store) -> None:
     artifact = make(store)
     artifact.folder.rename(store.root / "on-another-disk")
     artifact.folder.symlink_to(store.root / "on-another-disk")
-    with pytest.raises(StageError, match="cannot be written"):
+    with pytest.raises(StoreError, match="cannot be written"):
         store.discard("merge", PRINT)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_is_the_users_to_mend_and_what_was_begun_stays(store: Store) -> None:
-    with pytest.raises(StageError, match=r"merge: there is no room left .*No space left on device.*--store.*repeat"):
+    with pytest.raises(StoreError, match=r"merge: there is no room left .*No space left on device.*--store.*repeat"):
         with store.begin("merge", PRINT) as scratch:
             fill(scratch)
             Path("/dev/full").write_text("x")
@@ -412,14 +413,14 @@ def test_a_full_disk_is_the_users_to_mend_and_what_was_begun_stays(store: Store)
 def test_a_full_disk_in_safetensors_words(store: Store) -> None:
     from safetensors import SafetensorError
 
-    with pytest.raises(StageError, match="no room left"):
+    with pytest.raises(StoreError, match="no room left"):
         with store.begin("merge", PRINT):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_a_full_disk_behind_torchs_words(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.save` on a full disk says only this, and leaves what it wrote."""
-    with pytest.raises(StageError, match=r"no room left .*unexpected pos"):
+    with pytest.raises(StoreError, match=r"no room left .*unexpected pos"):
         with store.begin("merge", PRINT):
             monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")

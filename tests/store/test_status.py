@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.cli import main
 from sqft.errors import SqftError
-from sqft.store.status import ArtifactStatus, age, prune, scan_store
 from sqft.store.artifacts import Store
+from sqft.store.status import ArtifactStatus, age, prune, scan_store
 
 PRINT = "0123456789ab" + "c" * 52
 
@@ -176,7 +176,7 @@ def test_nothing_is_deleted_while_a_run_cannot_be_read(store: Store, content: st
     folder = put(store, users=("run",))
     (store.runs / "run" / "plan.json").write_text(content)
     assert "plan.json is damaged" in scan_store(store).runs[0].problem
-    with pytest.raises(SqftError, match="what run run refers to"):
+    with pytest.raises(SqftError, match="which artifacts run run needs"):
         prune(store, [only(store)])
     done = CliRunner().invoke(main, ["status", "--store", str(store.root), "--prune", "--yes"])
     assert done.exit_code == 2 and folder.is_dir()

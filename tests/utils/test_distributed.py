@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 import sqft.utils.distributed
 from sqft.data.collators import Collator, PackingCollator
 from sqft.data.encoding import IGNORED, Example
-from sqft.errors import StageError
+from sqft.errors import DeviceError
 from sqft.modeling.training.trainer import RankShardCollator
 from sqft.utils.distributed import Processes
 
@@ -22,19 +22,19 @@ def two() -> tuple[Processes, Processes]:
 
 def test_one_process_needs_no_one() -> None:
     alone = Processes()
-    alone.tell("stands")
-    alone.agree("a plan", "plans another run")
+    alone.broadcast("stands")
+    alone.assert_same("a plan", "plans another run")
     alone.barrier()
-    with alone.together("cpu"):
-        assert alone.share("word") == "word" and alone.speaks()
+    with alone.process_group("cpu"):
+        assert alone.share("word") == "word" and alone.should_report()
 
 
 def test_words_are_heard_in_order_and_waited_for() -> None:
     first, second = two()
     heard: list[str] = []
-    listener = threading.Thread(target=lambda: heard.extend(second.hear() for _ in range(2)))
+    listener = threading.Thread(target=lambda: heard.extend(second.receive() for _ in range(2)))
     listener.start()
-    first.tell("together")
+    first.broadcast("together")
     assert first.share("stands") == "stands"
     listener.join(10)
     assert heard == ["together", "stands"]
@@ -42,17 +42,17 @@ def test_words_are_heard_in_order_and_waited_for() -> None:
 
 def test_another_plan_is_refused() -> None:
     first, second = two()
-    first.agree("a", "plans another run")
-    with pytest.raises(StageError, match="process 1 plans another run"):
-        second.agree("b", "plans another run")
+    first.assert_same("a", "plans another run")
+    with pytest.raises(DeviceError, match="process 1 plans another run"):
+        second.assert_same("b", "plans another run")
 
 
 def test_the_first_to_fail_speaks_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqft.utils.distributed, "GRACE", 0.0)
+    monkeypatch.setattr(sqft.utils.distributed, "GRACE_SECONDS", 0.0)
     first, second = two()
-    assert second.speaks() and not first.speaks()
-    with pytest.raises(StageError, match="another process failed"):
-        second.hear()
+    assert second.should_report() and not first.should_report()
+    with pytest.raises(DeviceError, match="another process failed"):
+        second.receive()
 
 
 @pytest.mark.parametrize(("count", "examples"), [(2, 5), (3, 2), (1, 4)])

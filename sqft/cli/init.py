@@ -1,4 +1,4 @@
-"""A recipe to start from."""
+"""`sqft init`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.group import main
 from sqft.cli.options import disable_option
-from sqft.cli.output import console, explained
+from sqft.cli.output import console, report_errors
 from sqft.errors import SqftError
 
 
-def _pipelines(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """What a shell may complete a pipeline to."""
+def complete_pipeline(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete a pipeline's name."""
     from sqft.tools.presets import PIPELINES
 
     return [name for name in PIPELINES if name.startswith(incomplete)]
 
 
-@main.command()
-@click.argument("pipeline", required=False, shell_complete=_pipelines)
+@click.command()
+@click.argument("pipeline", required=False, shell_complete=complete_pipeline)
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="The recipe's file.  [default: PIPELINE.json]"
 )
 @click.option("--model", metavar="PATH", help="A folder, a GGUF file or a Hugging Face id.")
-@click.option("--data", metavar="PATH", help="A folder of train.jsonl, test.jsonl, …, or a file to train on.")
+@click.option("--data", metavar="PATH", help="A folder with train.jsonl, test.jsonl, …, or a file to train on.")
 @disable_option
-@explained
+@report_errors
 def init(
     pipeline: str | None, output: Path | None, model: str | None, data: str | None, disable: tuple[str, ...]
 ) -> None:
@@ -40,26 +39,26 @@ def init(
 
     if pipeline is None:
         width = max(map(len, PIPELINES))
-        for name, known in PIPELINES.items():
-            click.echo(f"{name:{width}}  {known.summary}")
+        for name, preset in PIPELINES.items():
+            click.echo(f"{name:{width}}  {preset.summary}")
         return
     output = output or Path(f"{pipeline}.json")
     raw = starting_recipe(pipeline, output, model or MODEL, data or DATA)
     recipe = Recipe.parse(raw, output.resolve().parent)
-    said = explanation(pipeline, raw, Registry.discover(disable))
+    text = explanation(pipeline, raw, Registry.discover(disable))
     try:
         with output.open("x", encoding="utf-8") as stream:
             stream.write(as_text(raw) + "\n")
     except FileExistsError:
-        raise SqftError(f"{output} exists, and is not written over; name another with --output") from None
+        raise SqftError(f"{output} exists, and is not overwritten; name another file with --output") from None
     except OSError as error:
         raise SqftError(f"{output} cannot be written: {error.strerror}") from None
     if sys.stdout.isatty():
         from rich.markdown import Markdown
 
-        console().print(Markdown(said))
+        console().print(Markdown(text))
     else:
-        click.echo(said)
+        click.echo(text)
     click.echo(f"written: {output}")
     for path in dict.fromkeys(paths(recipe).values()):
         if not recipe.resolve(path).exists():

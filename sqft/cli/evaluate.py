@@ -1,0 +1,62 @@
+"""`sqft eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqft.cli.options import complete_run, device_option, disable_option, set_option, store_option
+from sqft.cli.output import report_errors
+from sqft.cli.running import open_orchestrator, print_report
+from sqft.errors import SqftError
+
+
+@click.command("eval")
+@click.argument("subject", metavar="RUN_OR_MODEL", shell_complete=complete_run)
+@click.option("--of", multiple=True, metavar="STAGE", help="What to measure (repeatable).  [default: all that is made]")
+@click.option("--tasks", metavar="A,B", help="lm-eval tasks.")
+@click.option("--perplexity", type=click.Path(path_type=Path), metavar="FILE", help="A text.")
+@click.option("--exact-match", type=click.Path(path_type=Path), metavar="FILE", help="Records with right answers.")
+@set_option
+@device_option
+@store_option
+@disable_option
+@report_errors
+def evaluate(
+    subject: str,
+    of: tuple[str, ...],
+    tasks: str | None,
+    perplexity: Path | None,
+    exact_match: Path | None,
+    changes: tuple[str, ...],
+    device: str,
+    store: Path,
+    disable: tuple[str, ...],
+) -> None:
+    """Measure the models that a run has made, as its recipe or the options say; or a model's folder.
+
+    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, or a GGUF file.
+    STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; a step that is missing for it is run.
+    """
+    from sqft.recipe.reading import read_json
+    from sqft.recipe.recipe import Recipe
+    from sqft.recipe.rerun import completed_steps, evaluation_overrides, recipe_of_model
+    from sqft.store.runs import find_run
+
+    measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
+    measures |= {"perplexity": {"text": str(perplexity.resolve())}} if perplexity else {}
+    measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
+    path = Path(subject)
+    if path.exists() and not (path / "recipe.json").is_file():
+        raw, source = recipe_of_model(path), subject
+    else:
+        folder, store = find_run(subject, store)
+        raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")
+    screen, orchestrator = open_orchestrator(store, device, disable)
+    of = of or tuple(completed_steps(raw, lambda recipe: orchestrator.plan(recipe).reused))
+    if not of:
+        raise SqftError(f"no step of {subject} that could be measured is done; run its recipe, or name one with --of")
+    recipe = Recipe.changed(raw, [*evaluation_overrides(raw, of, measures), *changes], source=source)
+    print_report(screen, orchestrator.run(orchestrator.plan(recipe)))

@@ -1,0 +1,24 @@
+"""`sqft plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sqft.cli.options import disable_option, recipe_argument, set_option, store_option
+from sqft.cli.output import report_errors
+
+
+@click.command()
+@recipe_argument
+@set_option
+@store_option
+@disable_option
+@report_errors
+def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str, ...]) -> None:
+    """Check RECIPE and print its steps: what runs, what is reused, estimates. Loads no model."""
+    from sqft.components.registry import Registry
+    from sqft.execution.orchestrator import Orchestrator
+
+    click.echo(str(Orchestrator(Registry.discover(disable), store).load(recipe, changes)))

@@ -1,0 +1,53 @@
+"""`sqft show`."""
+
+from __future__ import annotations
+
+import click
+
+from sqft.cli.options import disable_option
+from sqft.cli.output import report_errors
+from sqft.errors import PluginError
+
+
+def complete_kind(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete a kind of component."""
+    from sqft.components.kinds import KINDS
+
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
+
+
+def complete_name(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the name of a component of the kind that precedes it."""
+    from sqft.components.registry import Registry
+
+    components = [registration.component for registration in Registry.discover().entries()]
+    kind = context.params.get("kind")
+    return [
+        component.name for component in components if component.kind == kind and component.name.startswith(incomplete)
+    ]
+
+
+@click.command()
+@click.argument("kind", shell_complete=complete_kind)
+@click.argument("name", shell_complete=complete_name)
+@disable_option
+@report_errors
+def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
+    """Print the help of one component: what it does, its options with defaults and ranges.
+
+    KIND is a word of the first column of `sqft plugins`, NAME of the second.
+    """
+    import inspect
+
+    from sqft.components.kinds import KINDS
+    from sqft.components.registry import Registry
+    from sqft.tools.json_schema import option_lines
+
+    if kind not in KINDS:
+        raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
+    registration = Registry.discover(disable).get(kind, name)
+    click.echo(f"{kind} {registration.component.name}, offered by {registration.provider}\n")
+    click.echo(inspect.getdoc(registration.component) or "(no description)")
+    click.echo("\noptions:" if registration.component.model_fields else "\nno options")
+    for line in option_lines(registration.component):
+        click.echo(f"  {line}")

@@ -1,0 +1,85 @@
+"""Checks before a run makes anything: room on the disk, the device, what training needs, the model's own modules."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+
+from sqft.errors import DeviceError, StoreError
+from sqft.planning.plan import Plan, Step
+from sqft.recipe.sections import Finetune
+from sqft.store.artifacts import Store
+from sqft.utils.files import existing_parent
+from sqft.utils.text import human
+
+
+def check_disk(store: Store, steps: Iterable[Step]) -> None:
+    """Check that the store's disk has room for what the steps that are not done will write.
+
+    Raises:
+        StoreError: with the room that is needed and the room that is free.
+    """
+    needed = sum(step.estimate.storage for step in steps if store.find(step.stage, step.fingerprint) is None)
+    folder = existing_parent(store.root)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"the store {store.root} needs about {human(needed)} and {folder} has {human(free)} free; "
+            "make room, or name another store with --store"
+        )
+
+
+def check_device(device: str) -> None:
+    """Check that torch can use a device ("cpu", "cuda", …), and that Trainer will use no other GPU.
+
+    Raises:
+        DeviceError: when it cannot be used, or several GPUs are visible.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        if torch.device(device).type == "meta":
+            raise DeviceError("device 'meta' holds no values; name cpu or cuda")
+        several = torch.cuda.device_count() > 1 or torch.device(device).index
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeviceError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    if several:
+        raise DeviceError(
+            f"device '{device}': Trainer uses every GPU it sees; set CUDA_VISIBLE_DEVICES to the one to use "
+            "(`sqft run --device cuda:1` does so) and name it cuda"
+        )
+
+
+def check_training(steps: Iterable[Step], device: str, processes: int) -> None:
+    """Check that `device` and the number of processes suit the fine-tuning among steps that are not done.
+
+    Raises:
+        DeviceError: naming the recipe's field that does not suit them.
+    """
+    for step in steps:
+        if not isinstance(step.section, Finetune):
+            continue
+        if device == "cpu" and step.section.precision == "float16":
+            raise DeviceError(
+                "finetune.precision: float16 loses small gradients unless the loss is scaled, which needs an "
+                "accelerator; on the CPU use bfloat16 or float32"
+            )
+        if (batch := step.section.batch_size) < processes:
+            raise DeviceError(
+                f"finetune.batch_size: {batch} examples are too few for {processes} processes, "
+                "which share them; raise it, or start fewer processes"
+            )
+
+
+def check_model(plan: Plan) -> None:
+    """Check the plan against the model's own modules, on the meta device: no weight is read.
+
+    Raises:
+        SqftError: when the model is not what the plan expects, or sqft cannot work on it.
+    """
+    from sqft.stages.preflight import check_fit
+
+    check_fit(plan)

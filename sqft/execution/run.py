@@ -1,0 +1,104 @@
+"""What a run leaves: an outcome for each step, and the folder of the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.errors import ArtifactError
+from sqft.planning.plan import Plan, Step
+from sqft.store.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step and the artifact it left."""
+
+    step: Step
+    artifact: Artifact
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.artifact.report
+
+    @property
+    def folder(self) -> Path:
+        return self.artifact.folder
+
+    def load_model(self) -> PreTrainedModel:
+        """Load the model that this step wrote.
+
+        Raises:
+            ArtifactError: when the step wrote none (an adapter, a rank configuration, a measurement).
+        """
+        from sqft.checkpoints.model_spec import ModelSpec
+        from sqft.modeling.loading import load_model
+
+        if not (self.folder / "model").is_dir():
+            raise ArtifactError(f"step '{self.step.name}' wrote no model; sparsify, quantize, merge and export do")
+        return load_model(ModelSpec(self.folder / "model"))[0]
+
+
+@dataclass(frozen=True)
+class Run(Mapping[str, Outcome]):
+    """What a run left, by step: `run["merge"].load_model()`."""
+
+    plan: Plan
+    folder: Path
+    outcomes: dict[str, Outcome]
+    report: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Outcome:
+        return self.outcomes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def result(self) -> Path | None:
+        """Return the folder of the last model or adapter: exported, merged, adapter, or sparse model.
+
+        None when the last step that was run leaves nothing to load: after `finetune` alone, no ranks are chosen.
+        """
+        made = [outcome for outcome in self.outcomes.values() if outcome.step.stage != "evaluate"]
+        folders = [made[-1].folder / name for name in ("model", "adapter")] if made else []
+        return next(filter(Path.is_dir, folders), None)
+
+    def inputs(self, step: str) -> dict[str, Path]:
+        """Return the artifact folders of a step's inputs, by role."""
+        return {role: self[name].folder for role, name in self.plan.step(step).inputs.items()}
+
+
+def loading_instructions(result: Path, run: Run) -> str:
+    """Return Python code that loads a run's result from the folder `result`, or why it cannot be loaded."""
+    if (result / "adapter_config.json").is_file():
+        base = run.plan.adapter_base.model(run.inputs("search")).resolve()
+        where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
+        model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
+        return (
+            "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+            f'model = PeftModel.from_pretrained({model}, "{result}")'
+        )
+    config = result / "config.json"
+    if config.is_file() and (settings := json.loads(config.read_text("utf-8")).get("quantization_config")):
+        format = settings.get("quant_method")
+        name, reader = ("GPTQ", "gptqmodel and optimum") if format == "gptq" else (format, format)
+        return (
+            f"a {name} checkpoint; with {reader} installed:\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{result}")'
+        )
+    if (result / "sqft_adapter.json").is_file():
+        return 'this adapter acts only through its mask; add "merge": {} to the recipe to get a model'
+    return (
+        "from transformers import AutoModelForCausalLM\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'
+    )
