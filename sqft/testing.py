@@ -71,7 +71,8 @@ def check(component: Component) -> None:
 
 
 def check_scorer(scorer: Scorer) -> None:
-    """Finite scores [out, in], the same twice, arguments untouched; dead inputs and zero weights too.
+    """Check that it prunes as `select` lets it, half of each row, on finite scores, the same twice, arguments
+    untouched; dead inputs and zero weights too.
 
     Raises:
         ContractError: saying which promise is broken.
@@ -80,48 +81,38 @@ def check_scorer(scorer: Scorer) -> None:
 
     _check_options(scorer)
     label = _label(scorer)
-    if scorer.updates:
-        for shape in SHAPES:
-            _check_prune(label, scorer, _weight(shape))
-        return
     for shape in SHAPES:
         for weight in (_weight(shape), torch.zeros(shape)):
-            first, again = (_score(label, scorer, weight) for _ in range(2))
-            if not again.equal(first):
+            (first, pruned), (again, pruned_again) = (_prune(label, scorer, weight) for _ in range(2))
+            if len(first) != len(again) or not all(map(torch.equal, first, again)):
                 raise ContractError(f"{label} gave other scores for the same weight, statistics and generator")
+            if not all(map(torch.equal, pruned, pruned_again)):
+                raise ContractError(f"{label} pruned the same weight in two ways, of the same statistics and generator")
 
 
-def _score(label: str, scorer: Scorer, weight: Tensor) -> Tensor:
+def _prune(label: str, scorer: Scorer, weight: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Prune half of each row; return the scores that `select` was asked about, and the new weight and its mask."""
+    from sqft.kernels.masks import keep_mask
+
     before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
+    asked: list[Tensor] = []
+
+    def select(scores: Tensor) -> Tensor:
+        asked.append(checks.check_scores(label, PLACE, weight, scores).clone())
+        return keep_mask(scores, 0.5, "row")
+
     with checks.statistics_unchanged(label, {PLACE: stats}):
         try:
-            scores = scorer.score(weight, stats)
+            pruned = scorer.prune(weight, stats, select)
+        except ContractError:
+            raise
         except Exception as error:
             given = ", ".join(sorted(scorer.needs)) or "nothing"
             raise ContractError(
                 f"{label} raised {error!r}; of the statistics it was given {given}, as `needs` says"
             ) from error
     checks.check_unchanged(label, PLACE, before, weight)
-    checks.check_scores(label, PLACE, weight, scores)
-    return scores
-
-
-def _check_prune(label: str, scorer: Scorer, weight: Tensor) -> None:
-    """Half of each row goes, the same twice, arguments untouched."""
-    import torch
-
-    from sqft.kernels.masks import keep_mask
-
-    found = []
-    for _ in range(2):
-        before, stats = weight.clone(), _stats(weight.shape[1], scorer.needs)
-        with checks.statistics_unchanged(label, {PLACE: stats}):
-            pruned = scorer.prune(weight, stats, lambda scores: keep_mask(scores, 0.5, "row"))
-        checks.check_unchanged(label, PLACE, before, weight)
-        checks.check_pruned(label, PLACE, weight, pruned, 0.5)
-        found.append(pruned)
-    if not all(torch.equal(first, again) for first, again in zip(*found, strict=True)):
-        raise ContractError(f"{label} pruned the same weight in two ways, of the same statistics and generator")
+    return asked, checks.check_pruned(label, PLACE, before, pruned, 0.5)
 
 
 def check_allocator(allocator: Allocator) -> None:

@@ -127,7 +127,6 @@ class SparseGpt(Scorer):
 
     name = "sparsegpt"
     needs = frozenset({Statistic.HESSIAN})
-    updates = True
     damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     block: int = Field(128, ge=1, description="inputs among which what goes is chosen; N:M wants a multiple of its M")
 

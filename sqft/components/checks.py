@@ -29,25 +29,17 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 
-def check_scores(label: str, place: str, weight: Tensor, scores: object) -> None:
-    """Scores are a finite floating tensor of the weight's shape, on its device."""
-    _check_tensor(label, place, "scores", scores, tuple(weight.shape), weight.device)
+def check_scores(label: str, place: str, weight: Tensor, scores: object) -> Tensor:
+    """Check that scores of some or all columns are a finite floating tensor with the weight's rows, on its device."""
+    shape = tuple(getattr(scores, "shape", ()))
+    if len(shape) != 2 or shape[0] != weight.shape[0] or not 1 <= shape[1] <= weight.shape[1]:
+        shape = tuple(weight.shape)
+    return _check_tensor(label, place, "scores", scores, shape, weight.device)
 
 
-def check_some_scores(label: str, place: str, scores: object) -> None:
-    """Scores of some of a layer's columns: a finite floating matrix."""
-    shape = getattr(scores, "shape", ())
-    device = getattr(scores, "device", None)
-    if len(shape) != 2 or device is None:
-        raise ContractError(
-            f"{label} asked `select` about {type(scores).__name__} for {place}, expected scores [out, some]"
-        )
-    _check_tensor(label, place, "scores", scores, tuple(shape), device)
-
-
-def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> None:
-    """A new weight and its mask, both of the weight's shape: finite, 0 where the mask is false, about as sparse as the
-    layer is to be."""
+def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Check that a new weight and its mask have the weight's shape, that it is finite and 0 where the mask is false,
+    and that the mask lets go of the fraction that `select` did."""
     if not isinstance(pruned, tuple) or len(pruned) != 2:
         raise ContractError(f"{label} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
     new = _check_tensor(label, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
@@ -61,6 +53,7 @@ def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsit
     spent = 1 - mask.double().mean().item()
     if abs(spent - sparsity) > 1e-6:
         raise ContractError(f"{label} pruned {spent:.3f} of {place}, where `select` let go of {sparsity:.3f}")
+    return new, mask
 
 
 def check_measured(label: str, names: Sequence[str], measured: object) -> None:

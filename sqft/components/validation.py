@@ -6,14 +6,14 @@ import inspect
 import re
 from typing import Any
 
-from sqft.components.kinds import KINDS
+from sqft.components.kinds import KINDS, Allocator, Component, Scorer
 from sqft.types import BaseKind, Statistic
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 def component_mistake(kind: str, hook: str, component: Any) -> str | None:
-    """What keeps this object from being a component of that kind, or None."""
+    """Return the rule that keeps this object from being a component of that kind, or None when it keeps them all."""
     base = KINDS[kind]
     label = getattr(component, "__name__", repr(component))
     if not inspect.isclass(component) or not issubclass(component, base):
@@ -23,11 +23,8 @@ def component_mistake(kind: str, hook: str, component: Any) -> str | None:
         return f'offers {label}, whose name is a field; write name = "…" without an annotation'
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return f"offers {label}, whose name is {name!r}; a name is lower-case letters, digits and dashes"
-    abstract = [verb for verb, method in vars(base).items() if _is_stub(method)]
-    spare = _spare(component)
-    missing = [verb for verb in abstract if getattr(component, verb) is getattr(base, verb) and verb not in spare]
-    if missing:
-        return f"offers {kind} '{name}', which does not define {', '.join(f'{verb}()' for verb in missing)}"
+    if missing := _missing_methods(component):
+        return f"offers {kind} '{name}', which does not define {', '.join(missing)}"
     if kind == "merger" and not hasattr(component, "bases"):
         return f"offers merger '{name}', which does not say which `bases` it works on"
     for attribute, member in (("needs", Statistic), ("bases", BaseKind)):
@@ -42,12 +39,11 @@ def component_mistake(kind: str, hook: str, component: Any) -> str | None:
     return None
 
 
-def _spare(component: Any) -> set[str]:
-    """The verbs that a component may leave undefined, for what it says of itself."""
-    if component.kind == "scorer":
-        return {"score"} if component.updates else {"prune"}
-    return {"measure"} if component.kind == "allocator" and not component.needs else set()
-
-
-def _is_stub(method: object) -> bool:
-    return inspect.isfunction(method) and method.__code__.co_names == ("NotImplementedError",)
+def _missing_methods(component: type[Component]) -> list[str]:
+    """Return the methods that a component lacks: the abstract ones, and those whose need depends on others."""
+    missing = [f"{method}()" for method in sorted(component.__abstractmethods__)]
+    if issubclass(component, Scorer) and component.score is Scorer.score and component.prune is Scorer.prune:
+        missing.append("score() or prune()")
+    if issubclass(component, Allocator) and component.needs and component.measure is Allocator.measure:
+        missing.append("measure(), which its `needs` asks for")
+    return missing

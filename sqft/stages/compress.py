@@ -1,17 +1,58 @@
-"""What sparsify and quantize share: the calibration walk, and giving a layer the weight that a component computed."""
+"""Shared by sparsify and quantize: which layers, the calibration walk, and what a component is given of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sqft.components import checks
 from sqft.errors import StageError
+from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.calibration.walk import walk
+from sqft.recipe.sections import Quantize, Sparsify
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
+from sqft.utils.patterns import selected
+
+
+def chosen_layers(model: PreTrainedModel, stage: str, section: Sparsify | Quantize) -> dict[str, nn.Linear]:
+    """Return the linear layers that a section includes, by name.
+
+    Raises:
+        StageError: when there is none.
+    """
+    layers = {
+        name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
+    }
+    if not layers:
+        raise StageError(f"{stage}.include matches no linear layer of the model's decoder blocks")
+    return layers
+
+
+@contextmanager
+def guarded(
+    label: str, layers: Mapping[str, tuple[nn.Linear, LinearStats]], seed_for: Callable[[str], int]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, LinearStats]]]:
+    """Give a component float32 copies of these layers' weights [out, in] and their statistics, each with a generator
+    seeded for its layer, and check afterwards that it edited none of them.
+
+    Raises:
+        ContractError: when it edited one in place.
+    """
+    weights = {name: linear.weight.detach().to(torch.float32, copy=True) for name, (linear, _) in layers.items()}
+    seeded = {
+        name: dataclasses.replace(stats, generator=torch.Generator(weights[name].device).manual_seed(seed_for(name)))
+        for name, (_, stats) in layers.items()
+    }
+    with checks.statistics_unchanged(label, seeded):
+        yield weights, seeded
+    for name, (linear, _) in layers.items():
+        checks.check_unchanged(label, name, linear.weight.detach().float(), weights[name])
 
 
 def assign_weight(label: str, name: str, linear: nn.Linear, value: Tensor) -> None:

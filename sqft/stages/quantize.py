@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import Any
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,23 +12,18 @@ from torch import Tensor, nn
 from sqft.checkpoints.gptq import GPTQ_PARTS
 from sqft.components import checks
 from sqft.components.kinds import Quantizer
-from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.errors import ArtifactError, ContractError
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
-from sqft.modeling.architecture.blocks import linears
+from sqft.kernels.statistics import sha256
 from sqft.modeling.architecture.linears import as_stored
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.recipe.sections import Quantize
-from sqft.stages.compress import assign_weight, run_calibration
+from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
-from sqft.utils.files import write_json
-from sqft.utils.patterns import selected
-
-DIGESTS = "digests.json"
-"""What the quantizer gave for each layer, to hold against what is read back."""
 
 
 class QuantizeStage:
@@ -38,95 +31,86 @@ class QuantizeStage:
 
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs = inputs
+        self.quantizer, self.label = inputs.component(Quantizer), inputs.label(Quantizer)
+        # Digests of what is to be read back: codes and grids, the base's masks, and every tensor left as it was.
+        self.codes: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
+        self.others: dict[str, str] = {}
 
     def run(self) -> Report:
-        return _run(self.inputs)
+        """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
+        (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
+        scratch = self.inputs.scratch
+        model, tokenizer = load_model(self.inputs.plan.spec(self.inputs.model_path()))
+        layers = chosen_layers(model, "quantize", self.inputs.section(Quantize))
+        self.others = {
+            name: sha256(tensor)
+            for name, tensor in as_stored(model, fused=False).items()
+            if name.removesuffix(".weight") not in layers
+        }
+        quantized: dict[str, Quantized] = {}
+        masks: dict[str, Tensor] = {}
+        errors: dict[str, dict[str, float]] = {}
+
+        def quantize(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            result, masks[name], errors[name] = self._quantize(name, linear, stats)
+            _check_storable(self.label, name, result, next(iter(quantized.values()), result))
+            quantized[name] = _on_cpu(result)
+
+        needs = self.quantizer.needs
+        run_calibration(self.inputs, model, tokenizer, layers, needs, quantize, "quantizing", sequential=True)
+        self.codes = {name: _digest(layer) for name, layer in quantized.items()}
+        self.masks = {name: sha256(mask) for name, mask in masks.items()}
+        save_quantized(model, tokenizer, quantized, scratch / "model")
+        save_file(masks, scratch / "masks.safetensors")
+        weights = sum(linear.weight.numel() for linear in layers.values())
+        zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
+        grid = next(iter(quantized.values())).grid
+        return {
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights,
+            "layers": errors,
+        }
 
     def verify(self) -> None:
-        _verify(self.inputs)
+        """Check that codes and grids as stored are the quantizer's, that zeros of the base are zero, and that all else
+        is the base's, bit for bit."""
+        reader, stage = FolderReader(self.inputs.scratch / "model"), f"quantize ({self.label})"
+        layers, masks = read_quantized(reader.folder), load_file(self.inputs.scratch / "masks.safetensors")
+        if different := sorted(layers.keys() ^ self.codes.keys()):
+            raise ArtifactError(f"{stage}: {different[0]} was quantized and is not stored, or the other way round")
+        for name, layer in layers.items():
+            value = dequantize(layer)
+            if not value.isfinite().all():
+                raise ArtifactError(f"{stage}: {name} as stored holds values that are not finite")
+            if _digest(layer) != self.codes[name]:
+                raise ArtifactError(f"{stage}: codes or grid of {name} as stored are not the quantizer's")
+            if name not in masks or sha256(masks[name]) != self.masks[name]:
+                raise ArtifactError(f"{stage}: the mask of {name} as stored is not the base's")
+            if lost := int((value[~unpack_mask(masks[name], (value.shape[0], value.shape[1]))] != 0).sum()):
+                raise ArtifactError(f"{stage}: {lost} zeros of the base are not zero in {name} as stored")
+        if missing := sorted(self.others.keys() - set(reader.names())):
+            raise ArtifactError(f"{stage}: {missing[0]} of the base is not stored")
+        for name, tensor in reader.tensors():
+            owner, _, part = name.rpartition(".")
+            if not (owner in layers and part in GPTQ_PARTS) and sha256(tensor) != self.others.get(name):
+                raise ArtifactError(f"{stage}: {name} as stored is not the base's")
 
-
-def _run(inputs: StageInputs) -> Report:
-    """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
-    (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
-    section = inputs.section(Quantize)
-    quantizer, label = inputs.component(Quantizer), inputs.label(Quantizer)
-    model, tokenizer = load_model(inputs.plan.spec(inputs.model_path()))
-    layers = {n: linear for n, linear in linears(model).items() if selected(n, section.include, section.exclude)}
-    if not layers:
-        raise StageError("quantize.include matches no linear layer of the model's decoder blocks")
-    quantized: dict[str, Quantized] = {}
-    masks: dict[str, Tensor] = {}
-    report: dict[str, Any] = {}
-
-    def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
-        weight = linear.weight.detach().to(torch.float32, copy=True)
+    def _quantize(self, name: str, linear: nn.Linear, stats: LinearStats) -> tuple[Quantized, Tensor, dict[str, float]]:
+        """Quantize one layer in place, and return codes and grid, the base's mask bit-packed, and the errors made."""
         # What is zero in the base stays zero, whether sqft pruned it or the model came sparse.
-        mask = weight != 0
-        kept = weight.clone()
-        generator = torch.Generator(weight.device).manual_seed(inputs.seed_for("quantize", name))
-        stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        with checks.statistics_unchanged(label, {name: stats}):
-            result = quantizer.quantize(weight, mask, stats)
-        checks.check_unchanged(label, name, kept, weight)
-        checks.check_unchanged(label, name, kept != 0, mask, "the mask")
-        checks.check_quantized(label, name, result, kept, mask)
+        mask = linear.weight.detach() != 0
+        with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "quantize")) as given:
+            weight, seeded = given[0][name], given[1][name]
+            result = self.quantizer.quantize(weight, mask, seeded)
+        checks.check_unchanged(self.label, name, weight != 0, mask, "the mask")
+        checks.check_quantized(self.label, name, result, weight, mask)
         value = dequantize(result)
-        assign_weight(label, name, linear, value)
-        _check_storable(label, name, result, next(iter(quantized.values()), result))
-        quantized[name] = _on_cpu(result)
-        masks[name] = pack_mask(mask).cpu()
-        report[name] = _error(kept, value, stats.hessian)
-
-    run_calibration(inputs, model, tokenizer, layers, quantizer.needs, compress, "quantizing", sequential=True)
-    save_quantized(model, tokenizer, quantized, inputs.scratch / "model")
-    save_file(masks, inputs.scratch / "masks.safetensors")
-    write_json(inputs.scratch / DIGESTS, {name: _digest(layer) for name, layer in quantized.items()})
-    weights = sum(linear.weight.numel() for linear in layers.values())
-    zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
-    grid = next(iter(quantized.values())).grid
-    return {
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / weights,
-        "layers": report,
-    }
-
-
-def _verify(inputs: StageInputs) -> None:
-    """Codes and grids read back are the quantizer's, zeros of the base are zero, all else is the base's bit for bit."""
-    base, _ = load_model(inputs.plan.spec(inputs.model_path()))
-    folder, label = inputs.scratch / "model", inputs.label(Quantizer)
-    layers, original = read_quantized(folder), base.state_dict()
-    masks = load_file(inputs.scratch / "masks.safetensors")
-    digests = json.loads((inputs.scratch / DIGESTS).read_text("utf-8"))
-    if odd := sorted(layers.keys() ^ digests.keys()):
-        raise ArtifactError(f"quantize ({label}): {odd[0]} was quantized and is not stored, or the other way round")
-    for name, layer in layers.items():
-        if layer.codes.shape != original[f"{name}.weight"].shape:
-            raise ArtifactError(f"quantize ({label}): {name} as stored has another shape than the base's")
-        value = dequantize(layer)
-        if not value.isfinite().all():
-            raise ArtifactError(f"quantize ({label}): {name} as stored holds values that are not finite")
-        if _digest(layer) != digests[name]:
-            raise ArtifactError(f"quantize ({label}): codes or grid of {name} as stored are not the quantizer's")
-        if not unpack_mask(masks[name], (layer.codes.shape[0], layer.codes.shape[1])).equal(
-            original[f"{name}.weight"] != 0
-        ):
-            raise ArtifactError(f"quantize ({label}): the mask of {name} as stored is not the base's")
-        if lost := int(((original[f"{name}.weight"] == 0) & (value != 0)).sum()):
-            raise ArtifactError(f"quantize ({label}): {lost} zeros of the base are not zero in {name} as stored")
-    as_it_was = as_stored(base, fused=False)
-    if lacking := sorted(
-        as_it_was.keys() - {f"{layer}.weight" for layer in layers} - set(FolderReader(folder).names())
-    ):
-        raise ArtifactError(f"quantize ({label}): {lacking[0]} of the base is not stored")
-    for name, tensor in FolderReader(folder).tensors():
-        owner, _, part = name.rpartition(".")
-        if not (owner in layers and part in GPTQ_PARTS) and not torch.equal(tensor, as_it_was[name]):
-            raise ArtifactError(f"quantize ({label}): {name} as stored is not the base's")
+        assign_weight(self.label, name, linear, value)
+        return result, pack_mask(mask).cpu(), _error(weight, value, stats.hessian)
 
 
 def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
@@ -148,18 +132,9 @@ def _on_cpu(layer: Quantized) -> Quantized:
 
 
 def _digest(layer: Quantized) -> str:
-    """SHA-256 over codes, scales, zero points and the group of each input."""
-    grid = layer.grid
-    parts = (
-        layer.codes.to(torch.uint8),
-        grid.scale.half(),
-        grid.zero.to(torch.uint8),
-        group_index(grid, layer.codes.shape[1]).to(torch.int32),
-    )
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.contiguous().numpy().tobytes())
-    return total.hexdigest()
+    """Return the SHA-256 over codes, scales, zero points and the group of each input."""
+    grid, index = layer.grid, group_index(layer.grid, layer.codes.shape[1])
+    return sha256(layer.codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), index.to(torch.int32))
 
 
 def _error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> dict[str, float]:

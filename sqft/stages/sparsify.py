@@ -6,197 +6,176 @@ sparsity a layer gets, and `kernels.masks` which entries are then kept.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
+from functools import partial
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.components import checks
 from sqft.components.kinds import Allocator, Scorer
-from sqft.errors import ArtifactError, StageError
+from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
-from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
+from sqft.kernels.statistics import sha256
+from sqft.modeling.architecture.blocks import decoder_blocks, shape_of
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Sparsify
-from sqft.stages.compress import assign_weight, run_calibration
+from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Pattern
-from sqft.utils.files import write_json
-from sqft.utils.patterns import selected
-
-DIGESTS = "digests.json"
-"""What a scorer that updates weights gave for each layer, to hold against what is read back."""
 
 
 class SparsifyStage:
     """The stage `sparsify`."""
 
     def __init__(self, inputs: StageInputs) -> None:
-        self.inputs = inputs
+        self.inputs, self.section = inputs, inputs.section(Sparsify)
+        self.scorer, self.label = inputs.component(Scorer), inputs.label(Scorer)
+        # Digests of what is to be read back: every parameter as it was loaded or as the scorer gave it, and the masks.
+        self.parameters: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
 
     def run(self) -> Report:
-        return _run(self.inputs)
+        """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
+        scratch = self.inputs.scratch
+        model, tokenizer = load_model(self.inputs.plan.model_spec)
+        layers = chosen_layers(model, "sparsify", self.section)
+        self.parameters = {
+            name: sha256(parameter)
+            for name, parameter in model.named_parameters()
+            if name.removesuffix(".weight") not in layers
+        }
+        allocation = self._allocation(model, tokenizer, layers)
+        masks: dict[str, Tensor] = {}
+        sparsity: dict[str, float] = {}
+        tokens: dict[str, int] = {}
+
+        def prune(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            mask = self._prune(name, linear, stats, allocation[name])
+            masks[name] = pack_mask(mask).cpu()
+            sparsity[name] = 1 - mask.float().mean().item()
+            tokens[name] = 0 if stats.unreached else stats.tokens
+
+        total = run_calibration(self.inputs, model, tokenizer, layers, self.scorer.needs, prune, "scoring")
+        self.masks = {name: sha256(mask) for name, mask in masks.items()}
+        save_model(model, tokenizer, scratch / "model")
+        save_file(masks, scratch / "masks.safetensors")
+        weights = sum(linear.weight.numel() for linear in layers.values())
+        zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
+        return {
+            "sparsity": zeros / weights,
+            "zeros": zeros,
+            "weights": weights,
+            "parameters": model.num_parameters(),
+            "layers": sparsity,
+            "calibration_tokens": total,
+            "expert_tokens": {name: count for name, count in tokens.items() if count != total},
+        }
 
     def verify(self) -> None:
-        _verify(self.inputs)
+        """Check that the model as stored opens, that every parameter is as it was loaded, or in the pruned layers as
+        the scorer gave it, bit for bit, and that what a stored mask lets go of is zero."""
+        stored, _ = load_model(self.inputs.plan.spec(self.inputs.scratch / "model"))
+        masks = load_file(self.inputs.scratch / "masks.safetensors")
+        parameters = dict(stored.named_parameters())
+        if {name: sha256(mask) for name, mask in masks.items()} != self.masks:
+            raise ArtifactError(f"sparsify ({self.label}): the masks as stored are not what the scorer gave")
+        for name, digest in self.parameters.items():
+            layer = name.removesuffix(".weight")
+            if name not in parameters or sha256(parameters[name]) != digest:
+                expected = "what the scorer gave" if layer in masks else "the original"
+                raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {expected}")
+            if layer in masks and (parameters[name][~unpack_mask(masks[layer], parameters[name].shape)] != 0).any():
+                raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
 
+    def _prune(self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float) -> Tensor:
+        """Prune one layer in place, and return its mask [out, in]."""
+        select = _Selection(self.label, name, linear.weight, Pattern.parse(self.section.pattern), sparsity)
+        with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "sparsify")) as given:
+            weight, seeded = given[0][name], given[1][name]
+            pruned = self.scorer.prune(weight, seeded, select)
+        value, mask = checks.check_pruned(self.label, name, weight, pruned, select.pruned_fraction())
+        assign_weight(self.label, name, linear, value)
+        self.parameters[f"{name}.weight"] = sha256(linear.weight)
+        return mask
 
-def _run(inputs: StageInputs) -> Report:
-    """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
-    section = inputs.section(Sparsify)
-    scorer, label = inputs.component(Scorer), inputs.label(Scorer)
-    model, tokenizer = load_model(inputs.plan.model_spec)
-    layers = {
-        name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
-    }
-    if not layers:
-        raise StageError("sparsify.include matches no linear layer of the model's decoder blocks")
-    shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
-    allocator, measured = inputs.component(Allocator), _measured(inputs, model, tokenizer, layers)
-    allocation = allocator.allocate(shapes, section.sparsity, measured)
-    checks.check_allocation(inputs.label(Allocator), shapes, section.sparsity, allocation)
-    pattern = Pattern.parse(section.pattern)
-    masks: dict[str, Tensor] = {}
-    report: dict[str, float] = {}
-    seen: dict[str, int] = {}
-    digests: dict[str, str] = {}
+    def _allocation(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
+    ) -> Mapping[str, float]:
+        """Return each layer's sparsity, as the allocator has it."""
+        allocator, label = self.inputs.component(Allocator), self.inputs.label(Allocator)
+        shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
+        measured = self._measured(allocator, label, model, tokenizer, layers) if allocator.needs else {}
+        allocation = allocator.allocate(shapes, self.section.sparsity, measured)
+        checks.check_allocation(label, shapes, self.section.sparsity, allocation)
+        return allocation
 
-    def compress(name: str, linear: nn.Linear, stats: LinearStats) -> None:
-        weight = linear.weight.detach().to(torch.float32, copy=True)
-        kept = weight.clone()
-        generator = torch.Generator(weight.device).manual_seed(inputs.seed_for("sparsify", name))
-        tokens_seen = 0 if stats.unreached else stats.tokens
-        stats = LinearStats(stats.tokens, stats.input_sq_sum, stats.hessian, generator)
-        if scorer.updates:
-            select = _Selection(label, name, pattern, allocation[name])
-            with checks.statistics_unchanged(label, {name: stats}):
-                pruned = scorer.prune(weight, stats, select)
-            checks.check_unchanged(label, name, kept, weight)
-            select.check()
-            checks.check_pruned(label, name, kept, pruned, select.pruned / max(select.seen, 1))
-            mask = pruned[1]
-            assign_weight(label, name, linear, pruned[0])
-            digests[name] = _digest(linear.weight)
-        else:
-            with checks.statistics_unchanged(label, {name: stats}):
-                scores = scorer.score(weight, stats)
-            checks.check_unchanged(label, name, kept, weight)
-            checks.check_scores(label, name, kept, scores)
-            mask = keep_mask(scores, allocation[name], pattern)
-            linear.weight.data.masked_fill_(~mask, 0)
-        masks[name] = pack_mask(mask).cpu()
-        report[name] = 1 - mask.float().mean().item()
-        seen[name] = tokens_seen
+    def _measured(
+        self,
+        allocator: Allocator,
+        label: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Mapping[str, nn.Linear],
+    ) -> dict[str, float]:
+        """Return what the allocator measures of the dense layers, block by block."""
+        measured: dict[str, float] = {}
+        blocks = [[name for name in layers if name.startswith(f"{block}.")] for block in decoder_blocks(model)]
+        of_block = {name: names for names in blocks for name in names}
+        waiting: dict[str, tuple[nn.Linear, LinearStats]] = {}
 
-    tokens = run_calibration(inputs, model, tokenizer, layers, scorer.needs, compress, "scoring")
-    save_model(model, tokenizer, inputs.scratch / "model")
-    save_file(masks, inputs.scratch / "masks.safetensors")
-    if scorer.updates:
-        write_json(inputs.scratch / DIGESTS, digests)
-    total = sum(linear.weight.numel() for linear in layers.values())
-    zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
-    return {
-        "sparsity": zeros / total,
-        "zeros": zeros,
-        "weights": total,
-        "parameters": model.num_parameters(),
-        "layers": report,
-        "calibration_tokens": tokens,
-        "expert_tokens": {name: count for name, count in seen.items() if count != tokens},
-    }
+        def collect(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            """Measure a block once its last layer has come; its statistics are not kept."""
+            waiting[name] = linear, stats
+            if len(waiting) < len(of_block[name]):
+                return
+            with guarded(label, waiting, partial(self.inputs.seed_for, "measure")) as (weights, seeded):
+                numbers = allocator.measure(weights, seeded)
+            checks.check_measured(label, of_block[name], numbers)
+            measured.update(numbers)
+            waiting.clear()
 
-
-def _measured(
-    inputs: StageInputs, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
-) -> dict[str, float]:
-    """What the allocator measures of the dense layers, block by block; nothing when it measures nothing."""
-    allocator, label = inputs.component(Allocator), inputs.label(Allocator)
-    if not allocator.needs:
-        return {}
-    measured: dict[str, float] = {}
-    for_block: dict[str, list[str]] = {}
-    for block in decoder_blocks(model):
-        names = [name for name in layers if name.startswith(f"{block}.")]
-        for_block |= dict.fromkeys(names, names)
-    weights: dict[str, Tensor] = {}
-    stats: dict[str, LinearStats] = {}
-
-    def collect(name: str, linear: nn.Linear, found: LinearStats) -> None:
-        """Measure a block once its last layer has come; what it took is not kept."""
-        weights[name], stats[name] = linear.weight.detach().to(torch.float32, copy=True), found
-        names = for_block[name]
-        if len(weights) < len(names):
-            return
-        kept = {name: weight.clone() for name, weight in weights.items()}
-        with checks.statistics_unchanged(label, stats):
-            numbers = allocator.measure(weights, stats)
-        for one in names:
-            checks.check_unchanged(label, one, kept[one], weights[one])
-        checks.check_measured(label, names, numbers)
-        measured.update(numbers)
-        weights.clear()
-        stats.clear()
-
-    run_calibration(inputs, model, tokenizer, layers, allocator.needs, collect, "measuring")
-    return measured
+        run_calibration(self.inputs, model, tokenizer, layers, allocator.needs, collect, "measuring")
+        return measured
 
 
 class _Selection:
     """`sqft.types.Select` of one layer, which remembers how much of it went."""
 
-    def __init__(self, label: str, place: str, pattern: Pattern, sparsity: float) -> None:
-        self.label, self.place, self.pattern, self.sparsity = label, place, pattern, sparsity
-        self.pruned = self.seen = 0
+    def __init__(self, label: str, name: str, weight: Tensor, pattern: Pattern, sparsity: float) -> None:
+        self.label, self.name, self.weight, self.pattern, self.sparsity = label, name, weight, pattern, sparsity
+        self.pruned = self.columns = self.widest = 0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        checks.check_some_scores(self.label, self.place, scores)
+        checks.check_scores(self.label, self.name, self.weight, scores)
         if self.pattern.of and scores.shape[1] % self.pattern.of:
             raise StageError(
                 f"sparsify.pattern: the scorer chooses among {scores.shape[1]} inputs at a time, no multiple of the M "
                 f"of '{self.pattern}'; change its block, or the pattern"
             )
         mask = keep_mask(scores, self.sparsity, self.pattern)
-        self.pruned, self.seen = self.pruned + int((~mask).sum()), self.seen + mask.numel()
+        self.pruned, self.columns = self.pruned + int((~mask).sum()), self.columns + scores.shape[1]
+        self.widest = max(self.widest, scores.shape[1])
         return mask
 
-    def check(self) -> None:
-        """Whole entries of a few may be far from the sparsity that was asked for."""
-        spent = self.pruned / max(self.seen, 1)
-        if self.pattern.sparsity is None and abs(spent - self.sparsity) > 0.02:
+    def pruned_fraction(self) -> float:
+        """Return the fraction of the entries asked about that went.
+
+        Raises:
+            ContractError: when it was not asked about all columns.
+            StageError: when it was asked about so few at a time that the fraction, in entries, misses the sparsity.
+        """
+        out, inputs = self.weight.shape
+        if self.columns < inputs:
+            raise ContractError(
+                f"{self.label} returned scores of shape {[out, self.columns]} for {self.name}, expected {[out, inputs]}"
+            )
+        fraction = self.pruned / (out * self.columns)
+        if self.widest < inputs and not self.pattern.of and abs(fraction - self.sparsity) > 0.02:
             raise StageError(
-                f"sparsify.scorer: {self.label} chooses among so few inputs of {self.place} at a time that {spent:.3f} "
-                f"of them go where {self.sparsity:.3f} was asked for; give it a larger block"
+                f"sparsify.scorer: {self.label} chooses among so few inputs of {self.name} at a time that "
+                f"{fraction:.3f} of them go where {self.sparsity:.3f} was asked for; give it a larger block"
             )
-
-
-def _digest(weight: Tensor) -> str:
-    """SHA-256 over the bits of a weight."""
-    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _verify(inputs: StageInputs) -> None:
-    """Read back, every pruned entry is zero, every other one is the original bit for bit, or in the layers of a scorer
-    that updates weights what it gave; all are finite."""
-    original, _ = load_model(inputs.plan.model_spec)
-    stored, _ = load_model(inputs.plan.spec(inputs.scratch / "model"))
-    packed, label = load_file(inputs.scratch / "masks.safetensors"), inputs.label(Scorer)
-    given = json.loads((inputs.scratch / DIGESTS).read_text("utf-8")) if inputs.component(Scorer).updates else {}
-    found = dict(stored.named_parameters())
-    for name, parameter in original.named_parameters():
-        expected, layer = parameter.detach(), name.removesuffix(".weight")
-        if layer in packed:
-            mask = unpack_mask(packed[layer], (expected.shape[0], expected.shape[1]))
-            expected = (found[name] if layer in given else expected).masked_fill(~mask, 0)
-        tensor = found[name]
-        if layer in given and _digest(tensor) != given[layer]:
-            raise ArtifactError(f"sparsify ({label}): {name} as stored is not what the scorer gave")
-        if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
-            wrong = int((tensor != expected).sum())
-            raise ArtifactError(
-                f"sparsify ({label}): {name} as stored is not the masked original ({wrong} entries differ)"
-            )
+        return fraction
