@@ -169,8 +169,7 @@ def check_adapter(adapter: Adapter) -> None:
     """
     _check_options(adapter)
     label = _label(adapter)
-    if adapter.input_dropout is not None and adapter.input_dropout not in type(adapter).model_fields:
-        raise ContractError(f"{label} has input_dropout = '{adapter.input_dropout}', which is none of its options")
+    checks.check_dropout(label, adapter.input_dropout())
     space = adapter.space(LINEARS)
     checks.check_space(label, LINEARS, space)
     for seed in range(8):

@@ -192,7 +192,7 @@ BREACHES = [
     (variant(Nls, space=lambda self, linears: SearchSpace(Nls.space(self, linears).groups[1:]))(), "in 0 groups"),
     (variant(Nls, sample=lambda self, space, rng: RankConfig((3,) * len(space.groups)))(), "no configuration"),
     (variant(Nls, sample=lambda self, space, rng: Nls.sample(self, space, unseeded))(), "the same random state"),
-    (variant(Nls, input_dropout="drop")(), "none of its options"),
+    (variant(Nls, input_dropout=lambda self: "drop")(), "the input dropout 'drop', expected a number in [0, 1)"),
     (factors(lambda B, A, rank: (B[:, :rank].detach(), A[:rank].detach())), "no gradient"),
     (factors(lambda B, A, rank: (B[:, :rank], A[:rank].detach())), "no gradient"),
     (factors(lambda B, A, rank: (B[:, :rank].double(), A[:rank])), "float64"),

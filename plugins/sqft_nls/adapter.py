@@ -20,7 +20,6 @@ Rank = Annotated[int, Field(ge=1)]
 class _LowRank(Adapter):
     """The options and methods that `nls` and `lora` share."""
 
-    input_dropout = "dropout"
     alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A")
     dropout: float = Field(
         0.0,
@@ -31,6 +30,9 @@ class _LowRank(Adapter):
 
     def sample(self, space: SearchSpace, rng: Random) -> RankConfig:
         return RankConfig(tuple(rng.choice(group.ranks) for group in space.groups))
+
+    def input_dropout(self) -> float:
+        return self.dropout
 
     def _delta(self, linear: LinearShape, rank: int, generator: Generator) -> DeltaModule:
         from sqft_nls.delta import LowRankDelta

@@ -34,8 +34,10 @@ class QASparsePEFT(SparsePEFT):
 
     name = "qa-sparsepeft"
     bases = frozenset({BaseKind.QUANTIZED})
-    scale_option = "learn_scales"
     learn_scales: bool = Field(False, description="also train the scales of the grid (the paper keeps them fixed)")
+
+    def learns_scales(self) -> bool:
+        return self.learn_scales
 
 
 @hookimpl

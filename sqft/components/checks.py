@@ -204,6 +204,13 @@ def check_delta(label: str, linear: LinearShape, delta: DeltaModule, ranks: Sequ
             raise ContractError(f"{label} starts {name} with a delta that is not zero")
 
 
+def check_dropout(label: str, dropout: object) -> float:
+    """Check that the dropout on an adapter's input is a number in [0, 1)."""
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise ContractError(f"{label} returned the input dropout {dropout!r}, expected a number in [0, 1)")
+    return dropout
+
+
 def check_effective(label: str, place: str, base: BaseWeight, result: object, keeps_mask: bool) -> None:
     """An effective weight fits its base, is finite and keeps the zeros it promised to keep."""
     weight = base.weight

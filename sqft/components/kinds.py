@@ -115,8 +115,6 @@ class Adapter(Component):
     """Decides which low-rank deltas train, at which ranks."""
 
     kind: ClassVar[str] = "adapter"
-    input_dropout: ClassVar[str | None] = None
-    """Name of the field that holds the dropout on the adapter's input, if the adapter has one."""
 
     @abstractmethod
     def space(self, linears: Sequence[LinearShape]) -> SearchSpace:
@@ -129,6 +127,10 @@ class Adapter(Component):
     @abstractmethod
     def delta(self, linear: LinearShape, generator: Generator) -> DeltaModule:
         """Return trainable factors for one layer, float32 on the CPU, drawn from `generator`; delta 0 at start."""
+
+    def input_dropout(self) -> float:
+        """Return the dropout on the adapter's input while it trains, in [0, 1); above 0, training takes two paths."""
+        return 0.0
 
 
 class Searcher(Component):
@@ -153,8 +155,6 @@ class Merger(Component):
     """False when the adapter stays beside the base: the ordinary two-path forward, and no merge stage."""
     keeps_mask: ClassVar[bool] = True
     """True when it promises to keep every zero of the base; the core proves it after training and merge."""
-    scale_option: ClassVar[str | None] = None
-    """Name of the field that says whether a quantized base's scales train too, if the merger has one."""
 
     @abstractmethod
     def combine(self, base: BaseWeight, delta: Tensor) -> Tensor:
@@ -175,6 +175,10 @@ class Merger(Component):
             leaf = delta.detach().requires_grad_()
             (result,) = torch.autograd.grad(self.combine(base, leaf), leaf, grad)
         return result
+
+    def learns_scales(self) -> bool:
+        """Return whether the scales of a quantized base train too."""
+        return False
 
 
 class Exporter(Component):

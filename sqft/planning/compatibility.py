@@ -14,6 +14,15 @@ from sqft.types import BaseKind, LinearShape
 from sqft.utils.patterns import selected
 
 
+def dropout_option(adapter: Adapter) -> str:
+    """Return the path of the option that turned dropout on: the one that, at its default, turns it off."""
+    for name in sorted(adapter.model_fields_set):
+        default = type(adapter).model_fields[name].get_default(call_default_factory=True)
+        if not adapter.model_copy(update={name: default}).input_dropout():
+            return f"finetune.adapter.options.{name}"
+    return "finetune.adapter"
+
+
 class Fitting(Resolver):
     """What does not fit becomes a problem with its path in the recipe; nothing is raised."""
 
@@ -39,10 +48,11 @@ class Fitting(Resolver):
         if not (adapter and merger and self._on_codes()):
             return
         component, merging = adapter.component, merger.component
-        field = component.input_dropout if isinstance(component, Adapter) else None
-        if field and getattr(component, field) > 0 and isinstance(merging, Merger) and merging.merges:
+        if not isinstance(component, Adapter) or not isinstance(merging, Merger):
+            return
+        if component.input_dropout() and merging.merges:
             self._problem(
-                f"finetune.adapter.options.{field}",
+                dropout_option(component),
                 f"'{merging.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
             )
 

@@ -57,7 +57,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     for shape in shapes:
         deltas[shape.name] = adapter.delta(shape, generator)
         checks.check_delta(label, shape, deltas[shape.name], ranks[shape.name])
-    dropout = getattr(adapter, adapter.input_dropout) if adapter.input_dropout else 0.0
+    dropout = checks.check_dropout(label, adapter.input_dropout())
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
     if packed:
@@ -68,8 +68,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
         weights = _before_quantization(plan, folders, layers, masked)
     else:
         weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
-    learn_scales = bool(merger.scale_option and getattr(merger, merger.scale_option))
-    adapted = attach(model, deltas, merger, weights, dropout, learn_scales)
+    adapted = attach(model, deltas, merger, weights, dropout, merger.learns_scales())
     model.to(device)
     return AdaptedModel(model, tokenizer, adapted, space)
 
