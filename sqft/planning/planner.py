@@ -285,7 +285,7 @@ class _Planner(Fitting):
             if inputs is None:
                 continue
             if f"evaluate:{what}" in self.steps:
-                self._problem(place, f"'{what}' stands twice")
+                self._problem(place, f"'{what}' is listed twice")
                 continue
             # `of` is no part of a row's fingerprint, so that asking for one more re-does no other.
             self._add(

@@ -13,14 +13,14 @@ from sqft.recipe.fields import Count, Section
 class Prompt(Section):
     """Jinja templates over a record's fields: "Question: {{question}}"."""
 
-    prompt: str = Field(min_length=1, description="what is asked")
-    completion: str = Field(min_length=1, description="what is to be answered")
+    prompt: str = Field(min_length=1, description="template of the prompt")
+    completion: str = Field(min_length=1, description="template of the expected answer")
 
     @field_validator("prompt", "completion")
     @classmethod
     def _is_template(cls, source: str) -> str:
         if mistake := mistake_in(source):
-            raise ValueError(f"is no Jinja template: {mistake}")
+            raise ValueError(f"not a valid Jinja template: {mistake}")
         return source
 
 
@@ -28,7 +28,9 @@ def _by_name(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value not in TEMPLATES:
-        raise ValueError(f"no prompt template is named '{value}'; there are {', '.join(TEMPLATES)}, or write your own")
+        raise ValueError(
+            f"no prompt template is named '{value}'; choose from {', '.join(TEMPLATES)}, or write your own"
+        )
     return {"prompt": TEMPLATES[value].prompt, "completion": TEMPLATES[value].completion}
 
 
@@ -36,33 +38,33 @@ NamedPrompt = Annotated[Prompt, BeforeValidator(_by_name, json_schema_input_type
 
 
 class Data(Section):
-    """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}; of other fields with a
+    """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}, or of other fields with a
     prompt template."""
 
     path: str = Field(
-        description="a .jsonl, .json, .csv, .txt (a text a line), .parquet or .arrow file, or a data set of Hugging "
-        "Face's: a folder or an id"
+        description="a .jsonl, .json, .csv, .txt (one text in each line), .parquet or .arrow file, or a Hugging Face "
+        "data set: a folder or an id"
     )
     prompt: NamedPrompt | None = Field(
         None,
         description=f"how a record's fields become a prompt and a completion: {', '.join(TEMPLATES)}, or "
         "{prompt, completion} templates of your own",
     )
-    limit: Count | None = Field(None, description="take only the first so many records")
-    config: str | None = Field(None, description="of a data set of several, the one that is meant")
+    limit: Count | None = Field(None, description="use only this many records from the start")
+    config: str | None = Field(None, description="configuration of the data set, if it has several")
     split: str = Field(
         "train",
-        description='of a data set with splits, the one that is meant; sliced as datasets does: "train[:1000]", '
+        description='split of the data set, or a slice in the syntax of datasets: "train[:1000]", '
         '"train[90%:]", "train+test"',
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
 
 
 class TrainingData(Data):
     """One of the data sets to train on."""
 
     weight: Annotated[float, Field(gt=0, le=1000)] = Field(
-        1.0, description="how often each record comes in an epoch; of a broken number, a drawn part comes once more"
+        1.0, description="how often each record comes in an epoch; with 2.5, a random half comes a third time"
     )
 
 
@@ -80,4 +82,4 @@ DataRefs = Annotated[
     Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
     Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),
 ]
-"""One data set, or several. The tags are no part of a place in the recipe: `mistakes` leaves them out."""
+"""One data set, or several. The tags are not part of a path in the recipe: `diagnostics` removes them."""

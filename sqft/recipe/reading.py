@@ -47,7 +47,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
+            raise ValueError(f"the key '{key}' appears twice in one object; keep one")
         seen[key] = value
     return seen
 

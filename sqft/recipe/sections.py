@@ -17,7 +17,7 @@ from sqft.recipe.fields import Count, Fraction, Section
 DTYPES = Literal["float32", "bfloat16", "float16"]
 
 
-ANSWER = "what of the generation is compared: all of it, or a number in it"
+ANSWER = "which part of the generated text is compared: all of it, or its first or last number"
 
 
 class ComponentRef(Section):
@@ -39,29 +39,31 @@ class Model(Section):
     """Where the pre-trained causal language model comes from."""
 
     path: str = Field(description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id")
-    dtype: DTYPES = Field("float32", description="the precision weights are loaded and stored in")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    trust_remote_code: bool = Field(False, description="run Python code that the model's folder brings")
+    dtype: DTYPES = Field("float32", description="precision in which weights are loaded and stored")
+    revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
+    trust_remote_code: bool = Field(False, description="allow Python code from the model's folder to run")
 
 
 class Calibration(Section):
     """Text whose activations the scorers and quantizers see."""
 
     data: str = Field(description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file")
-    samples: Count = Field(128, description="windows")
-    length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens a window")
+    samples: Count = Field(128, description="number of windows")
+    length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")
 
 
 class Sparsify(Section):
-    """Which weights stay."""
+    """Which weights are kept, and which are set to zero."""
 
-    scorer: Named = Field(description="how a weight is scored")
-    allocator: Named = Field(ComponentRef(name="uniform"), description="how much sparsity each layer gets")
+    scorer: Named = Field(description="component that scores the weights; those with the lowest scores are pruned")
+    allocator: Named = Field(
+        ComponentRef(name="uniform"), description="component that decides how much sparsity each layer gets"
+    )
     sparsity: Fraction = Field(0.5, description="fraction of weights set to zero")
     pattern: str = Field(
         "row",
         pattern=r"^(row|layer|[1-9][0-9]*:[1-9][0-9]*)$",
-        description='which entries are compared: "row", "layer", or N:M (N kept of every M along a row)',
+        description='which weights are compared: "row", "layer", or N:M (N of every M in a row are kept)',
     )
     include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to prune")
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave dense")
@@ -83,9 +85,9 @@ class Sparsify(Section):
 
 
 class Quantize(Section):
-    """On which grid the weights lie."""
+    """Store weights as codes on a low-precision grid."""
 
-    quantizer: Named = Field(description="how a weight is put on a grid")
+    quantizer: Named = Field(description="component that chooses the grid and the codes of each layer")
     include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to quantize")
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
 
@@ -94,10 +96,12 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clea
 
 
 class Finetune(Section):
-    """How a low-rank delta is trained, and which merger defines the effective weight."""
+    """How low-rank adapters are trained, and which merger defines the effective weight."""
 
-    adapter: Named = Field(description="how the low-rank delta is made, and of which ranks")
-    merger: Named = Field(description="the effective weight, trained through and stored by merge")
+    adapter: Named = Field(description="component that makes the trainable matrices, and their ranks")
+    merger: Named = Field(
+        description="component that defines the effective weight, which training uses and the merge stores"
+    )
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
         min_length=1,
@@ -105,62 +109,75 @@ class Finetune(Section):
     )
     base: Literal["floats", "codes"] = Field(
         "floats",
-        description="what a merger starts from on a quantized base: the floats before quantization (paper §2.4), or "
-        "what the codes stand for, which takes a fraction of the memory",
+        description="what training starts from on a quantized base: the floats from before quantization (paper §2.4), "
+        "or the values that the codes stand for, which needs a fraction of the memory",
     )
     mask: Literal["base", "codes"] = Field(
         "base",
-        description="what a merger keeps at zero: what the base does (a model that came as codes does not say, and "
-        "keeps nothing), or every weight whose code stands for 0",
+        description="which weights a merger keeps at zero: those of the base's mask (a GPTQ model from elsewhere has "
+        "none), or every weight whose code stands for 0",
     )
-    data: DataRefs = Field(description="one data set, or a list of several that are mixed")
+    data: DataRefs = Field(description="training records: one data set, or a list of several that are mixed")
     holdout: Fraction = Field(
         0.0,
-        description="fraction of the records, drawn by the seed, that a search without data of its own evaluates on",
+        description="fraction of the records that is kept out of training; a search without data evaluates on it",
     )
-    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the records")
-    steps: Count | None = Field(None, description="optimizer steps; overrides epochs")
-    batch_size: Count = Field(16, description="examples in a batch, of all processes together")
-    gradient_accumulation: Count = Field(1, description="batches a step")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's, at its highest")
+    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="number of passes over the records")
+    steps: Count | None = Field(None, description="number of optimizer steps, instead of epochs")
+    batch_size: Count = Field(16, description="examples in a batch, for all processes together")
+    gradient_accumulation: Count = Field(1, description="batches for each optimizer step")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's learning rate at its highest")
     schedule: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
-    ] = Field("linear", description="how the learning rate goes on after warm-up; transformers' names")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
+    ] = Field("linear", description="how the learning rate changes after warm-up, with transformers' names")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="number of steps in which the learning rate rises")
     warmup_ratio: Fraction = Field(0.0, description="fraction of all steps in which it rises, instead of warmup_steps")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's; a grid's scales do not decay")
-    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients")
-    adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of their squares")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's addition to the denominator")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="AdamW's weight decay; not for the scales of a grid"
+    )
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay rate for the mean of gradients")
+    adam_beta2: Fraction = Field(0.999, description="AdamW's decay rate for the mean of squared gradients")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's small constant in the denominator")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gradients are clipped to this norm; 0 switches clipping off"
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(
-        512, description="tokens; longer examples are cut at the left, a longer {text} is several"
+        512, description="tokens in an example; longer ones are cut at the left, a longer {text} becomes several"
     )
     packing: bool = Field(
-        False, description="put short examples into one row of max_length; none attends to another, batch_size is rows"
+        False, description="put several short examples into one row of max_length tokens; batch_size then counts rows"
     )
-    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens are learnt; of a {text}, all")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion", description="tokens on which the loss is computed; for a {text} record, all"
+    )
     loss_chunk: Count | None = Field(
-        None, description="labels whose logits are made at a time, and again in the backward pass; else all at once"
+        None, description="compute the logits of this many labels at a time, twice, to save memory; null: all at once"
     )
     precision: DTYPES = Field(
-        "float32", description="compute precision (autocast); float16 scales its losses and needs an accelerator"
+        "float32", description="precision of computation (autocast); float16 scales the loss and needs an accelerator"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="of fine-tuning alone: first deltas, order of the data, ranks, dropout; else the recipe's"
+        None,
+        description="seed of fine-tuning alone (initial deltas, data order, ranks, dropout); null: the recipe's seed",
     )
     validation: DataRef | None = Field(
-        None, description="records whose mean loss a label is taken while training, at the largest ranks"
+        None, description="records on which the mean loss per label is measured during training, at the largest ranks"
     )
-    evaluate_every: Count = Field(50, description="optimizer steps between two looks at validation; the last counts")
+    evaluate_every: Count = Field(
+        50, description="optimizer steps between two validations; the last step always has one"
+    )
     patience: Count | None = Field(
         None,
-        description="looks at validation in a row without a lower loss that end training; keeps the best deltas",
+        description="end training after this many validations in a row without a lower loss, and keep the best deltas",
     )
     save_every: Count = Field(50, description="optimizer steps between checkpoints")
-    report_to: tuple[Tracker, ...] = Field((), description="trackers that get each step's loss; transformers' names")
-    logging_dir: str | None = Field(None, description="folder of tensorboard's files; else logs/ in the artifact")
+    report_to: tuple[Tracker, ...] = Field(
+        (), description="trackers that receive each step's loss, with transformers' names"
+    )
+    logging_dir: str | None = Field(None, description="folder for TensorBoard's files; null: logs/ in the artifact")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -169,70 +186,74 @@ class Finetune(Section):
 
     @property
     def data_sets(self) -> dict[str, TrainingData]:
-        """The data sets by the part that names them in a step's files: "data", or "data.0", "data.1", …"""
+        """The data sets, by the key that a step's files have for them: "data", or "data.0", "data.1", …"""
         if isinstance(self.data, TrainingData):
             return {"data": self.data}
         return {f"data.{index}": data for index, data in enumerate(self.data)}
 
 
 class Search(Section):
-    """Which sub-adapter is kept."""
+    """Choose the ranks, and with them the sub-adapter that is kept."""
 
-    searcher: Named = Field(ComponentRef(name="heuristic"), description="how ranks are chosen")
-    data: DataRef | None = Field(None, description="validation records; needed by searchers that evaluate")
-    metric: Literal["exact_match", "loss"] = Field("exact_match", description="what a configuration is judged by")
+    searcher: Named = Field(ComponentRef(name="heuristic"), description="component that chooses the rank configuration")
+    data: DataRef | None = Field(None, description="validation records, for searchers that evaluate")
+    metric: Literal["exact_match", "loss"] = Field(
+        "exact_match", description="measure by which rank configurations are compared"
+    )
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
     answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
-    batch_size: Count = Field(64, description="prompts, or examples, at once")
+    batch_size: Count = Field(64, description="prompts, or examples, that are processed at once")
 
 
 class Merge(Section):
-    """Fold the chosen sub-adapter into the base. The merger is the one trained with."""
+    """Merge the chosen sub-adapter into the base, with the merger of `finetune`."""
 
 
 class Export(Section):
-    """Write the finished model for a runtime."""
+    """Write the finished model in the format of another program."""
 
-    exporter: Named = Field(description="the format")
+    exporter: Named = Field(description="component that writes the format")
 
 
 class Perplexity(Section):
     """Perplexity of a text, in windows that do not overlap."""
 
     text: str = Field(description="a text file that nothing was trained or calibrated on")
-    tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="take only the first so many tokens")
-    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens a window")
+    tokens: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="use only this many tokens from the start; null: all"
+    )
+    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in each window")
 
 
 class ExactMatch(Section):
     """Greedy generation from each prompt, compared with its completion."""
 
-    data: DataRef = Field(description="records with a prompt and a completion that nothing was trained on")
+    data: DataRef = Field(description="test records with a prompt and a completion")
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
     answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
-    batch_size: Count = Field(64, description="prompts at once")
+    batch_size: Count = Field(64, description="prompts that are processed at once")
 
 
 class Evaluate(Section):
-    """What is measured, and of which configurations."""
+    """What is measured, and for which configurations."""
 
     of: tuple[str, ...] = Field(
         ("merge",),
         min_length=1,
-        description='"model", "sparsify", "quantize", "finetune:NAME" (a searcher that needs no evaluation), "search", '
-        '"merge"',
+        description='what to measure: "model", "sparsify", "quantize", "finetune:NAME" (NAME is a searcher that '
+        'needs no evaluation), "search", "merge"',
     )
-    perplexity: Perplexity | None = Field(None, description="how well a text is predicted")
-    exact_match: ExactMatch | None = Field(None, description="how often the answer is the right one")
-    tasks: tuple[str, ...] = Field((), description="lm-eval tasks by name")
+    perplexity: Perplexity | None = Field(None, description="measure how well a text is predicted")
+    exact_match: ExactMatch | None = Field(None, description="measure how often the answer is right")
+    tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks")
 
     @field_validator("tasks")
     @classmethod
     def _once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         if twice := [task for index, task in enumerate(tasks) if task in tasks[:index]]:
-            raise ValueError(f"'{twice[0]}' stands twice")
+            raise ValueError(f"'{twice[0]}' is listed twice; keep one")
         return tasks
 
-    include_path: str | None = Field(None, description="folder of lm-eval task files")
-    limit: Count | None = Field(None, description="documents of each lm-eval task")
+    include_path: str | None = Field(None, description="folder with task files for lm-eval")
+    limit: Count | None = Field(None, description="use only this many documents of each lm-eval task")
     batch_size: Count = Field(8, description="lm-eval's batch size")

@@ -168,7 +168,7 @@ THE_FILE: list[tuple[str, Change, str]] = [
     ("a list", text("[]"), "expected a JSON object, found list"),
     ("a number", text("7"), "expected a JSON object, found int"),
     ("null", text("null"), "expected a JSON object, found"),
-    ("a key twice", text('{"name": "a", "name": "b"}'), "the key 'name' stands twice in one object; keep one"),
+    ("a key twice", text('{"name": "a", "name": "b"}'), "the key 'name' appears twice in one object; keep one"),
     ("NaN", text('{"name": "x", "seed": NaN}'), "NaN is not a number JSON has; write a finite number"),
     ("infinity", text('{"name": "x", "seed": -Infinity}'), "-Infinity is not a number JSON has"),
     ("beyond a float", text('{"name": "x", "model": {"path": "x"}, "sparsify": {"scorer": "wanda", "sparsity": 1e999}}'), "sparsify.sparsity: input should be"),
