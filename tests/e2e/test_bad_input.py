@@ -240,7 +240,7 @@ THE_COMMAND_LINE: list[tuple[str, Change, str]] = [
     ("until a stage of another recipe", options("--until", "quantize"), "this recipe has no stage 'quantize'"),
     ("fresh from nowhere", options("--fresh", "everything"), "this recipe has no stage 'everything'"),
     ("a device there is not", options("--device", "tpu"), "device 'tpu' cannot be used"),
-    ("a device without numbers", options("--device", "meta"), "device 'meta' holds no numbers; name cpu or cuda"),
+    ("a device without numbers", options("--device", "meta"), "device 'meta' holds no values; name cpu or cuda"),
     ("a GPU by name", options("--device", "cuda:first"), "--device cuda:first: write cuda or cuda:N"),
     ("set to nowhere", options("--set", "evaluate.of.0.x=1"), "--set evaluate.of.0.x=1: there is no such place"),
     ("set into a list, too far", options("--set", "evaluate.of.9=merge"), "--set evaluate.of.9=merge: there is no such place"),

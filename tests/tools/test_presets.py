@@ -57,7 +57,7 @@ def test_written_planned_and_explained(
     assert ": None" not in done.output and PIPELINES[name].summary in done.output
     assert "not there yet" not in done.output and "next: sqft plan r.json" in done.output
     again = CliRunner().invoke(main, arguments)
-    assert again.exit_code == 2 and "r.json exists, and is not written over" in again.stderr
+    assert again.exit_code == 2 and "r.json exists, and is not overwritten" in again.stderr
     assert json.loads(Path("r.json").read_text()) == raw
 
 
