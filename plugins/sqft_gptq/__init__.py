@@ -1,5 +1,5 @@
-"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter of their codes. A
-scorer that makes up for what it prunes by the same Hessian."""
+"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter for their codes. A
+scorer that compensates for the weights it prunes, with the same Hessian."""
 
 from __future__ import annotations
 
@@ -34,31 +34,33 @@ if TYPE_CHECKING:
 
 
 class _OnGrid(Quantizer):
-    """What both share: the grid."""
+    """The options of the grid, which both quantizers share."""
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[-1, 32, 64, 128] = Field(128, description="inputs that share a scale; -1: a whole row")
+    group_size: Literal[-1, 32, 64, 128] = Field(
+        128, description="inputs that share one scale; -1: all inputs of a row"
+    )
     symmetric: bool = Field(
         True,
-        description="zero point in the middle of the codes, which all runtimes read; false fits ranges closer",
+        description="put the zero point in the middle of the codes, which all runtimes read; false fits ranges better",
     )
-    clip: bool = Field(False, description="search each group's range for the smallest error")
+    clip: bool = Field(False, description="search for the range of each group that has the smallest error")
 
     def incompatibility(self, linear: LinearShape) -> str | None:
         for what, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
             if size * self.bits % 32:
-                return f"{size} {what} of {self.bits} bits do not fill words of 32 bits, as checkpoints store them"
+                return f"{size} {what} of {self.bits} bits do not fill the 32-bit words of a checkpoint"
         if self.group_size == -1 or linear.in_features % self.group_size == 0:
             return None
         fitting = [size for size in (128, 64, 32) if linear.in_features % size == 0]
         return (
-            f"{linear.in_features} inputs are no multiple of group_size {self.group_size}, and no runtime opens such a "
-            f"checkpoint; sizes that fit: {', '.join(map(str, [*fitting, -1]))}"
+            f"{linear.in_features} inputs are not a multiple of group_size {self.group_size}, and no runtime opens "
+            f"such a checkpoint; sizes that fit: {', '.join(map(str, [*fitting, -1]))}"
         )
 
 
 class Rtn(_OnGrid):
-    """Round to nearest: each weight on its group's grid, without a look at the data."""
+    """Round each weight to the nearest value of its group's grid, without using any data."""
 
     name = "rtn"
     needs = frozenset()
@@ -70,17 +72,17 @@ class Rtn(_OnGrid):
 
 
 class Gptq(_OnGrid):
-    """GPTQ (Frantar et al., ICLR 2023): rounding errors are made up for by the weights that are still to come.
+    """GPTQ (Frantar et al., ICLR 2023): the weights that are still to come compensate for each rounding error.
 
-    Pruned weights stay exactly zero: only kept ones make up for anything. With nothing pruned it is GPTQ.
+    Pruned weights stay exactly zero, because only kept weights compensate. With nothing pruned it is plain GPTQ.
     """
 
     name = "gptq"
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    act_order: bool = Field(False, description="inputs of the largest activations first")
-    static_groups: bool = Field(False, description="with act_order: groups stay the contiguous ones")
+    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
+    act_order: bool = Field(False, description="quantize the inputs with the largest activations first")
+    static_groups: bool = Field(False, description="with act_order, keep groups contiguous")
     reorder_groups: bool = Field(
-        True, description="without act_order: groups of the largest activations first; checkpoints do not show it"
+        True, description="without act_order, quantize the groups with the largest activations first; any reader works"
     )
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
@@ -104,9 +106,9 @@ class Gptq(_OnGrid):
 
 
 class GptqCheckpoint(Exporter):
-    """A GPTQ checkpoint, version 1: packed codes, zero points less one, float16 scales, the group of each input.
+    """A GPTQ checkpoint, version 1: packed codes, zero points minus one, float16 scales, the group of each input.
 
-    `lm_head.weight` is stored even where it is tied: a reader that does not tie it would load zeros without a word.
+    `lm_head.weight` is stored even where it is tied: a reader that does not tie it would silently load zeros.
     """
 
     name = "gptq"
@@ -123,12 +125,12 @@ class GptqCheckpoint(Exporter):
 
 
 class SparseGpt(Scorer):
-    """SparseGPT (Frantar and Alistarh, ICML 2023): the weights that stay make up for those that go."""
+    """SparseGPT (Frantar and Alistarh, ICML 2023): the kept weights compensate for the pruned ones."""
 
     name = "sparsegpt"
     needs = frozenset({Statistic.HESSIAN})
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    block: int = Field(128, ge=1, description="inputs among which what goes is chosen; N:M wants a multiple of its M")
+    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
+    block: int = Field(128, ge=1, description="number of inputs that are pruned together; with N:M, a multiple of M")
 
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
         from sqft_gptq.pruner import sparsegpt

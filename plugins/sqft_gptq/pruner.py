@@ -10,10 +10,10 @@ from sqft_gptq.solver import inverse_factor
 
 
 def sparsegpt(W: Tensor, H: Tensor, select: Select, *, damp: float, block: int) -> tuple[Tensor, Tensor]:
-    """The pruned weight [out, in] and its mask for H [in, in], the sum of x xᵀ: ‖W X − Ŵ X‖² is kept small.
+    """Return the pruned weight [out, in] and its mask for H [in, in], the sum of x xᵀ, with a small ‖W X − Ŵ X‖².
 
-    Columns are taken in blocks; in each, the entries of the smallest w² / [H⁻¹]_jj² go, and the columns to the right
-    make up for them.
+    Columns are processed in blocks. In each block, the entries with the smallest w² / [H⁻¹]_jj² are pruned, and the
+    columns to the right compensate for them.
     """
     W, n = W.clone(), W.shape[1]
     U = inverse_factor(H, damp)

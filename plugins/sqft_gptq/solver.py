@@ -9,7 +9,7 @@ from sqft.api import Grid, Quantized, StageError
 from sqft.kernels.grids import fit_grid, quantize, quantize_to_codes
 
 BLOCK = 128
-"""Columns between lazy updates of the rest; every group size divides it, but for the whole row, fitted at its start."""
+"""Columns between lazy updates of the rest. Every group size divides it, except -1 (the row), which is fitted first."""
 TRIES = 6
 
 
@@ -58,10 +58,10 @@ def gptq(
             q = quantize_to_codes(W[:, j], scale[:, g], zero[:, g], top)
             codes[:, j] = q.to(torch.uint8)
             E[:, j - start] = (W[:, j] - scale[:, g] * (q - zero[:, g])) / U[j, j]
-            W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned ones take no part
+            W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned weights do not compensate
         W[:, end:] -= (E @ U[start:end, end:]) * keep[:, end:]
     back = order.argsort()
-    if reorder_groups and not (act_order or static):  # groups took other turns, but hold the inputs they held
+    if reorder_groups and not (act_order or static):  # the groups were reordered, but each still has its own inputs
         turn = (order[::size] // size).argsort()
         scale, zero = scale[:, turn], zero[:, turn]
     index = group[back].int() if act_order and not static and size < n else None

@@ -123,9 +123,9 @@ def test_what_no_checkpoint_can_hold(quantizing: dict[str, Any], registry: Regis
             Orchestrator(registry, tmp_path).plan(Recipe.parse(quantizing))
         return str(caught.value)
 
-    assert "32 inputs are no multiple of group_size 64, and no runtime opens such" in said(group_size=64)
+    assert "32 inputs are not a multiple of group_size 64, and no runtime opens such" in said(group_size=64)
     assert "sizes that fit: 32, -1 (12 such layers; or exclude them)" in said(group_size=64)
-    assert "16 outputs of 3 bits do not fill words of 32 bits" in said(bits=3, group_size=32)
+    assert "16 outputs of 3 bits do not fill the 32-bit words" in said(bits=3, group_size=32)
     assert "quantize.quantizer.options.bits: input should be 2, 3, 4 or 8, found 5" in said(bits=5)
     quantizing["quantize"]["exclude"] = ["model.layers.0.*"]
     assert "quantize.include: differs from block to block" in said(group_size=32)

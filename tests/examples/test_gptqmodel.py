@@ -30,4 +30,4 @@ def test_a_foreign_quantizer_is_swapped_in_by_pip(call: Any, raw: dict[str, Any]
     raw["quantize"]["quantizer"]["options"]["group_size"] = 64
     recipe.write_text(json.dumps(raw))
     refused = call("-P", "-m", "sqft", "plan", str(recipe), "--store", str(tmp_path / "store"))
-    assert refused.returncode == 2 and "32 inputs are no multiple of group_size 64" in refused.stderr
+    assert refused.returncode == 2 and "32 inputs are not a multiple of group_size 64" in refused.stderr

@@ -199,7 +199,9 @@ def test_a_hessian_that_is_none() -> None:
 
 def test_sizes_that_do_not_fit() -> None:
     said = Gptq(group_size=128).incompatibility(LinearShape("l", 576, 576))
-    assert said is not None and "576 inputs are no multiple of group_size 128" in said and said.endswith("64, 32, -1")
+    assert (
+        said is not None and "576 inputs are not a multiple of group_size 128" in said and said.endswith("64, 32, -1")
+    )
     assert Gptq(group_size=64).incompatibility(LinearShape("l", 576, 576)) is None
 
 
