@@ -21,7 +21,7 @@ from sqft_sparsepeft import SparsePEFT
 from torch import Tensor, nn
 
 from sqft.api import LinearShape
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear
+from sqft.modeling.adapters.adapted_linear import adapt
 from sqft.modeling.adapters.frozen_weight import FloatWeight
 
 RANK, TOKENS = 32, 2048
@@ -52,7 +52,7 @@ def layers(out: int, inputs: int, dtype: torch.dtype) -> dict[str, nn.Module]:
 
     lora = get_peft_model(nn.Sequential(linear()), LoraConfig(r=RANK, lora_alpha=64, target_modules=["0"]))
     delta = Nls(ranks=(RANK,)).delta(LinearShape("l", out, inputs), torch.Generator().manual_seed(0))
-    fused = AdaptedLinear(FloatWeight(linear().weight, True), None, delta, SparsePEFT())
+    fused = adapt(FloatWeight(linear().weight, True), None, delta, SparsePEFT())
     return {"LoRA (peft)": lora, "naive two paths": Naive(linear()), "SparsePEFT fused": fused}
 
 

@@ -109,24 +109,24 @@ def _before_quantization(
     }
 
 
-def load_adapted_model(plan: Plan, folders: Mapping[str, Path], trained: Path, device: str) -> AdaptedModel:
-    """Load the base and the deltas that a finetune artifact stored.
+def load_adapted_model(plan: Plan, folders: Mapping[str, Path], deltas: Path, device: str) -> AdaptedModel:
+    """Load the base and the deltas that a finetune artifact, in the folder `deltas`, stored.
 
     Raises:
         ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
     """
-    tuned = build_adapted_model(plan, folders, 0, device)
-    stored = load_file(trained / "deltas.safetensors")
-    expected = tuned.deltas()
+    adapted = build_adapted_model(plan, folders, 0, device)
+    stored = load_file(deltas / "deltas.safetensors")
+    expected = adapted.deltas()
     if stored.keys() != expected.keys():
         odd = sorted(stored.keys() ^ expected.keys())[0]
-        raise ArtifactError(f"{trained / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
-    for name, layer in tuned.adapted.items():
-        own = {key: stored[f"{name}.{key}"] for key in layer.trained()}
+        raise ArtifactError(f"{deltas / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
+    for name, layer in adapted.layers.items():
+        own = {key: stored[f"{name}.{key}"] for key in layer.trainable_tensors()}
         for key, value in own.items():
             if value.shape != expected[f"{name}.{key}"].shape or not value.isfinite().all():
-                raise ArtifactError(f"{trained / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
-        layer.load_trained(own)
-    if space_from(json.loads((trained / "space.json").read_text())) != tuned.space:
+                raise ArtifactError(f"{deltas / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
+        layer.load_trainable_tensors(own)
+    if space_from(json.loads((deltas / "space.json").read_text())) != adapted.space:
         raise ContractError(f"{plan.step('finetune').label(Adapter)} gave another search space than in training")
-    return tuned
+    return adapted

@@ -76,17 +76,17 @@ def _subject(inputs: StageInputs) -> Iterator[tuple[PreTrainedModel, PreTrainedT
         model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
         yield model.to(inputs.device), tokenizer, _facts(model)
         return
-    tuned = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
+    adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
     if "search" in inputs.folders:
         choice = read_ranks(inputs.folders["search"])
     else:
         searcher = inputs.component(Searcher)
-        choice = searcher.search(tuned.space, _no_evaluation, Random(inputs.seed_for("search")))
-    checks.check_choice("the chosen configuration", tuned.space, choice)
-    tuned.set_ranks(choice)
-    facts = _facts(tuned.model) | {"trainable": tuned.trained(choice)}
-    with cached_effective_weights(tuned.model):
-        yield tuned.model, tuned.tokenizer, facts
+        choice = searcher.search(adapted.space, _no_evaluation, Random(inputs.seed_for("search")))
+    checks.check_choice("the chosen configuration", adapted.space, choice)
+    adapted.set_ranks(choice)
+    facts = _facts(adapted.model) | {"trainable": adapted.parameter_count(choice)}
+    with cached_effective_weights(adapted.model):
+        yield adapted.model, adapted.tokenizer, facts
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.statistics import bit_sum
 from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.modeling.adapters.effective_weight import combine_rows
 from sqft.modeling.adapters.frozen_weight import FrozenWeight
 from sqft.modeling.adapters.saving import store_deltas
 from sqft.modeling.architecture.linears import Expert
@@ -53,37 +54,36 @@ class FinetuneStage:
 def _run(inputs: StageInputs) -> Report:
     """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (one line a step)."""
     section = inputs.section(Finetune)
-    tuned = build_adapted_model(inputs.plan, inputs.folders, inputs.seed_for("adapter"), inputs.device)
-    encoded = _encode(inputs, tuned, "data", inputs.data.training_records()[0])
+    adapted = build_adapted_model(inputs.plan, inputs.folders, inputs.seed_for("adapter"), inputs.device)
+    encoded = _encode(inputs, adapted, "data", inputs.data.training_records()[0])
     held = inputs.data.records("validation", section.validation) if section.validation else []
-    validation = _encode(inputs, tuned, "validation", held).examples if held else None
-    layer = next(iter(tuned.adapted.values()))
-    if layer.merger.merges and layer.dropout.p > 0:
+    validation = _encode(inputs, adapted, "validation", held).examples if held else None
+    if any(layer.dropout.p > 0 for layer in adapted.merged.values()):
         log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
     if section.gradient_checkpointing:
-        tuned.model.gradient_checkpointing_enable({"use_reentrant": False})
-    _check_first_combine(inputs, tuned)
-    rows, collator = _rows(inputs, tuned, encoded.examples)
-    model = CompletionLoss(tuned.model, section.loss_chunk)
+        adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
+    _check_first_combine(inputs, adapted)
+    rows, collator = _rows(inputs, adapted, encoded.examples)
+    model = CompletionLoss(adapted.model, section.loss_chunk)
     if section.loss_chunk:
-        model.check_head(torch.tensor([encoded.examples[0].input_ids[:64]], device=tuned.model.device))
+        model.check_head(torch.tensor([encoded.examples[0].input_ids[:64]], device=adapted.model.device))
     progress = _Progress(inputs)
-    frozen = {name: _checksum(layer.base) for name, layer in tuned.adapted.items()}
+    frozen = {name: _checksum(layer.base) for name, layer in adapted.layers.items()}
     with inputs.processes.process_group(inputs.device):
-        newest, state, best = _train(inputs, tuned, model, rows, collator, validation, progress)
-    for name, layer in tuned.adapted.items():
+        newest, state, best = _train(inputs, adapted, model, rows, collator, validation, progress)
+    for name, layer in adapted.layers.items():
         if _checksum(layer.base) != frozen[name]:
             raise ContractError(f"{inputs.label(Merger)} edited the frozen weight of {name} in place while training")
     losses = [entry for entry in state.log_history if "loss" in entry]
     looks = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     if inputs.processes.is_main:
-        store_deltas(tuned, inputs.scratch)
+        store_deltas(adapted, inputs.scratch)
         with (inputs.scratch / "log.jsonl").open("w") as stream:
             told = [entry for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}]
             stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in told)
     tail = losses[-10:]
     return {
-        "trainable": tuned.trainable,
+        "trainable": adapted.trainable,
         "steps": state.global_step,
         "examples": len(encoded.examples),
         "rows": len(rows),
@@ -99,25 +99,25 @@ def _run(inputs: StageInputs) -> Report:
 
 def _verify(inputs: StageInputs) -> None:
     """What was stored reads back whole and finite, trained at all, and keeps every zero it promised to."""
-    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.scratch, "cpu")
+    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.scratch, "cpu")
     merger, label, idle = inputs.component(Merger), inputs.label(Merger), []
-    for name, layer in tuned.adapted.items():
+    for name, layer in adapted.layers.items():
         B, A, scale = layer.delta.factors(layer.rank)
         delta = scale * (B.float() @ A.float())
-        if not delta.any() and isinstance(tuned.model.get_submodule(name.rpartition(".")[0]), Expert):
+        if not delta.any() and isinstance(adapted.model.get_submodule(name.rpartition(".")[0]), Expert):
             idle.append(name)  # no example was routed to it
         elif not delta.any():
             raise ArtifactError(f"finetune ({inputs.label(Adapter)}): {name} did not train: its delta is still zero")
-        if merger.merges:
-            checks.check_effective(label, name, layer.base.block(), layer.effective(), merger.keeps_mask)
+    for name, merged in adapted.merged.items():
+        checks.check_effective(label, name, merged.base.block(), merged.effective(), merger.keeps_mask)
     if idle:
         log.warning("%d layers of experts did not train, such as %s: no example was routed to them", len(idle), idle[0])
 
 
-def _encode(inputs: StageInputs, tuned: AdaptedModel, name: str, records: list[Record]) -> Encoded:
+def _encode(inputs: StageInputs, adapted: AdaptedModel, name: str, records: list[Record]) -> Encoded:
     """Records as tokens."""
     section = inputs.section(Finetune)
-    encoded = Tokenization(tuned.tokenizer, section.max_length, section.loss_on).encode(records)
+    encoded = Tokenization(adapted.tokenizer, section.max_length, section.loss_on).encode(records)
     if encoded.truncated:
         log.warning(
             "finetune.%s: %d of %d examples were cut to %d tokens",
@@ -127,18 +127,18 @@ def _encode(inputs: StageInputs, tuned: AdaptedModel, name: str, records: list[R
 
 
 def _rows(
-    inputs: StageInputs, tuned: AdaptedModel, examples: list[Example]
+    inputs: StageInputs, adapted: AdaptedModel, examples: list[Example]
 ) -> tuple[Sequence[Any], Collator | PackingCollator]:
     """What Trainer draws from, and how a batch is made of it.
 
     Raises:
         StageError: when examples are to be packed, and the model would let one see another.
     """
-    section, pad = inputs.section(Finetune), tuned.tokenizer.pad_token_id
+    section, pad = inputs.section(Finetune), adapted.tokenizer.pad_token_id
     if not section.packing:
         return examples, Collator(pad)
-    if sees_across(tuned.model):
-        kind = type(tuned.model).__name__
+    if sees_across(adapted.model):
+        kind = type(adapted.model).__name__
         raise StageError(f"finetune.packing: examples in one row of {kind} would see one another; set it to false")
     rows = pack(examples, section.max_length)
     log.info("%d examples in %d rows of %d tokens", len(examples), len(rows), section.max_length)
@@ -147,7 +147,7 @@ def _rows(
 
 def _train(
     inputs: StageInputs,
-    tuned: AdaptedModel,
+    adapted: AdaptedModel,
     model: CompletionLoss,
     rows: Sequence[Any],
     collator: Collator | PackingCollator,
@@ -160,7 +160,7 @@ def _train(
     best = EarlyStopping(model, section.patience, processes)
     logs = inputs.plan.recipe.resolve(section.logging_dir) if section.logging_dir else inputs.scratch / "logs"
     trainer = DeltaTrainer(
-        tuned,
+        adapted,
         processes,
         logs,
         model=model,
@@ -168,7 +168,7 @@ def _train(
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=RankShardCollator(collator, processes),
-        callbacks=[_RankSampler(inputs, tuned), progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
+        callbacks=[_RankSampler(inputs, adapted), progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
     )
     newest = newest_complete(checkpoints, processes)
     state = resume(trainer, best, newest)
@@ -181,29 +181,29 @@ def _checksum(weight: FrozenWeight) -> int:
     return sum(map(bit_sum, weight.state_dict().values()))
 
 
-def _check_first_combine(inputs: StageInputs, tuned: AdaptedModel) -> None:
+def _check_first_combine(inputs: StageInputs, adapted: AdaptedModel) -> None:
     """The core's check of a merger's result, once before training: every forward would cost the speed."""
-    merger = inputs.component(Merger)
-    if not merger.merges:
+    if not adapted.merged:
         return
-    for name, layer in tuned.adapted.items():
+    merger, label = inputs.component(Merger), inputs.label(Merger)
+    for name, layer in adapted.merged.items():
         mask = layer.base.block().mask
         if merger.keeps_mask and mask is not None and not mask.any():
             raise StageError(
                 f"finetune.targets: {name} keeps none of its weights, so nothing there can train; "
                 "prune less, or leave it out of the targets"
             )
-    name, layer = next(iter(tuned.adapted.items()))
+    name, layer = next(iter(adapted.merged.items()))
     base = layer.base.block()
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
     kept = base.weight.clone(), delta.clone()
-    result = merger.combine(base, delta)
-    derivative = merger.derivative(base, delta, torch.ones_like(delta))
-    checks.check_unchanged(inputs.label(Merger), name, kept[0], base.weight)
-    checks.check_unchanged(inputs.label(Merger), name, kept[1], delta, "the delta")
-    checks.check_effective(inputs.label(Merger), name, base, result, merger.keeps_mask)
-    checks.check_derivative(inputs.label(Merger), name, base, derivative)
+    block = combine_rows(merger, layer.base, slice(None), delta)
+    derivative = merger.derivative(block.base, delta, torch.ones_like(delta))
+    checks.check_unchanged(label, name, kept[0], block.base.weight)
+    checks.check_unchanged(label, name, kept[1], delta, "the delta")
+    checks.check_effective(label, name, block.base, block.merged, merger.keeps_mask)
+    checks.check_derivative(label, name, block.base, derivative)
 
 
 class _RankSampler(TrainerCallback):
@@ -213,15 +213,15 @@ class _RankSampler(TrainerCallback):
     resumed run trains the ranks that an uninterrupted one would have.
     """
 
-    def __init__(self, inputs: StageInputs, tuned: AdaptedModel) -> None:
-        self.inputs, self.tuned = inputs, tuned
+    def __init__(self, inputs: StageInputs, adapted: AdaptedModel) -> None:
+        self.inputs, self.adapted = inputs, adapted
         self.adapter, self.label = inputs.component(Adapter), inputs.label(Adapter)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rng = Random(self.inputs.seed_for("ranks", state.global_step))
-        choice = self.adapter.sample(self.tuned.space, rng)
-        checks.check_choice(self.label, self.tuned.space, choice)
-        self.tuned.set_ranks(choice)
+        choice = self.adapter.sample(self.adapted.space, rng)
+        checks.check_choice(self.label, self.adapted.space, choice)
+        self.adapted.set_ranks(choice)
 
 
 class _Progress(TrainerCallback):

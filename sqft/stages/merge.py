@@ -48,12 +48,12 @@ class MergeStage:
 
 def _run(inputs: StageInputs) -> Report:
     """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
-    tuned, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
-    effective, codes = _effective(tuned)
+    adapted, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
+    effective, codes = _effective(adapted)
     model, tokenizer = load_model(inputs.plan.spec(base_path))
     zeros_before = zeros_after = weights = 0
     for name, merged in effective.items():
-        zeros_before += int((~_kept(tuned, name)).sum())
+        zeros_before += int((~_kept(adapted, name)).sum())
         zeros_after += int((merged == 0).sum())
         weights += merged.numel()
         model.get_parameter(f"{name}.weight").data.copy_(merged)
@@ -62,11 +62,11 @@ def _run(inputs: StageInputs) -> Report:
         before = read_quantized(base_path)
         report = {
             "bits": next(iter(before.values())).grid.bits,
-            "codes_changed": sum(_apart(codes[name], _start(tuned, name)) for name in codes),
+            "codes_changed": sum(_apart(codes[name], _start(adapted, name)) for name in codes),
             "codes_unlike_base": sum(_apart(codes[name], before[name]) for name in codes),
         }
         if inputs.device != "cpu":  # where it trained, sums may come in another order
-            report["codes_unlike_on_device"] = _unlike(tuned, codes, inputs.device)
+            report["codes_unlike_on_device"] = _unlike(adapted, codes, inputs.device)
         if any(bool((layer.grid.zero == 0).any()) for layer in before.values()):
             log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
         save_quantized(model, tokenizer, before | codes, folder)
@@ -78,15 +78,15 @@ def _run(inputs: StageInputs) -> Report:
         "zeros_before": zeros_before,
         "zeros_after": zeros_after,
         "sparsity": zeros_after / weights,
-        "logits_difference": _logits_apart(inputs, tuned),
+        "logits_difference": _logits_apart(inputs, adapted),
         **report,
     }
 
 
 def _verify(inputs: StageInputs) -> None:
     """Stored = trained through, bit for bit; every zero of the base is zero; nothing else has moved."""
-    tuned, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
-    effective, codes = _effective(tuned)
+    adapted, base_path = _chosen(inputs), inputs.plan.adapter_base.model(inputs.folders)
+    effective, codes = _effective(adapted)
     base, _ = load_model(inputs.plan.spec(base_path))
     folder, finetune = inputs.scratch / "model", inputs.plan.step("finetune")
     merger, label = inputs.component(Merger, finetune), inputs.label(Merger, finetune)
@@ -105,31 +105,31 @@ def _verify(inputs: StageInputs) -> None:
             raise ArtifactError(f"merge ({label}): {name} as stored holds values that are not finite")
         if tensor.dtype != original[name].dtype or not torch.equal(tensor, effective.get(layer, original[name])):
             raise ArtifactError(f"merge ({label}): {name} as stored is not the weight trained through")
-        lost = int(((tensor != 0) & ~_kept(tuned, layer)).sum()) if layer in effective else 0
+        lost = int(((tensor != 0) & ~_kept(adapted, layer)).sum()) if layer in effective else 0
         if lost and merger.keeps_mask:
             raise ArtifactError(f"merge ({label}): {lost} zeros of the base are not zero in {name}")
 
 
 def _chosen(inputs: StageInputs) -> AdaptedModel:
     """The adapted model under the chosen configuration, on the CPU."""
-    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
-    tuned.set_ranks(read_ranks(inputs.folders["search"]))
-    return tuned
+    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
+    adapted.set_ranks(read_ranks(inputs.folders["search"]))
+    return adapted
 
 
-def _effective(tuned: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
+def _effective(adapted: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Every adapted layer's effective weight, and the codes of those that lie on a grid."""
-    codes = {name: layer.codes() for name, layer in tuned.adapted.items() if layer.base.grid() is not None}
+    codes = {name: layer.codes() for name, layer in adapted.merged.items() if layer.base.grid() is not None}
     effective = {
         name: grids.dequantize(codes[name]).to(layer.base.dtype) if name in codes else layer.effective()
-        for name, layer in tuned.adapted.items()
+        for name, layer in adapted.merged.items()
     }
     return effective, codes
 
 
-def _start(tuned: AdaptedModel, name: str) -> Quantized:
+def _start(adapted: AdaptedModel, name: str) -> Quantized:
     """The codes that training began with: the base's own, or those of the floats before quantization."""
-    base = tuned.adapted[name].base
+    base = adapted.layers[name].base
     if isinstance(base, PackedWeight):
         return base.codes()
     grid = base.grid()
@@ -141,11 +141,12 @@ def _apart(one: Quantized, other: Quantized) -> int:
     return int((one.codes != other.codes).sum())
 
 
-def _unlike(tuned: AdaptedModel, codes: Mapping[str, Quantized], device: str) -> int:
+def _unlike(adapted: AdaptedModel, codes: Mapping[str, Quantized], device: str) -> int:
     """How many codes come out otherwise on a device than on the CPU, where the merge is made."""
     unlike = 0
+    layers = adapted.merged
     for name, known in codes.items():
-        layer = tuned.adapted[name].to(device)
+        layer = layers[name].to(device)
         unlike += int((layer.codes().codes.cpu() != known.codes).sum())
         layer.to("cpu")
     return unlike
@@ -155,9 +156,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _kept(tuned: AdaptedModel, name: str) -> Tensor:
+def _kept(adapted: AdaptedModel, name: str) -> Tensor:
     """Bool [out, in], true where the base under an adapter keeps a weight; codes without a mask keep them all."""
-    base = tuned.adapted[name].base
+    base = adapted.layers[name].base
     block = base.block()
     if block.mask is not None:
         return block.mask
@@ -165,7 +166,7 @@ def _kept(tuned: AdaptedModel, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _logits_apart(inputs: StageInputs, tuned: AdaptedModel) -> float:
+def _logits_apart(inputs: StageInputs, adapted: AdaptedModel) -> float:
     """The largest difference between the logits of the merged model, read back, and of the model that trained.
 
     Raises:
@@ -179,13 +180,13 @@ def _logits_apart(inputs: StageInputs, tuned: AdaptedModel) -> float:
     else:
         training, held = inputs.data.training_records()
         records = held or training
-    tokenization = Tokenization(tuned.tokenizer, section.max_length, section.loss_on)
+    tokenization = Tokenization(adapted.tokenizer, section.max_length, section.loss_on)
     examples = tokenization.encode(records[:COMPARED]).examples
     merged, _ = load_model(inputs.plan.spec(inputs.scratch / "model"))
     gaps, sizes = [0.0], [0.0]
     for example in examples:
         ids = torch.tensor([example.input_ids])
-        theirs = tuned.model(input_ids=ids, use_cache=False).logits.float()
+        theirs = adapted.model(input_ids=ids, use_cache=False).logits.float()
         ours = merged(input_ids=ids, use_cache=False).logits.float()
         gaps.append(float((ours - theirs).abs().max()))
         sizes.append(float(theirs.abs().max()))

@@ -11,13 +11,13 @@ from typing import cast
 from safetensors.torch import load_file
 
 from sqft.components import checks
-from sqft.components.kinds import Merger, Searcher
+from sqft.components.kinds import Searcher
 from sqft.data.encoding import Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks
+from sqft.modeling.adapters.saving import adapter_tensors, read_ranks, store_adapter, store_ranks
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
@@ -44,48 +44,40 @@ class SearchStage:
 def _run(inputs: StageInputs) -> Report:
     """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
     searcher, label = inputs.component(Searcher), inputs.label(Searcher)
-    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
-    evaluate = CachedEvaluator(inputs, tuned)
-    choice = searcher.search(tuned.space, evaluate, Random(inputs.seed_for("search")))
-    checks.check_choice(label, tuned.space, choice)
+    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
+    evaluate = CachedEvaluator(inputs, adapted)
+    choice = searcher.search(adapted.space, evaluate, Random(inputs.seed_for("search")))
+    checks.check_choice(label, adapted.space, choice)
     store_ranks(choice, inputs.scratch)
-    merger = inputs.component(Merger, inputs.plan.step("finetune"))
     base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
-    store_adapter(tuned, choice, merger, base, inputs.scratch / "adapter")
-    ranks = tuned.space.ranks_by_linear(choice)
+    store_adapter(adapted, choice, base, inputs.scratch / "adapter")
+    ranks = adapted.space.ranks_by_linear(choice)
     return {
         "searcher": searcher.name,
         "trials": len(evaluate.known),
         "value": evaluate.best(choice),
         "mean_rank": sum(ranks.values()) / len(ranks),
-        "trainable": tuned.trained(choice),
+        "trainable": adapted.parameter_count(choice),
     }
 
 
 def _verify(inputs: StageInputs) -> None:
     """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    tuned = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
+    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
     choice = read_ranks(inputs.scratch)
-    checks.check_choice(inputs.label(Searcher), tuned.space, choice)
+    checks.check_choice(inputs.label(Searcher), adapted.space, choice)
     (file,) = (inputs.scratch / "adapter").glob("*.safetensors")
     stored = load_file(file)
-    ranks = tuned.space.ranks_by_linear(choice)
-    for name, layer in tuned.adapted.items():
-        B, A, _ = layer.delta.factors(ranks[name])
-        scales = [("scale_multiplier", layer.scale_multiplier)] if layer.scale_multiplier is not None else []
-        for which, tensor in (("lora_B", B), ("lora_A", A), *scales):
-            found = next(
-                (stored[k] for k in (f"{name}.{which}", f"base_model.model.{name}.{which}.weight") if k in stored), None
-            )
-            if found is None or not found.equal(tensor.detach()):
-                raise ArtifactError(f"search: {which} of {name} as stored is not the trained one")
+    for key, tensor in adapter_tensors(adapted, choice).items():
+        if key not in stored or not stored[key].equal(tensor):
+            raise ArtifactError(f"search: {key} as stored is not the trained one")
 
 
 class CachedEvaluator:
     """`Evaluate` over a validation set in one seeded order, each trial written down before it is answered."""
 
-    def __init__(self, inputs: StageInputs, tuned: AdaptedModel) -> None:
-        self.inputs, self.tuned = inputs, tuned
+    def __init__(self, inputs: StageInputs, adapted: AdaptedModel) -> None:
+        self.inputs, self.adapted = inputs, adapted
         self.section = inputs.section(Search)
         self.file = inputs.scratch / "trials.jsonl"
         self.known: dict[tuple[RankConfig, int], float] = {}
@@ -98,7 +90,7 @@ class CachedEvaluator:
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         searcher = self.inputs.label(Searcher)
-        checks.check_choice(searcher, self.tuned.space, choice)
+        checks.check_choice(searcher, self.adapted.space, choice)
         if samples is not None and (type(samples) is not int or samples < 1):
             raise ContractError(
                 f"{searcher} asked for an evaluation on {samples!r} samples, expected 1 or more, or None"
@@ -121,9 +113,9 @@ class CachedEvaluator:
         return values[max(values)] if values else None
 
     def _measure(self, choice: RankConfig, records: list[Record]) -> float:
-        self.tuned.set_ranks(choice)
-        section, model, tokenizer = self.section, self.tuned.model, self.tuned.tokenizer
-        with cached_effective_weights(self.tuned.model):
+        self.adapted.set_ranks(choice)
+        section, model, tokenizer = self.section, self.adapted.model, self.adapted.tokenizer
+        with cached_effective_weights(self.adapted.model):
             if section.metric == "exact_match":
                 result = exact_match(
                     model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent

@@ -38,11 +38,11 @@ def merged_as_served(spec: ModelSpec) -> PreTrainedModel:
     return prepare_for_serving(model)
 
 
-def adapted_as_served(plan: Plan, folders: Mapping[str, Path], trained: Path, choice: Path) -> PreTrainedModel:
+def adapted_as_served(plan: Plan, folders: Mapping[str, Path], deltas: Path, choice: Path) -> PreTrainedModel:
     """The base, from the artifacts by role, with the chosen adapter beside it, which could not be merged."""
-    tuned = load_adapted_model(plan, folders, trained, "cpu")
-    tuned.set_ranks(read_ranks(choice))
-    return prepare_for_serving(tuned.model)
+    adapted = load_adapted_model(plan, folders, deltas, "cpu")
+    adapted.set_ranks(read_ranks(choice))
+    return prepare_for_serving(adapted.model)
 
 
 def prepare_for_serving(model: PreTrainedModel) -> PreTrainedModel:

@@ -28,7 +28,7 @@ begin = finetune._RankSampler.on_step_begin
 def on_step_begin(self, args, state, control, **kwargs):
     begin(self, args, state, control, **kwargs)
     with open(f"ranks-{os.environ.get('RANK', 0)}", "a") as stream:
-        ranks = [layer.rank for layer in self.tuned.adapted.values()]
+        ranks = [layer.rank for layer in self.adapted.layers.values()]
         stream.write(f"{state.global_step} {ranks}\\n")
     if (os.environ.get("RANK"), str(state.global_step)) == (rank, at):
         if what == "kill":

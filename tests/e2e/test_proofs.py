@@ -128,9 +128,9 @@ def test_logits_that_are_no_numbers_prove_nothing(
 
     apart = merge._logits_apart
 
-    def compared(context: Any, tuned: Any) -> float:
-        add(tuned.model, theirs)
-        return apart(context, tuned)
+    def compared(context: Any, adapted: Any) -> float:
+        add(adapted.model, theirs)
+        return apart(context, adapted)
 
     monkeypatch.setattr(merge, "load_model", opened)
     monkeypatch.setattr(merge, "_logits_apart", compared)

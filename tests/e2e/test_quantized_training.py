@@ -118,7 +118,7 @@ def test_weights_before_and_after_quantization_are_not_in_memory_together(
 
     monkeypatch.setattr(tuning, "load_model", counting)
     folders = {"base": done["quantize"].folder, "floats": done["sparsify"].folder}
-    tuned = tuning.build_adapted_model(plan, folders, 0, "cpu")
+    adapted = tuning.build_adapted_model(plan, folders, 0, "cpu")
     assert len(loaded) == 2
     names = {name.rpartition(".")[0].rpartition(".")[2] for name in left if ".layers." in name}
     assert names == {
@@ -129,9 +129,9 @@ def test_weights_before_and_after_quantization_are_not_in_memory_together(
         "post_attention_layernorm",
     }  # no targets on codes
     floats = load_file(done["sparsify"].folder / "model" / "model.safetensors")
-    for name, layer in tuned.adapted.items():
+    for name, layer in adapted.layers.items():
         assert torch.equal(layer.base.dense(), floats[f"{name}.weight"])
-    assert not any(parameter.is_meta for parameter in tuned.model.parameters())
+    assert not any(parameter.is_meta for parameter in adapted.model.parameters())
 
 
 def test_sqft_leaves_a_stock_adapter_beside_the_codes(

@@ -104,10 +104,10 @@ def test_an_unmerged_adapter_in_stock_peft(
 
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(raw))
-    tuned = load_adapted_model(plan, {"base": finished["sparsify"].folder}, finished["finetune"].folder, "cpu")
-    tuned.set_ranks(RankConfig(tuple(json.loads((finished["search"].folder / "choice.json").read_text())["ranks"])))
+    adapted = load_adapted_model(plan, {"base": finished["sparsify"].folder}, finished["finetune"].folder, "cpu")
+    adapted.set_ranks(RankConfig(tuple(json.loads((finished["search"].folder / "choice.json").read_text())["ranks"])))
     with torch.no_grad():
-        expected = tuned.model(torch.arange(2, 40)[None]).logits
+        expected = adapted.model(torch.arange(2, 40)[None]).logits
     torch.testing.assert_close(torch.load(out), expected, atol=1e-5, rtol=1e-5)
 
 

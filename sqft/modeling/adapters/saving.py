@@ -1,4 +1,4 @@
-"""Deltas, choices and adapters as files."""
+"""Deltas, rank configurations and adapters as files."""
 
 from __future__ import annotations
 
@@ -12,74 +12,91 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.checkpoints.families import TRANSPOSED
-from sqft.components.kinds import Merger
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.types import RankConfig, RankGroup, SearchSpace
 from sqft.utils.files import write_json
 
 
-def store_deltas(tuned: AdaptedModel, folder: Path) -> None:
-    save_file({name: value.cpu() for name, value in tuned.deltas().items()}, folder / "deltas.safetensors")
-    write_json(folder / "space.json", asdict(tuned.space))
+def store_deltas(adapted: AdaptedModel, folder: Path) -> None:
+    """Write what trained, and the space that ranks are chosen from."""
+    save_file({name: value.cpu() for name, value in adapted.deltas().items()}, folder / "deltas.safetensors")
+    write_json(folder / "space.json", asdict(adapted.space))
 
 
 def space_from(content: Any) -> SearchSpace:
+    """Return the search space that a `space.json` holds."""
     return SearchSpace(tuple(RankGroup(g["name"], tuple(g["ranks"]), tuple(g["members"])) for g in content["groups"]))
 
 
-def store_ranks(choice: RankConfig, folder: Path) -> None:
-    write_json(folder / "choice.json", {"ranks": list(choice.ranks)})
+def store_ranks(config: RankConfig, folder: Path) -> None:
+    """Write the chosen rank configuration."""
+    write_json(folder / "choice.json", {"ranks": list(config.ranks)})
 
 
 def read_ranks(folder: Path) -> RankConfig:
-    """The configuration a search artifact stored."""
+    """Return the rank configuration that a search artifact stored."""
     return RankConfig(tuple(json.loads((folder / "choice.json").read_text())["ranks"]))
 
 
-def store_adapter(tuned: AdaptedModel, choice: RankConfig, merger: Merger, base: str, folder: Path) -> None:
-    """Write the sub-adapter of a configuration.
+def store_adapter(adapted: AdaptedModel, config: RankConfig, base: str, folder: Path) -> None:
+    """Write the sub-adapter of a configuration, which names its base model's folder `base`.
 
-    For `unmerged` it is a stock PEFT checkpoint: `rank_pattern` and `alpha_pattern` together give
+    Beside its base it is a stock PEFT checkpoint: `rank_pattern` and `alpha_pattern` together give
     stock PEFT the same function. A masked adapter is no LoRA, and stock PEFT would compute W + BA
     for it without a word; it gets names that PEFT refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = tuned.space.ranks_by_linear(choice)
-    factors = {name: layer.delta.factors(ranks[name]) for name, layer in tuned.adapted.items()}
-    scales = {name: scale for name, (_, _, scale) in factors.items()}
-    if merger.merges:
-        tensors = {f"{n}.{k}": t for n, (b, a, _) in factors.items() for k, t in (("lora_B", b), ("lora_A", a))}
-        tensors |= {
-            f"{n}.scale_multiplier": layer.scale_multiplier
-            for n, layer in tuned.adapted.items()
-            if layer.scale_multiplier is not None
-        }
-        _save(tensors, folder / "adapter.safetensors")
-        content = {"merger": merger.name, "base_model": base, "ranks": ranks, "scales": scales}
-        write_json(folder / "sqft_adapter.json", content)
+    ranks = adapted.space.ranks_by_linear(config)
+    scales = {name: layer.delta.factors(ranks[name])[2] for name, layer in adapted.layers.items()}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_tensors(adapted, config).items()}
+    if adapted.merged:
+        save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
+        merger = next(iter(adapted.merged.values())).merger.name
+        write_json(
+            folder / "sqft_adapter.json", {"merger": merger, "base_model": base, "ranks": ranks, "scales": scales}
+        )
         return
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_peft_config(adapted, ranks, scales, base, folder)
+
+
+def adapter_tensors(adapted: AdaptedModel, config: RankConfig) -> dict[str, Tensor]:
+    """Return the tensors of a configuration's sub-adapter under the names that its file has: PEFT's for an adapter that
+    stays beside its base, else our own."""
+    ranks = adapted.space.ranks_by_linear(config)
+    pattern = "{}.{}" if adapted.merged else "base_model.model.{}.{}.weight"
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapted.layers.items():
+        B, A, _ = layer.delta.factors(ranks[name])
+        tensors[pattern.format(name, "lora_A")], tensors[pattern.format(name, "lora_B")] = A, B
+        if layer.scale_multiplier is not None:
+            tensors[pattern.format(name, "scale_multiplier")] = layer.scale_multiplier
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _write_peft_config(
+    adapted: AdaptedModel, ranks: Mapping[str, int], scales: Mapping[str, float], base: str, folder: Path
+) -> None:
+    """Write `adapter_config.json`.
+
+    Args:
+        adapted: the model whose adapter it is.
+        ranks: the rank of each layer.
+        scales: alpha / rank of each layer.
+        base: the folder of the base model.
+        folder: where to write.
+    """
     from peft import LoraConfig, TaskType
 
-    top = max(ranks.values())
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
-        r=top,
+        r=max(ranks.values()),
         lora_alpha=max(alphas.values()),
         target_modules=sorted(ranks),
-        fan_in_fan_out=tuned.model.config.model_type in TRANSPOSED,
+        fan_in_fan_out=adapted.model.config.model_type in TRANSPOSED,
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    peft_names = {
-        f"base_model.model.{name}.{which}.weight": tensor
-        for name, (b, a, _) in factors.items()
-        for which, tensor in (("lora_A", a), ("lora_B", b))
-    }
-    _save(peft_names, folder / "adapter_model.safetensors")
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})

@@ -40,9 +40,9 @@ class DeltaTrainer(Trainer):
     model: CompletionLoss
     control: TrainerControl
 
-    def __init__(self, tuned: AdaptedModel, processes: Processes, logs: Path, **kwargs: Any) -> None:
+    def __init__(self, adapted: AdaptedModel, processes: Processes, logs: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.tuned, self.processes = tuned, processes
+        self.adapted, self.processes = adapted, processes
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
@@ -64,10 +64,10 @@ class DeltaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss of a label on `eval_dataset`, at the largest ranks; every process takes its part."""
-        self.tuned.set_ranks(RankConfig(tuple(max(group.ranks) for group in self.tuned.space.groups)))
+        self.adapted.set_ranks(RankConfig(tuple(max(group.ranks) for group in self.adapted.space.groups)))
         own = self.eval_dataset[self.processes.rank :: self.processes.count]
         rows = max(1, self.args.per_device_train_batch_size // self.processes.count)
-        sums = summed_loss(self.model, own, rows, self.tuned.tokenizer.pad_token_id, silent)
+        sums = summed_loss(self.model, own, rows, self.adapted.tokenizer.pad_token_id, silent)
         total, labels = self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=self.args.device), "sum")
         metrics = {"eval_loss": float(total / labels)}
         self.log(metrics)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.api import BaseWeight, LinearShape, Merger
 from sqft.modeling.adapters import frozen_weight as module
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, attach, cached_effective_weights
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, adapt, attach, cached_effective_weights
 from sqft.modeling.adapters.frozen_weight import FloatWeight
 
 
@@ -29,7 +29,7 @@ def layer(
     delta = Nls(ranks=(rank,), alpha=2.0 * rank).delta(LinearShape("l", out, inputs), generator)
     assert isinstance(delta, nn.Module)
     delta.B.data.normal_()  # type: ignore[union-attr, operator]
-    return AdaptedLinear(FloatWeight(linear.weight, True), linear.bias, delta, merger, dropout)
+    return adapt(FloatWeight(linear.weight, True), linear.bias, delta, merger, dropout)
 
 
 def oracle(adapted: AdaptedLinear, x: Tensor) -> Tensor:
@@ -177,12 +177,14 @@ def test_dropouts_side_path_keeps_a_small_deltas_digits_in_bfloat16() -> None:
     adapted.base.weight.data = (adapted.base.weight.data * 1000).to(torch.bfloat16)
     adapted.delta.B.data *= 1e-2  # type: ignore[attr-defined]
     x, probe = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(8, 32)
+    assert isinstance(adapted, MergedLinear)
     B, A, scale = adapted.delta.factors(adapted.rank)
-    side = adapted._through(x, None, B, A, scale, delta_only=True)
+    side = adapted.delta_linear(x)
     low = scale * (B.double() @ A.double()) * (adapted.base.weight != 0)
     expected = x.double() @ low.T
-    found = [side, *torch.autograd.grad((side.float() * probe).sum(), [B, A])]
-    wanted = [expected, *torch.autograd.grad((expected * probe).sum(), [B, A])]
+    trained = [adapted.delta.B, adapted.delta.A]  # type: ignore[attr-defined]
+    found = [side, *torch.autograd.grad((side.float() * probe).sum(), trained)]
+    wanted = [expected, *torch.autograd.grad((expected * probe).sum(), trained)]
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.double() - theirs).abs().max() <= 0.02 * theirs.abs().max()
 

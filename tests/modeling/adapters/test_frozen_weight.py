@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.api import Grid, LinearShape, Merger, Quantized
 from sqft.kernels.grids import dequantize, same
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, cached_effective_weights
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, adapt, cached_effective_weights
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 
 
@@ -37,7 +37,7 @@ def adapted(
     )
     assert isinstance(delta, nn.Module)
     delta.B.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(size)  # type: ignore[union-attr, operator]
-    return AdaptedLinear(base, None, delta, merger, learn_scales=learn_scales)
+    return adapt(base, None, delta, merger, learn_scales=learn_scales)
 
 
 def spread(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def test_codes_that_come_out_otherwise_are_counted() -> None:
     weight, kept = sparse(16, 64)
     layer = adapted(FloatWeight(weight, True, round_to_nearest(weight, kept, 4, 32, True, False).grid), QASparsePEFT())
     codes = layer.codes()
-    tuned = SimpleNamespace(adapted={"l": layer})
-    assert _unlike(tuned, {"l": codes}, "cpu") == 0  # type: ignore[arg-type]
+    merged = SimpleNamespace(merged={"l": layer})
+    assert _unlike(merged, {"l": codes}, "cpu") == 0  # type: ignore[arg-type]
     codes.codes[3, 5:8] ^= 1
-    assert _unlike(tuned, {"l": codes}, "cpu") == 3  # type: ignore[arg-type]
+    assert _unlike(merged, {"l": codes}, "cpu") == 3  # type: ignore[arg-type]

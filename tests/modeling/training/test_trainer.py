@@ -110,9 +110,9 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     plan = orchestrator.plan(Recipe.parse(raw))
     sparse = orchestrator.store.find("sparsify", plan.step("sparsify").fingerprint)
     assert sparse is not None
-    tuned = load_adapted_model(plan, {"base": sparse.folder}, folder, "cpu")
-    examples = Tokenization(tuned.tokenizer, 256, "completion").encode(read_records(Path(validation), 8)).examples
-    assert mean_loss(tuned.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
+    adapted = load_adapted_model(plan, {"base": sparse.folder}, folder, "cpu")
+    examples = Tokenization(adapted.tokenizer, 256, "completion").encode(read_records(Path(validation), 8)).examples
+    assert mean_loss(adapted.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
 
 
 def test_patience_stops_and_keeps_the_best(
@@ -172,7 +172,7 @@ def test_ranks_are_a_function_of_seed_and_step_alone(
 
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin(self, args, state, control, **kwargs)
-        seen[-1].append((state.global_step, [layer.rank for layer in self.tuned.adapted.values()]))
+        seen[-1].append((state.global_step, [layer.rank for layer in self.adapted.layers.values()]))
 
     monkeypatch.setattr(_RankSampler, "on_step_begin", on_step_begin)
     for batch in (4, 8):
