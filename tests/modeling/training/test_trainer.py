@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.errors import StageError
+from sqft.errors import DeviceError
 from sqft.modeling.training.trainer import EarlyStopping
 from sqft.recipe.sections import Finetune
 from sqft.stages.finetune import _RankSampler
@@ -74,7 +74,7 @@ def test_words_are_passed_on(tmp_path: Path) -> None:
 def test_float16_is_refused_on_the_cpu_before_anything_is_made(
     raw: dict[str, Any], registry: Registry, tmp_path: Path
 ) -> None:
-    with pytest.raises(StageError, match=r"float16 .* needs an accelerator; on the CPU use bfloat16"):
+    with pytest.raises(DeviceError, match=r"float16 .* needs an accelerator; on the CPU use bfloat16"):
         finetuned(raw, registry, tmp_path, precision="float16")
     assert not (tmp_path / "artifacts").exists()
 
