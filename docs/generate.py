@@ -18,7 +18,7 @@ import click
 from sqft import Registry, kernels
 from sqft.cli import main
 from sqft.components import hookspecs
-from sqft.recipe.diagnostics import model_in
+from sqft.recipe.fields import section_in
 from sqft.recipe.recipe import Recipe
 from sqft.tools.json_schema import option_lines
 
@@ -57,7 +57,7 @@ def recipe() -> Iterator[str]:
     yield inspect.getdoc(Recipe) or ""
     for name, field in Recipe.model_fields.items():
         yield f"## `{field.alias or name}`"
-        section = model_in(field.annotation)
+        section = section_in(field)
         if section is None:
             yield field.description or f"Default: {field.default!r}."
             continue

@@ -9,9 +9,6 @@ from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
 from sqft.utils.text import human, markdown
 
-MAKER = {"model": None, "sparsify": "sparsify", "quantize": "quantize", "search": "search", "merge": "merge"}
-"""The step whose cost stands in a row; `finetune:NAME` is made by finetune."""
-
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """A row for each evaluated configuration and a line for each step, from manifests alone."""
@@ -34,8 +31,7 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
 
 
 def _row(what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    maker = "finetune" if what.startswith("finetune:") else MAKER[what]
-    made = artifacts.get(maker) if maker else None
+    made = artifacts.get(what.partition(":")[0])  # whose cost the row shows; none for the recipe's own model
     measured = artifact.report
     label = what
     if what == "search" and made:

@@ -12,12 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqft.recipe.fields import Section
+from sqft.recipe.fields import InputPath, NoEffect, OutputPath, Section, fields_marked, fields_of, section_in
 from sqft.recipe.sections import ComponentRef
 from sqft.utils.code_digest import digest_files
-
-WITHOUT_EFFECT = {"save_every", "report_to", "logging_dir"}
-"""Settings that change when work is saved and who hears of it, not what comes out."""
 
 
 def fingerprint_of(stage: str, section: Section, **content: Any) -> str:
@@ -27,19 +24,14 @@ def fingerprint_of(stage: str, section: Section, **content: Any) -> str:
 
 
 def _settings(section: Section) -> dict[str, Any]:
-    """A section without its components (they enter as parts), its paths (as content) and what has no effect."""
-    settings = section.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    for name in [name for name in type(section).model_fields if isinstance(getattr(section, name), ComponentRef)]:
-        settings.pop(name)
-    return {name: _without_paths(value) for name, value in settings.items() if name not in ("of", "include_path")}
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items() if key not in ("path", "text")}
-    if isinstance(value, list | tuple):
-        return [_without_paths(inner) for inner in value]
-    return value
+    """Return a section without its components (they enter as parts), its paths (as content) and what has no effect."""
+    settings = section.model_dump(mode="json", by_alias=True)
+    for name, field in fields_of(type(section)).items():
+        if section_in(field) is ComponentRef:
+            settings.pop(name)
+    for marked in list(fields_marked(type(section), (InputPath, OutputPath, NoEffect), settings)):
+        marked.holder.pop(marked.key, None)
+    return settings
 
 
 @cache

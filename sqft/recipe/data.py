@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from sqft.data.templates import TEMPLATES, mistake_in
-from sqft.recipe.fields import Count, Section
+from sqft.recipe.fields import Count, InputPath, Section, ShortForm
 
 
 class Prompt(Section):
@@ -41,7 +41,7 @@ class Data(Section):
     """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}, or of other fields with a
     prompt template."""
 
-    path: str = Field(
+    path: Annotated[str, InputPath(hub=True)] = Field(
         description="a .jsonl, .json, .csv, .txt (one text in each line), .parquet or .arrow file, or a Hugging Face "
         "data set: a folder or an id"
     )
@@ -68,14 +68,10 @@ class TrainingData(Data):
     )
 
 
-def _short_data(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+DataRef = Annotated[Data, ShortForm("path")]
 
 
-DataRef = Annotated[Data, BeforeValidator(_short_data, json_schema_input_type=str | Data)]
-
-
-_One = Annotated[TrainingData, BeforeValidator(_short_data, json_schema_input_type=str | TrainingData)]
+_One = Annotated[TrainingData, ShortForm("path")]
 
 
 DataRefs = Annotated[

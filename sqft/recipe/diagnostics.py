@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sqft.errors import Problem
+from sqft.recipe.fields import fields_of, section_in
 from sqft.utils.text import brief
 
 M = TypeVar("M", bound=BaseModel)
@@ -57,22 +58,12 @@ def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
     for part in place:
         if isinstance(part, int):
             continue
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        inner = model_in(field.annotation) if field else None
+        field = fields_of(model).get(part)
+        inner = section_in(field) if field else None
         if inner is None:
             return []
         model = inner
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field holds, alone, in a tuple or as one of several types."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if found := model_in(inner):
-            return found
-    return None
+    return list(fields_of(model))
 
 
 def related(place: str, other: str) -> bool:

@@ -1,10 +1,19 @@
-"""What sections of a recipe are made of."""
+"""What the sections of a recipe are made of, and what a field says about itself.
+
+A field says once, as `Annotated` metadata, what it is: a path that is read or written, a setting without effect on
+results, a section with a short form. Whatever depends on that asks here: re-running a stored recipe, the fingerprint,
+`sqft init`, `--set` and the files of a plan.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -16,3 +25,113 @@ class Section(BaseModel):
     """A part of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class InputPath:
+    """Marks the path of a file that a step reads. Its content is part of the step's fingerprint, its name is not.
+
+    `folder`: it is a folder. `hub`: it may be a Hugging Face id instead.
+    """
+
+    folder: bool = False
+    hub: bool = False
+
+
+@dataclass(frozen=True)
+class OutputPath:
+    """Marks the path of a folder that a step writes to, besides its artifact. No part of a fingerprint."""
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a setting that changes no step's result, such as how often it is saved. No part of a fingerprint."""
+
+
+@dataclass(frozen=True)
+class ShortForm:
+    """Marks a section that may be written as the text of one of its fields: "wanda" for {"name": "wanda"}."""
+
+    field: str
+
+    def expand(self, value: Any) -> Any:
+        """Return the section that a text is short for; anything else as it is."""
+        return {self.field: value} if isinstance(value, str) else value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        validator = BeforeValidator(self.expand, json_schema_input_type=str | source)
+        return validator.__get_pydantic_core_schema__(source, handler)
+
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Marked(Generic[M]):
+    """A marked field in plain data: `holder[key]` is its value, `place` where that is in the recipe."""
+
+    place: tuple[str, ...]
+    marker: M
+    holder: Any
+    key: Any
+
+    @property
+    def value(self) -> Any:
+        return self.holder[self.key]
+
+
+def fields_marked(
+    model: type[BaseModel], marker: type[M] | tuple[type[M], ...], content: Any, place: Sequence[str] = ()
+) -> Iterator[Marked[M]]:
+    """Walk plain data and the sections that describe it, and yield each value whose field carries a marker.
+
+    Args:
+        model: the recipe, or one of its sections, whose fields are marked.
+        marker: the type of marker to look for, or several.
+        content: plain data of that model, in short forms or whole; what does not fit the model is passed over.
+        place: where `content` is in the recipe.
+    """
+    for key, field in fields_of(model).items() if isinstance(content, dict) else ():
+        if key in content:
+            found = [Marked((*place, key), mark, content, key) for mark in field.metadata if isinstance(mark, marker)]
+            yield from found or _marked_below(field, marker, content, key, (*place, key))
+
+
+def _marked_below(
+    field: FieldInfo, marker: type[M] | tuple[type[M], ...], holder: Any, key: Any, place: tuple[str, ...]
+) -> Iterator[Marked[M]]:
+    """Yield the marked values inside a field, of each item where it is a list; a short form stands for its field."""
+    section, short, value = section_in(field), short_form_of(field), holder[key]
+    if isinstance(value, list | tuple):
+        for index in range(len(value)):
+            yield from _marked_below(field, marker, value, index, (*place, str(index)))
+    elif section and isinstance(value, str) and short:
+        metadata = section.model_fields[short.field].metadata
+        yield from (Marked(place, mark, holder, key) for mark in metadata if isinstance(mark, marker))
+    elif section:
+        yield from fields_marked(section, marker, value, place)
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a model's fields by the keys that a recipe uses."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def section_in(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a field holds, alone, in a list or as one of several types."""
+    return next(
+        (part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
+    )
+
+
+def short_form_of(field: FieldInfo) -> ShortForm | None:
+    """Return the short form that a field's section may be written in."""
+    parts = (*field.metadata, *_parts(field.annotation))
+    return next((part for part in parts if isinstance(part, ShortForm)), None)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield the types and the metadata that an annotation is made of."""
+    yield annotation
+    for inner in (*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())):
+        yield from _parts(inner)

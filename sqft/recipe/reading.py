@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
 from sqft.errors import Problem, RecipeError
+from sqft.recipe.fields import fields_of, section_in, short_form_of
 
 DIGITS = 1000
 """Of the longest integer that is read: Python makes none of more than some thousands."""
@@ -56,8 +60,14 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a number JSON has; write a finite number")
 
 
-def apply(raw: Any, change: str, source: str) -> None:
-    """Put one `--set path=value` into plain data; the value is JSON, or else text."""
+def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:
+    """Make one change "path=value" of `--set` in plain data; the value is JSON, or else text.
+
+    Sections on the way that are written in their short form are expanded, as `model` describes them.
+
+    Raises:
+        RecipeError: when it is not of that form, or leads to no place in the recipe.
+    """
     path, equals, text = change.partition("=")
     if not equals or not path:
         raise RecipeError([Problem("", f"--set takes path=value, found {change!r}")], source)
@@ -67,16 +77,19 @@ def apply(raw: Any, change: str, source: str) -> None:
         value = text
     *parents, last = path.split(".")
     here = raw
+    section: type[BaseModel] | None = model
+    field: FieldInfo | None = None
     for depth, part in enumerate(parents):
         try:
             if isinstance(here, list):
-                if isinstance(here[int(part)], str) and parents[depth - 1] == "data":
-                    here[int(part)] = {"path": here[int(part)]}
-                here = here[int(part)]
-                continue
-            if isinstance(here.get(part), str):  # the short forms grow into what they are short for
-                here[part] = {"path" if part in ("data", "validation") else "name": here[part]}
-            here = here.setdefault(part, {})
+                key: Any = int(part)
+            else:
+                key, field = part, fields_of(section).get(part) if section else None
+                section = section_in(field) if field else None
+                here.setdefault(part, {})
+            if field and (short := short_form_of(field)):
+                here[key] = short.expand(here[key])
+            here = here[key]
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])
             raise RecipeError([Problem(where, f"--set {change}: there is no such place")], source) from None

@@ -79,7 +79,7 @@ class Recipe(Section):
             RecipeError: with every mistake and its path.
         """
         for change in changes:
-            apply(raw, change, source)
+            apply(raw, change, source, cls)
         return cls.parse(raw, folder, source)
 
     @classmethod

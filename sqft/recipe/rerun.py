@@ -9,28 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sqft.errors import SqftError
+from sqft.recipe.fields import InputPath, OutputPath, fields_marked
 from sqft.recipe.reading import read_json
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import DTYPES
+from sqft.recipe.stages import STAGES
 from sqft.utils.hub import HUB_ID
 
-PLACES = (
-    "calibration.data",
-    "finetune.data.path",
-    "finetune.validation.path",
-    "finetune.logging_dir",
-    "search.data.path",
-    "evaluate.perplexity.text",
-    "evaluate.exact_match.data.path",
-    "evaluate.include_path",
-)
-"""Where a recipe names files and folders, data sets one by one; those and `model.path` may be Hugging Face ids."""
-
-
 MEASURES = ("perplexity", "exact_match", "tasks")
-
-
-STAGES = ("sparsify", "quantize", "finetune", "search", "merge")
 
 
 MEASURED = ".eval"
@@ -38,35 +24,24 @@ MEASURED = ".eval"
 
 
 def paths(recipe: Recipe) -> dict[str, str]:
-    """The files and folders of data that a recipe names, as it writes them, by their places in it."""
-    raw = recipe.model_dump(mode="json")
-    several = (raw.get("finetune") or {}).get("data")
-    mixed = [f"finetune.data.{index}.path" for index in range(len(several))] if isinstance(several, list) else []
-    places = [place for place in (*PLACES, *mixed) if not (mixed and place == "finetune.data.path")]
-    found = {place: _section(raw, place).get(place.rpartition(".")[2]) for place in places}
-    return {place: path for place, path in found.items() if path}
+    """Return the files and folders of data that a recipe names, as it writes them, by their places in it."""
+    raw = recipe.model_dump(mode="json", by_alias=True)
+    marked = fields_marked(type(recipe), InputPath, raw)
+    return {".".join(field.place): field.value for field in marked if field.value and field.place[0] != "model"}
 
 
 def with_absolute_paths(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data that can be stored anywhere: its relative paths, which count from its own folder, made
-    absolute.
+    """Return a recipe as plain data that can be stored anywhere: its paths, relative to its own folder, made absolute.
 
-    Defaults stay unsaid, since some give way to the model where a number that the user wrote must fit.
+    Defaults are left out, since some give way to the model where a number that the user wrote must fit.
     """
     raw = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True, exclude={"json_schema"})
-    for place, path in (*paths(recipe).items(), ("model.path", recipe.model.path)):
-        whole = recipe.resolve(path)
-        if whole.exists() or not (place.endswith(".path") and HUB_ID.fullmatch(path)):
-            _section(raw, place)[place.rpartition(".")[2]] = str(whole)
+    for field in fields_marked(type(recipe), (InputPath, OutputPath), raw):
+        path = recipe.resolve(field.value)
+        hub = isinstance(field.marker, InputPath) and field.marker.hub and HUB_ID.fullmatch(field.value)
+        if path.exists() or not hub:
+            field.holder[field.key] = str(path)
     return raw
-
-
-def _section(raw: dict[str, Any], place: str) -> dict[str, Any]:
-    here: Any = raw
-    for part in place.split(".")[:-1]:
-        here = here[int(part)] if isinstance(here, list) else here.get(part) or {}
-    section: dict[str, Any] = here
-    return section
 
 
 def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
@@ -88,7 +63,8 @@ def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Ma
         kept |= {"finetune", "search", "sparsify", "quantize"}
     elif "quantize" in kept:
         kept.add("sparsify")
-    changes = [f"{name}=null" for name in STAGES if name not in kept and raw.get(name) is not None]
+    made = [stage.name for stage in STAGES if stage.evaluable]
+    changes = [f"{name}=null" for name in made if name not in kept and raw.get(name) is not None]
     if "merge" in kept:
         changes.append("merge={}")
     name = json.dumps(f"{raw['name'].removesuffix(MEASURED)}{MEASURED}")  # `sqft merge NAME` is to find the other one
@@ -97,10 +73,10 @@ def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Ma
 
 def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:
     """What can be measured of a stored recipe without making anything; `reused` says which steps of one stand."""
-    if not any(raw.get(name) is not None for name in STAGES):
+    if not any(raw.get(stage.name) is not None for stage in STAGES if stage.evaluable):
         return ["model"]
     done = reused(Recipe.parse({**raw, "evaluate": None, "export": []}, source=raw["name"]))
-    return [name for name in ("sparsify", "quantize", "search", "merge") if name in done]
+    return [stage.name for stage in STAGES if stage.evaluable == stage.name and stage.name in done]
 
 
 def recipe_of_model(model: Path) -> dict[str, Any]:

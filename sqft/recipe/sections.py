@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
 )
 
 from sqft.recipe.data import DataRef, DataRefs, TrainingData
-from sqft.recipe.fields import Count, Fraction, Section
+from sqft.recipe.fields import Count, Fraction, InputPath, NoEffect, OutputPath, Section, ShortForm
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
 
@@ -27,18 +26,16 @@ class ComponentRef(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-def _short(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Named = Annotated[ComponentRef, BeforeValidator(_short, json_schema_input_type=str | ComponentRef)]
+Named = Annotated[ComponentRef, ShortForm("name")]
 """A component: "wanda" is short for {"name": "wanda", "options": {}}."""
 
 
 class Model(Section):
     """Where the pre-trained causal language model comes from."""
 
-    path: str = Field(description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id")
+    path: Annotated[str, InputPath(hub=True)] = Field(
+        description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id"
+    )
     dtype: DTYPES = Field("float32", description="precision in which weights are loaded and stored")
     revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
     trust_remote_code: bool = Field(False, description="allow Python code from the model's folder to run")
@@ -47,7 +44,9 @@ class Model(Section):
 class Calibration(Section):
     """Text whose activations the scorers and quantizers see."""
 
-    data: str = Field(description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file")
+    data: Annotated[str, InputPath()] = Field(
+        description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file"
+    )
     samples: Count = Field(128, description="number of windows")
     length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")
 
@@ -173,11 +172,13 @@ class Finetune(Section):
         None,
         description="end training after this many validations in a row without a lower loss, and keep the best deltas",
     )
-    save_every: Count = Field(50, description="optimizer steps between checkpoints")
-    report_to: tuple[Tracker, ...] = Field(
+    save_every: Annotated[Count, NoEffect()] = Field(50, description="optimizer steps between checkpoints")
+    report_to: Annotated[tuple[Tracker, ...], NoEffect()] = Field(
         (), description="trackers that receive each step's loss, with transformers' names"
     )
-    logging_dir: str | None = Field(None, description="folder for TensorBoard's files; null: logs/ in the artifact")
+    logging_dir: Annotated[str | None, OutputPath()] = Field(
+        None, description="folder for TensorBoard's files; null: logs/ in the artifact"
+    )
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -218,7 +219,7 @@ class Export(Section):
 class Perplexity(Section):
     """Perplexity of a text, in windows that do not overlap."""
 
-    text: str = Field(description="a text file that nothing was trained or calibrated on")
+    text: Annotated[str, InputPath()] = Field(description="a text file that nothing was trained or calibrated on")
     tokens: Annotated[int, Field(ge=2)] | None = Field(
         None, description="use only this many tokens from the start; null: all"
     )
@@ -237,7 +238,7 @@ class ExactMatch(Section):
 class Evaluate(Section):
     """What is measured, and for which configurations."""
 
-    of: tuple[str, ...] = Field(
+    of: Annotated[tuple[str, ...], NoEffect()] = Field(  # each entry is a step of its own
         ("merge",),
         min_length=1,
         description='what to measure: "model", "sparsify", "quantize", "finetune:NAME" (NAME is a searcher that '
@@ -254,6 +255,8 @@ class Evaluate(Section):
             raise ValueError(f"'{twice[0]}' is listed twice; keep one")
         return tasks
 
-    include_path: str | None = Field(None, description="folder with task files for lm-eval")
+    include_path: Annotated[str | None, InputPath(folder=True)] = Field(
+        None, description="folder with task files for lm-eval"
+    )
     limit: Count | None = Field(None, description="use only this many documents of each lm-eval task")
     batch_size: Count = Field(8, description="lm-eval's batch size")

@@ -9,18 +9,18 @@ from typing import Any
 from sqft.components.kinds import Component
 from sqft.components.registration import Registration
 from sqft.components.registry import Registry
+from sqft.recipe.fields import fields_of, section_in
 from sqft.recipe.recipe import Recipe
+from sqft.recipe.sections import ComponentRef
+from sqft.recipe.stages import STAGES
 
 PLACES = {
-    "scorer": ("Sparsify", "scorer"),
-    "allocator": ("Sparsify", "allocator"),
-    "quantizer": ("Quantize", "quantizer"),
-    "adapter": ("Finetune", "adapter"),
-    "merger": ("Finetune", "merger"),
-    "searcher": ("Search", "searcher"),
-    "exporter": ("Export", "exporter"),
+    name: (stage.section.__name__, name)
+    for stage in STAGES
+    for name, field in fields_of(stage.section).items()
+    if section_in(field) is ComponentRef
 }
-"""Where in the recipe a component of each kind is named: a section's definition and its key."""
+"""Where in the recipe a component of each kind is named: a section's definition and its key, which is the kind."""
 
 
 def recipe_schema(registry: Registry) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from sqft.components.registry import Registry
 from sqft.errors import SqftError
-from sqft.recipe.diagnostics import model_in
+from sqft.recipe.fields import InputPath, fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
 from sqft.utils.hub import HUB_ID
@@ -116,10 +116,6 @@ PIPELINES = {
 }
 
 
-FILES = {"data", "text"}
-"""The keys of a recipe that hold a file of the data folder."""
-
-
 def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DATA) -> dict[str, Any]:
     """A pipeline's recipe as it is to be written to `output`, from whose folder its relative paths count.
 
@@ -136,21 +132,13 @@ def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DAT
     folder = place.parent if records else place
     names = dict.fromkeys(("train.jsonl", "calibration.jsonl"), records.name) if records else {}
 
-    def placed(raw: dict[str, Any]) -> None:
-        for key, value in raw.items():
-            if isinstance(value, dict):
-                placed(value)
-            elif key in FILES:
-                raw[key] = _from(output, folder / names.get(value, value))
-
-    sections = copy.deepcopy(dict(PIPELINES[name].sections))
     calibration = {"data": "calibration.jsonl", "samples": 64, "length": 1024}
+    sections = copy.deepcopy({"calibration": calibration, **PIPELINES[name].sections})
+    for field in fields_marked(Recipe, InputPath, sections):
+        field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
     local = Path(model).expanduser()
     path = model if HUB_ID.fullmatch(model) and not local.exists() else _from(output, local)
-    whole = {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}}
-    sections = whole | {"calibration": calibration} | sections
-    placed(sections)
-    return sections
+    return {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}, **sections}
 
 
 def _from(output: Path, path: Path) -> str:
@@ -173,10 +161,10 @@ def explanation(name: str, raw: Mapping[str, Any], registry: Registry) -> str:
 
 
 def _explained(model: type[BaseModel], raw: Mapping[str, Any], registry: Registry, indent: str) -> Iterator[str]:
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    fields = fields_of(model)
     for key, value in raw.items():
         field = fields[key]
-        inner = model_in(field.annotation)
+        inner = section_in(field)
         if not indent and inner:  # a section
             yield from ("", f"## {key}", "", (inspect.getdoc(inner) or "").partition("\n\n")[0].replace("\n", " "), "")
             yield from _explained(inner, value, registry, "  ")
