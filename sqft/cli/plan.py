@@ -19,6 +19,12 @@ from sqft.cli.output import report_errors
 def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str, ...]) -> None:
     """Check RECIPE and print its steps: what runs, what is reused, estimates. Loads no model."""
     from sqft.components.registry import Registry
+    from sqft.execution.earlier_runs import remade_note
     from sqft.execution.orchestrator import Orchestrator
 
-    click.echo(str(Orchestrator(Registry.discover(disable), store).load(recipe, changes)))
+    orchestrator = Orchestrator(Registry.discover(disable), store)
+    planned = orchestrator.load(recipe, changes)
+    click.echo(str(planned))
+    missing = [step for step in planned.steps if step.name not in planned.reused]
+    if note := remade_note(orchestrator.store, planned.recipe, missing):
+        click.echo(note)

@@ -14,6 +14,7 @@ from sqft.components.attribution import blaming
 from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError, StoreError
 from sqft.execution import preflight
+from sqft.execution.earlier_runs import remade_note
 from sqft.execution.log import log_to_file
 from sqft.execution.report import make_report
 from sqft.execution.run import Outcome, Run
@@ -83,16 +84,11 @@ class Orchestrator:
             SqftError: when the user can fix something. Finished steps are kept, and a killed step resumes.
         """
         steps = steps_until(plan, until)
-        if self.processes.is_main:
-            if fresh:
-                for step in steps_from(plan, fresh):
-                    self.store.discard(step.stage, step.fingerprint)
-            preflight.check_disk(self.store, steps)
+        if fresh and self.processes.is_main:
+            for step in steps_from(plan, fresh):
+                self.store.discard(step.stage, step.fingerprint)
         missing = [step for step in steps if not self._is_done(step)]
-        if missing and self.processes.is_main:
-            preflight.check_model(plan)
-        preflight.check_device(self.device)
-        preflight.check_training(missing, self.device, self.processes.count)
+        self._check(plan, steps, missing)
         self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = make_run_folder(self.store, plan)
         if self.processes.is_main:
@@ -102,6 +98,8 @@ class Orchestrator:
         outcomes: dict[str, Outcome] = {}
         with blaming(components, log_file), log_to_file(log_file, self.store.writing, level), ExitStack() as used:
             started = now()
+            if note := remade_note(self.store, plan.recipe, missing):
+                log.info(note)
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].folder for role, name in step.inputs.items()}
                 label = f"[{number}/{len(steps)}] {step.name}"
@@ -113,6 +111,15 @@ class Orchestrator:
             if self.processes.is_main:
                 write_report(self.store, folder, report, outcomes, started)
         return Run(plan, folder, outcomes, report)
+
+    def _check(self, plan: Plan, steps: Sequence[Step], missing: Sequence[Step]) -> None:
+        """Check that the steps can be run here, of which `missing` are not done, before anything is made."""
+        if self.processes.is_main:
+            preflight.check_disk(self.store, steps)
+            if missing:
+                preflight.check_model(plan)
+        preflight.check_device(self.device)
+        preflight.check_training(missing, self.device, self.processes.count)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
         """Return the step's artifact, made if need be; until `used` is closed, no other run can delete it."""

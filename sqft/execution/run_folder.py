@@ -10,6 +10,7 @@ from typing import Any
 
 from sqft.execution.report import report_markdown
 from sqft.execution.run import Outcome
+from sqft.planning.fingerprint import core_digest
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.rerun import with_absolute_paths
 from sqft.store.artifacts import Store
@@ -65,6 +66,7 @@ def _step_json(step: Step) -> dict[str, Any]:
     return {
         "name": step.name,
         "fingerprint": step.fingerprint,
+        "code": core_digest(step.stage),
         "inputs": dict(step.inputs),
         "components": {kind: component.identity for kind, component in step.components.items()},
         "estimate": dataclasses.asdict(step.estimate),
