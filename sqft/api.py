@@ -1,7 +1,7 @@
 """All that a plugin may import from sqft's core, besides `sqft.kernels`."""
 
 from sqft.checkpoints.export import ShardSize, float_layers, parameters, write_config, write_shards
-from sqft.checkpoints.gptq import gptq_config, write_gptq_config
+from sqft.checkpoints.gptq import gptq_config, gptq_incompatibility, write_gptq_config
 from sqft.components.hookspecs import hookimpl
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
 from sqft.errors import ContractError, PluginError, SqftError, StageError
@@ -54,6 +54,7 @@ __all__ = [
     "Statistic",
     "float_layers",
     "gptq_config",
+    "gptq_incompatibility",
     "hookimpl",
     "parameters",
     "write_config",

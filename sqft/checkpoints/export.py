@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from sqft.checkpoints.families import IN_A_BLOCK
+from sqft.checkpoints.safetensors import INDEX, WEIGHTS
 from sqft.types import ModelReader, Quantized
 
 if TYPE_CHECKING:
@@ -22,37 +23,38 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def in_bytes(size: Any) -> int:
-    """The bytes of a size: an integer, or digits followed by a unit of 1000 ("5MB", "0.5 gb").
+    """Return a size in bytes: an integer, or digits followed by a decimal unit ("5MB", "0.5 gb").
 
     Raises:
-        ValueError: when it is neither, or nothing would fit in it.
+        ValueError: when it is neither, or less than one byte.
     """
-    words = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE) if type(size) is str else None
-    number = int(Fraction(words[1]) * UNITS[words[2].upper()]) if words else size
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE) if type(size) is str else None
+    number = int(Fraction(match[1]) * UNITS[match[2].upper()]) if match else size
     if type(number) is not int or number < 1:
         raise ValueError(
-            f"{size!r} is no size; give a whole number of bytes, or digits followed by KB, MB, GB or TB, such as '5GB'"
+            f"{size!r} is not a size; give a number of bytes as an integer, or digits followed by KB, MB, GB or TB, "
+            "such as '5GB'"
         )
     return number
 
 
-def _checked(size: Any) -> Any:
+def _valid_size(size: Any) -> Any:
     in_bytes(size)
     return size
 
 
 ShardSize = Annotated[
     int | str,
-    BeforeValidator(_checked),
+    BeforeValidator(_valid_size),
     Field(description='largest file of weights, as save_pretrained takes it: bytes, or a size such as "5GB"'),
 ]
 """An exporter's option: how large a file of weights may be, as the user wrote it."""
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int | str) -> None:
-    """Write named tensors into `folder` as safetensors, one shard in memory at a time, with their index.
+    """Write named tensors into `folder` as safetensors files and their index, with one shard in memory at a time.
 
-    No file holds more than `limit` bytes of tensors, but for a tensor that is larger alone.
+    No file holds more than `limit` bytes of tensors, except that a larger tensor gets a file of its own.
     """
     largest = in_bytes(limit)
     shards: list[list[str]] = []
@@ -60,16 +62,16 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int
     total = size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > largest:
-            shards.append(_store(shard, folder, len(shards)))
+            shards.append(_write_shard(shard, folder, len(shards)))
             size = 0
         shard[name] = tensor.contiguous()
         size += tensor.nbytes
         total += tensor.nbytes
-    shards.append(_store(shard, folder, len(shards)))
-    _name(shards, folder, total)
+    shards.append(_write_shard(shard, folder, len(shards)))
+    _name_shards(shards, folder, total)
 
 
-def _store(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
     from safetensors.torch import save_file
 
     save_file(shard, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
@@ -78,36 +80,39 @@ def _store(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
     return names
 
 
-def _name(shards: list[list[str]], folder: Path, total: int) -> None:
-    """Shard names say how many there are, so they are given last."""
+def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
+    """Rename the shards, whose final names say how many there are, and write the index."""
     if len(shards) == 1:
-        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
+        (folder / "part-0.safetensors").rename(folder / WEIGHTS)
         return
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        file_of |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def write_config(folder: Path, **entries: Any) -> None:
     """Set entries of the `config.json` in `folder`."""
-    place = folder / "config.json"
-    config = json.loads(place.read_text("utf-8"))
-    place.write_text(json.dumps(config | entries, indent=2) + "\n", "utf-8")
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(config | entries, indent=2) + "\n", "utf-8")
 
 
 def float_layers(model: ModelReader) -> list[str]:
-    """The linear layers of the model's blocks that are on no grid: formats name them, or their readers expect codes."""
+    """Return the names of the linear layers in the model's blocks that are not quantized.
+
+    Formats list them in their settings; a reader would otherwise expect codes.
+    """
     quantized = {f"{layer}.weight" for layer in model.quantized()}
     names = [name for name in model.names() if IN_A_BLOCK.search(name) and name not in quantized]
     return [name.removesuffix(".weight") for name in names if model.tensor(name).ndim == 2]
 
 
 def parameters(model: ModelReader, parts: Callable[[Quantized], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the model by name, but for a quantized layer the tensors that `parts` makes of its codes."""
+    """Yield every parameter of the model by name; a quantized layer's weight as the tensors `parts` makes of it."""
     quantized = {f"{layer}.weight": layer for layer in model.quantized()}
     for name in model.names():
         layer = quantized.get(name)

@@ -1,4 +1,17 @@
-"""The linear layers of a model as far as names and shapes in a checkpoint's headers tell. No torch."""
+"""The linear layers of a model, guessed from the names and shapes in a checkpoint's headers, without torch.
+
+This is the header side of `sqft.modeling.architecture`, which knows the same things from a model's modules. The plan
+uses the guess; before weights are loaded, a run compares it with the modules and stops where they differ. What faces
+what:
+
+| here | there |
+|---|---|
+| `TRANSPOSED`, by family | `linears.Transposed`, by class |
+| `_is_router` | `blocks._routes` |
+| `_is_plain_mixture`, `_split_experts` | `linears.Experts` and the test of what it can replace |
+| `IN_A_BLOCK` | `blocks.decoder_blocks` |
+| `BARE_PREFIX`, `FUSED_NAMES`, `EXPERT_NAMES` | transformers' own renaming while it loads a checkpoint |
+"""
 
 from __future__ import annotations
 
@@ -7,15 +20,13 @@ import re
 from sqft.types import LinearShape
 
 IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
-"""A weight below a number, and no table of embeddings (DeepSeek's last block has one)."""
-
+"""A weight in a numbered block that is not an embedding table (DeepSeek's last block has one)."""
 
 IN_A_MIXTURE = re.compile(r"(.*\.\d+\.\w+)\.experts\.")
-
+"""A tensor of a mixture's experts; the group is the name of the mixture."""
 
 TRANSPOSED = {"gpt2", "openai-gpt"}
 """Families whose checkpoints hold linear layers as [in, out]."""
-
 
 BARE_PREFIX = {
     "gpt2": "transformer.",
@@ -26,16 +37,14 @@ BARE_PREFIX = {
     "gpt_neox": "gpt_neox.",
     "opt": "model.",
 }
-"""What the modules' names begin with, of families whose older checkpoints leave it out."""
-
+"""The prefix of module names that older checkpoints of these families leave out."""
 
 FUSED_NAMES = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
     (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
 )
-"""How Granite's checkpoints call a mixture's tensors, and how transformers does."""
-
+"""Names of a mixture's tensors in Granite's checkpoints, and in transformers."""
 
 EXPERT_NAMES = (
     (r"\.block_sparse_moe\.experts\.(\d+)\.w(?=\d$)", r".mlp.experts.\1.w"),
@@ -43,51 +52,65 @@ EXPERT_NAMES = (
     (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
     (r"(\.experts\.\d+)\.w3$", r"\1.up_proj"),
 )
-"""How Mixtral's checkpoints call the layers of an expert, and how transformers does."""
-
+"""Names of an expert's layers in Mixtral's checkpoints, and in transformers."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tuple[LinearShape, ...]:
-    """Two-dimensional weights below a numbered block, under the names that sqft gives their layers: a guess, which the
-    run checks."""
+    """Return the linear layers of the decoder blocks, without routers, in order, by their names in transformers.
+
+    Args:
+        shapes: Shape of every tensor by its name in the checkpoint.
+        family: The config's `model_type`.
+        packed: Whether the shapes are those of unpacked GPTQ codes, which are [out, in] in every family.
+    """
     prefix = BARE_PREFIX.get(family, "")
     bare = not any(name.startswith(prefix) for name in shapes)
     for old, new in FUSED_NAMES:
         shapes = {re.sub(old, new, name): shape for name, shape in shapes.items()}
     mixtures = {match[1] for name in shapes if (match := IN_A_MIXTURE.match(name))}
-    found = []
-    for name, shape in _experts(shapes).items():
+    layers = []
+    for name, shape in _split_experts(shapes).items():
         layer = f"{prefix if bare else ''}{name}".removesuffix(".weight")
-        if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}"):
+        if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}") or _is_router(layer, mixtures):
             continue
-        if "router" in layer.split(".") or layer.rpartition(".")[0] in mixtures:
-            continue  # what stands beside the experts routes tokens
         for old, new in EXPERT_NAMES:
             layer = re.sub(old, new, layer)
         out, inputs = shape[::-1] if family in TRANSPOSED and not packed else shape
-        found.append(LinearShape(layer, out, inputs))
-    return tuple(sorted(found, key=lambda linear: in_order(linear.name)))
+        layers.append(LinearShape(layer, out, inputs))
+    return tuple(sorted(layers, key=lambda linear: in_order(linear.name)))
 
 
-def _experts(shapes: Shapes) -> Shapes:
-    """Shapes with the experts that lie in one tensor taken apart: gate and up [experts, 2 · inner, in], and down."""
-    apart: Shapes = {}
+def _is_router(layer: str, mixtures: set[str]) -> bool:
+    """Return whether a layer decides which experts act on a token, or how much: it is a sibling of the experts."""
+    return "router" in layer.split(".") or layer.rpartition(".")[0] in mixtures
+
+
+def _split_experts(shapes: Shapes) -> Shapes:
+    """Replace tensors that hold all experts of a mixture by one weight [out, in] for each expert and layer.
+
+    gate_up_proj [experts, 2 · inner, in] becomes gate_proj and up_proj [inner, in]; down_proj [experts, in, inner]
+    becomes [in, inner] each.
+    """
+    split: Shapes = {}
     for name, shape in shapes.items():
         mixture, _, part = name.rpartition(".")
-        both, down = (shapes.get(f"{mixture}.{each}", ()) for each in ("gate_up_proj", "down_proj"))
-        # Others hold them transposed, or with biases.
-        plain = both[1:] == (2 * down[2], down[1]) and f"{name}_bias" not in shapes if len(down) == 3 else False
-        if len(shape) == 3 and mixture.endswith(".experts") and plain:
-            split = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
-            one = (shape[1] // len(split), shape[2])
-            apart |= {f"{mixture}.{index}.{each}.weight": one for index in range(shape[0]) for each in split}
+        if len(shape) == 3 and mixture.endswith(".experts") and _is_plain_mixture(mixture, name, shapes):
+            layers = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+            one = (shape[1] // len(layers), shape[2])
+            split |= {f"{mixture}.{index}.{layer}.weight": one for index in range(shape[0]) for layer in layers}
         else:
-            apart[name] = shape
-    return apart
+            split[name] = shape
+    return split
+
+
+def _is_plain_mixture(mixture: str, name: str, shapes: Shapes) -> bool:
+    """Return whether a mixture's tensors are [experts, out, in] without biases; other mixtures are not split."""
+    gate_up, down = (shapes.get(f"{mixture}.{part}", ()) for part in ("gate_up_proj", "down_proj"))
+    return len(down) == 3 and gate_up[1:] == (2 * down[2], down[1]) and f"{name}_bias" not in shapes
 
 
 def in_order(name: str) -> list[tuple[int, str]]:
-    """A key to sort names of modules by: layer 10 after layer 9, and names among them."""
+    """Return a key that sorts module names with their numbers as numbers: layer 10 after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""GGUF files, read by their headers."""
+"""GGUF files of Llama models, read by their headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sqft.checkpoints.families import guess_linears
 from sqft.checkpoints.model_source import ModelSource
-from sqft.errors import ArtifactError, SqftError
+from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 
 GGUF_LINEARS = {
@@ -20,19 +20,25 @@ GGUF_LINEARS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""GGUF's names of a Llama block's linear layers, as transformers calls them."""
-
+"""The names of a block's linear layers in GGUF, and in transformers."""
 
 GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
 def gguf_source(path: Path, digests: Digests) -> ModelSource:
+    """Return what the header of a GGUF file says of its model.
+
+    Raises:
+        ModelError: when the package gguf is not installed, or the file has no tensors.
+        ArtifactError: when the file is damaged.
+    """
+
     def value(key: str) -> Any:
         field = reader.get_field(key)
         return field.contents() if field is not None else None
 
+    reader = open_gguf(path)
     try:
-        reader = open_gguf(path)
         shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
         family = value("general.architecture")
         config = {
@@ -44,9 +50,9 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
             "vocab_size": shapes.get("token_embd.weight", (0,))[0],
         }
     except (ValueError, IndexError) as error:
-        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None
+        raise _damaged(path, error) from None
     if not shapes:
-        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
+        raise ModelError(f"{path} has no tensors, only a vocabulary or settings; name the file that holds the weights")
     named: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         match = GGUF_BLOCK.fullmatch(name)
@@ -56,16 +62,21 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
 
 
 def open_gguf(path: Path) -> Any:
-    """gguf's reader of a file.
+    """Open a GGUF file with the reader of the package gguf.
 
     Raises:
-        SqftError: when the package is not installed, or the file is damaged.
+        ModelError: when the package is not installed.
+        ArtifactError: when the file is damaged.
     """
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise SqftError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
+        raise ModelError("reading a GGUF file needs the package gguf: pip install 'sqft[gguf]'") from None
     try:
         return GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ArtifactError(f"{path} is no whole GGUF file: {error}; copy it again") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path} is not a complete GGUF file: {error}; copy it again")

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, version 1: their settings, and the shapes of the float model they stand for."""
+"""GPTQ checkpoints, version 1: settings, what their codes need, and the shapes of the float model they encode."""
 
 from __future__ import annotations
 
@@ -9,33 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from sqft.checkpoints.export import write_config
-from sqft.errors import ArtifactError, SqftError
-from sqft.types import Grid
+from sqft.errors import ArtifactError, ModelError
+from sqft.kernels.words import WORD_BITS, fills_words
+from sqft.types import Grid, LinearShape
 
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-"""The tensors that GPTQ's checkpoints have in the place of a layer's weight."""
+"""The tensors that replace a layer's weight."""
+
+GPTQ_BITS = (2, 3, 4, 8)
+"""The bits that a code may have."""
+
+GPTQ_FILE = "quantize_config.json"
+"""The file beside `config.json` that auto-gptq reads its settings from."""
 
 
-def gptq_settings(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The `quantization_config` of a GPTQ checkpoint, version 1; None when the weights are floats.
+def gptq_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a model folder's config; None when the weights are floats.
 
     Raises:
-        SqftError: when it is another format, or has numbers that GPTQ does not know.
+        ModelError: when the model is quantized in another format than GPTQ's, version 1, or its bits or group size
+            are not valid in GPTQ.
     """
-    found = config.get("quantization_config")
-    if found is None:
+    stated = config.get("quantization_config")
+    if stated is None:
         return None
-    settings = found if isinstance(found, dict) else {}
-    method, version = settings.get("quant_method", "some way"), settings.get("checkpoint_format") or "gptq"
+    settings = stated if isinstance(stated, dict) else {}
+    method, version = settings.get("quant_method", "unknown method"), settings.get("checkpoint_format") or "gptq"
     if method != "gptq" or version != "gptq":
-        how = method if method != "gptq" else version
-        raise SqftError(
-            f"{path} is already quantized ({how}), and of such models only GPTQ checkpoints of version 1 can be read; "
-            "name one, or the float model it was made of"
+        raise ModelError(
+            f"{path} is already quantized ({method if method != 'gptq' else version}); of quantized models sqft reads "
+            "only GPTQ checkpoints, version 1; name one, or the float model it was made from"
         )
     bits, size = settings.get("bits"), settings.get("group_size")
-    if type(bits) is not int or bits not in (2, 3, 4, 8) or type(size) is not int or (size < 1 and size != -1):
-        raise SqftError(
+    if type(bits) is not int or bits not in GPTQ_BITS or type(size) is not int or (size < 1 and size != -1):
+        raise ModelError(
             f"{path / 'config.json'}: quantization_config has bits {bits!r} and group_size {size!r}; GPTQ has bits of "
             "2, 3, 4 or 8, and a group_size of -1 or more than 0; copy the model again"
         )
@@ -43,54 +50,82 @@ def gptq_settings(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def unpacked_shapes(
-    path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str, Any]
+    path: Path, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes as the float model has them: a layer's four parts become its weight.
+    """Return the shapes of the float model: the parts of each quantized layer become its weight [out, in].
+
+    Args:
+        path: The model folder, for messages.
+        shapes: Shape of every stored tensor by name.
+        settings: The folder's `quantization_config`, as `gptq_settings` returns it.
 
     Raises:
-        ArtifactError: naming a part that is missing or does not fit.
+        ArtifactError: naming a part that is missing or has another shape than the codes need.
     """
-    bits, layers = settings["bits"], [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
+    layers = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
     if not layers:
-        raise ArtifactError(f"{path} says that it is quantized, but holds no .qweight tensor; copy the model again")
-    whole = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in GPTQ_PARTS}
-    parts_of = {name.rpartition(".")[0] for name in shapes.keys() - whole.keys()}
-    if lone := sorted(parts_of - set(layers)):
-        raise ArtifactError(f"{path}: {lone[0]}.qweight is missing; copy the model again")
+        raise ArtifactError(
+            f"{path}: config.json says that the model is quantized, but there is no .qweight tensor; "
+            "copy the model again"
+        )
+    floats = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in GPTQ_PARTS}
+    parts_of = {name.rpartition(".")[0] for name in shapes.keys() - floats.keys()}
+    if without_codes := sorted(parts_of - set(layers)):
+        raise ArtifactError(f"{path}: {without_codes[0]}.qweight is missing; copy the model again")
     for layer in layers:
-        if len(codes := shapes[f"{layer}.qweight"]) != 2:
-            raise ArtifactError(
-                f"{path}: {layer}.qweight is {list(codes)}, expected [words, outputs]; copy the model again"
-            )
-        words, out = codes
-        inputs = words * 32 // bits
-        groups = 1 if settings["group_size"] == -1 else -(-inputs // settings["group_size"])
-        parts = {"qzeros": (groups, out * bits // 32), "scales": (groups, out), "g_idx": (inputs,)}
-        for part, wanted in parts.items():
-            found = shapes.get(f"{layer}.{part}")
-            if found != wanted and not (part == "g_idx" and found is None and not settings.get("desc_act")):
-                has = f"is {list(found)}" if found is not None else "is missing"
-                raise ArtifactError(f"{path}: {layer}.{part} {has}, expected {list(wanted)}; copy the model again")
-        whole[f"{layer}.weight"] = (out, inputs)
-    return whole
+        floats[f"{layer}.weight"] = _weight_shape(path, layer, shapes, settings)
+    return floats
 
 
-GPTQ_FILE = "quantize_config.json"
+def _weight_shape(
+    path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the shape [out, in] of the weight that a layer's parts encode, after checking that they fit together."""
+    bits, group_size = settings["bits"], settings["group_size"]
+    packed = shapes[f"{layer}.qweight"]
+    if len(packed) != 2:
+        raise ArtifactError(
+            f"{path}: {layer}.qweight is {list(packed)}, expected [words, outputs]; copy the model again"
+        )
+    words, out = packed
+    inputs = words * WORD_BITS // bits
+    groups = 1 if group_size == -1 else -(-inputs // group_size)
+    expected = {"qzeros": (groups, out * bits // WORD_BITS), "scales": (groups, out), "g_idx": (inputs,)}
+    for part, shape in expected.items():
+        stored = shapes.get(f"{layer}.{part}")
+        if stored is None and part == "g_idx" and not settings.get("desc_act"):
+            continue  # groups in order need no index
+        if stored != shape:
+            problem = "is missing" if stored is None else f"is {list(stored)}"
+            raise ArtifactError(f"{path}: {layer}.{part} {problem}, expected {list(shape)}; copy the model again")
+    return out, inputs
 
 
-def write_gptq_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Say in `folder` that its weights are GPTQ codes: in `config.json`, and in the file that auto-gptq reads."""
-    write_config(folder, quantization_config=config)
-    known = {key: config[key] for key in ("bits", "group_size", "sym", "desc_act")}
-    known["model_file_base_name"] = "model"  # it looks for weights of this name
-    (folder / GPTQ_FILE).write_text(json.dumps(known, indent=2) + "\n", "utf-8")
+def gptq_incompatibility(linear: LinearShape, bits: int, group_size: int) -> str | None:
+    """Return why a layer's codes cannot be stored in a GPTQ checkpoint; None when they can.
+
+    A quantizer returns it from `incompatibility`, so that the plan says so before anything runs.
+    """
+    for what, count in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+        if not fills_words(count, bits):
+            return f"{count} {what} of {bits} bits do not fill words of {WORD_BITS} bits, as checkpoints store them"
+    if group_size == -1 or linear.in_features % group_size == 0:
+        return None
+    divisors = [size for size in (128, 64, 32) if linear.in_features % size == 0]
+    return (
+        f"{linear.in_features} inputs are not a multiple of group_size {group_size}, and no runtime opens such a "
+        f"checkpoint; sizes that fit: {', '.join(map(str, [*divisors, -1]))}"
+    )
 
 
 def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a GPTQ checkpoint, version 1, with layers on these grids.
+    """Return the `quantization_config` of a GPTQ checkpoint, version 1.
 
-    `floats` names the linear layers of its blocks that are on none: two programs that read these folders are told of
-    them in two ways. All grids have one number of bits and one group size, which is all that the format can say.
+    Args:
+        grids: The grid of every quantized layer by name. All have the same bits and group size, since the format has
+            one of each.
+        floats: The linear layers of the decoder blocks that are not quantized. Two programs that read these folders
+            each have their own setting for them, and both are written.
     """
     from sqft.kernels.grids import is_symmetric
 
@@ -104,8 +139,16 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, A
         "desc_act": any(grid.group_index is not None for grid in grids.values()),
         "lm_head": "lm_head" in grids,
     }
-    if left := sorted(floats):
+    if names := sorted(floats):
         in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name != "lm_head"}
         config["modules_in_block_to_quantize"] = [sorted(in_block)]
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in names}
     return config
+
+
+def write_gptq_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a `quantization_config` into the `config.json` of `folder`, and into the file that auto-gptq reads."""
+    write_config(folder, quantization_config=config)
+    known = {key: config[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    known["model_file_base_name"] = "model"  # auto-gptq looks for weights of this name
+    (folder / GPTQ_FILE).write_text(json.dumps(known, indent=2) + "\n", "utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,30 +12,28 @@ from sqft.types import LinearShape
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pre-trained model that was found: where it lies and what its headers say."""
+    """A pre-trained model: where it is, and what its headers say. No weight has been read."""
 
-    kind: Literal["folder", "gguf", "hub"]
+    kind: Literal["folder", "gguf"]
     path: Path
     digest: str
+    """SHA-256 of all files that can change a result."""
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    """Shape of every tensor of the float model, by its name in the checkpoint."""
     linears: tuple[LinearShape, ...]
     """The linear layers of its decoder blocks, by their names in transformers."""
     quantization: dict[str, Any] | None = None
-    """A GPTQ checkpoint's `quantization_config`; None when the weights are floats."""
+    """The `quantization_config` of a GPTQ checkpoint; None when the weights are floats."""
 
     @property
     def parameters(self) -> int:
-        return sum(_product(shape) for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     def size(self, *names: str, default: int = 0) -> int:
-        """The first of these numbers that the config has ("hidden_size", …); one that differs by layer is none."""
-        found = (self.config.get(name) for name in names)
-        return next((value for value in found if isinstance(value, int) and value), default)
+        """Return the first of these config entries that is a positive integer ("hidden_size", …), or `default`.
 
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+        An entry that lists a number for each layer does not count.
+        """
+        values = (self.config.get(name) for name in names)
+        return next((value for value in values if isinstance(value, int) and value), default)

@@ -7,41 +7,46 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import ArtifactError, SqftError
+from sqft.errors import ArtifactError, ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(path: Path) -> dict[Path, set[str]]:
-    """The files that transformers reads a folder's weights from, and the tensors that an index puts there."""
+    """Return the files that transformers reads a folder's weights from, each with the tensors its index lists there.
+
+    Raises:
+        ArtifactError: when the index is damaged or a file that it lists is missing.
+        ModelError: when the folder has no weights that transformers would read, or has pickles.
+    """
     if (path / WEIGHTS).is_file():
         return {path / WEIGHTS: set()}
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     if INDEX in names:
-        places = read_object(path / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        file_of = read_object(path / INDEX).get("weight_map")
+        if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
             raise ArtifactError(f"{path / INDEX} has no weight_map of tensors to files; copy the model again")
-        if missing := sorted(set(places.values()) - set(names)):
-            raise ArtifactError(f"{path} lacks {missing[0]}, which {INDEX} names; copy the model again")
-        promised: dict[Path, set[str]] = {}
-        for tensor, file in places.items():
-            promised.setdefault(path / file, set()).add(tensor)
-        return promised
+        if missing := sorted(set(file_of.values()) - set(names)):
+            raise ArtifactError(f"{path} lacks {missing[0]}, which {INDEX} lists; copy the model again")
+        tensors_in: dict[Path, set[str]] = {}
+        for tensor, file in file_of.items():
+            tensors_in.setdefault(path / file, set()).add(tensor)
+        return tensors_in
     if other := [name for name in names if name.endswith(".safetensors")]:
-        raise SqftError(f"{path} holds {other[0]}, but neither {WEIGHTS} nor {INDEX}, which transformers looks for")
+        raise ModelError(f"{path} has {other[0]}, but neither {WEIGHTS} nor {INDEX}, which transformers looks for")
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
-        raise SqftError(
-            f"{path} holds its weights as pickles ({pickles[0]}), which can run code when read and are "
-            "refused; convert them to safetensors with save_pretrained"
+        raise ModelError(
+            f"{path} has its weights as pickles ({pickles[0]}), which can run code when they are read, so sqft does "
+            "not read them; convert them to safetensors with save_pretrained"
         )
-    raise SqftError(f"{path} holds no .safetensors file; a model folder has config.json and weights")
+    raise ModelError(f"{path} has no .safetensors file; a model folder has config.json and weights")
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file, from its header alone.
+    """Return the names and shapes of the tensors in a safetensors file, from its header alone.
 
     Raises:
-        ArtifactError: when the header is not one, or the file is shorter than it says.
+        ArtifactError: when the header is invalid, or the file is shorter than the header says.
     """
     try:
         with path.open("rb") as stream:
@@ -54,26 +59,26 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         if path.stat().st_size < 8 + length + end:
             raise ValueError("the file is shorter than its header says; it was cut off")
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        if odd := [name for name, shape in shapes.items() if not all(type(n) is int and n >= 0 for n in shape)]:
-            raise ValueError(f"{odd[0]} has the shape {shapes[odd[0]]!r:.60}")
+        if bad := [name for name, shape in shapes.items() if not all(type(n) is int and n >= 0 for n in shape)]:
+            raise ValueError(f"{bad[0]} has the shape {shapes[bad[0]]!r:.60}")
         return shapes
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        said = error if isinstance(error, ValueError) else "its header is none"
-        raise ArtifactError(f"{path} is no whole safetensors file: {said}; copy it again") from None
+        cause = error if isinstance(error, ValueError) else "its header is invalid"
+        raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder, which holds an object.
+    """Read a JSON file of a model folder that holds an object, such as `config.json`.
 
     Raises:
-        SqftError: naming the file and what is wrong with it.
+        ModelError: naming the file and what is wrong with it.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise SqftError(f"{path.parent} has no {path.name}; a model folder has config.json and weights") from None
+        raise ModelError(f"{path.parent} has no {path.name}; a model folder has config.json and weights") from None
     except (ValueError, RecursionError) as error:
-        raise SqftError(f"{path} is not valid JSON: {error}; copy the model again") from None
+        raise ModelError(f"{path} is not valid JSON: {error}; copy the model again") from None
     if not isinstance(content, dict):
-        raise SqftError(f"{path} is not a JSON object; copy the model again")
+        raise ModelError(f"{path} is not a JSON object; copy the model again")
     return content

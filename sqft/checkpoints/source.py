@@ -11,53 +11,71 @@ from sqft.checkpoints.gguf import gguf_source
 from sqft.checkpoints.gptq import gptq_settings, unpacked_shapes
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.safetensors import INDEX, read_object, safetensors_header, weight_files
-from sqft.errors import ArtifactError, SqftError
+from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 from sqft.utils.files import unreadable
-from sqft.utils.hub import HUB_FILES, HUB_ID, fetched
+from sqft.utils.hub import HUB_FILES, HUB_ID, fetch
 
 
 def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests) -> ModelSource:
-    """The model a recipe names: a folder, a GGUF file, or a Hugging Face id.
+    """Return the model that a recipe names: a folder, a GGUF file, or a Hugging Face id.
+
+    Args:
+        path: As the recipe has it.
+        resolve: Makes a file's path of it, relative to the recipe.
+        revision: Branch, tag or commit of a Hugging Face id.
+        digests: Computes, and remembers, digests of files.
 
     Raises:
-        SqftError: saying what was looked for and how to mend it.
+        SqftError: saying what was looked for, what is wrong with it and how to fix it.
     """
-    place = resolve(path)
+    local = resolve(path)
     try:
-        if place.is_file() and place.suffix == ".gguf":
-            return gguf_source(place, digests)
-        if place.is_dir():
-            return _folder(place, digests)
-        if place.exists():
-            raise SqftError(f"{place} is neither a folder nor a .gguf file")
+        if local.is_file() and local.suffix == ".gguf":
+            return gguf_source(local, digests)
+        if local.is_dir():
+            return folder_source(local, digests)
+        if local.exists():
+            raise ModelError(f"{local} is neither a folder nor a .gguf file")
         if HUB_ID.fullmatch(path):
-            return _folder(fetched(path, revision, place, "model", HUB_FILES), digests)
+            return folder_source(fetch("model", path, revision, HUB_FILES, local), digests)
     except OSError as error:
-        raise unreadable(error, place) from None
-    raise SqftError(f"no file or folder {place}, and '{path}' is no Hugging Face id (owner/name)")
+        raise unreadable(error, local) from None
+    raise ModelError(f"no file or folder {local}, and '{path}' is not a Hugging Face id (owner/name)")
 
 
-def _folder(path: Path, digests: Digests) -> ModelSource:
+def folder_source(path: Path, digests: Digests) -> ModelSource:
+    """Return what the headers in a model folder say of its model, floats or GPTQ codes.
+
+    Raises:
+        ArtifactError: when a file is damaged, or a tensor or file is missing.
+        ModelError: when sqft does not read such a folder.
+    """
     config = read_object(path / "config.json")
     quantization = gptq_settings(path, config)
+    files = weight_files(path)
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, promised in weight_files(path).items():
+    for file, listed in files.items():
         header = safetensors_header(file)
-        if lacking := sorted(promised - header.keys()):
-            raise ArtifactError(f"{file} lacks {lacking[0]}, which {path / INDEX} promises; copy the model again")
+        if missing := sorted(listed - header.keys()):
+            raise ArtifactError(f"{file} lacks {missing[0]}, which {path / INDEX} lists; copy the model again")
         shapes.update(header)
     if quantization:
-        if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - weight_files(path).keys()):
-            raise SqftError(f"{path} holds {stray[0]} beside the weights that transformers reads; move it elsewhere")
+        if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - files.keys()):
+            raise ModelError(f"{path} has {stray[0]} beside the weights that transformers reads; move it elsewhere")
         shapes = unpacked_shapes(path, shapes, quantization)
     elif any(name.endswith(".qweight") for name in shapes):
-        raise SqftError(
-            f"{path} holds packed codes (.qweight), but its config.json has no quantization_config that says how; "
+        raise ModelError(
+            f"{path} has packed codes (.qweight), but no quantization_config in its config.json that describes them; "
             "add it, or name the float model"
         )
+    linears = guess_linears(shapes, str(config.get("model_type")), packed=quantization is not None)
+    return ModelSource("folder", path, _digest(path, digests), config, shapes, linears, quantization)
+
+
+def _digest(path: Path, digests: Digests) -> str:
+    """Return the digest of a folder's weights, settings, tokenizer and code; other files cannot change a result."""
     total = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and any(map(p.match, HUB_FILES))):
         total.update(f"{file.name}\0{digests.file(file)}".encode())
-    linears = guess_linears(shapes, str(config.get("model_type")), packed=quantization is not None)
-    return ModelSource("folder", path, total.hexdigest(), config, shapes, linears, quantization)
+    return total.hexdigest()

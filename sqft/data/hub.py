@@ -1,41 +1,38 @@
-"""Data sets of the Hugging Face hub, fetched as files of records."""
+"""Data sets on the Hugging Face hub, downloaded as files of records."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sqft.utils.hub import fetched
+from sqft.utils.hub import fetch
 
-PACKED = ("", ".gz", ".bz2", ".xz")
+COMPRESSIONS = ("", ".gz", ".bz2", ".xz")
 
-
-DATA_FILES = [
+DATA_FILES = (
     "*.parquet",
     "*.arrow",
-    *(f"*.{kind}{packed}" for kind in ("jsonl", "json", "csv") for packed in PACKED),
+    *(f"*.{kind}{packed}" for kind in ("jsonl", "json", "csv") for packed in COMPRESSIONS),
     "README.md",
-]
-"""What is fetched of a data set; its card says which file belongs to which split."""
+)
+"""The files of a data set that are downloaded; its card, README.md, says which file belongs to which split."""
 
-
-TEXT_FILES = [f"*.txt{packed}" for packed in PACKED]
-"""What is fetched of a data set besides, where its card names such a file or there is no other: a licence or a list of
-requirements would be taken for data."""
-
+TEXT_FILES = tuple(f"*.txt{packed}" for packed in COMPRESSIONS)
+"""Files that are downloaded too when the card names one, or when there is no other data. Otherwise a licence or a list
+of requirements would be taken for data."""
 
 NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""Files of these names say something of the data."""
+"""Files that describe the data and hold none."""
 
 
-def hub_data(name: str, revision: str | None, place: Path) -> Path:
-    """The folder of a Hugging Face data set in the hub's cache, fetched when it is not there: never its code.
+def fetch_data_set(name: str, revision: str | None, local: Path) -> Path:
+    """Return the folder of a Hugging Face data set in the hub's cache, downloading it when needed; never its code.
 
     Raises:
-        SqftError: when it cannot be had.
+        SqftError: when it is not in the cache and cannot be downloaded; `local` is the folder that was looked for.
     """
-    folder = fetched(name, revision, place, "data set", DATA_FILES)
+    folder = fetch("dataset", name, revision, DATA_FILES, local)
     card = folder / "README.md"
     settings = card.read_text("utf-8", "replace").split("\n---", 1)[0] if card.is_file() else ""
     if ".txt" in settings or not any(file.is_file() and file.name not in NO_DATA for file in folder.rglob("*")):
-        folder = fetched(name, revision, place, "data set", [*DATA_FILES, *TEXT_FILES])
+        folder = fetch("dataset", name, revision, (*DATA_FILES, *TEXT_FILES), local)
     return folder

@@ -13,7 +13,7 @@ from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.source import find_model
 from sqft.components.registry import Registry
 from sqft.data.answers import Answer, completion_of, extract_answer
-from sqft.data.hub import hub_data
+from sqft.data.hub import fetch_data_set
 from sqft.data.readers import SUFFIXES, split_names, suffix_of
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
@@ -93,7 +93,7 @@ class Resolver:
         try:
             path = self.recipe.resolve(data.path)
             if HUB_ID.fullmatch(data.path) and suffix_of(path) not in SUFFIXES and not path.exists():
-                return hub_data(data.path, data.revision, path)
+                return fetch_data_set(data.path, data.revision, path)
         except SqftError as error:
             self._problem(f"{place}.path", str(error))
             return Path(data.path)

@@ -1,30 +1,43 @@
-"""Fetch models and data sets from the Hugging Face hub: files by pattern, never a pickle."""
+"""Download models and data sets from the Hugging Face hub: files by pattern, never a pickle."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from sqft.errors import SqftError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+"""The files of a model that are downloaded, and that its digest covers: no pickles. Code is among them: it runs only
+when the recipe sets trust_remote_code, and then it can change the result."""
 
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-"""What is fetched of a Hugging Face id, and what a folder's digest is of: never a pickle. Code runs only when the
-recipe trusts it, and then it makes the result."""
 
+def fetch(
+    kind: Literal["model", "dataset"], name: str, revision: str | None, patterns: tuple[str, ...], local: Path
+) -> Path:
+    """Return the folder of a repository in the hub's cache, downloading what is missing from it.
 
-def fetched(name: str, revision: str | None, place: Path, what: str, files: list[str]) -> Path:
+    Args:
+        kind: What the repository is.
+        name: Its id, "owner/name".
+        revision: Branch, tag or commit; None for the main branch.
+        patterns: Globs of the files to download.
+        local: The folder on this machine that was looked for first, for messages.
+
+    Raises:
+        SqftError: when it is not in the cache and cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    kind = "dataset" if what == "data set" else "model"
     try:
-        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SqftError(
-            f"there is no folder {place}, and the Hugging Face {what} '{name}' cannot be had, "
-            f"here or from the hub: {reason}"
+            f"there is no folder {local}, and the Hugging Face {kind} '{name}' is not in the hub's cache and could not "
+            f"be downloaded: {reason}"
         ) from None

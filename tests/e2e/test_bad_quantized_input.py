@@ -200,12 +200,12 @@ def codes_for_a_tied_head(folder: Path) -> None:
 
 
 IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another format": (config(quant_method="awq"), "is already quantized (awq), and of such models only GPTQ"),
+    "another format": (config(quant_method="awq"), "is already quantized (awq); of quantized models sqft reads only GPTQ"),
     "another version": (config(checkpoint_format="gptq_v2"), "is already quantized (gptq_v2)"),
     "bits that GPTQ has not": (config(bits=5), "quantization_config has bits 5 and group_size 32"),
     "a group size of nothing": (config(group_size=0), "quantization_config has bits 4 and group_size 0"),
-    "settings that are no object": (whole_config("gptq"), "is already quantized (some way)"),
-    "floats that say they are codes": (only_floats, "says that it is quantized, but holds no .qweight tensor"),
+    "settings that are no object": (whole_config("gptq"), "is already quantized (unknown method)"),
+    "floats that say they are codes": (only_floats, "says that the model is quantized, but there is no .qweight tensor"),
     "no scales": (tensors(scales=lambda _: None), f"{LAYER}.scales is missing, expected [1, 64]; copy the model again"),
     "no zero points": (tensors(qzeros=lambda _: None), f"{LAYER}.qzeros is missing, expected [1, 8]"),
     "zero points too few": (tensors(qzeros=lambda t: t[:, :3]), f"{LAYER}.qzeros is [1, 3], expected [1, 8]"),
@@ -220,11 +220,11 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "codes without their settings": (
         whole_config(None),
-        "holds packed codes (.qweight), but its config.json has no quantization_config",
+        "has packed codes (.qweight), but no quantization_config",
     ),
     "another file of weights": (
         lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"),
-        "holds old.safetensors beside the weights that transformers reads",
+        "has old.safetensors beside the weights that transformers reads",
     ),
     "no codes for a layer": (tensors(qweight=lambda _: None), f"{LAYER}.qweight is missing; copy the model again"),
     "bits that are no integer": (config(bits=4.0), "quantization_config has bits 4.0"),
@@ -232,7 +232,7 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
         tensors(g_idx=lambda t: t - 1),
         f"the parts of {LAYER} do not fit one another: a group index is below 0",
     ),
-    "a file cut short": (cut, "is no whole safetensors file"),
+    "a file cut short": (cut, "is not a complete safetensors file"),
     "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit one another"),
     "codes of a head that is the embedding": (
         codes_for_a_tied_head,

@@ -111,7 +111,7 @@ def test_an_id_that_cannot_be_had(hub: tuple[str, Path, list[str]], raw: dict[st
     command = [sys.executable, "-m", "sqft", "plan", str(recipe), "--store", str(tmp_path / "store")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "the Hugging Face model 'someone/else' cannot be had" in done.stderr
+    assert "the Hugging Face model 'someone/else' is not in the hub's cache and could not be downloaded" in done.stderr
 
 
 def test_a_data_set_from_the_hub(

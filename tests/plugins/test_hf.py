@@ -163,7 +163,7 @@ def test_what_is_no_size_is_refused_and_says_what_is(size: Any) -> None:
         HuggingFace(max_shard_size=size)
     (error,) = caught.value.errors()
     assert error["loc"] == ("max_shard_size",)
-    assert f"{size!r} is no size" in error["msg"] and "such as '5GB'" in error["msg"]
+    assert f"{size!r} is not a size" in error["msg"] and "such as '5GB'" in error["msg"]
 
 
 @pytest.mark.parametrize("limit", [4_000, "5GB"])

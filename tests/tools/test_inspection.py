@@ -148,7 +148,7 @@ def misread(folder: Path) -> None:
     [
         (truncated, "was cut off; copy it again"),
         (pickled, "pytorch_model.bin), which can run code when read and are refused"),
-        (emptied, "holds no .safetensors file"),
+        (emptied, "has no .safetensors file"),
         (misread, "has bits 5"),
         (shutil.rmtree, "there is no folder"),
     ],
