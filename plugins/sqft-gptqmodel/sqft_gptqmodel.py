@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from sqft.api import Grid, LinearShape, LinearStats, Quantized, Quantizer, StageError, hookimpl
+from sqft.api import Grid, LinearShape, LinearStats, Quantized, Quantizer, StageError, gptq_incompatibility, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,7 @@ class GptqModel(Quantizer):
     )
 
     def incompatibility(self, linear: LinearShape) -> str | None:
-        if linear.in_features * self.bits % 32 or linear.out_features * self.bits % 32:
-            return (
-                f"[{linear.out_features}, {linear.in_features}] codes of {self.bits} bits do not fill words of 32 bits"
-            )
-        if self.group_size == -1 or linear.in_features % self.group_size == 0:
-            return None
-        return f"{linear.in_features} inputs are not a multiple of group_size {self.group_size}; choose 64, 32 or -1"
+        return gptq_incompatibility(linear, self.bits, self.group_size)
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
         import torch

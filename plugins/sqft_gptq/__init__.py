@@ -23,6 +23,7 @@ from sqft.api import (
     Statistic,
     float_layers,
     gptq_config,
+    gptq_incompatibility,
     hookimpl,
     parameters,
     write_gptq_config,
@@ -47,16 +48,7 @@ class _OnGrid(Quantizer):
     clip: bool = Field(False, description="search for the range of each group that has the smallest error")
 
     def incompatibility(self, linear: LinearShape) -> str | None:
-        for what, size in (("inputs", linear.in_features), ("outputs", linear.out_features)):
-            if size * self.bits % 32:
-                return f"{size} {what} of {self.bits} bits do not fill the 32-bit words of a checkpoint"
-        if self.group_size == -1 or linear.in_features % self.group_size == 0:
-            return None
-        fitting = [size for size in (128, 64, 32) if linear.in_features % size == 0]
-        return (
-            f"{linear.in_features} inputs are not a multiple of group_size {self.group_size}, and no runtime opens "
-            f"such a checkpoint; sizes that fit: {', '.join(map(str, [*fitting, -1]))}"
-        )
+        return gptq_incompatibility(linear, self.bits, self.group_size)
 
 
 class Rtn(_OnGrid):

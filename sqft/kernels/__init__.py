@@ -1,1 +1,1 @@
-"""Pure tensor functions: tensors in, tensors out, nothing edited in place."""
+"""Pure tensor functions: tensors in, tensors out, no argument edited in place. They raise ValueError only."""

@@ -26,11 +26,11 @@ def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor
     if pattern.of:
         if columns % pattern.of:
             raise ValueError(f"{columns} inputs are not a multiple of {pattern.of}")
-        groups, pruned = scores.reshape(-1, pattern.of), pattern.of - pattern.kept
+        groups, pruned = scores.reshape(-1, pattern.of), pattern.of - pattern.kept  # [out · in / M, M]
     elif pattern.name == "row":
-        groups, pruned = scores, round(sparsity * columns)
+        groups, pruned = scores, round(sparsity * columns)  # [out, in]
     else:
-        groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)
+        groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)  # [1, out · in]
     order = groups.argsort(dim=1, stable=True)  # lowest first, the earlier first among equals
     mask = torch.ones_like(groups, dtype=torch.bool)
     mask.scatter_(1, order[:, :pruned], False)
@@ -38,17 +38,17 @@ def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """A bool mask of any shape as uint8 [ceil(n / 8)], little bit order."""
-    flat = mask.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
-    return (padded.to(torch.uint8) << _bits(mask)).sum(1, dtype=torch.uint8)
+    """Pack a bool mask of any shape, n entries, into uint8 [ceil(n / 8)]; the first entry is the lowest bit."""
+    flat = mask.reshape(-1)  # [n]
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)  # [bytes, 8]
+    return (padded.to(torch.uint8) << _shifts(mask)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `pack_mask`: bool [shape]."""
-    bits = (packed[:, None] >> _bits(packed)) & 1
+    """Return the bool mask [shape] in bytes: the inverse of `pack_mask`."""
+    bits = (packed[:, None] >> _shifts(packed)) & 1  # [bytes, 8]
     return bits.bool().reshape(-1)[: shape[0] * shape[1]].reshape(shape)
 
 
-def _bits(like: Tensor) -> Tensor:
+def _shifts(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sqft.checkpoints.gptq import GPTQ_PARTS
+from sqft.checkpoints.gptq import GPTQ_BITS, GPTQ_PARTS
 from sqft.components import checks
 from sqft.components.kinds import Quantizer
 from sqft.errors import ArtifactError, ContractError
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.statistics import sha256
+from sqft.kernels.words import fills_words
 from sqft.modeling.architecture.linears import as_stored
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
@@ -116,7 +117,7 @@ class QuantizeStage:
 def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
     """A checkpoint has one number of bits and one group size for all layers, whole words, and float16 scales."""
     grid, (out, inputs) = result.grid, result.codes.shape
-    if grid.bits not in (2, 3, 4, 8) or inputs * grid.bits % 32 or out * grid.bits % 32:
+    if grid.bits not in GPTQ_BITS or not (fills_words(inputs, grid.bits) and fills_words(out, grid.bits)):
         raise ContractError(f"{label} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
     if (grid.bits, grid.group_size) != (first.grid.bits, first.grid.group_size):
         raise ContractError(f"{label} gave {name} other bits or another group size than the layers before")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import SMALLEST, dequantize, fit_grid, quantize, scale_grid
+from sqft.kernels.grids import SMALLEST_SCALE, dequantize, fit_grid, quantize, scale_grid
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -94,4 +94,4 @@ def test_a_stretched_scale_keeps_its_sign() -> None:
     """Some programs write negative scales; a gain that falls below 0 stops at the smallest step instead."""
     grid = Grid(torch.tensor([[0.5, -0.5, -0.25]]).half(), torch.full((1, 3), 8, dtype=torch.int32), 32, 4)
     assert scale_grid(grid, torch.ones(1, 3)).scale.equal(grid.scale)
-    assert scale_grid(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST]]
+    assert scale_grid(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST_SCALE]]
