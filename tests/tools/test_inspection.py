@@ -147,7 +147,7 @@ def misread(folder: Path) -> None:
     ("harm", "message"),
     [
         (truncated, "was cut off; copy it again"),
-        (pickled, "pytorch_model.bin), which can run code when read and are refused"),
+        (pickled, "pytorch_model.bin), which can run code when they are read"),
         (emptied, "has no .safetensors file"),
         (misread, "has bits 5"),
         (shutil.rmtree, "there is no folder"),
