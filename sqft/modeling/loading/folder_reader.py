@@ -56,4 +56,4 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is no whole safetensors file: {error}") from None
+        raise ArtifactError(f"{path} is not a complete safetensors file: {error}") from None
