@@ -108,7 +108,7 @@ def gptq_incompatibility(linear: LinearShape, bits: int, group_size: int) -> str
     """
     for what, count in (("inputs", linear.in_features), ("outputs", linear.out_features)):
         if not fills_words(count, bits):
-            return f"{count} {what} of {bits} bits do not fill words of {WORD_BITS} bits, as checkpoints store them"
+            return f"{count} {what} of {bits} bits do not fill the {WORD_BITS}-bit words of a checkpoint"
     if group_size == -1 or linear.in_features % group_size == 0:
         return None
     divisors = [size for size in (128, 64, 32) if linear.in_features % size == 0]
