@@ -138,16 +138,19 @@ class Orchestrator:
 
     def _make(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path, label: str) -> Artifact:
         """Run the step's stage, verify what it wrote, and commit that."""
+        from sqft.modeling.loading.transformers_io import quiet_transformers
+
         log.info("%s", label)
         self._notify("sqft_stage_started", step=step)
         stage, shared = self._stage(plan, step, inputs, scratch), step.stage in SHARED_STAGES
         if shared:
             self.processes.broadcast(TAKE_PART)
         start = time.monotonic()
-        with peak_memory() as peak:
-            report = stage.run()
-        seconds = time.monotonic() - start
-        stage.verify()
+        with quiet_transformers():
+            with peak_memory() as peak:
+                report = stage.run()
+            seconds = time.monotonic() - start
+            stage.verify()
         manifest = {
             "stage": step.stage,
             "step": step.name,
@@ -169,7 +172,10 @@ class Orchestrator:
     def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Path]) -> Artifact:
         """Take part in the step if all processes do; return its artifact once the first process has stored it."""
         if self.processes.receive() == TAKE_PART:
-            self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint)).run()
+            from sqft.modeling.loading.transformers_io import quiet_transformers
+
+            with quiet_transformers():
+                self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint)).run()
             self.processes.receive()
         artifact = self.store.find(step.stage, step.fingerprint)
         if artifact is None:

@@ -14,7 +14,7 @@ from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.architecture.linears import Expert, fused_experts
 from sqft.modeling.calibration.dry_run import check_walk, uncalled
-from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer
+from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer, quiet_transformers
 from sqft.planning.plan import Plan
 from sqft.types import LinearShape, Statistic
 from sqft.utils.patterns import selected
@@ -25,6 +25,7 @@ log = logging.getLogger("sqft")
 SHOWN = 5
 
 
+@quiet_transformers()
 def check_fit(plan: Plan) -> None:
     """Every layer that the plan took from the headers is a linear layer of the model, of the same shape.
 

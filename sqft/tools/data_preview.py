@@ -16,6 +16,7 @@ from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import SqftError
 from sqft.modeling.loading import load_tokenizer
+from sqft.modeling.loading.transformers_io import quiet_transformers
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Evaluate, ExactMatch, Finetune, Search
 from sqft.stages.inputs import StepData
@@ -55,7 +56,9 @@ def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[P
             raise SqftError(f"this recipe reads no data in '{name}'; it does in {', '.join(found) or 'no section'}")
     for place, look in found.items():
         if not sections or any(_below(place, name) for name in sections):
-            yield look(place)
+            with quiet_transformers():  # not across the yield: what happens between two previews is the caller's
+                preview = look(place)
+            yield preview
 
 
 def _below(place: str, name: str) -> bool:

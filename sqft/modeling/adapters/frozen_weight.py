@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.packing import pack_rows, unpack_rows
+from sqft.modeling.compat import int4_layout, int4_linear
 from sqft.types import BaseWeight, Grid, Quantized
 
 FEW = 4
@@ -126,7 +127,7 @@ class PackedWeight(FrozenWeight):
         scale = grid.scale.float()
         # The kernel's value of a code is (q − 8) · s + z.
         pairs = torch.stack([scale, scale * (8 - grid.zero.float())], -1).transpose(0, 1)
-        laid_out = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.codes().codes.int(), 1)
+        laid_out = int4_layout(self.codes().codes.int())
         self.kernel = (laid_out, pairs.contiguous().bfloat16())
         return True
 
@@ -159,8 +160,7 @@ class PackedWeight(FrozenWeight):
         if self.kernel is not None and few and not torch.is_grad_enabled():
             codes, pairs = self.kernel
             rows = x.reshape(-1, self.in_features)
-            product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group_size, pairs)
-            product = product.reshape(*x.shape[:-1], self.out_features)
+            product = int4_linear(rows, codes, self.group_size, pairs).reshape(*x.shape[:-1], self.out_features)
             return product if bias is None else product + bias.to(product.dtype)
         y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return y

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sqft.modeling.compat import gate_of
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -46,7 +48,7 @@ class Experts(nn.ModuleList):
     def __init__(self, fused: Any) -> None:
         super().__init__(map(Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
         del fused.gate_up_proj, fused.down_proj
-        vars(self)["gated"] = fused._apply_gate  # not a submodule: of what is left of it only the activation acts
+        vars(self)["gate"] = gate_of(fused)  # not a submodule: of what is left of it only the activation acts
         self.force_all = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Experts(nn.ModuleList):
                 continue
             rows = torch.arange(len(hidden_states), device=tokens.device) if self.force_all else tokens
             x = hidden_states[rows]
-            y = expert.down_proj(vars(self)["gated"](torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)))
+            y = expert.down_proj(vars(self)["gate"](torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)))
             y = (y[tokens] if self.force_all else y) * top_k_weights[tokens, place, None]
             result.index_add_(0, tokens, y.to(result.dtype))
         return result

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from sqft.errors import ModelError, StageError
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import Expert, Experts, fused_experts
 from sqft.modeling.calibration.capture import capture, forward, run_block
+from sqft.modeling.compat import fake_tensors
 
 TOKENS = 8
 
@@ -112,7 +112,7 @@ class _ReplayedBlock:
 def _without_numbers(model: nn.Module) -> Iterator[Tensor]:
     """Inside, a model on the meta device runs on fake tensors; a window of tokens [1, tokens] to run it on."""
     window = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _without_experts(model):
+    with fake_tensors(), torch.no_grad(), _without_experts(model):
         yield window
 
 

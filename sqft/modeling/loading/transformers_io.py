@@ -20,10 +20,28 @@ from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.utils.files import write_json
 
-transformers_logging.disable_progress_bar()
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off transformers' progress bars, and its messages other than errors: sqft has its own log and display."""
+    logger, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Switch off warnings and standard error too: transformers' GGUF reader draws a progress bar of its own."""
+    with quiet_transformers(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
@@ -33,8 +51,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
         ModelError: when transformers has no causal language model for its config.
     """
     try:
-        with warnings.catch_warnings(), _quiet(), torch.device("meta"):
-            warnings.simplefilter("ignore")
+        with silent_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(**_where(spec), trust_remote_code=spec.trust_remote_code)
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
@@ -66,8 +83,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     path, what = spec.path, f"the tokenizer of {spec.path}"
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with silent_transformers():
             tokenizer = _tokenizer(spec)
             what = str(path)
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -116,8 +132,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         ModelError: when transformers cannot make a tokenizer of its files.
     """
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with silent_transformers():
             return _tokenizer(spec)
     except Exception as error:
         raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {_first(error)}") from error
@@ -132,13 +147,6 @@ def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:  # nothing else can stand for it: what pads is left out of generated text
         raise ValueError("it has no end of sequence; name its eos_token in tokenizer_config.json")
     return tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' GGUF reader draws a bar of its own; sqft's log and display say what goes on."""
-    with redirect_stderr(io.StringIO()):
-        yield
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.data.encoding import IGNORED
 from sqft.errors import StageError
+from sqft.modeling.compat import keep_out_of_ddp
 
 
 @torch.no_grad()
@@ -50,8 +51,8 @@ class CompletionLoss(nn.Module):
         super().__init__()
         self.model, self.chunk = model, chunk
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
-        """torch's word for: every process has these already, and no forward sends packed codes around."""
+        # Every process has these already, and no forward sends packed codes around.
+        keep_out_of_ddp(self, [*frozen, *(name for name, _ in self.named_buffers())])
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(

@@ -1,0 +1,72 @@
+"""Names that torch and transformers do not promise to keep: where each test fails, its message says what to do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from sqft.modeling import compat
+
+
+def test_fake_tensors_run_without_values() -> None:
+    """When this fails: torch moved FakeTensorMode. Look for `fake_tensor` in torch's sources, and correct the import in
+    `sqft.modeling.compat`; without it, let `fake_tensors` raise, and the dry run of calibration is passed over."""
+    layer, x = nn.Linear(3, 5, device="meta"), torch.zeros(2, 3, device="meta")
+    with compat.fake_tensors():
+        assert layer(x).shape == (2, 5)
+
+
+def test_int4_linear_multiplies_by_the_weight() -> None:
+    """When this fails: torch renamed or changed its int4 kernel for CPUs (`int4pack` in aten/native_functions.yaml).
+    Correct both names in `sqft.modeling.compat`; without the kernel, let `PackedWeight.prepare_int4_kernel` return
+    False, and decoding takes the slower way."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (32, 64), generator=generator, dtype=torch.int32)
+    scale, offset = torch.rand(2, 2, 32, generator=generator)  # [groups, out] each
+    pairs = torch.stack([scale, offset], -1).bfloat16()
+    x = torch.randn(3, 64, generator=generator).bfloat16()
+    weight = (codes.float() - 8) * pairs[..., 0].float().T.repeat_interleave(32, 1)
+    weight += pairs[..., 1].float().T.repeat_interleave(32, 1)
+    found = compat.int4_linear(x, compat.int4_layout(codes), 32, pairs)
+    torch.testing.assert_close(found.float(), F.linear(x.float(), weight), rtol=0.02, atol=0.2)
+
+
+def test_ddp_leaves_alone_what_it_is_told() -> None:
+    """When this fails: torch renamed the attribute that DistributedDataParallel reads. Look for
+    `params_and_buffers_to_ignore` in torch/nn/parallel/distributed.py, and correct `keep_out_of_ddp`; without it every
+    forward would send all packed codes from the first process to the others."""
+    module = nn.Linear(3, 2)
+    compat.keep_out_of_ddp(module, ["weight"])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        assert wrapped.parameters_to_ignore == {"weight"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_gate_of_fused_experts() -> None:
+    """When this fails: transformers renamed `_apply_gate` of its fused experts (integrations/moe.py). Correct
+    `gate_of`; what is expected is act(gate) · up of the two halves."""
+    config = MixtralConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    (fused,) = (m for m in MixtralForCausalLM(config).modules() if type(m).__name__ == "MixtralExperts")
+    both = torch.randn(5, 12)
+    gate, up = both.chunk(2, -1)
+    torch.testing.assert_close(compat.gate_of(fused)(both), F.silu(gate) * up)
+
+
+def test_only_compat_names_them() -> None:
+    """A name with an underscore of torch or transformers is reached through `compat` alone."""
+    from pathlib import Path
+
+    import sqft.modeling
+
+    private = ("torch._", "aten._", "._apply_gate", "._ddp_")
+    for file in sorted(Path(sqft.modeling.__path__[0]).rglob("*.py")):
+        if file.name != "compat.py":
+            assert not [name for name in private if name in file.read_text("utf-8")], file
