@@ -21,7 +21,7 @@ ROOMS = {  # what each package, or module at the root, may import besides itself
     "components": "errors types utils kernels",
     "checkpoints": "errors types utils kernels",
     "data": "errors utils",
-    "recipe": "errors utils data",
+    "recipe": "errors types utils data",
     "planning": "errors types utils components checkpoints data recipe",
     "store": "errors utils",
     "modeling": "errors types utils kernels components checkpoints data",

@@ -1,21 +1,107 @@
-"""Whether the choices of a recipe fit one another and the model's layers. No torch."""
+"""Check whether the choices of a recipe fit one another and the model's layers. No torch.
+
+Each check yields problems with their path in the recipe, and raises nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
 
+from sqft.components import checks
 from sqft.components.kinds import Adapter, Exporter, Merger, Quantizer
+from sqft.errors import Problem, SqftError
 from sqft.planning.plan import ResolvedComponent
-from sqft.planning.resolution import Resolver
 from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import BaseKind, LinearShape
-from sqft.utils.patterns import selected
+
+POLYNOMIAL_END = 1e-7
+"""The learning rate at which transformers' polynomial schedule ends."""
 
 
-def dropout_option(adapter: Adapter) -> str:
-    """Return the path of the option that turned dropout on: the one that, at its default, turns it off."""
+def check_pattern(section: Sparsify, pruned: Sequence[LinearShape]) -> Iterator[Problem]:
+    """Check that an N:M pattern divides the inputs of every pruned layer, and that no allocator is named beside it."""
+    pattern = section.pattern
+    if pattern.sparsity is None:
+        return
+    if section.allocator != Sparsify.model_fields["allocator"].default:
+        yield Problem(
+            "sparsify.allocator",
+            f"cannot be used with the pattern '{pattern}', which gives every layer the same sparsity; remove it",
+        )
+    offending = [layer for layer in pruned if layer.in_features % pattern.of]
+    if offending:
+        yield Problem(
+            "sparsify.pattern",
+            f"'{pattern}' needs layers whose inputs are a multiple of {pattern.of}; {offending[0].name} has "
+            f"{offending[0].in_features} ({len(offending)} such layers): exclude them or choose another pattern",
+        )
+
+
+def check_grid(quantizer: ResolvedComponent[Quantizer], layers: Sequence[LinearShape]) -> Iterator[Problem]:
+    """Check that every layer to quantize fits the quantizer's grid."""
+    place = "quantize.quantizer"
+    try:
+        reasons = [(layer, reason) for layer in layers if (reason := quantizer.component.incompatibility(layer))]
+    except (Exception, SystemExit) as error:  # a plugin's code
+        yield Problem(place, f"{quantizer.label} raised {error!r}")
+        return
+    if reasons:
+        layer, reason = reasons[0]
+        yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers; or exclude them)")
+
+
+def check_blocks_alike(linears: Iterable[LinearShape], chosen: Sequence[LinearShape]) -> Iterator[Problem]:
+    """Check that the same layers are quantized in every decoder block that has them."""
+    quantized: dict[str, set[bool]] = {}  # blocks may hold other layers than their neighbours
+    for layer in linears:
+        inner = re.split(r"\.\d+\.", layer.name, maxsplit=1)[-1]
+        quantized.setdefault(inner, set()).add(layer in chosen)
+    if any(len(answers) > 1 for answers in quantized.values()):
+        yield Problem("quantize.include", "differs from block to block, which no checkpoint format can express")
+
+
+def check_base(
+    merger: ResolvedComponent[Merger], kind: BaseKind | None, installed: Sequence[type[Merger]]
+) -> Iterator[Problem]:
+    """Check that the merger works on the base under the adapters; one whose kind is not known fits."""
+    if kind is None or kind in merger.component.bases:
+        return
+    fitting = sorted(other.name for other in installed if kind in other.bases)
+    works = " or ".join(sorted(merger.component.bases))
+    yield Problem(
+        "finetune.merger",
+        f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
+        f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
+    )
+
+
+def check_dropout(
+    adapter: ResolvedComponent[Adapter], merger: ResolvedComponent[Merger], kind: BaseKind | None
+) -> Iterator[Problem]:
+    """Check that there is no dropout on the adapter's input where the merged weight is rounded.
+
+    A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own.
+    """
+    if kind is not BaseKind.QUANTIZED or not merger.component.merges:
+        return
+    try:
+        place = dropout_option(adapter.component)
+    except (Exception, SystemExit) as error:  # a plugin's code
+        yield Problem("finetune.adapter", f"{adapter.label} raised {error!r}")
+        return
+    if place is not None:
+        yield Problem(
+            place,
+            f"'{merger.component.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
+        )
+
+
+def dropout_option(adapter: Adapter) -> str | None:
+    """Return the place of the option whose default turns dropout off; None when there is no dropout."""
+    if not adapter.input_dropout():
+        return None
     for name in sorted(adapter.model_fields_set):
         default = type(adapter).model_fields[name].get_default(call_default_factory=True)
         if not adapter.model_copy(update={name: default}).input_dropout():
@@ -23,130 +109,90 @@ def dropout_option(adapter: Adapter) -> str:
     return "finetune.adapter"
 
 
-class Fitting(Resolver):
-    """What does not fit becomes a problem with its path in the recipe; nothing is raised."""
+def check_start(
+    section: Finetune, merger: ResolvedComponent[Merger] | None, kind: BaseKind | None, came_quantized: bool
+) -> Iterator[Problem]:
+    """Check that the recipe has what `finetune` is to start from.
 
-    def _base_fits(self, merger: ResolvedComponent[Any] | None) -> None:
-        if merger is None or not isinstance(merger.component, Merger):
-            return
-        recipe = self.recipe
-        if self.source is None and not recipe.quantize:  # what the base is was not to be found out
-            return
-        kind = BaseKind.QUANTIZED if self._on_codes() else BaseKind.SPARSE if recipe.sparsify else BaseKind.DENSE
-        if kind in merger.component.bases:
-            return
-        fitting = self._mergers(lambda other: kind in other.bases)
-        works = " or ".join(sorted(merger.component.bases))
-        self._problem(
-            "finetune.merger",
-            f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
-            f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
+    Args:
+        section: its `base` and `mask` are checked.
+        merger: None when it was not found.
+        kind: of the base under the adapters; None when it is not known.
+        came_quantized: whether the recipe's own model holds codes.
+    """
+    if kind is None:
+        return
+    if section.base == "codes" and kind is not BaseKind.QUANTIZED:
+        yield Problem(
+            "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
+        )
+    if section.mask == "codes" and not came_quantized:
+        yield Problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
+    elif section.mask == "codes" and merger and not merger.component.merges:
+        yield Problem(
+            "finetune.mask", f"'{merger.component.name}' leaves the codes as they are and masks nothing; remove this"
+        )
+    if came_quantized and section.base == "floats" and "base" in section.model_fields_set:
+        yield Problem("finetune.base", 'the model has no floats, only codes; remove this, or set it to "codes"')
+
+
+def check_space(adapter: ResolvedComponent[Adapter], targets: Sequence[LinearShape]) -> tuple[int, list[Problem]]:
+    """Return the parameters that train at the largest ranks, and what is wrong with the adapter's search space."""
+    try:
+        space = adapter.component.space(targets)
+        checks.check_space(adapter.label, targets, space)
+    except (Exception, SystemExit) as error:  # a plugin's code
+        message = str(error) if isinstance(error, SqftError) else f"{adapter.label} raised {error!r}"
+        return 0, [Problem("finetune.adapter", message)]
+    largest = {member: max(group.ranks) for group in space.groups for member in group.members}
+    return sum(largest.get(t.name, 0) * (t.in_features + t.out_features) for t in targets), []
+
+
+def check_training(section: Finetune) -> Iterator[Problem]:
+    """Check settings of training against one another, and that the trackers are installed."""
+    if section.steps and section.warmup_steps >= section.steps:
+        yield Problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
+    if section.warmup_steps and section.warmup_ratio:
+        yield Problem("finetune.warmup_ratio", "sets the same as warmup_steps; remove one of them")
+    if section.schedule == "polynomial" and section.learning_rate <= POLYNOMIAL_END:
+        yield Problem("finetune.learning_rate", "a polynomial schedule ends at 1e-7; start above it")
+    for name in ("patience", "evaluate_every"):
+        if name in section.model_fields_set and getattr(section, name) and section.validation is None:
+            yield Problem(f"finetune.{name}", 'there is nothing to evaluate on; add "validation": "….jsonl"')
+    for index, name in enumerate(section.report_to):
+        if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
+            yield Problem(
+                f"finetune.report_to.{index}", f"'{name}' is not installed; pip install {name}, or remove it here"
+            )
+
+
+def check_merge(merger: ResolvedComponent[Merger], installed: Sequence[type[Merger]]) -> Iterator[Problem]:
+    """Check that the merger leaves something to merge."""
+    if not merger.component.merges:
+        names = sorted(other.name for other in installed if other.merges)
+        yield Problem(
+            "merge",
+            f"merger '{merger.component.name}' leaves the adapter beside the base, so there is nothing to merge; "
+            f'remove "merge", or set finetune.merger to one that merges: {", ".join(names) or "none installed"}',
         )
 
-    def _no_dropout(self, adapter: ResolvedComponent[Any] | None, merger: ResolvedComponent[Any] | None) -> None:
-        """A weight rounded on a grid is no sum of a base and a delta, so the delta's input has no path of its own."""
-        if not (adapter and merger and self._on_codes()):
-            return
-        component, merging = adapter.component, merger.component
-        if not isinstance(component, Adapter) or not isinstance(merging, Merger):
-            return
-        if component.input_dropout() and merging.merges:
-            self._problem(
-                dropout_option(component),
-                f"'{merging.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
-            )
 
-    def _on_codes(self) -> bool:
-        """Whether codes lie under the adapters."""
-        return bool(self.recipe.quantize or (self.source and self.source.quantization))
+def check_exporter(
+    exporter: ResolvedComponent[Exporter], kind: BaseKind | None, installed: Sequence[type[Exporter]], place: str
+) -> Iterator[Problem]:
+    """Check that an exporter of codes gets a model that holds some; one whose kind is not known fits.
 
-    def _start(self, section: Finetune, merger: ResolvedComponent[Any] | None) -> Finetune:
-        """The section with a place to start from that there is."""
-        if section.base == "codes" and self.source and not self._on_codes():
-            self._problem(
-                "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
-            )
-        if section.mask == "codes" and self.source and not self.source.quantization:
-            self._problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
-        elif (
-            section.mask == "codes" and merger and isinstance(merger.component, Merger) and not merger.component.merges
-        ):
-            self._problem(
-                "finetune.mask",
-                f"'{merger.component.name}' leaves the codes as they are and masks nothing; remove this",
-            )
-        if self.source and self.source.quantization and section.base == "floats":
-            if "base" in section.model_fields_set:
-                self._problem("finetune.base", 'the model has no floats, only codes; remove this, or say "codes"')
-            return section.model_copy(update={"base": "codes"})
-        return section
-
-    def _training_fits(self, section: Finetune) -> None:
-        if section.steps and section.warmup_steps >= section.steps:
-            self._problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
-        if section.warmup_steps and section.warmup_ratio:
-            self._problem("finetune.warmup_ratio", "warmup_steps says it too; remove one of them")
-        if section.schedule == "polynomial" and section.learning_rate <= 1e-7:
-            self._problem("finetune.learning_rate", "a polynomial schedule ends at 1e-7; start above it")
-        for name in ("patience", "evaluate_every"):
-            if name in section.model_fields_set and getattr(section, name) and section.validation is None:
-                self._problem(f"finetune.{name}", 'there is nothing to evaluate on; add "validation": "….jsonl"')
-        for index, name in enumerate(section.report_to):
-            if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
-                self._problem(
-                    f"finetune.report_to.{index}", f"'{name}' is not installed; pip install {name}, or remove it here"
-                )
-
-    def _exporter_fits(self, part: ResolvedComponent[Any] | None, place: str) -> None:
-        if part is None or not isinstance(part.component, Exporter):
-            return
-        if part.component.needs_codes and self.source and not self._on_codes():
-            components = [registration.component for registration in self.registry.entries()]
-            fitting = sorted(c.name for c in components if issubclass(c, Exporter) and not c.needs_codes)
-            self._problem(
-                place,
-                f"'{part.component.name}' writes codes, but this recipe's model holds floats; "
-                f"use {' or '.join(fitting) or 'another exporter'}, or add quantize",
-            )
-
-    def _mergers(self, fits: Callable[[type[Merger]], bool]) -> list[str]:
-        components = [registration.component for registration in self.registry.entries()]
-        return sorted(c.name for c in components if issubclass(c, Merger) and fits(c))
-
-    def _grid_fits(self, part: ResolvedComponent[Any], quantizer: Quantizer, chosen: list[LinearShape]) -> None:
-        try:
-            reasons = [(layer, said) for layer in chosen if (said := quantizer.incompatibility(layer))]
-        except (Exception, SystemExit) as error:  # a plugin's code
-            self._problem("quantize.quantizer", f"{part.registration} raised {error!r}")
-            return
-        if reasons:
-            layer, said = reasons[0]
-            self._problem("quantize.quantizer", f"{layer.name}: {said} ({len(reasons)} such layers; or exclude them)")
-
-    def _n_m(self, section: Sparsify, pruned: list[LinearShape]) -> None:
-        if ":" not in section.pattern:
-            return
-        if section.allocator != Sparsify.model_fields["allocator"].default:
-            self._problem(
-                "sparsify.allocator", f"has no say: '{section.pattern}' is one sparsity everywhere; remove it"
-            )
-        block = int(section.pattern.partition(":")[2])
-        odd = [linear for linear in pruned if linear.in_features % block]
-        if odd:
-            self._problem(
-                "sparsify.pattern",
-                f"'{section.pattern}' needs layers whose inputs are a multiple of {block}; {odd[0].name} has "
-                f"{odd[0].in_features} ({len(odd)} such layers): exclude them or choose another pattern",
-            )
-
-    def _targets(self, section: Finetune) -> tuple[LinearShape, ...]:
-        if self.source is None:
-            return ()
-        chosen = tuple(linear for linear in self.source.linears if selected(linear.name, section.targets, ()))
-        for index, target in enumerate(section.targets):
-            if not any(selected(linear.name, [target], ()) for linear in chosen):
-                self._problem(
-                    f"finetune.targets.{index}",
-                    f"'{target}' matches no linear layer; the model has {self._last_names()}",
-                )
-        return chosen
+    Args:
+        exporter: the component.
+        kind: of the model to export: quantized, or floats.
+        installed: the exporters to suggest from.
+        place: where the exporter is named in the recipe.
+    """
+    if kind in (None, BaseKind.QUANTIZED) or not exporter.component.needs_codes:
+        return
+    fitting = sorted(other.name for other in installed if not other.needs_codes)
+    yield Problem(
+        place,
+        f"'{exporter.component.name}' writes codes, but this recipe's model holds floats; "
+        f"use {' or '.join(fitting) or 'another exporter'}, or add quantize",
+    )

@@ -1,31 +1,178 @@
-"""What a step is expected to need: memory and storage, computed from headers and settings."""
+"""What a step is expected to need: memory and storage, computed from headers and settings. Sizes are in bytes."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sqft.checkpoints.model_source import ModelSource
 from sqft.recipe.sections import Calibration, Finetune
 from sqft.types import HESSIAN_BYTES, LinearShape, Statistic
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+RUNTIME_OVERHEAD = 1 << 29
+"""The process itself: Python, torch, transformers and the tokenizer."""
+
+ADAM_BYTES_PER_PARAMETER = 16
+"""A float32 parameter that trains, its gradient and the two moments of AdamW."""
+
+DELTA_BYTES_PER_PARAMETER = 4
+"""A trained parameter as it is stored, in float32."""
+
+MASK_BITS = 1
+"""A mask's entry, bit-packed."""
+
+GRID_BITS = 0.5
+"""The scale and the zero point of a group, for each of its weights: 32 bits for groups of 64."""
+
+EVALUATION_OVERHEAD = 1 << 30
+"""The process with the caches of generation and the harness."""
+
+RESULTS_BYTES = 1 << 16
+"""The measurements that an evaluation stores."""
+
 BLOCK = re.compile(r".*?\.\d+\.")
-"""What the names of a decoder block's layers begin with."""
+"""The start of the names of a decoder block's layers."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step is expected to need: numbers from headers and settings, before anything is loaded."""
+    """What a step is expected to need, before anything is loaded.
+
+    Args:
+        parameters: that the step writes or trains.
+        storage: bytes of its artifact.
+        memory: bytes at its peak.
+    """
 
     parameters: int
-    storage: int  # bytes its artifact will take
-    memory: int  # bytes at its peak
+    storage: int
+    memory: int
+
+
+def model_bytes(model: ModelSource, dtype: str) -> int:
+    """Return the bytes of a model in a precision."""
+    return model.parameters * DTYPE_BYTES[dtype]
+
+
+def weights_in(layers: Iterable[LinearShape]) -> int:
+    """Return the number of weights of linear layers."""
+    return sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def quantized_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape], bits: float | None) -> int:
+    """Return about the bytes of a model whose `layers` hold codes.
+
+    Args:
+        model: the model in floats.
+        dtype: the precision of what is not quantized.
+        layers: the quantized layers; each has a scale and a zero point for each group, and a mask.
+        bits: of a code; None counts as many as a float's.
+    """
+    width, codes = DTYPE_BYTES[dtype], weights_in(layers)
+    # A quantized model has a head of its own, even if the float model shares it with the embeddings.
+    tied = not any(name.startswith(("lm_head", "output.")) for name in model.shapes)
+    head = model.size("vocab_size") * model.size("hidden_size") if tied else 0
+    code_bits = (bits or 8 * width) + GRID_BITS + MASK_BITS
+    return int((model.parameters - codes + head) * width + codes * code_bits / 8)
+
+
+def estimate_sparsify(
+    model: ModelSource,
+    dtype: str,
+    pruned: Sequence[LinearShape],
+    calibration: Calibration | None,
+    needs: frozenset[Statistic],
+) -> Estimate:
+    """Estimate `sparsify`: the model, beside it the calibration or the second model that is read back to verify it.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision.
+        pruned: the layers that get a mask.
+        calibration: the section, when a component needs it.
+        needs: what the scorer and the allocator need of it.
+    """
+    size, masks = model_bytes(model, dtype), weights_in(pruned) * MASK_BITS // 8
+    walk = calibration_bytes(model, calibration, needs, pruned)
+    return Estimate(model.parameters, size + masks, size + max(size, walk) + RUNTIME_OVERHEAD)
+
+
+def estimate_quantize(
+    model: ModelSource,
+    dtype: str,
+    layers: Sequence[LinearShape],
+    calibration: Calibration | None,
+    needs: frozenset[Statistic],
+    bits: float | None,
+) -> Estimate:
+    """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision.
+        layers: the layers that are quantized.
+        calibration: the section, when the quantizer needs it.
+        needs: what the quantizer needs of it.
+        bits: of a code, where the quantizer has such an option.
+    """
+    size = model_bytes(model, dtype)
+    walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
+    memory = size + max(size, walk) + 2 * weights_in(layers) + RUNTIME_OVERHEAD
+    return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits), memory)
+
+
+def estimate_finetune(model: ModelSource, section: Finetune, trained: int, base: int) -> Estimate:
+    """Estimate `finetune` of `trained` parameters on a base that takes `base` bytes of memory."""
+    memory = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section) + RUNTIME_OVERHEAD
+    return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, memory)
+
+
+def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quantized: bool) -> Estimate:
+    """Estimate `search`.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision.
+        deltas: bytes of the trained deltas.
+        base: bytes of the base in memory.
+        quantized: whether the base holds codes; effective weights are then cached beside the floats.
+    """
+    size = model_bytes(model, dtype)
+    return Estimate(0, deltas, base + (2 if quantized else 1) * size + RUNTIME_OVERHEAD + deltas)
+
+
+def estimate_merge(model: ModelSource, dtype: str, stored: int, base: int, quantized: bool) -> Estimate:
+    """Estimate `merge`.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision.
+        stored: bytes of the base as it is stored; the merged model is as large.
+        base: bytes of the base in memory.
+        quantized: whether the base holds codes.
+    """
+    # The adapted, effective, base and merged weights, and codes of the last three.
+    codes = 3 * model.parameters if quantized else 0
+    return Estimate(model.parameters, stored, base + 3 * model_bytes(model, dtype) + codes + RUNTIME_OVERHEAD)
+
+
+def estimate_export(model: ModelSource, dtype: str) -> Estimate:
+    """Estimate `export`."""
+    size = model_bytes(model, dtype)
+    return Estimate(model.parameters, size, size + RUNTIME_OVERHEAD)
+
+
+def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:
+    """Estimate one measurement of `evaluate`."""
+    return Estimate(model.parameters, RESULTS_BYTES, 2 * model_bytes(model, dtype) + EVALUATION_OVERHEAD)
 
 
 def activation_bytes(source: ModelSource, section: Finetune) -> int:
-    """Bytes kept for backward: an upper bound, for every example as long as max_length."""
+    """Return the bytes kept for backward: an upper bound, for every example as long as max_length."""
     size = source.size
     hidden, layers = size("hidden_size"), size("num_hidden_layers", default=1)
     inner = size("intermediate_size", default=4 * hidden)
@@ -43,9 +190,18 @@ def calibration_bytes(
     layers: Iterable[LinearShape],
     sequential: bool = False,
 ) -> int:
-    """Bytes that the calibration walk takes beside the model: hidden states of all windows and, where a component needs
-    them, the Hessians of a block's layers, which are summed at once (with `sequential`, those of one module and width,
-    up to `HESSIAN_BYTES`), with three more of the widest's size for whoever inverts it."""
+    """Return the bytes that the calibration walk takes beside the model.
+
+    These are the hidden states of all windows and, where a component needs them, the Hessians of a block's layers,
+    which are summed at once, with three more of the widest's size for whoever inverts it.
+
+    Args:
+        source: the model.
+        calibration: the section; None when there is no walk.
+        needs: what components need of it.
+        layers: the layers that are compressed.
+        sequential: whether the Hessians of one module and width only are summed at once, up to `HESSIAN_BYTES`.
+    """
     if calibration is None:
         return 0
     states = 3 * calibration.samples * calibration.length * source.size("hidden_size") * 4
@@ -55,8 +211,8 @@ def calibration_bytes(
         block, inner = BLOCK.match(layer.name), layer.in_features
         within = layer.name[block.end() :] if block else layer.name
         # Experts are one module, whatever their number.
-        place = (re.sub(r"\d+", "*", within.rpartition(".")[0]), str(inner)) if sequential else ()
-        together[block[0] if block else "", *place] += 4 * inner**2
+        module = (re.sub(r"\d+", "*", within.rpartition(".")[0]), str(inner)) if sequential else ()
+        together[block[0] if block else "", *module] += 4 * inner**2
         widest = max(widest, 4 * inner**2)
     at_once = max(together.values(), default=0)
     return states + (min(at_once, max(HESSIAN_BYTES, widest)) if sequential else at_once) + 3 * widest

@@ -59,11 +59,12 @@ class Step:
     section: Section
     components: Mapping[str, ResolvedComponent[Component]]
     inputs: Mapping[str, str]
-    fingerprint: str
     estimate: Estimate
     files: Mapping[str, Path] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digest of each file or folder, as it enters the fingerprint."""
+    fingerprint: str = ""
+    """Digest of all that its result depends on."""
 
     def component(self, kind: type[C]) -> C:
         """Return this step's component of a kind: `step.component(Scorer)`."""

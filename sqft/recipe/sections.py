@@ -6,12 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    PlainSerializer,
+    PlainValidator,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from sqft.recipe.data import DataRef, DataRefs, TrainingData
 from sqft.recipe.fields import Count, Fraction, InputPath, NoEffect, OutputPath, Section, ShortForm
+from sqft.types import Pattern
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
 
@@ -51,6 +57,23 @@ class Calibration(Section):
     length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")
 
 
+def _pattern(value: Any) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return Pattern.parse(value)
+
+
+PatternText = Annotated[
+    Pattern,
+    PlainValidator(_pattern),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": "^(row|layer|[1-9][0-9]*:[1-9][0-9]*)$"}),
+]
+"""A pattern, which a recipe writes as text."""
+
+
 class Sparsify(Section):
     """Which weights are kept, and which are set to zero."""
 
@@ -58,28 +81,38 @@ class Sparsify(Section):
     allocator: Named = Field(
         ComponentRef(name="uniform"), description="component that decides how much sparsity each layer gets"
     )
-    sparsity: Fraction = Field(0.5, description="fraction of weights set to zero")
-    pattern: str = Field(
-        "row",
-        pattern=r"^(row|layer|[1-9][0-9]*:[1-9][0-9]*)$",
+    sparsity: Fraction = Field(
+        0.5, description="fraction of weights set to zero; with N:M, 1 - N / M and may be left out"
+    )
+    pattern: PatternText = Field(
+        Pattern("row"),
         description='which weights are compared: "row", "layer", or N:M (N of every M in a row are kept)',
+        json_schema_extra={"default": "row"},
     )
     include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to prune")
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave dense")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, content: Any) -> Any:
+        """Fill in the sparsity that an N:M pattern gives."""
+        if isinstance(content, dict) and "sparsity" not in content:
+            try:
+                sparsity = _pattern(content.get("pattern")).sparsity
+            except ValueError:
+                return content
+            return content if sparsity is None else {**content, "sparsity": sparsity}
+        return content
+
     @field_validator("pattern")
     @classmethod
-    def _agrees_with_sparsity(cls, pattern: str, info: ValidationInfo) -> str:
-        if ":" in pattern:
-            kept, of = map(int, pattern.split(":"))
-            if kept > of:
-                raise ValueError(f"'{pattern}' keeps more than it has; write N:M with N <= M")
-            sparsity = info.data.get("sparsity")  # absent when it is itself a mistake
-            if sparsity is not None and abs((1 - kept / of) - sparsity) > 1e-4:
-                raise ValueError(
-                    f"'{pattern}' is a sparsity of {1 - kept / of:g}, not {sparsity:g}; "
-                    f'set "sparsity": {1 - kept / of:g}'
-                )
+    def _agrees_with_sparsity(cls, pattern: Pattern, info: ValidationInfo) -> Pattern:
+        sparsity: float | None = info.data.get("sparsity")  # absent when it is itself a mistake
+        if sparsity is not None and pattern.sparsity is not None and abs(pattern.sparsity - sparsity) > 1e-4:
+            raise ValueError(
+                f"'{pattern}' is a sparsity of {pattern.sparsity:g}, not {sparsity:g}; "
+                f'set "sparsity": {pattern.sparsity:g}, or leave it out'
+            )
         return pattern
 
 

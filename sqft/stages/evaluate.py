@@ -44,12 +44,12 @@ def _run(inputs: StageInputs) -> Report:
     results: dict[str, Any] = {}
     with _subject(inputs) as (model, tokenizer, facts):
         if section.perplexity:
-            with inputs.data.reading("perplexity") as text:
+            with inputs.data.reading("perplexity.text") as text:
                 windows = text_windows(text, tokenizer, section.perplexity.tokens, section.perplexity.length)
             results["perplexity"] = perplexity(model, windows, inputs.track)
         if section.exact_match:
             match = section.exact_match
-            records = inputs.data.records("exact_match", match.data)
+            records = inputs.data.records("exact_match.data", match.data)
             results["exact_match"] = exact_match(
                 model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, inputs.track
             )

@@ -92,7 +92,7 @@ class SparsifyStage:
 
     def _prune(self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float) -> Tensor:
         """Prune one layer in place, and return its mask [out, in]."""
-        select = _Selection(self.label, name, linear.weight, Pattern.parse(self.section.pattern), sparsity)
+        select = _Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
         with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "sparsify")) as given:
             weight, seeded = given[0][name], given[1][name]
             pruned = self.scorer.prune(weight, seeded, select)

@@ -20,8 +20,8 @@ SECTIONS = {
     "finetune.data": "finetune.data",
     "finetune.validation": "finetune.validation",
     "search.data": "search.data",
-    "evaluate.perplexity.text": "evaluate.perplexity",
-    "evaluate.exact_match.data": "evaluate.exact_match",
+    "evaluate.perplexity.text": "evaluate.perplexity.text",
+    "evaluate.exact_match.data": "evaluate.exact_match.data",
 }
 
 

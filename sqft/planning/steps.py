@@ -1,0 +1,295 @@
+"""One function for each stage: its section of the recipe becomes a step, without a fingerprint as yet.
+
+Mistakes are collected by the resolver, so that a step comes of every section, whatever else is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.planning import compatibility, estimates
+from sqft.planning.adapter_base import AdapterBase
+from sqft.planning.plan import ResolvedComponent, Step
+from sqft.planning.resolution import Resolver
+from sqft.recipe.sections import (
+    Calibration,
+    ComponentRef,
+    Evaluate,
+    Export,
+    Finetune,
+    Merge,
+    Quantize,
+    Search,
+    Sparsify,
+)
+from sqft.recipe.stages import EVALUABLE
+from sqft.types import Statistic
+
+C = TypeVar("C", bound=Component)
+
+Steps = Mapping[str, Step]
+"""The steps planned so far, by name."""
+
+
+def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
+    """Plan `sparsify`."""
+    scorer = resolver.component(Scorer, section.scorer, "sparsify.scorer")
+    allocator = resolver.component(Allocator, section.allocator, "sparsify.allocator")
+    of_scorer = scorer.component.needs if scorer else frozenset()
+    of_allocator = allocator.component.needs if allocator else frozenset()
+    label = f"scorer '{section.scorer.name}'" if of_scorer else f"allocator '{section.allocator.name}'"
+    calibration, files = _calibration(resolver, of_scorer or of_allocator, label)
+    pruned = resolver.layers(section.include, section.exclude, "sparsify.include")
+    resolver.collect(compatibility.check_pattern(section, pruned))
+    return Step(
+        name="sparsify",
+        stage="sparsify",
+        section=section,
+        components=_found(scorer=scorer, allocator=allocator),
+        inputs={},
+        files={**files, **resolver.files(section, "sparsify")},
+        estimate=estimates.estimate_sparsify(
+            resolver.model, resolver.dtype, pruned, calibration, of_scorer | of_allocator
+        ),
+    )
+
+
+def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
+    """Plan `quantize`, of the recipe's own model or the sparse one."""
+    quantizer = resolver.component(Quantizer, section.quantizer, "quantize.quantizer")
+    layers = resolver.layers(section.include, section.exclude, "quantize.include")
+    if quantizer:
+        resolver.collect(compatibility.check_grid(quantizer, layers))
+    resolver.collect(compatibility.check_blocks_alike(resolver.model.linears, layers))
+    needs = quantizer.component.needs if quantizer else frozenset()
+    calibration, files = _calibration(resolver, needs, f"quantizer '{section.quantizer.name}'")
+    bits = getattr(quantizer.component, "bits", None) if quantizer else None
+    return Step(
+        name="quantize",
+        stage="quantize",
+        section=section,
+        components=_found(quantizer=quantizer),
+        inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
+        files={**files, **resolver.files(section, "quantize")},
+        estimate=estimates.estimate_quantize(resolver.model, resolver.dtype, layers, calibration, needs, bits),
+    )
+
+
+def _calibration(
+    resolver: Resolver, needs: frozenset[Statistic], label: str
+) -> tuple[Calibration | None, dict[str, Path]]:
+    """Return the calibration that a component needs, if it needs any, and its file."""
+    calibration = resolver.recipe.calibration if needs else None
+    if calibration:
+        resolver.within_window(calibration, "length", "calibration", always=True)
+        files = resolver.files(calibration, "calibration")
+        return calibration, {"calibration": files.pop("data"), **files}
+    if needs:
+        resolver.report(
+            "calibration",
+            f"is missing: {label} needs {', '.join(sorted(needs))}; "
+            'add "calibration": {"data": "…", "samples": 128, "length": 2048}',
+        )
+    return None, {}
+
+
+def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, steps: Steps) -> Step:
+    """Plan `finetune`."""
+    adapter = resolver.component(Adapter, section.adapter, "finetune.adapter")
+    merger = resolver.component(Merger, section.merger, "finetune.merger")
+    came_quantized = resolver.model.quantization is not None
+    if merger:
+        resolver.collect(compatibility.check_base(merger, base.kind, resolver.installed(Merger)))
+    if adapter and merger:
+        resolver.collect(compatibility.check_dropout(adapter, merger, base.kind))
+    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized))
+    if came_quantized:
+        section = section.model_copy(update={"base": "codes"})
+    targets, trained = resolver.targets(section.targets, "finetune.targets"), 0
+    if adapter and targets:
+        trained, problems = compatibility.check_space(adapter, targets)
+        resolver.collect(problems)
+    files = resolver.files(section, "finetune")
+    section = resolver.within_window(section, "max_length", "finetune")
+    resolver.collect(compatibility.check_training(section))
+    loaded = _loaded_base(resolver, merger, steps)
+    return Step(
+        name="finetune",
+        stage="finetune",
+        section=section,
+        components=_found(adapter=adapter, merger=merger),
+        inputs=base.inputs,
+        files=files,
+        estimate=estimates.estimate_finetune(resolver.model, section, trained, loaded),
+    )
+
+
+def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: Steps) -> Step:
+    """Plan `search`, after `finetune`."""
+    searcher = resolver.component(Searcher, section.searcher, "search.searcher")
+    answer = section.answer if section.metric == "exact_match" else None
+    resolver.within_window(section, "max_new_tokens", "search")
+    finetune = cast(Finetune, steps["finetune"].section)
+    if not (searcher and searcher.component.evaluates):
+        section = section.model_copy(update={"data": None})
+    elif section.data is None and not finetune.holdout:
+        resolver.report(
+            "search.data",
+            f"is missing: searcher '{section.searcher.name}' evaluates on it; "
+            'or keep records of the training data for it: "finetune": {"holdout": 0.1}',
+        )
+    elif section.data is None:  # records of the training data are evaluated on, and must have answers
+        resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
+    loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps)
+    deltas = steps["finetune"].estimate.storage
+    return Step(
+        name="search",
+        stage="search",
+        section=section,
+        components=_found(searcher=searcher),
+        inputs={"finetune": "finetune", **base.inputs},
+        files=resolver.files(section, "search", {"data": answer}),
+        estimate=estimates.estimate_search(resolver.model, resolver.dtype, deltas, loaded, base.quantized),
+    )
+
+
+def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Steps) -> Step | None:
+    """Plan `merge`, after `finetune` and `search`; None when there is nothing to merge."""
+    merger = _component(steps["finetune"], Merger)
+    if merger and not merger.component.merges:
+        resolver.collect(compatibility.check_merge(merger, resolver.installed(Merger)))
+        return None
+    stored, loaded = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps)
+    return Step(
+        name="merge",
+        stage="merge",
+        section=section,
+        components={},
+        inputs={"search": "search", "finetune": "finetune", **base.inputs},
+        files=resolver.files(section, "merge"),
+        estimate=estimates.estimate_merge(resolver.model, resolver.dtype, stored, loaded, base.quantized),
+    )
+
+
+def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBase) -> Iterator[Step]:
+    """Plan each `export`: of the merged model, or of the last model that a step makes."""
+    recipe = resolver.recipe
+    if sections and recipe.finetune and recipe.merge is None:
+        resolver.report("export", 'exports a whole model, and the adapter is not merged; add "merge": {}')
+        return
+    inputs = {"merge": "merge"} if recipe.finetune else {"base": base.step} if base.step else {}
+    if sections and not inputs and base.kind is not None and not base.quantized:
+        resolver.report("export", "has nothing to export; add sparsify, or finetune and merge")
+        return
+    for index, section in enumerate(sections):
+        place = f"export.{index}"
+        exporter = resolver.component(Exporter, section.exporter, f"{place}.exporter")
+        if exporter:
+            others = resolver.installed(Exporter)
+            resolver.collect(compatibility.check_exporter(exporter, base.kind, others, f"{place}.exporter"))
+        yield Step(
+            name="export" if len(sections) == 1 else f"export:{section.exporter.name}-{index}",
+            stage="export",
+            section=section,
+            components=_found(exporter=exporter),
+            inputs=inputs,
+            files=resolver.files(section, place),
+            estimate=estimates.estimate_export(resolver.model, resolver.dtype),
+        )
+
+
+def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, steps: Steps) -> Iterator[Step]:
+    """Plan `evaluate`: a step for each entry of `of`."""
+    if not (section.perplexity or section.exact_match or section.tasks):
+        resolver.report("evaluate", "measures nothing; add perplexity, exact_match or tasks")
+    answers = {"exact_match.data": section.exact_match.answer} if section.exact_match else {}
+    files = resolver.files(section, "evaluate", answers)
+    if section.perplexity:
+        shorter = resolver.within_window(section.perplexity, "length", "evaluate.perplexity")
+        section = section.model_copy(update={"perplexity": shorter})
+    if section.exact_match:
+        resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")
+    planned = set()
+    for index, name in enumerate(section.of):
+        subject = _subject(name, f"evaluate.of.{index}", resolver, base, steps)
+        if subject is None:
+            continue
+        if name in planned:
+            resolver.report(f"evaluate.of.{index}", f"'{name}' is listed twice")
+            continue
+        planned.add(name)
+        inputs, components = subject
+        yield Step(
+            name=f"evaluate:{name}",
+            stage="evaluate",
+            section=section.model_copy(update={"of": (name,)}),
+            components=components,
+            inputs=inputs,
+            files=files,
+            estimate=estimates.estimate_evaluate(resolver.model, resolver.dtype),
+        )
+
+
+Subject = tuple[dict[str, str], dict[str, ResolvedComponent[Any]]]
+
+
+def _subject(name: str, place: str, resolver: Resolver, base: AdapterBase, steps: Steps) -> Subject | None:
+    """Return the inputs and components of one entry of `evaluate.of`; None when it is a mistake, here or elsewhere."""
+    stage, _, searcher_name = name.partition(":")
+    if name == "model":
+        return {}, {}
+    if name in ("sparsify", "quantize") and name in steps:
+        return {"base": name}, {}
+    if name == "search" and name in steps:
+        return {"search": "search", "finetune": "finetune", **base.inputs}, {}
+    if name == "merge" and resolver.recipe.merge is not None:
+        return ({"merge": "merge"}, {}) if "merge" in steps else None
+    if stage == "finetune" and searcher_name and "finetune" in steps:
+        ref = ComponentRef.model_construct(name=searcher_name, options={})
+        searcher = resolver.component(Searcher, ref, place)
+        if searcher and searcher.component.evaluates:
+            resolver.report(
+                place, f"searcher '{searcher_name}' needs evaluations; name one that does not (heuristic, …)"
+            )
+            return None
+        return ({"finetune": "finetune", **base.inputs}, {"searcher": searcher}) if searcher else None
+    if name in EVALUABLE or (stage == "finetune" and searcher_name):
+        resolver.report(place, f"'{name}' is not made by this recipe; add its section or remove it here")
+    else:
+        resolver.report(place, f"'{name}' is none of {', '.join(EVALUABLE)}")
+    return None
+
+
+def _stored_base(resolver: Resolver, steps: Steps) -> int:
+    """Return the bytes on disk of the model under the adapters."""
+    model = resolver.model
+    if model.quantization is not None:
+        return estimates.quantized_bytes(model, resolver.dtype, model.linears, model.quantization["bits"])
+    if "quantize" in steps:
+        return steps["quantize"].estimate.storage
+    return estimates.model_bytes(model, resolver.dtype)
+
+
+def _loaded_base(resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps) -> int:
+    """Return the bytes in memory of the model under the adapters.
+
+    Codes stay packed, unless the merger starts from the floats that were quantized.
+    """
+    recipe = resolver.recipe
+    floats = recipe.quantize and recipe.finetune and recipe.finetune.base == "floats"
+    if floats and merger and merger.component.merges:
+        return estimates.model_bytes(resolver.model, resolver.dtype)
+    return _stored_base(resolver, steps)
+
+
+def _found(**components: ResolvedComponent[Any] | None) -> dict[str, ResolvedComponent[Any]]:
+    """Return the components that were found, by kind."""
+    return {kind: component for kind, component in components.items() if component is not None}
+
+
+def _component(step: Step, kind: type[C]) -> ResolvedComponent[C] | None:
+    """Return a step's component of a kind; None when it was not found."""
+    return cast("ResolvedComponent[C] | None", step.components.get(kind.kind))
