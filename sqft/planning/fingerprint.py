@@ -32,7 +32,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
     content: dict[str, Any] = {
         "stage": step.stage,
         "settings": settings_of(step.section),
-        "code": stage_digest(step.stage),
+        "code": core_digest(step.stage),
         "components": {kind: component.identity for kind, component in step.components.items()},
         "inputs": {role: before[name].fingerprint for role, name in step.inputs.items()},
         "files": dict(step.digests),
@@ -59,7 +59,7 @@ def settings_of(section: Section) -> dict[str, Any]:
 
 
 @cache
-def stage_digest(stage: str) -> str:
+def core_digest(stage: str) -> str:
     """Digest of the core's own code that a stage's result depends on."""
     root = Path(__file__).parents[1]
     files = [root / "stages" / f"{name}.py" for name in (stage, "inputs", "compress", "adapted", "training_arguments")]
