@@ -61,10 +61,10 @@ def show_table(screen: Any, title: str, heads: Sequence[str], cells: Sequence[Se
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from sqft.utils.text import markdown
+    from sqft.utils.text import markdown_table
 
     if not screen.is_terminal:
-        screen.print(f"\n{markdown(title, heads, cells)}", highlight=False, markup=False)
+        screen.print(f"\n{markdown_table(title, heads, cells)}", highlight=False, markup=False)
         return
     shown = Table(*(Column(head, overflow="fold") for head in heads))
     for row in cells:

@@ -13,7 +13,7 @@ from sqft.cli.output import console, report_errors, show_table
 from sqft.errors import SqftError
 from sqft.store.artifacts import Store
 from sqft.store.status import ArtifactStatus, prune, scan_store, total
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 
 @click.command()
@@ -39,13 +39,13 @@ def status(store: Path, as_json: bool, pruning: bool, yes: bool) -> None:
     if not as_json:
         show_table(screen, "runs", *content.runs_table())
         show_table(screen, "artifacts", *content.artifacts_table())
-        click.echo(f"in all: {human(content.size)}; --prune would delete {human(total(content.prunable))}")
+        click.echo(f"in all: {human_size(content.size)}; --prune would delete {human_size(total(content.prunable))}")
     deleted: list[ArtifactStatus] = []
     tried: list[ArtifactStatus] = []
     if pruning and content.prunable:
         for artifact in content.prunable:
             run = f" (run {artifact.runs[0]} would resume from it)" if artifact.runs else ""
-            click.echo(f"  {artifact.state} {artifact.folder}: {human(artifact.size)}{run}", err=True)
+            click.echo(f"  {artifact.state} {artifact.folder}: {human_size(artifact.size)}{run}", err=True)
         if yes or _confirmed(content.prunable):
             tried = content.prunable
             deleted = prune(opened, tried)
@@ -53,7 +53,7 @@ def status(store: Path, as_json: bool, pruning: bool, yes: bool) -> None:
         names = [artifact.folder.name for artifact in deleted]
         click.echo(json.dumps(content.as_json() | ({"deleted": names} if pruning else {}), indent=2))
     elif pruning:
-        click.echo(f"deleted {len(deleted)} folders, {human(total(deleted))}")
+        click.echo(f"deleted {len(deleted)} folders, {human_size(total(deleted))}")
         for artifact in scan_store(opened).artifacts:
             if artifact.kept or artifact.folder in [other.folder for other in tried]:
                 click.echo(f"kept {artifact.folder}: {artifact.kept or 'a run was busy with it a moment ago'}")
@@ -62,6 +62,6 @@ def status(store: Path, as_json: bool, pruning: bool, yes: bool) -> None:
 def _confirmed(artifacts: Sequence[ArtifactStatus]) -> bool:
     """Ask whether these artifacts may be deleted."""
     try:
-        return click.confirm(f"delete these {len(artifacts)} folders, {human(total(artifacts))} in all?", err=True)
+        return click.confirm(f"delete these {len(artifacts)} folders, {human_size(total(artifacts))} in all?", err=True)
     except click.Abort:
         raise SqftError("there was no answer, so nothing is deleted; without a terminal, add --yes") from None

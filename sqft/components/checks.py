@@ -86,7 +86,7 @@ def statistics_unchanged(label: str, stats: Mapping[str, LinearStats]) -> Iterat
 
 
 def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int, int]]:
-    from sqft.kernels.statistics import bit_sum
+    from sqft.kernels.checksums import bit_sum
 
     sums = {(name, field): getattr(one, field) for name, one in stats.items() for field in ("input_sq_sum", "hessian")}
     return {place: (tensor._version, bit_sum(tensor)) for place, tensor in sums.items() if tensor is not None}

@@ -1,4 +1,4 @@
-"""How a record's fields become a prompt and a completion: templates by name, or the user's own."""
+"""Prompt templates, built in or the user's own: they make a prompt and a completion of a row's fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqft.errors import DataError
 
 
 class Template(Protocol):
-    """Two Jinja templates over a record's fields. A number that is whole is written without a fraction."""
+    """Two Jinja templates over a row's fields. A float that is an integer is written as one: 4.0 as "4"."""
 
     @property
     def prompt(self) -> str: ...
@@ -23,50 +23,52 @@ class Template(Protocol):
     def completion(self) -> str: ...
 
 
-class Named(NamedTuple):
-    """A template that has a name."""
+class BuiltinTemplate(NamedTuple):
+    """A template that a recipe can name."""
 
     prompt: str
     completion: str
 
 
-TEMPLATES: Mapping[str, Named] = {
-    "gsm8k": Named("Question: {{question}}\nAnswer:", " {{answer}}"),
-    "llm-adapters": Named(
+TEMPLATES: Mapping[str, BuiltinTemplate] = {
+    "gsm8k": BuiltinTemplate("Question: {{question}}\nAnswer:", " {{answer}}"),
+    "llm-adapters": BuiltinTemplate(
         "Below is an instruction that describes a task{% if input %}, paired with an input that provides further "
         "context{% endif %}. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{{instruction}}\n\n{% if input %}### Input:\n{{input}}\n\n{% endif %}### Response:\n",
         "{{output}}",
     ),
-    "multiple-choice": Named("Question: {{question}}\nAnswer:", " {{nth(choices, answer)}}"),
-    "arc": Named("Question: {{question}}\nAnswer:", " {{choices.text[choices.label.index(answerKey)]}}"),
-    "boolq": Named("{{passage}}\nQuestion: {{question}}?\nAnswer:", " {{nth(['no', 'yes'], label)}}"),
-    "hellaswag": Named(
+    "multiple-choice": BuiltinTemplate("Question: {{question}}\nAnswer:", " {{nth(choices, answer)}}"),
+    "arc": BuiltinTemplate("Question: {{question}}\nAnswer:", " {{choices.text[choices.label.index(answerKey)]}}"),
+    "boolq": BuiltinTemplate("{{passage}}\nQuestion: {{question}}?\nAnswer:", " {{nth(['no', 'yes'], label)}}"),
+    "hellaswag": BuiltinTemplate(
         "{{without_marks(activity_label ~ ': ' ~ ctx_a ~ ' ' ~ ctx_b.capitalize())}}",
         " {{without_marks(nth(endings, label))}}",
     ),
-    "openbookqa": Named("{{question_stem}}", " {{choices.text[choices.label.index(answerKey.lstrip())]}}"),
-    "piqa": Named("Question: {{goal}}\nAnswer:", " {{nth([sol1, sol2], label)}}"),
-    "winogrande": Named(
+    "openbookqa": BuiltinTemplate("{{question_stem}}", " {{choices.text[choices.label.index(answerKey.lstrip())]}}"),
+    "piqa": BuiltinTemplate("Question: {{goal}}\nAnswer:", " {{nth([sol1, sol2], label)}}"),
+    "winogrande": BuiltinTemplate(
         "{{sentence[:sentence.index('_')]}}{{nth([option1, option2], answer, 1)}}",
         " {{sentence[sentence.index('_') + 1:].strip()}}",
     ),
 }
-"""`gsm8k` and those after `llm-adapters` ask as lm-eval's tasks of these names do; `multiple-choice` as its ARC, of a
-list of choices and the number of the right one from 0."""
+"""`gsm8k`, and all that follow `llm-adapters` but one, ask what lm-eval's task of that name asks. `multiple-choice`
+asks what its ARC does, given a list of choices and the index of the right one, from 0."""
+
 INSTRUCTION = TEMPLATES["llm-adapters"]
-"""What becomes of {instruction, input, output} when no template is named."""
+"""The template for {instruction, input, output} rows when the recipe names none."""
+
 OPTIONAL = {"input": ""}
-"""Fields that a record may leave out."""
+"""Fields that a row may leave out, and their values then."""
 
 
 def render(template: Template, row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as {prompt, completion}.
+    """Return a row as {prompt, completion}.
 
     Raises:
-        DataError: naming the field that the row lacks, or what else the template could not do with it.
+        DataError: naming the field that the row lacks, or the reason why the template cannot be filled.
     """
-    # A field that is null is one that is not there.
+    # A field that is null counts as missing.
     fields = OPTIONAL | {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
     try:
         return {
@@ -74,14 +76,16 @@ def render(template: Template, row: Mapping[str, Any]) -> dict[str, str]:
             "completion": _compiled(template.completion).render(fields),
         }
     except UndefinedError as error:
-        has = ", ".join(f"'{name}'" for name in row) or "nothing"
-        raise DataError(f"the prompt template wants more than the record has: {error}; it has {has}") from None
-    except Exception as error:  # an expression over somebody's data raises anything
+        has = ", ".join(f"'{name}'" for name in row) or "no fields"
+        raise DataError(
+            f"the prompt template uses a field that the record lacks: {error}; the record has {has}"
+        ) from None
+    except Exception as error:  # an expression over any data can raise anything
         raise DataError(f"the prompt template cannot be filled: {type(error).__name__}: {error}") from None
 
 
 def mistake_in(source: str) -> str | None:
-    """Why a text is no Jinja template; None when it is one."""
+    """Return why a text is not a valid Jinja template; None when it is."""
     try:
         _compiled(source)
     except TemplateError as error:
@@ -96,13 +100,15 @@ def _compiled(source: str) -> Compiled:
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_whole, keep_trailing_newline=True)
-    made.globals |= {"nth": _nth, "without_marks": _without_marks}
-    return made
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=_without_fraction, keep_trailing_newline=True
+    )
+    environment.globals |= {"nth": _nth, "without_marks": _without_marks}
+    return environment
 
 
 def _nth(choices: Sequence[str], number: Any, first: int = 0) -> str:
-    """The choice of that number, counted from `first`; test sets say -1 or nothing where the answer is secret."""
+    """Return a choice by its number, counted from `first`; test sets have -1 or "" where the answer is secret."""
     index = int(number) - first
     if not 0 <= index < len(choices):
         raise ValueError(f"there is no choice {number} of {len(choices)}")
@@ -110,9 +116,9 @@ def _nth(choices: Sequence[str], number: Any, first: int = 0) -> str:
 
 
 def _without_marks(text: str) -> str:
-    """A text of HellaSwag without what WikiHow's pages left in it ("[header]", "[title]"), as lm-eval cleans it."""
+    """Remove the marks of WikiHow's pages ("[header]", "[title]") from a text of HellaSwag, as lm-eval does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _whole(value: Any) -> Any:
+def _without_fraction(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value

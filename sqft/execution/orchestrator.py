@@ -27,7 +27,7 @@ from sqft.store.artifacts import Artifact, Store
 from sqft.utils.distributed import processes
 from sqft.utils.progress import Track, silent
 from sqft.utils.resources import peak_memory, versions
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 if TYPE_CHECKING:
     from sqft.stages.stage import Stage
@@ -166,7 +166,7 @@ class Orchestrator:
             "report": report,
         }
         artifact = self.store.commit(scratch, manifest)
-        log.info("%s: done in %.0f s, peak %s", label, seconds, human(peak[0]))
+        log.info("%s: done in %.0f s, peak %s", label, seconds, human_size(peak[0]))
         return artifact
 
     def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Path]) -> Artifact:

@@ -10,7 +10,7 @@ from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Finetune
 from sqft.store.artifacts import Store
 from sqft.utils.files import existing_parent
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 
 def check_disk(store: Store, steps: Iterable[Step]) -> None:
@@ -24,7 +24,7 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
-            f"the store {store.root} needs about {human(needed)} and {folder} has {human(free)} free; "
+            f"the store {store.root} needs about {human_size(needed)} and {folder} has {human_size(free)} free; "
             "make room, or name another store with --store"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
-from sqft.utils.text import human, markdown
+from sqft.utils.text import human_size, markdown_table
 
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 *(_task(row["tasks"].get(task, {})) for task in tasks),
                 f"{row['sparsity']:.2%}",
                 _text(row["trainable"], "{:,}"),
-                human(row["storage"]) if row["storage"] is not None else "–",
+                human_size(row["storage"]) if row["storage"] is not None else "–",
                 _text(row["seconds"], "{:.0f} s"),
-                human(row["peak_memory"]) if row["peak_memory"] is not None else "–",
+                human_size(row["peak_memory"]) if row["peak_memory"] is not None else "–",
                 _text(row["evaluation_seconds"], "{:.0f} s"),
             ]
         )
@@ -83,7 +83,7 @@ def title(report: Mapping[str, Any]) -> str:
 
 def report_markdown(report: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    return markdown(title(report), *table(report))
+    return markdown_table(title(report), *table(report))
 
 
 def _text(value: float | None, form: str) -> str:

@@ -19,7 +19,7 @@ from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.estimates import Estimate
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 C = TypeVar("C", bound=Component)
 K = TypeVar("K", bound=Component, covariant=True)
@@ -117,8 +117,8 @@ class Plan:
                         for p in step.components.values()
                     ),
                     f"{step.estimate.parameters:,}",
-                    human(step.estimate.storage),
-                    human(step.estimate.memory),
+                    human_size(step.estimate.storage),
+                    human_size(step.estimate.memory),
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

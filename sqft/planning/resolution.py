@@ -26,8 +26,8 @@ from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
 from sqft.types import LinearShape
 from sqft.utils.digests import Digests
+from sqft.utils.globs import selected
 from sqft.utils.hub import HUB_ID
-from sqft.utils.patterns import selected
 
 C = TypeVar("C", bound=Component)
 S = TypeVar("S", bound=Section)

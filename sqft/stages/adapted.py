@@ -26,7 +26,7 @@ from sqft.modeling.loading.quantized import read_grids
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
 from sqft.types import BaseKind
-from sqft.utils.patterns import selected
+from sqft.utils.globs import selected
 
 
 def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, device: str) -> AdaptedModel:

@@ -17,7 +17,7 @@ from sqft.modeling.calibration.walk import walk
 from sqft.recipe.sections import Quantize, Sparsify
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
-from sqft.utils.patterns import selected
+from sqft.utils.globs import selected
 
 
 def chosen_layers(model: PreTrainedModel, stage: str, section: Sparsify | Quantize) -> dict[str, nn.Linear]:

@@ -20,7 +20,7 @@ from sqft.data.collators import Collator, PackingCollator, pack
 from sqft.data.encoding import Encoded, Example, Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
-from sqft.kernels.statistics import bit_sum
+from sqft.kernels.checksums import bit_sum
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.effective_weight import combine_rows
 from sqft.modeling.adapters.frozen_weight import FrozenWeight

@@ -17,7 +17,7 @@ from sqft.modeling.calibration.dry_run import check_walk, uncalled
 from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer, quiet_transformers
 from sqft.planning.plan import Plan
 from sqft.types import LinearShape, Statistic
-from sqft.utils.patterns import selected
+from sqft.utils.globs import selected
 
 log = logging.getLogger("sqft")
 

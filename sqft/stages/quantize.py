@@ -13,9 +13,9 @@ from sqft.checkpoints.gptq import GPTQ_BITS, GPTQ_PARTS
 from sqft.components import checks
 from sqft.components.kinds import Quantizer
 from sqft.errors import ArtifactError, ContractError
+from sqft.kernels.checksums import sha256
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
-from sqft.kernels.statistics import sha256
 from sqft.kernels.words import fills_words
 from sqft.modeling.architecture.linears import as_stored
 from sqft.modeling.loading import load_model

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.components import checks
 from sqft.components.kinds import Allocator, Scorer
 from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.checksums import sha256
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
-from sqft.kernels.statistics import sha256
 from sqft.modeling.architecture.blocks import decoder_blocks, shape_of
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.transformers_io import save_model

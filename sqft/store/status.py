@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqft.errors import ArtifactError, StoreError
 from sqft.store.artifacts import INCOMPLETE_PREFIX, MANIFEST, Store
 from sqft.store.runs import RunState, check_readable, read_runs, subfolders
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 ARTIFACT_NAME = re.compile(r"([a-z]+)-([0-9a-f]{12})")
 """The name of an artifact's folder: stage and start of its fingerprint."""
@@ -119,7 +119,7 @@ class StoreStatus:
                     artifact.stage,
                     artifact.fingerprint[:12],
                     state,
-                    human(artifact.size),
+                    human_size(artifact.size),
                     age((now or time.time()) - artifact.changed),
                     ", ".join(artifact.runs) or "none",
                 ]

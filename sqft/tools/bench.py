@@ -21,7 +21,7 @@ from sqft.components.registry import Registry
 from sqft.errors import StageError
 from sqft.execution.orchestrator import Orchestrator
 from sqft.execution.run import Run
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 PROMPT, GENERATED, REPEATS = 512, 32, 3
 """Tokens of a prompt (fewer in a shorter window), tokens generated after it, and how often in one process."""
@@ -81,13 +81,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             row["recipe"],
             "yes" if row["mergeable"] else "no",
             row["precision"],
-            ratio(row, "storage", human),
+            ratio(row, "storage", human_size),
             ratio(row, "steps_per_second", "{:.2f}".format),
-            ratio(row, "training_memory", human),
+            ratio(row, "training_memory", human_size),
             ratio(row, "prefill", "{:.0f}".format),
             ratio(row, "decode", "{:.1f}".format),
             f"{row['kernel_layers']:.0f} of {row['packed_layers']:.0f}" if row["packed_layers"] else "–",
-            ratio(row, "serving_memory", human),
+            ratio(row, "serving_memory", human_size),
             f"{row['accuracy']:.1%}" if row["accuracy"] is not None else "–",
         ]
         for row in rows

@@ -21,7 +21,7 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_layer
 from sqft.types import Grid, Quantized
 from sqft.utils.progress import Track, silent
-from sqft.utils.text import human
+from sqft.utils.text import human_size
 
 PACKED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 """The tensors that compressed-tensors' "pack-quantized" has in the place of a layer's weight."""
@@ -102,7 +102,10 @@ class Inspection:
         """All but the table."""
         details = ", ".join(f"{key} {value}" for key, value in self.details.items())
         weights = ", ".join(f"{count:,} {precision}" for precision, count in self.precision.items())
-        lines = [f"format: {self.format}" + (f" ({details})" if details else ""), f"size on disk: {human(self.size)}"]
+        lines = [
+            f"format: {self.format}" + (f" ({details})" if details else ""),
+            f"size on disk: {human_size(self.size)}",
+        ]
         lines.append(f"precision: {weights}")
         if unread := sum(module.zeros is None for module in self.modules):
             lines.append(f"not counted: {unread} tensors, packed in a way that sqft does not read")

@@ -10,27 +10,27 @@ from pathlib import Path
 
 
 def package_digest(package: str) -> str:
-    """Digest of every .py file of an importable top-level package or module; "" when it has no files."""
+    """Return the digest of every .py file of an importable top-level package or module; "" when it has no files."""
     try:
         spec = util.find_spec(package)
-    except ValueError:  # a module made by hand has no spec
+    except ValueError:  # a module that was made in memory has no spec
         spec = None
     if spec is None or spec.origin is None or not spec.has_location:
         return ""
     origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    states = [file.stat() for file in files]
-    return _digest(tuple(zip(files, (s.st_mtime_ns for s in states), (s.st_size for s in states), strict=True)), origin)
+    states = [(file, file.stat()) for file in files]
+    return _digest(tuple((file, state.st_mtime_ns, state.st_size) for file, state in states), origin.parent)
 
 
 @cache
-def _digest(states: tuple[tuple[Path, int, int], ...], origin: Path) -> str:
-    """Files are read once for each state they are seen in: a module edited and reloaded is another."""
-    return digest_files([file for file, _, _ in states], origin.parent)
+def _digest(states: tuple[tuple[Path, int, int], ...], root: Path) -> str:
+    """Digest files, and remember it by (file, modification time, size): an edited file is read again."""
+    return digest_files([file for file, _, _ in states], root)
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 over names (relative to root) and contents."""
+    """Return the SHA-256 over the names of files, relative to `root`, and their contents."""
     total = hashlib.sha256()
     for file in files:
         total.update(f"{file.relative_to(root).as_posix()}\0".encode())

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 
 def brief(value: object) -> str:
-    """A value as JSON, cut to a line."""
+    """Return a value as JSON, shortened to 60 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def human(size: float) -> str:
-    """A number of bytes as people read it."""
+def human_size(size: float) -> str:
+    """Return a number of bytes with a unit: "12 B", "3 KiB", "1.25 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}"
@@ -22,11 +22,10 @@ def human(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
-def markdown(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Any table as Markdown, under its title."""
-    return "\n".join([f"# {title}", "", _line(heads), "|" + "---|" * len(heads), *map(_line, cells)]) + "\n"
+def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, under its title; Markdown's own characters in cells are escaped."""
+    return "\n".join([f"# {title}", "", _line(head), "|" + "---|" * len(head), *map(_line, rows)]) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; what names hold of Markdown stands for itself."""
     return "| " + " | ".join(re.sub(r"([\\|`*<\[])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from sqft.data.records import Record, read_records, records_of, repeated, split_off
-from sqft.data.templates import TEMPLATES, Named
+from sqft.data.templates import TEMPLATES, BuiltinTemplate
 from sqft.errors import DataError
 
 
@@ -73,7 +73,7 @@ def test_instructions_need_no_template(tmp_path: Path) -> None:
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, [{"q": "2 + 2?", "a": 4.0}, {"q": "1 / 2?", "a": 0.5}])
-    template = Named("{{q}}\n", "{{a}}")
+    template = BuiltinTemplate("{{q}}\n", "{{a}}")
     assert [dict(r) for r in read_records(path, template=template)] == [
         {"prompt": "2 + 2?\n", "completion": "4"},
         {"prompt": "1 / 2?\n", "completion": "0.5"},
@@ -83,16 +83,16 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (Named("{{question}}", "{{a}}"), r"data.jsonl:1: .*'question' is undefined; it has 'q', 'a'"),
-        (Named("{{q}}", "{{a[7]}}"), "data.jsonl:1: the prompt template"),
-        (Named("{{q}}", "{{a / 0}}"), "data.jsonl:1: the prompt template cannot be filled"),
+        (BuiltinTemplate("{{question}}", "{{a}}"), r"data.jsonl:1: .*'question' is undefined; the record has 'q', 'a'"),
+        (BuiltinTemplate("{{q}}", "{{a[7]}}"), "data.jsonl:1: the prompt template"),
+        (BuiltinTemplate("{{q}}", "{{a / 0}}"), "data.jsonl:1: the prompt template cannot be filled"),
         (
-            Named("{{q.__class__.__mro__}}", "{{a}}"),
+            BuiltinTemplate("{{q.__class__.__mro__}}", "{{a}}"),
             "data.jsonl:1: the prompt template cannot be filled: SecurityError",
         ),
     ],
 )
-def test_a_template_that_does_not_fit(tmp_path: Path, template: Named, words: str) -> None:
+def test_a_template_that_does_not_fit(tmp_path: Path, template: BuiltinTemplate, words: str) -> None:
     with pytest.raises(DataError, match=words):
         read_records(write_jsonl(tmp_path, [{"q": "x", "a": 1}]), template=template)
 

@@ -1,4 +1,4 @@
-"""Named templates ask what lm-eval's tasks ask, as the installed lm-eval defines them."""
+"""BuiltinTemplate templates ask what lm-eval's tasks ask, as the installed lm-eval defines them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.errors import StageError
-from sqft.utils.patterns import selected
+from sqft.utils.globs import selected
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIXTURE = {"num_experts_per_tok": 2, "num_key_value_heads": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sqft.kernels.statistics import bit_sum
+from sqft.kernels.checksums import bit_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool])

@@ -1,4 +1,4 @@
-"""Sums and digests over a tensor's bits."""
+"""Checksums over the bits of tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 def bit_sum(tensor: Tensor) -> int:
-    """A sum over the bits of a tensor of any type, modulo 2**64, at the speed of reading it."""
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if octets.storage_offset() % 8:  # words begin at multiples of their size
+    """Return a sum over the bits of a tensor of any type, modulo 2**64, at the speed of reading it.
+
+    One changed bit always changes it; several can cancel out.
+    """
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # [bytes]
+    if octets.storage_offset() % 8:  # int64 words need an aligned address
         octets = octets.clone()
-    whole = len(octets) // 8 * 8
-    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum(dtype=torch.int64))
+    words = len(octets) // 8 * 8
+    return int(octets[:words].view(torch.int64).sum()) + int(octets[words:].sum(dtype=torch.int64))
 
 
 def sha256(*tensors: Tensor) -> str:
