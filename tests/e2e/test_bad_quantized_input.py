@@ -200,12 +200,18 @@ def codes_for_a_tied_head(folder: Path) -> None:
 
 
 IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another format": (config(quant_method="awq"), "is already quantized (awq); of quantized models sqft reads only GPTQ"),
+    "another format": (
+        config(quant_method="awq"),
+        "is already quantized (awq); of quantized models sqft reads only GPTQ",
+    ),
     "another version": (config(checkpoint_format="gptq_v2"), "is already quantized (gptq_v2)"),
     "bits that GPTQ has not": (config(bits=5), "quantization_config has bits 5 and group_size 32"),
     "a group size of nothing": (config(group_size=0), "quantization_config has bits 4 and group_size 0"),
     "settings that are no object": (whole_config("gptq"), "is already quantized (unknown method)"),
-    "floats that say they are codes": (only_floats, "says that the model is quantized, but there is no .qweight tensor"),
+    "floats that say they are codes": (
+        only_floats,
+        "says that the model is quantized, but there is no .qweight tensor",
+    ),
     "no scales": (tensors(scales=lambda _: None), f"{LAYER}.scales is missing, expected [1, 64]; copy the model again"),
     "no zero points": (tensors(qzeros=lambda _: None), f"{LAYER}.qzeros is missing, expected [1, 8]"),
     "zero points too few": (tensors(qzeros=lambda t: t[:, :3]), f"{LAYER}.qzeros is [1, 3], expected [1, 8]"),

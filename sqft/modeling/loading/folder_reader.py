@@ -26,30 +26,36 @@ class FolderReader:
     folder: Path
 
     def names(self) -> Sequence[str]:
-        return sorted(self._places)
+        """Return the names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def tensor(self, name: str) -> Tensor:
-        place = self._places.get(name)
-        if place is None:
+        """Read one tensor."""
+        file = self._files.get(name)
+        if file is None:
             raise ArtifactError(f"{self.folder} has no tensor {name}")
-        with _open(place) as stream:
+        with _open(file) as stream:
             tensor: Tensor = stream.get_tensor(name)
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Read all tensors, in the order of their names, each with its name; every file is opened once."""
         with ExitStack() as stack:
-            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._places.values()))}
-            for name, file in sorted(self._places.items()):
+            streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._files.values()))}
+            for name, file in sorted(self._files.items()):
                 yield name, streams[file].get_tensor(name)
 
     @cached_property
-    def _places(self) -> dict[str, Path]:
+    def _files(self) -> dict[str, Path]:
         """The file of each tensor; a reader lists its folder once."""
-        found = {}
+        files: dict[str, Path] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             with _open(file) as stream:
-                found.update(dict.fromkeys(stream.keys(), file))
-        return found
+                files.update(dict.fromkeys(stream.keys(), file))
+        return files
 
 
 def _open(path: Path) -> Any:

@@ -22,15 +22,15 @@ from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.transformers_io import save_settings
+from sqft.modeling.loading.transformers_io import quiet_transformers, save_settings
 from sqft.types import Grid, Quantized
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a model folder; None when its weights are floats.
+    """Return the `quantization_config` of a model folder; None when its weights are floats.
 
     Raises:
-        SqftError: when it is another format than GPTQ's, version 1.
+        ModelError: when it is another format than GPTQ's, version 1.
     """
     return gptq_settings(folder, json.loads((folder / "config.json").read_text("utf-8")))
 
@@ -57,44 +57,40 @@ def save_quantized(
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def read_quantized(folder: Path) -> dict[str, Quantized]:
-    """Every quantized layer of a GPTQ folder, by name.
+class GptqFolder:
+    """A GPTQ folder: the layers that are codes, read one at a time, and all other tensors.
 
     Raises:
-        ArtifactError: when a part of a layer is missing or does not fit the others.
+        ArtifactError: when the folder is not quantized, a file is damaged, or a layer's parts are missing or do not fit
+            one another.
     """
-    settings = quantization_of(folder)
-    if settings is None:
-        raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
-    reader = FolderReader(folder)
-    return {name: read_layer(reader, name, settings) for name in layers_of(reader)}
 
+    def __init__(self, folder: Path) -> None:
+        settings = quantization_of(folder)
+        if settings is None:
+            raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
+        self.path, self.settings, self.reader = folder, settings, FolderReader(folder)
+        named = [name.removesuffix(".qweight") for name in self.reader.names() if name.endswith(".qweight")]
+        self.layers = dict.fromkeys(named)  # in order, and quick to look a name up in
 
-def read_grids(folder: Path, names: Iterable[str]) -> dict[str, Grid]:
-    """The grids of those of these layers that are quantized, without holding all codes at once.
+    def layer(self, name: str) -> Quantized:
+        """Return one quantized layer."""
+        return read_layer(self.reader, name, self.settings)
 
-    Raises:
-        ArtifactError: when a part of a layer is missing or does not fit the others.
-    """
-    settings, reader = quantization_of(folder), FolderReader(folder)
-    assert settings is not None
-    quantized = set(layers_of(reader))
-    return {name: read_layer(reader, name, settings).grid for name in names if name in quantized}
-
-
-def layers_of(reader: FolderReader) -> list[str]:
-    """The names of a GPTQ folder's quantized layers."""
-    return [name.removesuffix(".qweight") for name in reader.names() if name.endswith(".qweight")]
+    def other_names(self) -> list[str]:
+        """Return the names of the tensors that are no part of a quantized layer."""
+        parts = {f"{layer}.{part}" for layer in self.layers for part in GPTQ_PARTS}
+        return [name for name in self.reader.names() if name not in parts]
 
 
 def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> Quantized:
-    """One quantized layer of a GPTQ folder with that `quantization_config`.
+    """Return one quantized layer of a folder with that `quantization_config`.
 
     Raises:
         ArtifactError: when a part of it is missing or does not fit the others.
     """
     # Groups in order need no index, and some programs write none.
-    indexed = settings.get("desc_act") or f"{name}.g_idx" in reader.names()
+    indexed = settings.get("desc_act") or f"{name}.g_idx" in reader
     parts = {part: reader.tensor(f"{name}.{part}") for part in GPTQ_PARTS if part != "g_idx" or indexed}
     try:
         layer = from_gptq(parts, settings["bits"], settings["group_size"])
@@ -105,8 +101,28 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     return layer
 
 
+def read_quantized(folder: Path) -> dict[str, Quantized]:
+    """Return every quantized layer of a GPTQ folder, by name.
+
+    Raises:
+        ArtifactError: when the folder is not quantized, or a part of a layer is missing or does not fit the others.
+    """
+    stored = GptqFolder(folder)
+    return {name: stored.layer(name) for name in stored.layers}
+
+
+def read_grids(folder: Path, names: Iterable[str]) -> dict[str, Grid]:
+    """Return the grids of those of these layers that are quantized, without holding all codes at once.
+
+    Raises:
+        ArtifactError: when the folder is not quantized, or a part of a layer is missing or does not fit the others.
+    """
+    stored = GptqFolder(folder)
+    return {name: stored.layer(name).grid for name in names if name in stored.layers}
+
+
 def load_dequantized(spec: ModelSpec) -> PreTrainedModel:
-    """Load a GPTQ folder as an ordinary float model: every layer's weight is what its codes stand for.
+    """Load a GPTQ folder as an ordinary float model: every layer's weight is the value of its codes.
 
     Raises:
         ArtifactError: when tensors are missing, or there are some that the model does not know.
@@ -124,56 +140,99 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
-    folder = spec.path
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    del config.quantization_config
-    settings, reader = quantization_of(folder), FolderReader(folder)
-    assert settings is not None
-    layers = layers_of(reader)
-    parts = {f"{name}.{part}" for name in layers for part in GPTQ_PARTS}
-    # Old Llamas store the frequencies of their positions, which every model makes anew.
-    wanted_names = [n for n in reader.names() if n not in parts and not n.endswith("rotary_emb.inv_freq")]
-    state = {name: reader.tensor(name) for name in wanted_names}
+    """Build the modules without weights, put each quantized layer's codes or values in, then all other tensors.
+
+    transformers' own GPTQ loader is not used: it needs a GPTQ runtime, and cannot keep codes beside an adapter.
+    """
+    stored = GptqFolder(spec.path)
+    state, dtype = _other_tensors(stored, spec.dtype)
+    with quiet_transformers(), init_empty_weights():  # no memory for floats that are not stored
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+        del config.quantization_config
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+        model: PreTrainedModel = as_linears(made)
+    _check_head(model, stored)
+    for name in stored.layers:  # one at a time: codes take a byte each until they are packed
+        _put_layer(model, name, stored, state, dtype, packed)
+    for name, module in model.named_modules():
+        if isinstance(module, Transposed) and name not in stored.layers:  # codes are [out, in] in every family
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
+    _load_state(model, state, spec.path)
+    if (spec.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(spec.path)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _other_tensors(stored: GptqFolder, dtype: str | None) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Read what is not quantized, in one precision: `dtype`, or else that of the first tensor of floats."""
+    # Old Llamas store the frequencies of their positions, which every model computes anew.
+    names = [name for name in stored.other_names() if not name.endswith("rotary_emb.inv_freq")]
+    state = {name: stored.reader.tensor(name) for name in names}
     floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    dtype: torch.dtype = getattr(torch, spec.dtype) if spec.dtype else next(floats, torch.float32)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    with init_empty_weights():  # no memory for floats that are not there
-        model: PreTrainedModel = as_linears(
-            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
-        )
-    modules = dict(model.named_modules())
-    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), "")
-    if head in layers and config.get_text_config().tie_word_embeddings:
+    precision: torch.dtype = getattr(torch, dtype) if dtype else next(floats, torch.float32)
+    return {name: t.to(precision) if t.is_floating_point() else t for name, t in state.items()}, precision
+
+
+def _check_head(model: PreTrainedModel, stored: GptqFolder) -> None:
+    """Check that a quantized head is not tied to the embedding, which is floats.
+
+    Raises:
+        ArtifactError: saying what to change in config.json.
+    """
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if head in stored.layers and model.config.get_text_config().tie_word_embeddings:
         raise ArtifactError(
-            f"{folder}: {head} is quantized, and config.json ties it to the embedding, which is not; "
+            f"{stored.path}: {head} is quantized, and config.json ties it to the embedding, which is not; "
             "set tie_word_embeddings to false there if the head is its own"
         )
-    for name in layers:  # one at a time: codes take a byte each until they are packed
-        layer, linear = read_layer(reader, name, settings), modules.get(name)
-        if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
-            raise ArtifactError(
-                f"{folder}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"
-            )
-        if linear.bias is None and not state.get(f"{name}.bias", torch.ones(1)).any():
-            del state[f"{name}.bias"]  # some programs write one of zeros for every layer
-        if packed:
-            bias = nn.Parameter(state[f"{name}.bias"], requires_grad=False) if linear.bias is not None else None
-            model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
-        else:
-            state[f"{name}.weight"] = dequantize(layer).to(dtype)
-    for name, module in model.named_modules():
-        if isinstance(module, Transposed) and name not in layers:
-            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
-    wrong = model.load_state_dict(state, strict=False, assign=True)
+
+
+def _put_layer(
+    model: PreTrainedModel, name: str, stored: GptqFolder, state: dict[str, Tensor], dtype: torch.dtype, packed: bool
+) -> None:
+    """Put one quantized layer into the model as a `PackedLinear`, or into `state` as the value of its codes.
+
+    Args:
+        model: changed in place.
+        name: of the layer.
+        stored: the folder it is read from.
+        state: the tensors that the model will be given; changed in place.
+        dtype: the model's precision.
+        packed: whether codes stay codes.
+
+    Raises:
+        ArtifactError: when the model has no linear layer of that name and shape.
+    """
+    layer = stored.layer(name)
+    try:
+        linear: nn.Module | None = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
+        raise ArtifactError(
+            f"{stored.path}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"
+        )
+    if linear.bias is None and not state.get(f"{name}.bias", torch.ones(1)).any():
+        del state[f"{name}.bias"]  # some programs write one of zeros for every layer
+    if packed:
+        bias = nn.Parameter(state[f"{name}.bias"], requires_grad=False) if linear.bias is not None else None
+        model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
+    else:
+        state[f"{name}.weight"] = dequantize(layer).to(dtype)
+
+
+def _load_state(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Give a model without weights its tensors.
+
+    Raises:
+        ArtifactError: naming a tensor that is missing, that the model does not know, or that is not finite.
+    """
+    result = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # a tied head need not be stored
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing or wrong.unexpected_keys:
-        odd = (missing or wrong.unexpected_keys)[0]
-        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {odd}")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if unlike := missing or result.unexpected_keys:
+        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {unlike[0]}")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ArtifactError(f"{folder}: tensor {name} holds values that are not finite")
-    model.requires_grad_(False)
-    return model.eval()
