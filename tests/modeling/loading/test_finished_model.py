@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.errors import ArtifactError
+from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import same
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.quantized import load_dequantized, read_quantized
@@ -51,5 +51,5 @@ def test_another_format_is_refused(model_folder: Path, tmp_path: Path) -> None:
     config = json.loads((model_folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="only GPTQ checkpoints of version 1 can be read"):
+    with pytest.raises(ModelError, match="sqft reads only GPTQ checkpoints, version 1"):
         FinishedModel(tmp_path)
