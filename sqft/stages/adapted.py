@@ -25,30 +25,53 @@ from sqft.modeling.loading import load_model, load_packed, load_tokenizer
 from sqft.modeling.loading.quantized import read_grids
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
-from sqft.types import BaseKind
+from sqft.stages.inputs import section_of
+from sqft.types import BaseKind, DeltaModule, LinearShape, SearchSpace
 from sqft.utils.globs import selected
+
+DELTAS = "deltas.safetensors"
 
 
 def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, device: str) -> AdaptedModel:
     """Load the base and attach untrained deltas; `folders` are the step's input artifacts by role.
 
     Raises:
+        StageError: when the targets match no layer.
         ContractError: when the adapter's space or deltas break its contract.
     """
-    step = plan.step("finetune")
-    section = cast(Finetune, step.section)
-    adapter, merger, label = step.component(Adapter), step.component(Merger), step.label(Adapter)
-    base = plan.adapter_base
-    packed = base.quantized and not (merger.merges and section.base == "floats")
-    if packed:
-        spec = replace(plan.spec(base.model(folders)), dtype=plan.model_spec.dtype)
+    step, base = plan.step("finetune"), plan.adapter_base
+    section, adapter, merger = section_of(step, Finetune), step.component(Adapter), step.component(Merger)
+    on_codes = base.quantized and not (merger.merges and section.base == "floats")
+    spec = plan.spec(base.model(folders))
+    if on_codes:
+        spec = replace(spec, dtype=plan.model_spec.dtype)
         model, tokenizer = load_packed(spec), load_tokenizer(spec)
     else:
-        model, tokenizer = load_model(plan.spec(base.model(folders)))
+        model, tokenizer = load_model(spec)
     layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
     if not layers:
         raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
-    shapes = tuple(shape_of(n, layer) for n, layer in layers.items())
+    label, shapes = step.label(Adapter), tuple(shape_of(n, layer) for n, layer in layers.items())
+    space, deltas = _make_deltas(adapter, label, shapes, seed)
+    # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
+    masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
+    if on_codes:
+        masks = base.masks(folders) if merger.merges else None
+        weights = _codes(layers, masks, merger.merges and section.mask == "codes")
+    elif base.quantized:
+        weights = _floats_before_quantization(plan, folders, layers, masked)
+    else:
+        weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
+    dropout = checks.check_dropout(label, adapter.input_dropout())
+    adapted = attach(model, deltas, merger, weights, dropout, merger.learns_scales())
+    model.to(device)
+    return AdaptedModel(model, tokenizer, adapted, space)
+
+
+def _make_deltas(
+    adapter: Adapter, label: str, shapes: tuple[LinearShape, ...], seed: int
+) -> tuple[SearchSpace, dict[str, DeltaModule]]:
+    """Make the space of ranks and each layer's untrained delta, and check both against the adapter's contract."""
     space = adapter.space(shapes)
     checks.check_space(label, shapes, space)
     ranks = {member: group.ranks for group in space.groups for member in group.members}
@@ -57,32 +80,22 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     for shape in shapes:
         deltas[shape.name] = adapter.delta(shape, generator)
         checks.check_delta(label, shape, deltas[shape.name], ranks[shape.name])
-    dropout = checks.check_dropout(label, adapter.input_dropout())
-    # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
-    masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
-    if packed:
-        weights = _packed(
-            layers, base.masks(folders) if merger.merges else None, merger.merges and section.mask == "codes"
-        )
-    elif base.quantized:
-        weights = _before_quantization(plan, folders, layers, masked)
-    else:
-        weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
-    adapted = attach(model, deltas, merger, weights, dropout, merger.learns_scales())
-    model.to(device)
-    return AdaptedModel(model, tokenizer, adapted, space)
+    return space, deltas
 
 
-def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
-    """The layers' own codes, with a mask where one is wanted, of a file or of the codes that stand for 0; a layer left
-    in floats keeps them."""
-    kept = load_file(masks) if masks else {}
+def _codes(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
+    """Return the layers' own codes as frozen weights.
+
+    A layer has the mask that the file `masks` has for it, or else, if `mask_codes`, one of the codes that stand for 0.
+    A layer that was left in floats keeps its floats.
+    """
+    stored = load_file(masks) if masks else {}
     weights: dict[str, FrozenWeight] = {}
     for name, layer in layers.items():
         if isinstance(layer, PackedLinear):
             weights[name] = layer.base
-            if name in kept:
-                layer.base.set_mask(unpack_mask(kept[name], (layer.out_features, layer.in_features)))
+            if name in stored:
+                layer.base.set_mask(unpack_mask(stored[name], (layer.out_features, layer.in_features)))
             elif mask_codes:
                 layer.base.set_mask(layer.base.block().weight != 0)
         else:
@@ -90,10 +103,10 @@ def _packed(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: boo
     return weights
 
 
-def _before_quantization(
+def _floats_before_quantization(
     plan: Plan, folders: Mapping[str, Path], layers: Mapping[str, nn.Module], masked: bool
 ) -> dict[str, FrozenWeight]:
-    """The float weights that were quantized, with the grids they were put on (paper §2.4)."""
+    """Return the float weights that were quantized, with the grids they were put on (paper §2.4)."""
     path = plan.adapter_base.floats(folders)
     assert path is not None
     grids = read_grids(plan.adapter_base.model(folders), layers)
@@ -109,24 +122,32 @@ def _before_quantization(
     }
 
 
-def load_adapted_model(plan: Plan, folders: Mapping[str, Path], deltas: Path, device: str) -> AdaptedModel:
-    """Load the base and the deltas that a finetune artifact, in the folder `deltas`, stored.
+def load_adapted_model(plan: Plan, folders: Mapping[str, Path], finetuned: Path, device: str) -> AdaptedModel:
+    """Load the base, and onto it the deltas of the finetune artifact in the folder `finetuned`.
 
     Raises:
         ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
     """
     adapted = build_adapted_model(plan, folders, 0, device)
-    stored = load_file(deltas / "deltas.safetensors")
-    expected = adapted.deltas()
-    if stored.keys() != expected.keys():
-        odd = sorted(stored.keys() ^ expected.keys())[0]
-        raise ArtifactError(f"{deltas / 'deltas.safetensors'} and the adapter disagree about tensor {odd}")
-    for name, layer in adapted.layers.items():
-        own = {key: stored[f"{name}.{key}"] for key in layer.trainable_tensors()}
-        for key, value in own.items():
-            if value.shape != expected[f"{name}.{key}"].shape or not value.isfinite().all():
-                raise ArtifactError(f"{deltas / 'deltas.safetensors'}: {name}.{key} is mis-shaped or not finite")
-        layer.load_trainable_tensors(own)
-    if space_from(json.loads((deltas / "space.json").read_text())) != adapted.space:
-        raise ContractError(f"{plan.step('finetune').label(Adapter)} gave another search space than in training")
+    load_deltas(adapted, finetuned, plan.step("finetune").label(Adapter))
     return adapted
+
+
+def load_deltas(adapted: AdaptedModel, folder: Path, label: str) -> None:
+    """Overwrite everything that trains in an adapted model with what a finetune step wrote into a folder.
+
+    Raises:
+        ArtifactError: when a tensor is missing, mis-shaped or not finite; the message names it.
+        ContractError: when the adapter, named `label`, gave another search space than in training.
+    """
+    path = folder / DELTAS
+    stored, expected = load_file(path), adapted.deltas()
+    if differing := sorted(stored.keys() ^ expected.keys()):
+        raise ArtifactError(f"{path} and the adapter disagree about tensor {differing[0]}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape or not tensor.isfinite().all():
+            raise ArtifactError(f"{path}: {name} is mis-shaped or not finite")
+    for name, layer in adapted.layers.items():
+        layer.load_trainable_tensors({key: stored[f"{name}.{key}"] for key in layer.trainable_tensors()})
+    if space_from(json.loads((folder / "space.json").read_text())) != adapted.space:
+        raise ContractError(f"{label} gave another search space than in training")

@@ -1,4 +1,4 @@
-"""Measure one configuration: the dense model, a stage's model, or an adapted one at named ranks."""
+"""Measure one configuration: the recipe's own model, the model of a step, or an adapted one at chosen ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sqft.modeling.loading import load_model
 from sqft.recipe.sections import Evaluate
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
-from sqft.types import RankConfig
+from sqft.types import RankConfig, SearchSpace
 from sqft.utils.files import write_json
 
 
@@ -29,68 +29,62 @@ class EvaluateStage:
     """The stage `evaluate`."""
 
     def __init__(self, inputs: StageInputs) -> None:
-        self.inputs = inputs
+        self.inputs, self.section = inputs, inputs.section(Evaluate)
 
     def run(self) -> Report:
-        return _run(self.inputs)
+        """Write `results.json`: every measurement, with the outcome of each item."""
+        section, data, track = self.section, self.inputs.data, self.inputs.track
+        results: dict[str, Any] = {}
+        with self._subject() as (model, tokenizer, facts):
+            if text := section.perplexity:
+                with data.reading("perplexity.text") as file:
+                    windows = text_windows(file, tokenizer, text.tokens, text.length)
+                results["perplexity"] = perplexity(model, windows, track)
+            if match := section.exact_match:
+                records = data.records("exact_match.data", match.data)
+                results["exact_match"] = exact_match(
+                    model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, track
+                )
+            if section.tasks:
+                folder = data.file("include_path") if section.include_path else None  # lm-eval reads it at once
+                tasks = list(section.tasks)
+                results["tasks"] = lm_eval_tasks(model, tokenizer, tasks, folder, section.limit, section.batch_size)
+        write_json(self.inputs.scratch / "results.json", results)
+        summary = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in results.items()}
+        return {**summary, **facts}
 
     def verify(self) -> None:
-        _verify(self.inputs)
+        """Check nothing: measurements promise nothing of a model, and `run` refuses a perplexity that is not finite."""
+
+    @contextmanager
+    def _subject(self) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, Report]]:
+        """Yield the model to measure, on the device, its tokenizer, and its sparsity and number of parameters."""
+        inputs, plan = self.inputs, self.inputs.plan
+        if "finetune" not in inputs.folders:
+            merged = inputs.folders.get("merge")
+            model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
+            yield model.to(inputs.device), tokenizer, count_zeros(model)
+            return
+        adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
+        config = self._ranks(adapted.space)
+        adapted.set_ranks(config)
+        facts = count_zeros(adapted.model) | {"trainable": adapted.parameter_count(config)}
+        with cached_effective_weights(adapted.model):
+            yield adapted.model, adapted.tokenizer, facts
+
+    def _ranks(self, space: SearchSpace) -> RankConfig:
+        """Return the ranks to measure: those that the search chose, or that this step's own searcher names."""
+        if "search" in self.inputs.folders:
+            config = read_ranks(self.inputs.folders["search"])
+        else:
+            searcher = self.inputs.step.component(Searcher)
+            config = searcher.search(space, _no_evaluation, Random(self.inputs.seed_for("search")))
+        checks.check_choice("the chosen configuration", space, config)
+        return config
 
 
-def _run(inputs: StageInputs) -> Report:
-    """Write `results.json`, outcomes of single items included."""
-    section = inputs.section(Evaluate)
-    results: dict[str, Any] = {}
-    with _subject(inputs) as (model, tokenizer, facts):
-        if section.perplexity:
-            with inputs.data.reading("perplexity.text") as text:
-                windows = text_windows(text, tokenizer, section.perplexity.tokens, section.perplexity.length)
-            results["perplexity"] = perplexity(model, windows, inputs.track)
-        if section.exact_match:
-            match = section.exact_match
-            records = inputs.data.records("exact_match.data", match.data)
-            results["exact_match"] = exact_match(
-                model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, inputs.track
-            )
-        if section.tasks:
-            folder = inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
-            results["tasks"] = lm_eval_tasks(
-                model, tokenizer, list(section.tasks), folder, section.limit, section.batch_size
-            )
-    write_json(inputs.scratch / "results.json", results)
-    summary = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in results.items()}
-    return {**summary, **facts}
-
-
-def _verify(inputs: StageInputs) -> None:
-    """Measurements promise nothing of a model; a perplexity that is not finite was refused when it was taken."""
-
-
-@contextmanager
-def _subject(inputs: StageInputs) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]]:
-    """The model to measure, on its device, and its facts: sparsity and parameters that train."""
-    plan = inputs.plan
-    if "finetune" not in inputs.folders:
-        merged = inputs.folders.get("merge")
-        model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
-        yield model.to(inputs.device), tokenizer, _facts(model)
-        return
-    adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
-    if "search" in inputs.folders:
-        choice = read_ranks(inputs.folders["search"])
-    else:
-        searcher = inputs.component(Searcher)
-        choice = searcher.search(adapted.space, _no_evaluation, Random(inputs.seed_for("search")))
-    checks.check_choice("the chosen configuration", adapted.space, choice)
-    adapted.set_ranks(choice)
-    facts = _facts(adapted.model) | {"trainable": adapted.parameter_count(choice)}
-    with cached_effective_weights(adapted.model):
-        yield adapted.model, adapted.tokenizer, facts
-
-
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Zeros in the weights of the decoder blocks' linear layers, as they act: adapted ones with their deltas."""
+def count_zeros(model: PreTrainedModel) -> Report:
+    """Count zeros in the weights of the decoder blocks' linear layers as they act: adapted ones with their deltas."""
     zeros = total = 0
     for block in decoder_blocks(model).values():
         for module in block.modules():

@@ -1,10 +1,10 @@
-"""The plan against the model's own modules, before any weight is read."""
+"""Check a plan against the model's own modules, before any weight is read."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,80 +14,108 @@ from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.architecture.linears import Expert, fused_experts
 from sqft.modeling.calibration.dry_run import check_walk, uncalled
-from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer, quiet_transformers
+from sqft.modeling.loading import load_skeleton, load_tokenizer
+from sqft.modeling.loading.transformers_io import check_vocabulary, quiet_transformers
 from sqft.planning.plan import Plan
 from sqft.types import LinearShape, Statistic
 from sqft.utils.globs import selected
 
 log = logging.getLogger("sqft")
 
-
 SHOWN = 5
+"""Layers that a message names."""
+
+Layers = Mapping[str, Sequence[LinearShape]]
+"""Layers that a recipe names, by the place that names them: "sparsify.include", …"""
 
 
 @quiet_transformers()
 def check_fit(plan: Plan) -> None:
-    """Every layer that the plan took from the headers is a linear layer of the model, of the same shape.
+    """Check that every layer the recipe names is a linear layer of the model, of the shape that the plan expects.
 
-    The plan reads names and shapes of tensors; only the module tree says which of them are linear
-    layers inside decoder blocks.
+    The plan reads names and shapes from file headers; only the module tree says which tensors are linear layers inside
+    decoder blocks, and whether calibration and PEFT can reach them.
 
     Raises:
-        StageError: when the model has no decoder blocks, when its tokenizer knows more tokens than it has rows for,
-            or naming the layers that do not fit.
+        ModelError: when the model has no decoder blocks, or fewer rows than its tokenizer knows tokens.
+        StageError: when the model does not fit the recipe; the message names the layers.
     """
-    recipe = plan.recipe
     model = load_skeleton(plan.model_spec)
-    if plan.source.kind != "gguf":  # which would be read whole for it
-        tokenizer = load_tokenizer(plan.model_spec)
-        check_vocabulary(model, tokenizer, plan.source.path)
-    layers = linears(model)
-    actual = {name: shape_of(name, linear) for name, linear in layers.items()}
-    owners: dict[int, list[str]] = {}
-    for name, linear in layers.items():
-        owners.setdefault(id(linear.weight), []).append(name)
-    wanted: dict[str, list[LinearShape]] = {}
-    if recipe.sparsify:
-        chosen = [x for x in plan.source.linears if selected(x.name, recipe.sparsify.include, recipe.sparsify.exclude)]
-        wanted["sparsify.include"] = chosen
-    if recipe.quantize:
-        chosen = [x for x in plan.source.linears if selected(x.name, recipe.quantize.include, recipe.quantize.exclude)]
-        wanted["quantize.include"] = chosen
-    if recipe.finetune:
-        wanted["finetune.targets"] = [x for x in plan.source.linears if selected(x.name, recipe.finetune.targets, ())]
-    _check_mixtures(plan, model, wanted)
-    modules, model_type = dict(model.named_modules()), type(model).__name__
-    wrong = []
-    for place, named in wanted.items():
-        for layer in named:
-            if (other := actual.get(layer.name)) == layer:
-                others = [name for name in owners[id(layers[layer.name].weight)] if name != layer.name]
-                if others:
-                    wrong.append(f"{place}: {layer.name} is one weight with {others[0]}")
-                continue
-            found = type(modules[layer.name]).__name__ if layer.name in modules else "nothing"
-            found = f"a linear layer {_size(other)}" if other else found
-            wrong.append(f"{place}: {layer.name} {_size(layer)} is {found} in {model_type}")
-    if wrong:
-        more = [f"… and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        head = "sqft works on linear layers inside one decoder block each; exclude what this recipe names besides:"
-        raise StageError("\n  ".join([head, *wrong[:SHOWN], *more]))
+    if plan.source.kind != "gguf":  # a GGUF file would have to be read completely for its tokenizer
+        check_vocabulary(model, load_tokenizer(plan.model_spec), plan.source.path)
+    layers = _named_layers(plan)
+    _check_experts(plan, model, layers)
+    _check_layers(model, layers)
     if plan.recipe.finetune:
-        _check_peft(plan, model, [layer.name for layer in wanted["finetune.targets"]])
-    if walked := _walked(plan):
-        check_walk(model, {layer.name: place for place in walked for layer in wanted[place]})
+        _check_peft(plan, model, [layer.name for layer in layers["finetune.targets"]])
+    if calibrated := _calibrated_places(plan):
+        check_walk(model, {layer.name: place for place in calibrated for layer in layers[place]})
+
+
+def _named_layers(plan: Plan) -> Layers:
+    """Return the layers that each section of the recipe names, as the headers have them."""
+    recipe = plan.recipe
+    patterns: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    if recipe.sparsify:
+        patterns["sparsify.include"] = recipe.sparsify.include, recipe.sparsify.exclude
+    if recipe.quantize:
+        patterns["quantize.include"] = recipe.quantize.include, recipe.quantize.exclude
+    if recipe.finetune:
+        patterns["finetune.targets"] = recipe.finetune.targets, ()
+    return {
+        place: [layer for layer in plan.source.linears if selected(layer.name, include, exclude)]
+        for place, (include, exclude) in patterns.items()
+    }
+
+
+def _check_layers(model: PreTrainedModel, layers: Layers) -> None:
+    """Check that the named layers are linear layers inside decoder blocks, each with a weight of its own.
+
+    Raises:
+        StageError: naming the first few that are not.
+    """
+    problems = [f"{place}: {problem}" for place, named in layers.items() for problem in _problems(model, named)]
+    if problems:
+        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        head = "sqft works on linear layers inside one decoder block each; exclude what this recipe names besides:"
+        raise StageError("\n  ".join([head, *problems[:SHOWN], *more]))
+
+
+def _problems(model: PreTrainedModel, named: Sequence[LinearShape]) -> Iterator[str]:
+    """Describe each layer that is no linear layer of the model, has another shape, or shares its weight."""
+    actual, modules = linears(model), dict(model.named_modules())
+    sharing: dict[int, list[str]] = {}
+    for name, linear in actual.items():
+        sharing.setdefault(id(linear.weight), []).append(name)
+    for layer in named:
+        if layer.name in actual:
+            shape = shape_of(layer.name, actual[layer.name])
+            if shape == layer:
+                if others := [name for name in sharing[id(actual[layer.name].weight)] if name != layer.name]:
+                    yield f"{layer.name} is one weight with {others[0]}"
+                continue
+            what = f"is a linear layer {_size(shape)}"
+        elif layer.name in modules:
+            what = f"is {type(modules[layer.name]).__name__}"
+        else:
+            what = "does not exist"
+        yield f"{layer.name} {_size(layer)} {what} in {type(model).__name__}"
 
 
 def _check_peft(plan: Plan, model: PreTrainedModel, targets: list[str]) -> None:
-    """What an adapter beside its base does here, stock PEFT does with it too."""
+    """Check that stock PEFT can apply an adapter that stays beside its base.
+
+    Raises:
+        StageError: when it cannot.
+    """
     merger = plan.step("finetune").component(Merger)
     if merger.merges:
         return
     from peft import LoraConfig, get_peft_model
 
-    if passed := uncalled(model, targets):
+    if missed := uncalled(model, targets):
         raise StageError(
-            f"finetune.targets: {type(model).__name__} does not call {passed[0]}, and PEFT, for which '{merger.name}' "
+            f"finetune.targets: {type(model).__name__} does not call {missed[0]}, and PEFT, for which '{merger.name}' "
             "writes its adapter, changes what is called; leave it out, or use a merger that merges"
         )
     try:
@@ -98,31 +126,36 @@ def _check_peft(plan: Plan, model: PreTrainedModel, targets: list[str]) -> None:
         ) from error
 
 
-def _walked(plan: Plan) -> list[str]:
-    """The places in the recipe that name layers which calibration must see."""
+def _calibrated_places(plan: Plan) -> list[str]:
+    """Return the places in the recipe whose layers calibration must reach, because a component needs statistics."""
     needs: dict[str, frozenset[Statistic]] = {}
     for step in plan.steps:
-        for part in step.components.values():
-            if isinstance(part.component, Scorer | Allocator | Quantizer):
+        for resolved in step.components.values():
+            if isinstance(resolved.component, Scorer | Allocator | Quantizer):
                 place = f"{step.stage}.include"
-                needs[place] = needs.get(place, frozenset()) | part.component.needs
-    return [place for place, found in needs.items() if found]
+                needs[place] = needs.get(place, frozenset()) | resolved.component.needs
+    return [place for place, statistics in needs.items() if statistics]
 
 
-def _check_mixtures(plan: Plan, model: nn.Module, wanted: Mapping[str, Sequence[LinearShape]]) -> None:
-    """Say what stays dense, and refuse what no checkpoint could hold."""
-    for name, weights in fused_experts(model).items() if wanted else ():
+def _check_experts(plan: Plan, model: nn.Module, layers: Layers) -> None:
+    """Log which mixtures of experts stay as they are, and check that checkpoints can hold what the recipe makes of the
+    others.
+
+    Raises:
+        StageError: when stock PEFT cannot name an adapted expert, or sqft cannot write an expert's codes.
+    """
+    for name, weights in fused_experts(model).items() if layers else ():
         log.warning("%s stays as it is: its experts (%d weights) cannot be taken apart", name, weights)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
-    adapted = [x for x in wanted.get("finetune.targets", ()) if x.name.rpartition(".")[0] in experts]
+    adapted = [layer for layer in layers.get("finetune.targets", ()) if layer.name.rpartition(".")[0] in experts]
     merger = plan.step("finetune").component(Merger) if plan.recipe.finetune else None
     if adapted and merger and not merger.merges:
         raise StageError(
             f"finetune.targets names {adapted[0].name}, and stock PEFT, for which '{merger.name}' writes its adapter, "
-            "knows no single expert; use a merger that merges, or targets outside the experts (full names with *)"
+            "cannot adapt a single expert; use a merger that merges, or targets outside the experts (full names with *)"
         )
-    renamed = [x for x in plan.source.linears if x.name.rpartition(".")[0] in experts]
-    if plan.recipe.quantize and any(f"{x.name}.weight" not in plan.source.shapes for x in renamed):
+    of_experts = [layer for layer in plan.source.linears if layer.name.rpartition(".")[0] in experts]
+    if plan.recipe.quantize and any(f"{layer.name}.weight" not in plan.source.shapes for layer in of_experts):
         raise StageError(
             f"quantize: checkpoints of {type(model).__name__} hold their experts under other names, and sqft cannot "
             "write codes for it yet; remove quantize"

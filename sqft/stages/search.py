@@ -1,17 +1,20 @@
-"""Choose a sub-adapter. Every answer is remembered on disk, so a killed search asks and pays once."""
+"""Choose a sub-adapter. Every evaluation is stored on disk, so that a search that was killed does not repeat it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import cast
 
 from safetensors.torch import load_file
 
 from sqft.components import checks
-from sqft.components.kinds import Searcher
+from sqft.components.kinds import Adapter, Searcher
 from sqft.data.encoding import Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
@@ -20,125 +23,149 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import adapter_tensors, read_ranks, store_adapter, store_ranks
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import load_adapted_model
-from sqft.stages.inputs import Report, StageInputs
-from sqft.types import RankConfig
+from sqft.stages.adapted import load_adapted_model, load_deltas
+from sqft.stages.inputs import Report, StageInputs, section_of
+from sqft.types import RankConfig, SearchSpace
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
+
+TRIALS = "trials.jsonl"
+"""File of the evaluations of a search, a JSON object a line: ranks, number of samples, value."""
 
 
 class SearchStage:
     """The stage `search`."""
 
     def __init__(self, inputs: StageInputs) -> None:
-        self.inputs = inputs
+        self.inputs, self.section = inputs, inputs.section(Search)
+        self.searcher, self.label = inputs.step.component(Searcher), inputs.step.label(Searcher)
+
+    @cached_property
+    def adapted(self) -> AdaptedModel:
+        """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter."""
+        inputs = self.inputs
+        return load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
 
     def run(self) -> Report:
-        return _run(self.inputs)
+        """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
+        adapted, inputs = self.adapted, self.inputs
+        evaluate = CachedEvaluator(inputs.scratch / TRIALS, adapted.space, self._records(), self._measure, self.label)
+        config = self.searcher.search(adapted.space, evaluate, Random(inputs.seed_for("search")))
+        checks.check_choice(self.label, adapted.space, config)
+        store_ranks(config, inputs.scratch)
+        base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
+        store_adapter(adapted, config, base, inputs.scratch / "adapter")
+        ranks = adapted.space.ranks_by_linear(config)
+        return {
+            "searcher": self.searcher.name,
+            "trials": len(evaluate.known),
+            "value": evaluate.best(config),
+            "mean_rank": sum(ranks.values()) / len(ranks),
+            "trainable": adapted.parameter_count(config),
+        }
 
     def verify(self) -> None:
-        _verify(self.inputs)
+        """Check that the stored configuration lies in the space, and that the stored factors are slices of those that
+        the finetune artifact holds."""
+        finetune = self.inputs.plan.step("finetune")
+        load_deltas(self.adapted, self.inputs.folders["finetune"], finetune.label(Adapter))
+        config = read_ranks(self.inputs.scratch)
+        checks.check_choice(self.label, self.adapted.space, config)
+        (file,) = (self.inputs.scratch / "adapter").glob("*.safetensors")
+        stored = load_file(file)
+        for key, tensor in adapter_tensors(self.adapted, config).items():
+            if key not in stored or not stored[key].equal(tensor.cpu()):
+                raise ArtifactError(f"search: {key} as stored is not the trained one")
 
+    def _records(self) -> list[Record]:
+        """Return the records to evaluate on, in one seeded order; none for a searcher that does not evaluate."""
+        if not self.searcher.evaluates:
+            return []
+        data = self.inputs.data
+        records = data.records("data", self.section.data) if self.section.data else data.training_records()[1]
+        Random(self.inputs.seed_for("proxy")).shuffle(records)
+        return records
 
-def _run(inputs: StageInputs) -> Report:
-    """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
-    searcher, label = inputs.component(Searcher), inputs.label(Searcher)
-    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
-    evaluate = CachedEvaluator(inputs, adapted)
-    choice = searcher.search(adapted.space, evaluate, Random(inputs.seed_for("search")))
-    checks.check_choice(label, adapted.space, choice)
-    store_ranks(choice, inputs.scratch)
-    base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
-    store_adapter(adapted, choice, base, inputs.scratch / "adapter")
-    ranks = adapted.space.ranks_by_linear(choice)
-    return {
-        "searcher": searcher.name,
-        "trials": len(evaluate.known),
-        "value": evaluate.best(choice),
-        "mean_rank": sum(ranks.values()) / len(ranks),
-        "trainable": adapted.parameter_count(choice),
-    }
-
-
-def _verify(inputs: StageInputs) -> None:
-    """The stored choice lies in the space, and the stored factors are the trained ones, sliced."""
-    adapted = load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], "cpu")
-    choice = read_ranks(inputs.scratch)
-    checks.check_choice(inputs.label(Searcher), adapted.space, choice)
-    (file,) = (inputs.scratch / "adapter").glob("*.safetensors")
-    stored = load_file(file)
-    for key, tensor in adapter_tensors(adapted, choice).items():
-        if key not in stored or not stored[key].equal(tensor):
-            raise ArtifactError(f"search: {key} as stored is not the trained one")
-
-
-class CachedEvaluator:
-    """`Evaluate` over a validation set in one seeded order, each trial written down before it is answered."""
-
-    def __init__(self, inputs: StageInputs, adapted: AdaptedModel) -> None:
-        self.inputs, self.adapted = inputs, adapted
-        self.section = inputs.section(Search)
-        self.file = inputs.scratch / "trials.jsonl"
-        self.known: dict[tuple[RankConfig, int], float] = {}
-        self.records: list[Record] = []
-        if inputs.component(Searcher).evaluates:
-            given = self.section.data
-            self.records = inputs.data.records("data", given) if given else inputs.data.training_records()[1]
-            Random(inputs.seed_for("proxy")).shuffle(self.records)
-        self._recall()
-
-    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
-        searcher = self.inputs.label(Searcher)
-        checks.check_choice(searcher, self.adapted.space, choice)
-        if samples is not None and (type(samples) is not int or samples < 1):
-            raise ContractError(
-                f"{searcher} asked for an evaluation on {samples!r} samples, expected 1 or more, or None"
-            )
-        if not self.records:
-            raise StageError(f"{searcher} asked for an evaluation, but search.data is not given")
-        count = min(samples or len(self.records), len(self.records))
-        key = (choice, count)
-        if key not in self.known:
-            value = self._measure(choice, self.records[:count])
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"ranks": choice.ranks, "samples": count, "value": value}) + "\n")
-            self.known[key] = value
-            log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
-        return self.known[key]
-
-    def best(self, choice: RankConfig) -> float | None:
-        """The chosen configuration's value on the most samples it was tried on."""
-        values = {count: value for (tried, count), value in self.known.items() if tried == choice}
-        return values[max(values)] if values else None
-
-    def _measure(self, choice: RankConfig, records: list[Record]) -> float:
-        self.adapted.set_ranks(choice)
+    def _measure(self, config: RankConfig, records: Sequence[Record]) -> float:
+        """Evaluate the metric of one rank configuration; higher is better."""
         section, model, tokenizer = self.section, self.adapted.model, self.adapted.tokenizer
-        with cached_effective_weights(self.adapted.model):
+        self.adapted.set_ranks(config)
+        with cached_effective_weights(model):
             if section.metric == "exact_match":
                 result = exact_match(
                     model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent
                 )
                 value = float(result["accuracy"])
             else:
-                tuning = cast(Finetune, self.inputs.plan.step("finetune").section)
-                encoded = Tokenization(tokenizer, tuning.max_length, tuning.loss_on).encode(records)
+                finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
+                examples = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(records).examples
                 pad = cast(int, tokenizer.pad_token_id)
-                value = -mean_loss(model, encoded.examples, section.batch_size, pad, silent)
+                value = -mean_loss(model, examples, section.batch_size, pad, silent)
         if not math.isfinite(value):
-            raise StageError(f"the {section.metric} of ranks {choice.ranks} is not finite")
+            raise StageError(f"the {section.metric} of ranks {config.ranks} is not finite")
         return value
 
-    def _recall(self) -> None:
-        """Read an earlier try's trials; a last line that a kill cut short is dropped."""
-        if not self.file.is_file():
-            return
+
+class CachedEvaluator:
+    """`sqft.types.Evaluate` on the first records of a validation set; each value is written to disk before it is
+    returned, and is taken from there when it is asked for again, by a later run too.
+
+    Args:
+        file: where values are stored, and read from when an earlier run left some.
+        space: the rank configurations that may be asked for.
+        records: the validation set, in a fixed order.
+        measure: evaluates a configuration on some records.
+        label: the searcher, as error messages name it.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        space: SearchSpace,
+        records: Sequence[Record],
+        measure: Callable[[RankConfig, Sequence[Record]], float],
+        label: str,
+    ) -> None:
+        self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
+        self.known: dict[tuple[RankConfig, int], float] = {}
+        if file.is_file():
+            self._resume()
+
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        checks.check_choice(self.label, self.space, choice)
+        if samples is not None and (type(samples) is not int or samples < 1):
+            raise ContractError(
+                f"{self.label} asked for an evaluation on {samples!r} samples, expected 1 or more, or None"
+            )
+        if not self.records:
+            raise StageError(f"{self.label} asked for an evaluation, but search.data is not given")
+        count = min(samples or len(self.records), len(self.records))
+        key = (choice, count)
+        if key not in self.known:
+            value = self.measure(choice, self.records[:count])
+            with self.file.open("a") as stream:
+                stream.write(_line(choice, count, value))
+            self.known[key] = value
+            log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
+        return self.known[key]
+
+    def best(self, config: RankConfig) -> float | None:
+        """Return a configuration's value on the most samples it was evaluated on; None when it never was."""
+        values = {samples: value for (tried, samples), value in self.known.items() if tried == config}
+        return values[max(values)] if values else None
+
+    def _resume(self) -> None:
+        """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""
         for line in self.file.read_text().splitlines():
             try:
                 trial = json.loads(line)
                 self.known[RankConfig(tuple(trial["ranks"])), trial["samples"]] = trial["value"]
             except (ValueError, KeyError, TypeError):
                 break
-        lines = [json.dumps({"ranks": c.ranks, "samples": n, "value": v}) + "\n" for (c, n), v in self.known.items()]
+        lines = [_line(config, samples, value) for (config, samples), value in self.known.items()]
         self.file.write_text("".join(lines))
+
+
+def _line(config: RankConfig, samples: int, value: float) -> str:
+    return json.dumps({"ranks": config.ranks, "samples": samples, "value": value}) + "\n"

@@ -1,4 +1,4 @@
-"""The recipe's words for training as transformers' own."""
+"""The recipe's `finetune` section as arguments of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 from sqft.recipe.sections import Finetune
 
 
-def arguments(section: Finetune, checkpoints: Path, seed: int, device: str) -> TrainingArguments:
-    """The recipe's words as transformers' own."""
+def training_arguments(section: Finetune, checkpoints: Path, seed: int, device: str) -> TrainingArguments:
+    """Translate a `finetune` section; checkpoints go to the folder `checkpoints`."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=section.epochs,
@@ -41,7 +41,7 @@ def arguments(section: Finetune, checkpoints: Path, seed: int, device: str) -> T
         disable_tqdm=True,
         save_strategy="steps",
         save_steps=section.save_every,
-        save_total_limit=2,  # the newest may be cut off while it is written; the one before it is whole
+        save_total_limit=2,  # the newest may be cut short while it is written; the one before it is complete
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,  # a slice's rest gets a gradient of 0, not none
+        ddp_find_unused_parameters=False,  # the part of a delta beyond the rank in use has a gradient of 0, not none
     )

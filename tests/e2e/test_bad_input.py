@@ -313,7 +313,7 @@ THE_MODEL: list[tuple[str, Change, str]] = [
     ("a config in UTF-16", model_file("config.json", lambda b: b.decode().encode("utf-16")), "config.json is not valid JSON"),
     ("an unknown family", settings("config.json", model_type="llamma", architectures=None), "transformers cannot make a causal language model of"),
     ("no family", settings("config.json", model_type=DELETE, architectures=None), "transformers cannot make a causal language model of"),
-    ("a family without decoder blocks", all_of(FAST, settings("config.json", model_type="bert", architectures=None)), "sparsify.include: model.layers.0.mlp.down_proj [32, 64] is nothing in BertLMHeadModel"),
+    ("a family without decoder blocks", all_of(FAST, settings("config.json", model_type="bert", architectures=None)), "sparsify.include: model.layers.0.mlp.down_proj [32, 64] does not exist in BertLMHeadModel"),
     ("heads that do not divide", settings("config.json", num_attention_heads=5), "transformers cannot make a causal language model of|attention heads (5)"),
     ("more layers than weights", all_of(FAST, settings("config.json", num_hidden_layers=3)), "lacks model.layers.2.|which LlamaForCausalLM has by config.json; copy it again"),
     ("sizes that disagree", all_of(FAST, settings("config.json", intermediate_size=48)), "sparsify.include: model.layers.0.mlp.down_proj [32, 64] is a linear layer [32, 48] in"),

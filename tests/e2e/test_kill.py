@@ -26,11 +26,11 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if where == "step":
-    original = finetune._RankSampler.on_step_begin
+    original = finetune.RankSampler.on_step_begin
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == at: die()
         original(self, args, state, control, **kwargs)
-    finetune._RankSampler.on_step_begin = on_step_begin
+    finetune.RankSampler.on_step_begin = on_step_begin
 elif where == "checkpoint":  # written, but not sealed, and one file cut short as a full page cache would leave it
     def seal(folder):
         if folder.name == f"checkpoint-{at}":
@@ -43,11 +43,12 @@ elif where == "checkpoint":  # written, but not sealed, and one file cut short a
 elif where == "proof":  # trained to the end, not yet an artifact
     finetune.FinetuneStage.verify = lambda self: die()
 elif where == "trial":
-    original = search.CachedEvaluator._measure
-    def measure(self, choice, records):
-        if len(self.known) == at: die()
-        return original(self, choice, records)
-    search.CachedEvaluator._measure = measure
+    original, done = search.SearchStage._measure, []
+    def measure(self, config, records):
+        if len(done) == at: die()
+        done.append(config)
+        return original(self, config, records)
+    search.SearchStage._measure = measure
 orchestrator = Orchestrator(Registry.discover(), sys.argv[2])
 orchestrator.run(orchestrator.plan(Recipe.load(sys.argv[1])))
 """

@@ -23,7 +23,7 @@ from sqft.cli import main
 from sqft.errors import StageError
 
 what, rank, at = sys.argv.pop(1).split(":")
-begin = finetune._RankSampler.on_step_begin
+begin = finetune.RankSampler.on_step_begin
 
 def on_step_begin(self, args, state, control, **kwargs):
     begin(self, args, state, control, **kwargs)
@@ -35,7 +35,7 @@ def on_step_begin(self, args, state, control, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
         raise StageError("made to fail")
 
-finetune._RankSampler.on_step_begin = on_step_begin
+finetune.RankSampler.on_step_begin = on_step_begin
 main()
 """
 

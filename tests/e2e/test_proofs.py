@@ -97,7 +97,7 @@ def spoil(patched: pytest.MonkeyPatch, stage: Any, change: Callable[[Tensor], Te
             checkpoint.save_quantized(*args)
 
     patched.setattr(stage, "save_quantized", save_spoilt)
-    patched.setattr(merge, "_logits_apart", lambda *_: 0.0)
+    patched.setattr(merge, "logits_difference", lambda *_: 0.0)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_logits_that_are_no_numbers_prove_nothing(
         add(model, ours)
         return model, tokenizer
 
-    apart = merge._logits_apart
+    difference = merge.logits_difference
 
-    def compared(context: Any, adapted: Any) -> float:
-        add(adapted.model, theirs)
-        return apart(context, adapted)
+    def compared(merged: Any, trained: Any, examples: Any) -> float:
+        add(trained, theirs)
+        return difference(merged, trained, examples)
 
     monkeypatch.setattr(merge, "load_model", opened)
-    monkeypatch.setattr(merge, "_logits_apart", compared)
-    with pytest.raises(ArtifactError, match="merge: the logits of the merged model, or of the model that trained"):
+    monkeypatch.setattr(merge, "logits_difference", compared)
+    with pytest.raises(ArtifactError, match="merge: the logits of the merged model, or of the model that was trained"):
         run(biased, registry, tmp_path / "store")

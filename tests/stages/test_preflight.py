@@ -31,7 +31,7 @@ def test_a_model_of_other_layers_is_refused_before_its_weights_are_read(
     weights.write_bytes(weights.read_bytes()[:2000])  # the plan has read its header; nobody may want more
     with pytest.raises(StageError) as caught:
         orchestrator.run(plan)
-    assert "sparsify.include: model.layers.0.odd.layer [4, 32] is nothing in LlamaForCausalLM" in str(caught.value)
+    assert "sparsify.include: model.layers.0.odd.layer [4, 32] does not exist in LlamaForCausalLM" in str(caught.value)
     assert not list((tmp_path / "store").glob("artifacts/*"))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,16 +170,3 @@ def test_bytes_a_weight() -> None:
     for mask, most in ((None, 0.6), (kept, 0.7)):
         held = PackedWeight(quantized, mask, torch.float32).state_dict().values()
         assert sum(t.nbytes for t in held) / weight.numel() <= most
-
-
-def test_codes_that_come_out_otherwise_are_counted() -> None:
-    """What a merge reports of a device other than the CPU, here of the CPU itself."""
-    from sqft.stages.merge import _unlike
-
-    weight, kept = sparse(16, 64)
-    layer = adapted(FloatWeight(weight, True, round_to_nearest(weight, kept, 4, 32, True, False).grid), QASparsePEFT())
-    codes = layer.codes()
-    merged = SimpleNamespace(merged={"l": layer})
-    assert _unlike(merged, {"l": codes}, "cpu") == 0  # type: ignore[arg-type]
-    codes.codes[3, 5:8] ^= 1
-    assert _unlike(merged, {"l": codes}, "cpu") == 3  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import DeviceError
 from sqft.modeling.training.trainer import EarlyStopping
 from sqft.recipe.sections import Finetune
-from sqft.stages.finetune import _RankSampler
-from sqft.stages.training_arguments import arguments
+from sqft.stages.finetune import RankSampler
+from sqft.stages.training_arguments import training_arguments
 from sqft.utils.distributed import Processes
 
 
@@ -49,7 +49,7 @@ SCHEDULES = Finetune.model_fields["schedule"].annotation.__args__  # type: ignor
 def test_schedules_need_nothing_else(schedule: str, tmp_path: Path) -> None:
     from transformers import get_scheduler
 
-    made = arguments(section(schedule=schedule, warmup_ratio=0.1), tmp_path, 0, "cpu")
+    made = training_arguments(section(schedule=schedule, warmup_ratio=0.1), tmp_path, 0, "cpu")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
     scheduler = get_scheduler(
         made.lr_scheduler_type, optimizer, num_warmup_steps=made.get_warmup_steps(50), num_training_steps=50
@@ -66,7 +66,7 @@ def test_schedules_need_nothing_else(schedule: str, tmp_path: Path) -> None:
 
 def test_words_are_passed_on(tmp_path: Path) -> None:
     words = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.1, "warmup_steps": 7}
-    made = arguments(section(**words), tmp_path, 3, "cpu")
+    made = training_arguments(section(**words), tmp_path, 3, "cpu")
     assert {name: getattr(made, name) for name in words} == words
     assert (made.seed, made.data_seed, made.report_to, made.eval_strategy) == (3, 3, [], "no")
 
@@ -168,13 +168,13 @@ def test_ranks_are_a_function_of_seed_and_step_alone(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[tuple[int, Any]]] = []
-    begin = _RankSampler.on_step_begin
+    begin = RankSampler.on_step_begin
 
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin(self, args, state, control, **kwargs)
         seen[-1].append((state.global_step, [layer.rank for layer in self.adapted.layers.values()]))
 
-    monkeypatch.setattr(_RankSampler, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(RankSampler, "on_step_begin", on_step_begin)
     for batch in (4, 8):
         torch.manual_seed(batch)
         seen.append([])

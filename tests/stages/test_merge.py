@@ -1,0 +1,127 @@
+"""What a merge computes, and how it compares the merged model with the one that was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sqft_gptq.solver import round_to_nearest
+from sqft_nls.adapter import Nls
+from sqft_sparsepeft import QASparsePEFT, SparsePEFT
+from torch import Tensor, nn
+
+from sqft.api import LinearShape, Merger
+from sqft.data.encoding import Example
+from sqft.errors import ArtifactError
+from sqft.kernels.grids import dequantize, quantize, same
+from sqft.modeling.adapters.adapted_linear import MergedLinear, adapt
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedWeight
+from sqft.stages.merge import (
+    codes_before_training,
+    count_codes_unlike,
+    effective_weights,
+    kept_by_base,
+    logits_difference,
+)
+
+EXAMPLES = [Example((1, 2, 3), (1, 2, 3)), Example((4, 5), (4, 5))]
+
+
+def sparse(out: int = 16, inputs: int = 64) -> tuple[Tensor, Tensor]:
+    """A weight with zeros, and what is kept."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(out, inputs, generator=generator) < 0.5
+    return torch.randn(out, inputs, generator=generator) * kept, kept
+
+
+def adapted(base: FrozenWeight, merger: Merger) -> Any:
+    """A model of one adapted layer, of which a merge needs no more."""
+    shape = LinearShape("l", base.out_features, base.in_features)
+    delta = Nls(ranks=(3,), alpha=6.0).delta(shape, torch.Generator().manual_seed(1))
+    assert isinstance(delta, nn.Module)
+    delta.B.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.3)  # type: ignore[union-attr, operator]
+    layer = adapt(base, None, delta, merger)
+    assert isinstance(layer, MergedLinear)
+    return SimpleNamespace(merged={"l": layer}, layers={"l": layer})
+
+
+def test_floats_have_an_effective_weight_and_no_codes() -> None:
+    weight, kept = sparse()
+    model = adapted(FloatWeight(weight, True), SparsePEFT())
+    effective, codes = effective_weights(model)
+    assert codes == {} and effective["l"].equal(model.merged["l"].effective())
+    assert not effective["l"][~kept].any() and not effective["l"].equal(weight)
+
+
+def test_on_a_grid_the_effective_weight_is_what_its_codes_stand_for() -> None:
+    weight, kept = sparse()
+    grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
+    model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
+    effective, codes = effective_weights(model)
+    assert effective["l"].equal(dequantize(codes["l"])) and effective["l"].equal(model.merged["l"].effective())
+
+
+def test_codes_before_training() -> None:
+    """Of floats, rounded on their grid; of codes, themselves."""
+    weight, kept = sparse()
+    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
+    started = codes_before_training(FloatWeight(weight, True, quantized.grid))
+    assert started.codes.equal(quantize(weight, quantized.grid))
+    assert same(codes_before_training(PackedWeight(quantized, None, torch.float32)), quantized)
+
+
+def test_what_a_base_keeps() -> None:
+    """A kept weight may be rounded to zero: codes without a mask keep everything."""
+    weight, kept = sparse()
+    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
+    assert kept_by_base(FloatWeight(weight, True)).equal(kept)
+    assert kept_by_base(FloatWeight(weight, False)).equal(kept)
+    assert kept_by_base(PackedWeight(quantized, kept, torch.float32)).equal(kept)
+    assert kept_by_base(PackedWeight(quantized, None, torch.float32)).all()
+
+
+def test_codes_that_come_out_otherwise_are_counted() -> None:
+    """What a merge reports of a device other than the CPU, here of the CPU itself."""
+    weight, kept = sparse()
+    grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
+    model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
+    codes = model.merged["l"].codes()
+    assert count_codes_unlike(model, {"l": codes}, "cpu") == 0
+    codes.codes[3, 5:8] ^= 1
+    assert count_codes_unlike(model, {"l": codes}, "cpu") == 3
+
+
+def giving(values: Sequence[float]) -> Any:
+    """A model whose logits are these values, one call after the other."""
+    left = iter(values)
+
+    def forward(input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.full((1, input_ids.shape[1], 4), next(left)))
+
+    return forward
+
+
+def test_the_largest_difference_of_logits() -> None:
+    assert logits_difference(giving([1.0, 2.0]), giving([1.0, 2.0]), EXAMPLES) == 0
+    assert logits_difference(giving([1.0, 2.0]), giving([1.0, 2.015625]), EXAMPLES) == 0.015625
+
+
+def test_logits_further_apart_than_rounding_explains() -> None:
+    with pytest.raises(ArtifactError, match=r"merge: logits of the merged model are 0\.125 off those of the model"):
+        logits_difference(giving([1.0, 2.0]), giving([1.0, 2.125]), EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(0.0, math.nan), (math.nan, 0.0), (math.nan, math.nan), (math.inf, 0.0), (math.inf, math.inf)]
+)
+def test_logits_that_are_not_finite(theirs: float, ours: float) -> None:
+    """Of the merged model or of the one that was trained, or of both alike; in any example."""
+    for place in range(2):
+        merged, trained = [0.0, 0.0], [0.0, 0.0]
+        merged[place], trained[place] = ours, theirs
+        with pytest.raises(ArtifactError, match="of the model that was trained, are not finite"):
+            logits_difference(giving(merged), giving(trained), EXAMPLES)
