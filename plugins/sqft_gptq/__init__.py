@@ -1,5 +1,5 @@
-"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter for their codes. A
-scorer that compensates for the weights it prunes, with the same Hessian."""
+"""Quantizers: GPTQ that keeps pruned weights at zero (paper §2.1), and round to nearest. An exporter for their
+codes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from sqft.api import (
     ModelReader,
     Quantized,
     Quantizer,
-    Scorer,
-    Select,
     ShardSize,
     StageError,
-    Statistic,
     float_layers,
     gptq_config,
     gptq_incompatibility,
@@ -50,6 +47,11 @@ class _OnGrid(Quantizer):
     def incompatibility(self, linear: LinearShape) -> str | None:
         return gptq_incompatibility(linear, self.bits, self.group_size)
 
+    def _round(self, weight: Tensor, mask: Tensor | None) -> Quantized:
+        from sqft_gptq.solver import round_to_nearest
+
+        return round_to_nearest(weight, mask, self.bits, self.group_size, self.symmetric, self.clip)
+
 
 class Rtn(_OnGrid):
     """Round each weight to the nearest value of its group's grid, without using any data."""
@@ -58,9 +60,7 @@ class Rtn(_OnGrid):
     needs = frozenset()
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
-        from sqft_gptq.solver import round_to_nearest
-
-        return round_to_nearest(weight, mask, self.bits, self.group_size, self.symmetric, self.clip)
+        return self._round(weight, mask)
 
 
 class Gptq(_OnGrid):
@@ -78,22 +78,28 @@ class Gptq(_OnGrid):
     )
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
-        from sqft_gptq.solver import gptq
+        from sqft.kernels.hessian import inverse_factor
+        from sqft_gptq.solver import GroupOrder, gptq
 
-        if stats.hessian is None or not stats.hessian.isfinite().all():
+        H = stats.hessian
+        if H is None or not H.isfinite().all():
             raise StageError("gptq needs a finite Hessian; use float32, or other calibration text")
+        size = weight.shape[1] if self.group_size == -1 else self.group_size
+        grid = self._round(weight, mask).grid if self.static_groups else None
+        turns = GroupOrder.of(H.diagonal(), size, self.act_order, self.reorder_groups, grid)
+        try:
+            U = inverse_factor(H[turns.order][:, turns.order], self.damp)
+        except ValueError as error:
+            raise StageError(str(error)) from error
         return gptq(
             weight,
-            stats.hessian,
+            U,
             mask,
+            turns,
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
             clip=self.clip,
-            damp=self.damp,
-            act_order=self.act_order,
-            static_groups=self.static_groups,
-            reorder_groups=self.reorder_groups,
         )
 
 
@@ -114,27 +120,6 @@ class GptqCheckpoint(Exporter):
         grids = {layer: model.codes(layer).grid for layer in model.quantized()}
         write_gptq_config(folder, gptq_config(grids, float_layers(model)))
         write_shards(parameters(model, to_gptq), folder, self.max_shard_size)
-
-
-class SparseGpt(Scorer):
-    """SparseGPT (Frantar and Alistarh, ICML 2023): the kept weights compensate for the pruned ones."""
-
-    name = "sparsegpt"
-    needs = frozenset({Statistic.HESSIAN})
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
-    block: int = Field(128, ge=1, description="number of inputs that are pruned together; with N:M, a multiple of M")
-
-    def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
-        from sqft_gptq.pruner import sparsegpt
-
-        if stats.hessian is None or not stats.hessian.isfinite().all():
-            raise StageError("sparsegpt needs a finite Hessian; use float32, or other calibration text")
-        return sparsegpt(weight, stats.hessian, select, damp=self.damp, block=self.block)
-
-
-@hookimpl
-def sqft_scorers() -> Iterator[type[Scorer]]:
-    yield SparseGpt
 
 
 @hookimpl

@@ -2,74 +2,118 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from sqft.api import Grid, Quantized, StageError
+from sqft.api import Grid, Quantized
 from sqft.kernels.grids import fit_grid, quantize, quantize_to_codes
 
 BLOCK = 128
 """Columns between lazy updates of the rest. Every group size divides it, except -1 (the row), which is fitted first."""
-TRIES = 6
+
+
+@dataclass(frozen=True)
+class GroupOrder:
+    """The order in which GPTQ takes the inputs, and the group of each."""
+
+    order: Tensor  # [in]: the input that is taken at each turn
+    size: int  # inputs in a group
+    contiguous: bool  # whether the inputs of a group lie beside one another in the weight
+    static_grid: Grid | None  # grids that were fitted before; None: a group's is fitted when its first turn comes
+
+    @classmethod
+    def of(
+        cls, diagonal: Tensor, size: int, act_order: bool, reorder_groups: bool, static_grid: Grid | None
+    ) -> GroupOrder:
+        """Order the inputs by the Hessian's diagonal [in].
+
+        Args:
+            diagonal: the sum of x² over tokens, for each input [in].
+            size: inputs in a group.
+            act_order: the largest inputs first, whatever group they are in.
+            reorder_groups: without `act_order`, whole groups in the order of `by_groups`.
+            static_grid: grids of the contiguous groups that were fitted before, if they were.
+        """
+        order = torch.arange(len(diagonal), device=diagonal.device)
+        if act_order:
+            order = diagonal.argsort(descending=True, stable=True)
+        elif reorder_groups:
+            order = by_groups(diagonal, size)
+        return cls(order, size, not act_order, static_grid)
+
+    def groups(self) -> Tensor:
+        """Return the group of each turn [in]: those of static grids by where they lie, others by their turn."""
+        turns = torch.arange(len(self.order), device=self.order.device)
+        return (turns if self.static_grid is None else self.order) // self.size
+
+    def start(self, out: int) -> tuple[Tensor, Tensor]:
+        """Return scales and zero points [out, groups] to begin with."""
+        if self.static_grid is not None:
+            return self.static_grid.scale.float(), self.static_grid.zero
+        count, device = len(self.order) // self.size, self.order.device
+        return torch.zeros(out, count, device=device), torch.zeros(out, count, dtype=torch.int32, device=device)
+
+    def in_input_order(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Quantized:
+        """Return codes [out, in], scales and zero points [out, groups] of all turns in the order of the inputs."""
+        back, index = self.order.argsort(), None
+        if self.static_grid is None and self.contiguous:  # the groups were reordered, but each still has its own inputs
+            turn = (self.order[:: self.size] // self.size).argsort()
+            scale, zero = scale[:, turn], zero[:, turn]
+        elif self.static_grid is None and self.size < len(back):
+            index = self.groups()[back].int()
+        return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
 
 
 def gptq(
-    W: Tensor,  # [out, in]
-    H: Tensor,  # [in, in]: sum of x xᵀ
-    mask: Tensor | None,  # bool [out, in], true where kept
+    W: Tensor,
+    U: Tensor,
+    mask: Tensor | None,
+    turns: GroupOrder,
     *,
     bits: int,
     group_size: int,
     symmetric: bool,
     clip: bool,
-    damp: float,
-    act_order: bool,
-    static_groups: bool,
-    reorder_groups: bool,
 ) -> Quantized:
-    """Codes and grid that make ‖W X − Ŵ X‖² small. A group's grid is fitted when its first column's turn comes.
+    """Return codes and grid that make ‖W X − Ŵ X‖² small.
 
-    Raises:
-        StageError: when the Hessian is not positive definite under any damping tried.
+    Args:
+        W: the weight [out, in], float32.
+        U: `inverse_factor` [in, in] of the sum of x xᵀ, whose rows and columns are in the order of `turns`.
+        mask: bool [out, in], true where a weight is kept.
+        turns: the order of the inputs, and their groups.
+        bits: number of bits of a code.
+        group_size: inputs that share one scale; -1: all inputs of a row.
+        symmetric: whether zero points are the middle code.
+        clip: whether a group's range is searched for the smallest error.
     """
-    out, n = W.shape
-    size = n if group_size == -1 else group_size
+    (out, n), size, top = W.shape, turns.size, 2**bits - 1
     keep = torch.ones_like(W) if mask is None else mask.to(W.dtype)
-    order = torch.arange(n, device=W.device)
-    if act_order:
-        order = H.diagonal().argsort(descending=True, stable=True)
-    elif reorder_groups:
-        order = by_groups(H.diagonal(), size)
-    static = round_to_nearest(W * keep, None, bits, group_size, symmetric, clip).grid if static_groups else None
-    W, keep, U = (W * keep)[:, order], keep[:, order], inverse_factor(H[order][:, order], damp)
-    group = order // size if static else torch.arange(n, device=W.device) // size
-    scale, zero = W.new_zeros(out, n // size), torch.zeros(out, n // size, dtype=torch.int32, device=W.device)
-    if static:
-        scale, zero = static.scale.float(), static.zero
+    W, keep = (W * keep)[:, turns.order], keep[:, turns.order]
+    groups, (scale, zero) = turns.groups().tolist(), turns.start(out)
     codes = torch.empty(out, n, dtype=torch.uint8, device=W.device)
-    groups, top = group.tolist(), 2**bits - 1
-    for start in range(0, n, BLOCK):
-        end = min(start + BLOCK, n)
-        E = torch.empty(out, end - start, device=W.device)
-        for j in range(start, end):
-            g = groups[j]
-            if not static and j % size == 0:
-                scale[:, g], zero[:, g] = fit_grid(W[:, j : j + size], bits, symmetric, clip)
-            q = quantize_to_codes(W[:, j], scale[:, g], zero[:, g], top)
-            codes[:, j] = q.to(torch.uint8)
-            E[:, j - start] = (W[:, j] - scale[:, g] * (q - zero[:, g])) / U[j, j]
-            W[:, j:end] -= E[:, j - start, None] * U[j, j:end] * keep[:, j:end]  # pruned weights do not compensate
-        W[:, end:] -= (E @ U[start:end, end:]) * keep[:, end:]
-    back = order.argsort()
-    if reorder_groups and not (act_order or static):  # the groups were reordered, but each still has its own inputs
-        turn = (order[::size] // size).argsort()
-        scale, zero = scale[:, turn], zero[:, turn]
-    index = group[back].int() if act_order and not static and size < n else None
-    return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
+    for i1 in range(0, n, BLOCK):
+        i2 = min(i1 + BLOCK, n)
+        W1, keep1, U1 = W[:, i1:i2].clone(), keep[:, i1:i2], U[i1:i2, i1:i2]
+        E1 = torch.empty_like(W1)
+        for j in range(i2 - i1):
+            g = groups[i1 + j]
+            if turns.static_grid is None and (i1 + j) % size == 0:
+                group = W1[:, j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
+                scale[:, g], zero[:, g] = fit_grid(group, bits, symmetric, clip)
+            w, s, z = W1[:, j], scale[:, g], zero[:, g]
+            q = quantize_to_codes(w, s, z, top)
+            codes[:, i1 + j] = q.to(torch.uint8)
+            E1[:, j] = (w - s * (q - z)) / U1[j, j]
+            W1[:, j:] -= E1[:, j, None] * U1[j, j:] * keep1[:, j:]  # pruned weights do not compensate
+        W[:, i2:] -= (E1 @ U[i1:i2, i2:]) * keep[:, i2:]
+    return turns.in_input_order(codes, scale, zero, bits, group_size)
 
 
 def by_groups(diagonal: Tensor, size: int) -> Tensor:
-    """An order of the inputs [in]: groups of the largest inputs first, and in a group the largest inputs first.
+    """Return an order of the inputs [in]: groups of the largest inputs first, and in a group the largest inputs first.
 
     Group-aware reordering (Gafni, Karnieli, Hanani, CVPR Workshops 2025, arXiv 2505.14638).
     """
@@ -79,32 +123,10 @@ def by_groups(diagonal: Tensor, size: int) -> Tensor:
     return (first[:, None] * size + inside[first]).flatten()
 
 
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor U of H⁻¹ = Uᵀ U, [in, in], with damping raised tenfold while H is not definite.
-
-    An input that was always zero gets the others' mean on the diagonal: its weights are rounded by themselves.
-    """
-    H = H.clone()
-    diagonal, dead = H.diagonal(), H.diagonal() == 0
-    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
-    for attempt in range(TRIES):
-        damped = H + torch.eye(len(H), device=H.device) * (damp * 10**attempt * diagonal.mean())
-        L, wrong = torch.linalg.cholesky_ex(damped)
-        if not wrong:
-            U: Tensor
-            U, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not wrong and U.isfinite().all():
-                return U
-    raise StageError(
-        f"the Hessian is not positive definite even when damped by up to {damp * 10 ** (TRIES - 1):g} of its diagonal; "
-        "give more calibration text, a larger damp, or float32"
-    )
-
-
 def round_to_nearest(
     W: Tensor, mask: Tensor | None, bits: int, group_size: int, symmetric: bool, clip: bool
 ) -> Quantized:
-    """Each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds."""
+    """Put each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds."""
     W = W if mask is None else W * mask
     groups = W.reshape(len(W), 1 if group_size == -1 else -1, W.shape[1] if group_size == -1 else group_size)
     scale, zero = fit_grid(groups, bits, symmetric, clip)

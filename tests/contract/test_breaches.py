@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sqft_baselines import Magnitude
-from sqft_gptq import Gptq, SparseGpt
+from sqft_gptq import Gptq
 from sqft_hf import HuggingFace
 from sqft_nls.adapter import Lora
 from sqft_nls.delta import LowRankDelta
 from sqft_nls.searchers import Heuristic, HillClimbing
 from sqft_owl import Owl
+from sqft_sparsegpt import SparseGpt
 from sqft_sparsepeft import SparsePEFT
 from sqft_uniform import Uniform
 from sqft_wanda import Wanda

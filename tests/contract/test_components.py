@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from sqft_hf import HuggingFace
 
 from sqft import Registry
-from sqft.components.kinds import KINDS
+from sqft.components.kinds import KINDS, Component
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.testing import check, check_exporter
@@ -23,9 +24,23 @@ def test_ours_keep_the_contract(entry: Any) -> None:
     check(entry.component())
 
 
-def test_nothing_is_missing() -> None:
+def test_every_folder_of_plugins_is_installed() -> None:
+    folders = {folder.name for folder in (Path(__file__).parents[2] / "plugins").glob("sqft_*")}
+    assert {entry.component.__module__.partition(".")[0] for entry in ENTRIES} == folders
     assert {entry.component.kind for entry in ENTRIES} == set(KINDS)
-    assert len(ENTRIES) == 22
+
+
+def test_every_component_that_a_plugin_defines_is_offered() -> None:
+    offered = {entry.component for entry in ENTRIES}
+    packages = {component.__module__.partition(".")[0] for component in offered}
+
+    def named(base: type[Component]) -> Iterator[type[Component]]:
+        for cls in base.__subclasses__():
+            if "name" in vars(cls) and cls.__module__.partition(".")[0] in packages:
+                yield cls
+            yield from named(cls)
+
+    assert set(named(Component)) == offered
 
 
 EXPORTERS = [entry for entry in ENTRIES if entry.component.kind == "exporter"]

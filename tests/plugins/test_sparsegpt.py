@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sqft_gptq import SparseGpt
+from sqft_sparsegpt import SparseGpt
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry

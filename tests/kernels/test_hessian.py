@@ -1,0 +1,48 @@
+"""The inverse factor against float64, and what makes a Hessian hard to invert."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqft.kernels.hessian import inverse_factor
+
+
+def hessian(inputs: int, tokens: int = 200) -> Tensor:
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(inputs))
+    return x.T @ x
+
+
+@pytest.mark.parametrize("inputs", [1, 8, 40])
+def test_it_is_the_factor_of_the_damped_inverse(inputs: int) -> None:
+    H = hessian(inputs)
+    before, U = H.clone(), inverse_factor(H, 0.01)
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(inputs)
+    assert U.equal(U.triu()) and (U.diagonal() > 0).all() and H.equal(before)
+    torch.testing.assert_close((U.T @ U).double(), torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
+
+
+def test_a_dead_input_is_apart_from_all_others() -> None:
+    H = hessian(8)
+    H[3] = H[:, 3] = 0
+    U = inverse_factor(H, 0.01)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert not U[3, 4:].any() and not U[:3, 3].any()
+    torch.testing.assert_close(U[3, 3] ** -2, H.diagonal()[others].mean() + 0.01 * H.diagonal()[others].mean())
+    assert inverse_factor(torch.zeros(4, 4), 0.01).equal(torch.eye(4) / torch.tensor(1.01).sqrt())
+
+
+def test_damping_grows_until_it_helps() -> None:
+    """Two inputs that are always the same, in float32."""
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = x[:, 0]
+    assert inverse_factor(x.T @ x, 1e-8).isfinite().all()
+
+
+def test_nothing_helps() -> None:
+    message = "not positive definite even when damped by up to 1000 of its diagonal"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inverse_factor(-hessian(8), 0.01)
