@@ -1,0 +1,72 @@
+"""Digests of code: what an edit changes, and what has none."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sqft.utils.code_digest import digest_files, package_digest
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "digested_package"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").write_text("a = 1\n")
+    (folder / "inner" / "b.py").write_text("b = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    yield folder
+    sys.modules.pop("digested_package", None)
+
+
+def test_every_file_of_a_package_counts(package: Path) -> None:
+    seen = [package_digest("digested_package")]
+    (package / "inner" / "b.py").write_text("b = 22\n")
+    seen.append(package_digest("digested_package"))
+    (package / "c.py").write_text("")
+    seen.append(package_digest("digested_package"))
+    (package / "c.py").rename(package / "d.py")
+    seen.append(package_digest("digested_package"))
+    assert len(set(seen)) == 4 and all(len(digest) == 64 for digest in seen)
+    (package / "notes.txt").write_text("not code")
+    assert package_digest("digested_package") == seen[-1]
+
+
+def test_an_edit_that_keeps_the_size_counts(package: Path) -> None:
+    before, file = package_digest("digested_package"), package / "__init__.py"
+    time = file.stat().st_mtime_ns
+    file.write_text("a = 2\n")
+    os.utime(file, ns=(time + 1, time + 1))
+    assert package_digest("digested_package") != before
+
+
+def test_a_module_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digested_module.py").write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    before = package_digest("digested_module")
+    (tmp_path / "other.py").write_text("b = 1\n")
+    assert package_digest("digested_module") == before != ""
+
+
+def test_what_has_no_files_has_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "made_in_memory", ModuleType("made_in_memory"))
+    assert package_digest("made_in_memory") == package_digest("no_such_package") == package_digest("sys") == ""
+
+
+def test_names_and_contents_cannot_be_exchanged(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder, names in ((first, ("x", "y")), (second, ("y", "x"))):
+        folder.mkdir()
+        for name, content in zip(names, ("1", "2"), strict=True):
+            (folder / name).write_text(content)
+    files = [sorted(folder.iterdir()) for folder in (first, second)]
+    assert digest_files(files[0], first) != digest_files(files[1], second)
+    assert digest_files(files[0], first) == digest_files(files[0], tmp_path / "a")
