@@ -1,7 +1,7 @@
-"""The failures sqft explains to people.
+"""The errors that sqft explains to its users.
 
-An `SqftError` is something the user can mend: it is printed as one message without a traceback and
-the command exits with status 2. Anything else is a bug of ours and keeps its traceback.
+An `SqftError` is a problem that the user can fix: it is printed as one message without a traceback, and
+the command exits with status 2. Anything else is a bug in sqft and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class SqftError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base class of the others: a problem that the user can fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake and where it stands: `place` is a path in the recipe, a file or a tensor's name."""
+    """One mistake, and where it is: `place` is a path in the recipe, a file or the name of a tensor."""
 
     place: str
     message: str
@@ -27,28 +27,28 @@ class Problem:
 
 
 class RecipeError(SqftError):
-    """Everything that is wrong with a recipe, collected, each with its path in the file."""
+    """All mistakes in a recipe, each with its path in the file."""
 
     def __init__(self, problems: Sequence[Problem], source: str = "recipe", rest: Any = None) -> None:
         self.problems = tuple(problems)
         self.source = source
         self.rest = rest
-        """The recipe without these mistakes, when enough is left of it to look for others."""
+        """The recipe without these mistakes, if enough of it is left to look for others; else None."""
         count = len(self.problems)
         head = f"{source}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
 class PluginError(SqftError):
-    """A plugin is missing, broken, or offered twice; the message names plugin, distribution, version."""
+    """A plugin is missing, broken, installed twice, or raised an exception; the message names plugin and version."""
 
 
 class ContractError(SqftError):
-    """A component returned something its contract forbids; the message names it and the tensor."""
+    """A component returned something that its contract forbids; the message names it and the tensor."""
 
 
 class StageError(SqftError):
-    """A stage could not do its work with what it was given."""
+    """A stage cannot work with its inputs."""
 
 
 class StoreError(SqftError):
@@ -64,8 +64,8 @@ class DeviceError(SqftError):
 
 
 class ArtifactError(SqftError):
-    """An artifact, checkpoint or model folder is missing, damaged, or breaks its promise."""
+    """An artifact, checkpoint or model file is missing, damaged, or not what was promised."""
 
 
 class DataError(SqftError):
-    """A data file cannot be read as what the recipe says it is; the message names file and line."""
+    """A data file is not what the recipe says; the message names file and line."""

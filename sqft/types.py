@@ -1,4 +1,4 @@
-"""Values that pass between the core and components. No torch at import: it appears in annotations only."""
+"""Values that pass between the core and components. No torch at import: it appears only in annotations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Statistic(StrEnum):
-    """What a component may ask the calibration walk to collect for each linear layer."""
+    """Statistics that a component may need from calibration, for each linear layer."""
 
     INPUT_NORM = "input-norm"
     """Sum over tokens of squared inputs, float32 [in]."""
@@ -23,7 +23,7 @@ class Statistic(StrEnum):
 
 
 class BaseKind(StrEnum):
-    """What kind of weight lies under the adapters."""
+    """The kind of weight that lies under the adapters."""
 
     DENSE = "dense"
     SPARSE = "sparse"
@@ -77,9 +77,9 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class LinearStats:
-    """What calibration saw at one linear layer's input. Float32, on the weight's device.
+    """The statistics of one linear layer's inputs, from calibration. Float32, on the weight's device.
 
-    `generator` is seeded from the recipe's seed and the layer's name, for scorers that draw.
+    `generator` is seeded from the recipe's seed and the layer's name, for components that need random numbers.
     """
 
     tokens: int
@@ -87,7 +87,7 @@ class LinearStats:
     hessian: Tensor | None = None  # [in, in]
     generator: Generator | None = None
     unreached: bool = False
-    """True of an expert that no token was routed to: what it saw is every token instead."""
+    """True for an expert to which no token was routed: its statistics are then those of all tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class BaseWeight:
     """The frozen weight under an adapter, or a block of its rows, in float32.
 
     `weight` float32 [rows, in] (the dequantized value on a quantized base), `mask` bool [rows, in],
-    true where the base keeps a weight; None means that it keeps all of them.
+    true where the base keeps a weight. None means that it keeps all of them.
     """
 
     weight: Tensor
@@ -128,7 +128,7 @@ class BaseWeight:
 
 @dataclass(frozen=True, slots=True)
 class RankGroup:
-    """Linear layers that share one rank, and the ranks it may take, largest first."""
+    """Linear layers that share one rank, and the ranks that they may take, largest first."""
 
     name: str
     ranks: tuple[int, ...]
@@ -137,7 +137,7 @@ class RankGroup:
 
 @dataclass(frozen=True, slots=True)
 class RankConfig:
-    """One rank for each group of a search space, in its order. Hashable, so trials are remembered."""
+    """One rank for each group of a search space, in its order. Hashable, so that trials can be remembered."""
 
     ranks: tuple[int, ...]
 
@@ -203,60 +203,60 @@ class DeltaModule(Protocol):
 
 
 class Evaluate(Protocol):
-    """What a searcher asks with: the metric of a configuration, larger is better.
+    """The function that a searcher calls: it returns the metric of a configuration; larger is better.
 
-    `samples` takes the first so many records of the validation set in one seeded order, drawn once
-    for the whole search (Algorithm 1's proxy set D_M); None takes them all. Answers are remembered
-    on disk, so a deterministic searcher that is killed repeats its questions and pays once.
+    `samples` uses this many records of the validation set, the first in one seeded order that is drawn once
+    for the search (Algorithm 1's proxy set D_M); None uses them all. Results are stored on disk. So a
+    deterministic searcher that is killed repeats its calls, and none is evaluated twice.
     """
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float: ...
 
 
 class ModelReader(Protocol):
-    """A finished model as an exporter sees it, one tensor at a time: its weights as floats, and the codes of those
-    that lie on a grid."""
+    """A finished model as an exporter sees it, one tensor at a time: its weights as floats, and the codes of
+    quantized layers."""
 
     @property
     def folder(self) -> Path:
-        """Where it lies; to be left as it is."""
+        """The folder of the model. It must not be changed."""
         ...
 
     def names(self) -> Sequence[str]:
-        """Its parameters as the float model names them: a quantized layer's weight is "{layer}.weight"."""
+        """Return its parameters as the float model names them: a quantized layer's weight is "{layer}.weight"."""
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter; a quantized layer's weight [out, in] is what its codes stand for, in the precision of the
-        weights that are floats."""
+        """Return one parameter. A quantized layer's weight [out, in] has the values that its codes stand for, in the
+        precision of the float weights."""
         ...
 
     def quantized(self) -> Sequence[str]:
-        """The layers on a grid; none of a float model."""
+        """Return the quantized layers; a float model has none."""
         ...
 
     def codes(self, layer: str) -> Quantized:
-        """The codes [out, in] and the grid of one of them."""
+        """Return the codes [out, in] and the grid of a quantized layer."""
         ...
 
     def copy_settings(self, folder: Path) -> None:
-        """Copy all that is no weight: config.json without `quantization_config`, tokenizer, chat template, generation
-        config, custom code, licence."""
+        """Copy everything besides the weights: config.json without `quantization_config`, tokenizer, chat template,
+        generation config, custom code, licence."""
         ...
 
 
 class Select(Protocol):
-    """What a scorer that updates weights asks with: which of a layer's entries stay, by the recipe's pattern."""
+    """The function that a scorer calls in `prune`: which weights of a layer are kept, by the recipe's pattern."""
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Bool [out, some], true where kept, for the scores [out, some] of whole columns that follow one another; as
-        many as the pattern's M, or a multiple. The layer's sparsity holds among them."""
+        """Return bool [out, some], true where kept, for the scores [out, some] of consecutive columns. With N:M, their
+        number is a multiple of M. The layer's sparsity holds among them."""
         ...
 
 
 SPARSITY_TOLERANCE = 0.005
-"""How far from the sparsity that was asked for an allocation may lie, all its layers together."""
+"""Largest difference between the sparsity that was asked for and that of all allocated layers together."""
 
 
 HESSIAN_BYTES = 4 << 30
-"""Bytes of Hessians that are summed at once where layers are compressed one input after the other."""
+"""Largest number of bytes of Hessians in memory at once, when layers are compressed one input after the other."""

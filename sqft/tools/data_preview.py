@@ -1,4 +1,4 @@
-"""The data of a recipe as the model will see them: tokens, what carries loss, lengths, what is cut."""
+"""Show the data of a recipe as the model will see them: tokens, where the loss is computed, lengths, what is cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sqft.utils.digests import Digests
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text; `learned` where it carries loss, or is what an answer is compared with."""
+    """A piece of text; `learned` if the loss is computed on it, or an answer is compared with it."""
 
     text: str
     learned: bool
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """One data set: its place in the recipe, its first examples, and numbers by what they say."""
+    """One data set: its path in the recipe, its first examples, and facts such as lengths, each with a label."""
 
     place: str
     examples: list[list[Piece]]
@@ -41,19 +41,21 @@ class Preview:
 
 
 def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[Preview]:
-    """Every data set that sqft itself reads for a recipe, with its first `count` examples.
+    """Yield a preview of every data set that sqft itself reads for a recipe, with its first `count` examples.
 
-    `sections` leaves only those places, and what stands below them: "finetune.validation", or all of "finetune".
+    With `sections`, only those paths of the recipe, and all below them: "finetune.validation", or all of "finetune".
 
     Raises:
         SqftError: when the recipe reads no data in one of `sections`.
-        DataError: naming a record that leaves nothing to learn from or to ask.
+        DataError: naming a record without a token to learn from, or without a prompt.
         StageError: when the model has no tokenizer that can be loaded.
     """
     found = _PreviewBuilder(plan, count).found
     for name in sections:
         if not any(_below(place, name) for place in found):
-            raise SqftError(f"this recipe reads no data in '{name}'; it does in {', '.join(found) or 'no section'}")
+            raise SqftError(
+                f"this recipe reads no data in '{name}'; it reads data in {', '.join(found) or 'no section'}"
+            )
     for place, look in found.items():
         if not sections or any(_below(place, name) for name in sections):
             with quiet_transformers():  # not across the yield: what happens between two previews is the caller's
@@ -66,9 +68,9 @@ def _below(place: str, name: str) -> bool:
 
 
 class _PreviewBuilder:
-    """For each place of data in the recipe, in the order of its steps, what makes its preview. Nothing is read yet.
+    """For each data set of the recipe, in the order of its steps, a function that makes its preview.
 
-    It is read through the stages' own `StepData`.
+    The functions read the data through the stages' own `StepData`; nothing is read before they are called.
     """
 
     def __init__(self, plan: Plan, count: int) -> None:
@@ -109,7 +111,7 @@ class _PreviewBuilder:
         searcher = data.step.components.get("searcher")
         evaluates = searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates
         if not evaluates or (section.metric == "loss" and not section.data):
-            return  # what is held out is shown as it is learned from, which is how the loss sees it
+            return  # held-out records are already shown in the form that the loss uses
         place, read = "finetune.holdout", self._held
         if section.data:
             place, read = "search.data", partial(data.records, "data", section.data)
@@ -146,7 +148,7 @@ class _PreviewBuilder:
         return Preview(place, self._pieces(encoded), {**facts, **self._facts(encoded, rows=alone)})
 
     def _mixed(self, place: str) -> Preview:
-        """All data sets together, as often as their weights say."""
+        """Preview all data sets together, each as often as its weight says."""
         parts = [self.encoded(role) for role in self.tuning.data_sets]
         examples = [example for part in parts for example in part.examples]
         mixed = Encoded(examples, sum(p.truncated for p in parts), sum(p.tokens_cut for p in parts))
@@ -200,7 +202,7 @@ class _PreviewBuilder:
 
 
 def _learns(example: Example) -> list[bool]:
-    """Whether each token carries loss; nothing predicts the first."""
+    """Return for each token whether the loss is computed on it; nothing predicts the first."""
     return [False, *(label != IGNORED for label in example.labels[1:])]
 
 

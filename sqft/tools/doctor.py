@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, and what is missing. Nothing here may stop at what is broken."""
+"""Check what this machine and this installation can do, and what is missing. A broken part must not stop the checks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import sqft
 State = Literal["ok", "absent", "wrong"]
 
 
-OF_OTHERS = {
+OPTIONAL_PACKAGES = {
     "datasets": "lm-eval tasks (evaluate.tasks)",
     "gptqmodel": "the quantizer of plugins/sqft-gptqmodel; GPTQ checkpoints in transformers",
     "optimum": "GPTQ checkpoints in transformers",
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
 }
-"""Packages that sqft runs without, and what misses them. Those of sqft's own extras are found in its metadata."""
+"""Optional packages, and the features that need them. Those of sqft's own extras are found in its metadata."""
 
 
 OF_EXTRAS = {"gguf": "GGUF files as models"}
@@ -40,7 +40,7 @@ EXTRA = re.compile(r'(?<=extra == ")[^"]+')
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. What is needed and not ok is what the user must mend."""
+    """One check. A check that is `needed` and not ok is a problem that the user must fix."""
 
     group: Literal["packages", "devices", "plugins", "store"]
     name: str
@@ -48,7 +48,7 @@ class Check:
     state: State = "ok"
     needed: bool = False
     note: str = ""
-    """What misses it, and how to mend it."""
+    """Which feature needs it, and how to fix it."""
 
     @property
     def fails(self) -> bool:
@@ -56,7 +56,7 @@ class Check:
 
 
 def checks(store: Path) -> Iterator[Check]:
-    """Look at everything, one after the other; a group of checks that itself fails is a check that failed."""
+    """Yield every check. If a group of checks itself raises an exception, it becomes a failed check."""
     groups: dict[Any, Callable[[], Iterator[Check]]] = {
         "packages": _packages,
         "devices": _devices,
@@ -67,7 +67,7 @@ def checks(store: Path) -> Iterator[Check]:
         try:
             yield from look()
         except Exception as error:
-            yield Check(group, group, "cannot be looked at", "wrong", True, _said(error))
+            yield Check(group, group, "cannot be checked", "wrong", True, _said(error))
 
 
 def _packages() -> Iterator[Check]:
@@ -78,14 +78,14 @@ def _packages() -> Iterator[Check]:
         about, lines = metadata.metadata("sqft"), metadata.requires("sqft") or []
         python, installed = SpecifierSet(about["Requires-Python"] or ""), about["Version"]
     except metadata.PackageNotFoundError:
-        note = "it is not installed as a package, so its plugins are not found; pip install -e . in its folder"
+        note = "it is not installed as a package, so its plugins are not found; run pip install -e . in its folder"
         yield Check("packages", "sqft", sqft.__version__, "wrong", True, note)
         return
     version = platform.python_version()
     fits = python.contains(version, prereleases=True)
     yield Check("packages", "python", version, "ok" if fits else "wrong", True, "" if fits else f"sqft needs {python}")
     same = installed == sqft.__version__
-    note = "" if same else f"what is installed says {installed}; install it again"
+    note = "" if same else f"the installed package has version {installed}; install it again"
     yield Check("packages", "sqft", sqft.__version__, "ok" if same else "wrong", True, note)
     listed = set()
     for requirement in map(Requirement, lines):
@@ -95,15 +95,15 @@ def _packages() -> Iterator[Check]:
         elif extra and extra not in NOT_FOR_USERS:
             listed.add(requirement.name)
             yield _package(requirement, OF_EXTRAS.get(requirement.name, f"the extra '{extra}'"), f"sqft[{extra}]")
-    for name, feature in OF_OTHERS.items():
+    for name, feature in OPTIONAL_PACKAGES.items():
         if name not in listed:
             yield _package(Requirement(name), feature)
 
 
 def _package(requirement: Any, feature: str = "", install: str = "") -> Check:
-    """Whether it is there, fits, and, where sqft cannot do without, can be imported."""
+    """Check that a package is installed in a version that fits, and, if sqft needs it, that it can be imported."""
     needed = not feature
-    without = f"without it no {feature}; " if feature else ""
+    without = f"needed for {feature}; " if feature else ""
     remedy = f"pip install '{install or requirement}'"
     try:
         version = metadata.version(requirement.name)
@@ -141,7 +141,7 @@ def _devices() -> Iterator[Check]:
     if fits:
         yield Check("devices", "int4 kernel", "usable")
     else:
-        note = f"INT4 models decode slowly, their weights unpacked at every step ({why})"
+        note = f"INT4 models decode slowly, because their weights are unpacked at every step ({why})"
         yield Check("devices", "int4 kernel", "not usable", "absent", False, note)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not cards:
@@ -157,7 +157,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _int4_kernel() -> bool:
-    """Whether torch's kernel multiplies by codes as their floats would."""
+    """Return whether torch's kernel gives the same result with codes as with their floats."""
     import torch
 
     from sqft.kernels.grids import dequantize
@@ -178,11 +178,11 @@ def _plugins() -> Iterator[Check]:
     entries = registry.entries()
     plugins = {registration.provider for registration in entries}
     state: State = "ok" if entries else "wrong"
-    note = "" if entries else "not even sqft's own; install it again"
+    note = "" if entries else "even sqft's own plugins are missing; install sqft again"
     yield Check("plugins", "installed", f"{len(entries)} components of {len(plugins)} plugins", state, True, note)
     for broken in registry.broken():
         ours = broken.source.startswith("sqft ")
-        note = f"{broken.reason}; mend or uninstall it, or skip it with --disable {broken.plugin}"
+        note = f"{broken.reason}; fix or uninstall it, or skip it with --disable {broken.plugin}"
         yield Check("plugins", broken.plugin, broken.source, "wrong", ours, note)
 
 

@@ -1,4 +1,4 @@
-"""What lies in a model's folder: sparsity, precision, format and size, one tensor in memory at a time."""
+"""Read a model's sparsity, precision, format and size from its folder, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sqft.utils.progress import Track, silent
 from sqft.utils.text import human_size
 
 PACKED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
-"""The tensors that compressed-tensors' "pack-quantized" has in the place of a layer's weight."""
+"""The tensors that replace a layer's weight in compressed-tensors' "pack-quantized" format."""
 
 
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
@@ -32,21 +32,21 @@ GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
 
 @dataclass(frozen=True)
 class Module:
-    """A tensor, or a layer that several stand for, under the name of its module."""
+    """A tensor, or a layer that is stored as several tensors, under the name of its module."""
 
     name: str
     shape: tuple[int, ...]
     precision: str
     weights: int
     zeros: int | None
-    """None where they are packed in a way that is not read here."""
+    """None if they are packed in a format that is not read here."""
     linear: bool
-    """Whether it is a linear layer of a decoder block: two dimensions, below a number."""
+    """True for a linear layer of a decoder block: two dimensions, and a block number in its name."""
 
 
 @dataclass(frozen=True)
 class Total:
-    """Over the modules whose zeros can be counted."""
+    """Totals over the modules whose zeros can be counted."""
 
     modules: int
     weights: int
@@ -59,7 +59,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's modules in the order of their names, and what its settings say."""
+    """A model's modules in the order of their names, and its settings."""
 
     path: Path
     format: str
@@ -70,17 +70,17 @@ class Inspection:
 
     @property
     def linears(self) -> Total:
-        """Over the linear layers of decoder blocks."""
+        """Totals over the linear layers of decoder blocks."""
         return _total(module for module in self.modules if module.linear)
 
     @property
     def all(self) -> Total:
-        """Over everything: embeddings, norms and the head too."""
+        """Totals over everything, including embeddings, norms and the head."""
         return _total(self.modules)
 
     @property
     def precision(self) -> dict[str, int]:
-        """Weights by precision, most first."""
+        """Number of weights by precision, the most frequent first."""
         found: dict[str, int] = {}
         for module in self.modules:
             found[module.precision] = found.get(module.precision, 0) + module.weights
@@ -99,7 +99,7 @@ class Inspection:
         }
 
     def lines(self) -> list[str]:
-        """All but the table."""
+        """Return the lines above the table."""
         details = ", ".join(f"{key} {value}" for key, value in self.details.items())
         weights = ", ".join(f"{count:,} {precision}" for precision, count in self.precision.items())
         lines = [
@@ -108,11 +108,11 @@ class Inspection:
         ]
         lines.append(f"precision: {weights}")
         if unread := sum(module.zeros is None for module in self.modules):
-            lines.append(f"not counted: {unread} tensors, packed in a way that sqft does not read")
+            lines.append(f"not counted: {unread} tensors, packed in a format that sqft does not read")
         return lines
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows: matrices one by one, then the totals. Norms and biases are in the totals alone."""
+        """Return heads and rows: each matrix, then the totals. Norms and biases appear only in the totals."""
         heads = ["module", "shape", "precision", "weights", "zeros", "sparsity"]
         cells = []
         for module in self.modules:
@@ -132,15 +132,15 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
     """Read every tensor of a model or adapter folder, of an artifact that holds one, or of a GGUF file.
 
     Raises:
-        SqftError: when there is none; the message says what was found instead.
+        SqftError: when there is no model; the message says what is there instead.
         ArtifactError: when a file of it is damaged; the message names it.
     """
     if not path.exists():
-        raise SqftError(f"there is no folder {path}; name one that holds a model, or a GGUF file")
+        raise SqftError(f"there is no folder {path}; name the folder of a model, or a GGUF file")
     try:
         if path.is_file():
             if path.suffix != ".gguf":
-                raise SqftError(f"{path} is no GGUF file and no folder; name the folder that holds the model")
+                raise SqftError(f"{path} is neither a GGUF file nor a folder; name the folder of the model")
             return _gguf(path, track)
         if (path / "manifest.json").is_file():  # an artifact of a store
             path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
@@ -178,15 +178,15 @@ def _folder(path: Path, track: Track) -> Inspection:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that hold the weights: those that transformers reads where it reads any, or else all."""
+    """Return the files with weights: those that transformers reads, or all if it reads none."""
     found = sorted(path.glob("*.safetensors"))
     if not found or (path / WEIGHTS).is_file() or (path / INDEX).is_file():
-        return sorted(weight_files(path))  # says what is wrong
+        return sorted(weight_files(path))  # raises an error that says what is wrong
     return found
 
 
 Read = tuple[str, dict[str, Any], Iterator[Module], int]
-"""A format's name, its settings, its modules as they are read, and how many there are."""
+"""The name of a format, its settings, its modules as they are read, and their number."""
 
 
 def _floats(reader: FolderReader, names: Sequence[str]) -> Read:
@@ -197,8 +197,8 @@ def _float(name: str, tensor: Tensor) -> Module:
     shape, precision = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     zeros = None
     if tensor.is_floating_point():
-        whole = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of 8 bits nothing can be counted
-        zeros = tensor.numel() - int(torch.count_nonzero(whole))
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch counts nothing in 8-bit floats
+        zeros = tensor.numel() - int(torch.count_nonzero(wide))
     return _module(name, shape, precision, zeros)
 
 
@@ -211,7 +211,7 @@ def _module(tensor: str, shape: tuple[int, ...], precision: str, zeros: int | No
 
 
 def _layer(name: str, layer: Quantized) -> Module:
-    """A layer on a grid: a weight is zero where its code is the zero point of its group."""
+    """Describe a quantized layer: a weight is zero where its code is the zero point of its group."""
     grid, (out, inputs) = layer.grid, layer.codes.shape
     zero = grid.zero.to(layer.codes.dtype)[:, group_index(grid, inputs)]
     zeros = int((layer.codes == zero).sum())
@@ -242,7 +242,7 @@ def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, 
             try:
                 layer = _unpacked(reader, name)
             except (RuntimeError, ValueError, IndexError) as error:
-                raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit one another: {error}") from None
+                raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
             yield _layer(name, layer)
         yield from (_float(name, reader.tensor(name)) for name in floats)
 
@@ -251,18 +251,18 @@ def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, 
 
 
 def _split(names: Sequence[str], codes: str, parts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers that are stored as these parts, one of which holds codes; and the tensors that are none of theirs."""
+    """Return the layers that are stored as these parts, and the names of all other tensors."""
     layers = [name.removesuffix(f".{codes}") for name in names if name.endswith(f".{codes}")]
     theirs = {f"{layer}.{part}" for layer in layers for part in parts}
     return layers, [name for name in names if name not in theirs]
 
 
 def _unpacked(reader: FolderReader, name: str) -> Quantized:
-    """A layer of "pack-quantized": codes and zero points are stored with half their range added."""
+    """Return a layer of "pack-quantized": codes and zero points are stored with half their range added."""
     stored = set(reader.names())
     words, scale = reader.tensor(f"{name}.weight_packed"), reader.tensor(f"{name}.weight_scale")
-    if odd := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
-        raise ValueError(f"codes or scales are {odd[0]}, expected 2 dimensions")
+    if wrong := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
+        raise ValueError(f"codes or scales are {wrong[0]}, expected 2 dimensions")
     out, inputs = map(int, reader.tensor(f"{name}.weight_shape"))
     bits, groups = words.shape[1] * 32 // inputs, scale.shape[1]
     codes = unpack(words.T.contiguous(), bits).T[:, :inputs]
@@ -272,7 +272,7 @@ def _unpacked(reader: FolderReader, name: str) -> Quantized:
         packed = points.dtype == torch.int32 and points.shape[0] != out
         zero = unpack(points, bits)[:out] if packed else (points.int() + 2 ** (bits - 1)).to(torch.uint8)
     if codes.shape != (out, inputs) or zero.shape != (out, groups):
-        raise ValueError(f"there are not {groups} zero points for each of {out} outputs, or not {inputs} codes")
+        raise ValueError(f"expected {groups} zero points and {inputs} codes for each of {out} outputs")
     index = reader.tensor(f"{name}.weight_g_idx") if f"{name}.weight_g_idx" in stored else None
     size = -1 if groups == 1 else inputs // groups
     return Quantized(codes, Grid(scale, zero, size, bits, index))
@@ -281,7 +281,7 @@ def _unpacked(reader: FolderReader, name: str) -> Quantized:
 def _gguf(path: Path, track: Track) -> Inspection:
     reader = open_gguf(path)
     if not reader.tensors:
-        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
+        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the file of the model")
     read = tuple(track(map(_of_gguf, reader.tensors), f"reading {path.name}", len(reader.tensors)))
     return Inspection(path, "GGUF", {}, path.stat().st_size, tuple(sorted(read, key=lambda m: in_order(m.name))))
 

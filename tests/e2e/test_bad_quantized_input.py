@@ -236,10 +236,10 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "bits that are no integer": (config(bits=4.0), "quantization_config has bits 4.0"),
     "an index below 0": (
         tensors(g_idx=lambda t: t - 1),
-        f"the parts of {LAYER} do not fit one another: g_idx has a group below 0",
+        f"the parts of {LAYER} do not fit together: g_idx has a group below 0",
     ),
     "a file cut short": (cut, "is not a complete safetensors file"),
-    "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit one another"),
+    "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit together"),
     "codes of a head that is the embedding": (
         codes_for_a_tied_head,
         "config.json ties it to the embedding, which is not",

@@ -153,7 +153,7 @@ def test_a_checkpoint_with_parts_that_do_not_fit(
     with pytest.raises(ArtifactError, match=rf"has no tensor {name}\.scales"):
         read_quantized(folder)
     with_({f"{name}.scales": whole[f"{name}.scales"][:, :5]})
-    with pytest.raises(ArtifactError, match=rf"the parts of {name} do not fit one another"):
+    with pytest.raises(ArtifactError, match=rf"the parts of {name} do not fit together"):
         load_dequantized(ModelSpec(folder))
     with_({"model.norm.weight": None})
     with pytest.raises(ArtifactError, match=r"disagree about tensor model\.norm\.weight"):

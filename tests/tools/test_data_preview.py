@@ -107,7 +107,7 @@ def test_sections(raw: dict[str, Any], tmp_path: Path) -> None:
     assert list(looked_at(raw, tmp_path, "finetune.data.1")) == ["finetune.data.1"]
     assert list(looked_at(raw, tmp_path, "finetune.data")) == ["finetune.data.0", "finetune.data.1", "finetune.data"]
     with pytest.raises(
-        SqftError, match=r"no data in 'finetune\.val'; it does in calibration\.data, finetune\.data\.0, "
+        SqftError, match=r"no data in 'finetune\.val'; it reads data in calibration\.data, finetune\.data\.0, "
     ):
         looked_at(raw, tmp_path, "finetune.val")
 

@@ -58,7 +58,7 @@ def test_shown_in_groups(tmp_path: Path) -> None:
     [
         ("torch", "1.0", "wrong", "pip install 'torch<3,>=2.8'"),
         ("rich", None, "absent", "pip install 'rich<16,>=13'"),
-        ("gguf", None, "absent", "without it no GGUF files as models; pip install 'sqft[gguf]'"),
+        ("gguf", None, "absent", "needed for GGUF files as models; pip install 'sqft[gguf]'"),
         ("gptqmodel", None, "absent", "the quantizer of plugins/sqft-gptqmodel"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_kernel_that_is_wrong_or_missing(
     def missing(self: PackedWeight) -> bool:
         raise NotImplementedError("no kernel for this CPU")
 
-    monkeypatch.setattr(PackedWeight, "serve", missing)
+    monkeypatch.setattr(PackedWeight, "prepare_int4_kernel", missing)
     assert "no kernel for this CPU" in look()["int4 kernel"].note and not look()["int4 kernel"].fails
 
 

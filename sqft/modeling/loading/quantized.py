@@ -95,7 +95,7 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     try:
         layer = from_gptq(parts, settings["bits"], settings["group_size"])
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit one another: {error}") from None
+        raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
     if not layer.grid.scale.isfinite().all():
         raise ArtifactError(f"{reader.folder}: the scales of {name} are not finite")
     return layer
