@@ -122,7 +122,9 @@ class _PreviewBuilder:
 
     def _evaluate(self, data: StepData, section: Evaluate) -> None:
         if text := section.perplexity:
-            windows = partial(text_windows, data.step.files["perplexity.text"], self.tokenizer, text.tokens, text.length)
+            windows = partial(
+                text_windows, data.step.files["perplexity.text"], self.tokenizer, text.tokens, text.length
+            )
             self.found["evaluate.perplexity"] = lambda place: self._text(place, windows())
         if match := section.exact_match:
             read = partial(data.records, "exact_match.data", match.data)

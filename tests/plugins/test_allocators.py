@@ -90,7 +90,8 @@ def test_owl_on_a_model(raw: dict[str, Any], registry: Registry, tmp_path: Path)
 
 def test_n_m_leaves_nothing_to_allocate(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     raw["sparsify"] |= {"allocator": "owl", "pattern": "2:4"}
-    with pytest.raises(RecipeError, match=r"sparsify\.allocator: cannot be used with the pattern '2:4', which gives every layer the same sparsity"):
+    expected = r"sparsify\.allocator: cannot be used with the pattern '2:4', which gives every layer the same sparsity"
+    with pytest.raises(RecipeError, match=expected):
         Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
     raw["sparsify"]["allocator"] = "uniform"
     Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))

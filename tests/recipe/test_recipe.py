@@ -54,7 +54,11 @@ CASES = [
     ("calibration.length", 4096, "calibration.length: 4096 tokens, but the model's window is 256"),
     ("sparsify.sparsity", 1.0, "sparsify.sparsity: input should be less than 1"),
     ("sparsify.pattern", "4:2", "sparsify.pattern: pattern '4:2' is none of 'row', 'layer' and 'N:M' with 1 <= N <= M"),
-    ("sparsify", {"scorer": "wanda", "sparsity": 0.5, "pattern": "1:4"}, "sparsify.pattern: '1:4' is a sparsity of 0.75, not 0.5"),
+    (
+        "sparsify",
+        {"scorer": "wanda", "sparsity": 0.5, "pattern": "1:4"},
+        "sparsify.pattern: '1:4' is a sparsity of 0.75, not 0.5",
+    ),
     ("sparsify.include", ["nope"], "sparsify.include: matches no linear layer of the model; it has down_proj"),
     ("sparsify.scorer", "wnda", "sparsify.scorer: no scorer named 'wnda'; installed: .*wanda.*Did you mean 'wanda'"),
     ("sparsify.scorer", {"name": "wanda", "options": {"power": 1}}, "sparsify.scorer.options.power: unknown key"),
