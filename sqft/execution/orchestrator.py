@@ -188,11 +188,11 @@ class Orchestrator:
     def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path) -> Stage:
         """Make a step's stage; its module is imported only now."""
         from sqft.stages.inputs import StageInputs
-        from sqft.stages.stage import STAGES
+        from sqft.stages.stage import make_stage
 
         track = self.track if self.processes.is_main else silent
         given = StageInputs(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
-        return STAGES[step.stage](given)
+        return make_stage(given)
 
     def _is_done(self, step: Step) -> bool:
         return self.store.is_complete(step.stage, step.fingerprint)

@@ -1,4 +1,4 @@
-"""The interface of a stage, and the table of all stages. Imports no torch: a stage is imported when it is made."""
+"""The interface of a stage, and how each is made. Imports no torch: a stage is imported when it is made."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _evaluate(inputs: StageInputs) -> Stage:
     return EvaluateStage(inputs)
 
 
-STAGES: dict[str, Callable[[StageInputs], Stage]] = {
+MAKERS: dict[str, Callable[[StageInputs], Stage]] = {
     "sparsify": _sparsify,
     "quantize": _quantize,
     "finetune": _finetune,
@@ -77,4 +77,9 @@ STAGES: dict[str, Callable[[StageInputs], Stage]] = {
     "export": _export,
     "evaluate": _evaluate,
 }
-"""How to make the stage of a step, by `Step.stage`."""
+"""How to make a stage, by the name that `sqft.recipe.stages` and `Step.stage` have for it."""
+
+
+def make_stage(inputs: StageInputs) -> Stage:
+    """Make the stage of a step."""
+    return MAKERS[inputs.step.stage](inputs)

@@ -44,7 +44,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.mark.parametrize(("quantize", "expected"), [(False, FLOATS), (True, CODES)], ids=["floats", "codes"])
 def test_how_often_each_step_opens_a_model(
-    raw: dict[str, Any], registry: Registry, tmp_path: Path, opened: list[Path], quantize: bool, expected: dict[str, int]
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    opened: list[Path],
+    quantize: bool,
+    expected: dict[str, int],
 ) -> None:
     del raw["evaluate"]
     raw["sparsify"] = {"scorer": "magnitude"}
