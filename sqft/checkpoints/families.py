@@ -1,14 +1,14 @@
 """The linear layers of a model, guessed from the names and shapes in a checkpoint's headers, without torch.
 
 This is the header side of `sqft.modeling.architecture`, which knows the same things from a model's modules. The plan
-uses the guess; before weights are loaded, a run compares it with the modules and stops where they differ. What faces
-what:
+uses the guess; before weights are loaded, a run compares it with the modules and stops where they differ. A test in
+`tests/e2e/test_architectures.py` runs every family through both. What faces what:
 
 | here | there |
 |---|---|
 | `TRANSPOSED`, by family | `linears.Transposed`, by class |
-| `_is_router` | `blocks._routes` |
-| `_is_plain_mixture`, `_split_experts` | `linears.Experts` and the test of what it can replace |
+| `_is_router` | `blocks._is_router` |
+| `_is_plain_mixture`, `_split_experts` | `linears._is_plain_mixture`, `linears.Experts` |
 | `IN_A_BLOCK` | `blocks.decoder_blocks` |
 | `BARE_PREFIX`, `FUSED_NAMES`, `EXPERT_NAMES` | transformers' own renaming while it loads a checkpoint |
 """
@@ -27,6 +27,12 @@ IN_A_MIXTURE = re.compile(r"(.*\.\d+\.\w+)\.experts\.")
 
 TRANSPOSED = {"gpt2", "openai-gpt"}
 """Families whose checkpoints hold linear layers as [in, out]."""
+
+ROUTER = "router"
+"""A part of a layer's name that says that it decides which experts act on a token."""
+
+FUSED_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The tensors that hold all experts of a plain mixture, and the layers of an expert that each is made of, by rows."""
 
 BARE_PREFIX = {
     "gpt2": "transformer.",
@@ -84,7 +90,7 @@ def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tup
 
 def _is_router(layer: str, mixtures: set[str]) -> bool:
     """Return whether a layer decides which experts act on a token, or how much: it is a sibling of the experts."""
-    return "router" in layer.split(".") or layer.rpartition(".")[0] in mixtures
+    return ROUTER in layer.split(".") or layer.rpartition(".")[0] in mixtures
 
 
 def _split_experts(shapes: Shapes) -> Shapes:
@@ -97,7 +103,7 @@ def _split_experts(shapes: Shapes) -> Shapes:
     for name, shape in shapes.items():
         mixture, _, part = name.rpartition(".")
         if len(shape) == 3 and mixture.endswith(".experts") and _is_plain_mixture(mixture, name, shapes):
-            layers = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+            layers = FUSED_LAYERS.get(part, (part,))
             one = (shape[1] // len(layers), shape[2])
             split |= {f"{mixture}.{index}.{layer}.weight": one for index in range(shape[0]) for layer in layers}
         else:
@@ -107,7 +113,7 @@ def _split_experts(shapes: Shapes) -> Shapes:
 
 def _is_plain_mixture(mixture: str, name: str, shapes: Shapes) -> bool:
     """Return whether a mixture's tensors are [experts, out, in] without biases; other mixtures are not split."""
-    gate_up, down = (shapes.get(f"{mixture}.{part}", ()) for part in ("gate_up_proj", "down_proj"))
+    gate_up, down = (shapes.get(f"{mixture}.{part}", ()) for part in FUSED_LAYERS)
     return len(down) == 3 and gate_up[1:] == (2 * down[2], down[1]) and f"{name}_bias" not in shapes
 
 

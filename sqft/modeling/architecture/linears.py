@@ -1,7 +1,8 @@
 """Layers that transformers keeps in a form of their own, as ordinary linear layers, and back for storing.
 
 GPT-2's `Conv1D` holds its weight as [in, out]; a mixture of experts holds the weights of all its experts in two
-tensors. Everything else in sqft sees `nn.Linear` alone.
+tensors. Everything else in sqft sees `nn.Linear` alone. `sqft.checkpoints.families` says the same of a checkpoint's
+headers: `TRANSPOSED` there faces `Transposed` here, and `_is_plain_mixture` its namesake.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sqft.checkpoints.families import FUSED_LAYERS
 from sqft.modeling.compat import gate_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,40 +37,45 @@ class Expert(nn.Module):
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
+        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)  # FUSED_LAYERS
 
 
 class Experts(nn.ModuleList):
     """A mixture's experts, each with linear layers of its own; the weights stay where they are.
 
-    With `force_all`, each expert also runs on the tokens that are not routed to it, which changes no result: an
-    expert that calibration text never reaches is measured so.
+    With `force_all`, each expert also runs on the tokens that are not routed to it, which changes no result: so can an
+    expert be measured that calibration text never reaches.
     """
 
     def __init__(self, fused: Any) -> None:
         super().__init__(map(Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
         del fused.gate_up_proj, fused.down_proj
-        vars(self)["gate"] = gate_of(fused)  # not a submodule: of what is left of it only the activation acts
+        vars(self)["gate"] = gate_of(fused)  # not a submodule: of what is left of `fused` only the activation acts
         self.force_all = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`hidden_states` [tokens, in], each token's experts and their weights [tokens, k]."""
+        """Return the weighted sum of each token's experts, [tokens, in].
+
+        `hidden_states` is [tokens, in]; `top_k_index` and `top_k_weights` are each token's experts and their weights,
+        [tokens, k].
+        """
         result = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
             assert isinstance(expert, Expert)
-            tokens, place = torch.where(top_k_index == index)
+            tokens, rank = torch.where(top_k_index == index)  # [routed] each
             if not (len(tokens) or self.force_all or _trains(expert)):
                 continue
             rows = torch.arange(len(hidden_states), device=tokens.device) if self.force_all else tokens
-            x = hidden_states[rows]
-            y = expert.down_proj(vars(self)["gate"](torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)))
-            y = (y[tokens] if self.force_all else y) * top_k_weights[tokens, place, None]
+            x = hidden_states[rows]  # [routed or tokens, in]
+            both = torch.cat([expert.gate_proj(x), expert.up_proj(x)], -1)  # [routed or tokens, 2 · inner]
+            y = expert.down_proj(vars(self)["gate"](both))
+            y = (y[tokens] if self.force_all else y) * top_k_weights[tokens, rank, None]
             result.index_add_(0, tokens, y.to(result.dtype))
         return result
 
 
 def as_linears(model: M) -> M:
-    """The model with a `Transposed` in the place of every `Conv1D` and `Experts` in that of every fused mixture."""
+    """Replace every `Conv1D` by a `Transposed` and every plain mixture by `Experts`, in place; return the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, Transposed(module))
@@ -78,24 +85,23 @@ def as_linears(model: M) -> M:
 
 
 def as_stored(model: nn.Module, fused: bool = True) -> dict[str, Tensor]:
-    """The state dict of a model as transformers has its layers; unless `fused`, each expert's apart, as checkpoints
-    of codes have them."""
+    """Return the state dict of a model as transformers has its layers; unless `fused`, experts stay apart, as
+    checkpoints of codes have them."""
     state: dict[str, Tensor] = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, Transposed):
             state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
         elif isinstance(module, Experts) and fused:
-            own = [
-                {part: state.pop(f"{name}.{index}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")}
-                for index in range(len(module))
-            ]
-            state[f"{name}.gate_up_proj"] = torch.stack([torch.cat([e["gate_proj"], e["up_proj"]]) for e in own])
-            state[f"{name}.down_proj"] = torch.stack([e["down_proj"] for e in own])
+            for tensor, layers in FUSED_LAYERS.items():
+                parts = [
+                    [state.pop(f"{name}.{index}.{layer}.weight") for layer in layers] for index in range(len(module))
+                ]
+                state[f"{name}.{tensor}"] = torch.stack([torch.cat(one) for one in parts])  # [experts, out, in]
     return state
 
 
 def fused_experts(model: nn.Module) -> dict[str, int]:
-    """The mixtures of experts that `as_linears` cannot take apart, and the weights that each holds."""
+    """Return the mixtures of experts that `as_linears` cannot take apart, and the number of weights in each."""
     return {
         name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
         for name, module in model.named_modules()
@@ -105,7 +111,7 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def route_all_tokens(module: nn.Module) -> Iterator[None]:
-    """Inside, every expert runs on every token."""
+    """Run every expert on every token."""
     mixtures = [inner for inner in module.modules() if isinstance(inner, Experts)]
     for mixture in mixtures:
         mixture.force_all = True
@@ -117,8 +123,8 @@ def route_all_tokens(module: nn.Module) -> Iterator[None]:
 
 
 def _trains(expert: Expert) -> bool:
-    """Whether an expert's adapters want a gradient, of 0 where no token comes: processes that train together wait for
-    every one."""
+    """Return whether an expert's adapters need a gradient, of 0 where no token comes: processes that train together
+    wait for the gradients of all."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in expert.parameters())
 
 
@@ -129,16 +135,17 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _is_mixture(module: nn.Module) -> bool:
-    """Whether a module holds the weights of several experts in one tensor [experts, …]."""
+    """Return whether a module holds the weights of several experts in one tensor [experts, …]."""
     return "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
 def _is_plain_mixture(module: Any) -> bool:
-    """A mixture of the usual form: gate and up in one tensor [experts, 2 · inner, in], down in another, no biases."""
+    """Return whether a mixture has the usual form, which can be taken apart: gate and up in one tensor
+    [experts, 2 · inner, in], down in another [experts, in, inner], and no biases."""
     return (
         _is_mixture(module)
         and getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)
         and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+        and {name for name, _ in module.named_parameters()} == set(FUSED_LAYERS)
     )

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, JambaConfig, JetMoeConfig, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel
 
-from sqft.modeling.architecture.blocks import decoder_blocks, linears
 from sqft.modeling.architecture.linears import Experts, Transposed, as_linears, as_stored, route_all_tokens
 
 
@@ -45,31 +44,6 @@ def test_function_and_state_stay(config: Any) -> None:
     assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
     kinds = (Transposed, Experts)
     assert any(isinstance(module, kinds) for module in model.modules())
-
-
-def test_more_experts_than_blocks() -> None:
-    model = as_linears(make(mixtral()))
-    assert list(decoder_blocks(model)) == ["model.layers.0", "model.layers.1"]
-    names = [name.removeprefix("model.layers.1.") for name in linears(model) if name.startswith("model.layers.1.")]
-    assert len(names) == 4 + 5 * 3
-    assert not any("gate." in name or name.endswith(".gate") for name in names)
-
-
-def test_blocks_of_two_kinds_in_one_list() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    kinds = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
-    model = as_linears(
-        make(JambaConfig(vocab_size=99, num_hidden_layers=4, num_experts=9, mamba_d_state=4, **kinds, **sizes))
-    )
-    assert len({type(block) for block in decoder_blocks(model).values()}) == 2
-    assert list(decoder_blocks(model)) == [f"model.layers.{index}" for index in range(4)]
-
-
-def test_a_router_is_no_linear_layer() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 2, "kv_channels": 8}
-    model = make(JetMoeConfig(vocab_size=99, num_hidden_layers=1, num_local_experts=4, **sizes))
-    assert isinstance(model.model.layers[0].mlp.router.layer, nn.Linear)
-    assert not [name for name in linears(model) if "router" in name]
 
 
 def test_no_weight_is_copied() -> None:

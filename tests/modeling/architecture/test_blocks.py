@@ -1,0 +1,74 @@
+"""Which modules are decoder blocks, and which of their linear layers sqft works on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, JambaConfig, JetMoeConfig, MixtralConfig, PreTrainedModel
+
+from sqft.errors import ModelError
+from sqft.kernels.grids import fit_grid
+from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
+from sqft.modeling.architecture.blocks import all_linears, decoder_blocks, linears, shape_of
+from sqft.modeling.architecture.linears import as_linears
+from sqft.types import Grid, LinearShape, Quantized
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def make(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    return model
+
+
+def test_more_experts_than_blocks() -> None:
+    model = as_linears(make(MixtralConfig(vocab_size=99, num_hidden_layers=2, num_local_experts=5, **SIZES)))
+    assert list(decoder_blocks(model)) == ["model.layers.0", "model.layers.1"]
+    names = [name.removeprefix("model.layers.1.") for name in linears(model) if name.startswith("model.layers.1.")]
+    assert len(names) == 4 + 5 * 3
+    assert not any("gate." in name or name.endswith(".gate") for name in names)
+
+
+def test_blocks_of_two_kinds_in_one_list() -> None:
+    kinds = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    model = as_linears(
+        make(JambaConfig(vocab_size=99, num_hidden_layers=4, num_experts=9, mamba_d_state=4, **kinds, **SIZES))
+    )
+    assert len({type(block) for block in decoder_blocks(model).values()}) == 2
+    assert list(decoder_blocks(model)) == [f"model.layers.{index}" for index in range(4)]
+
+
+def test_a_router_is_no_linear_layer() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 2, "kv_channels": 8}
+    model = make(JetMoeConfig(vocab_size=99, num_hidden_layers=1, num_local_experts=4, **sizes))
+    assert isinstance(model.model.layers[0].mlp.router.layer, nn.Linear)
+    assert not [name for name in linears(model) if "router" in name]
+
+
+def test_a_model_without_a_list_of_blocks() -> None:
+    with pytest.raises(ModelError, match="Sequential has no list of decoder blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_longest_list_that_is_in_no_other() -> None:
+    """A short list beside it, and a longer one inside a block, are none."""
+    block = nn.Module()
+    block.inner = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+    model = nn.ModuleDict({"few": nn.ModuleList([nn.Linear(2, 2)]), "many": nn.ModuleList([block, nn.Module()])})
+    assert list(decoder_blocks(model)) == ["many.0", "many.1"]
+    assert list(linears(model)) == [f"many.0.inner.{index}" for index in range(5)]
+
+
+def test_layers_of_codes_are_linear_layers_too() -> None:
+    block = nn.Module()
+    block.floats, weight = nn.Linear(16, 4), torch.randn(8, 16)
+    scale, zero = fit_grid(weight.reshape(8, 1, 16), 4, False)
+    codes = Quantized(torch.zeros(8, 16, dtype=torch.uint8), Grid(scale, zero, 16, 4))
+    block.codes = PackedLinear(PackedWeight(codes, None, torch.float32), None)
+    model = nn.ModuleDict({"h": nn.ModuleList([block])})
+    assert set(all_linears(model)) == {"h.0.floats", "h.0.codes"} and set(linears(model)) == {"h.0.floats"}
+    assert shape_of("x", block.codes) == LinearShape("x", 8, 16)
