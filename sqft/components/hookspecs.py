@@ -1,7 +1,7 @@
-"""The hooks a plugin may implement, and the marker it implements them with.
+"""The hooks that a plugin may implement, and the marker for its implementations.
 
 Seven hooks offer components: each yields *classes*, and the registry finds them by kind and name.
-Two are notifications: what they return is ignored and what they raise is logged, never fatal.
+Two hooks are notifications: their results are ignored, and their exceptions are logged and never fatal.
 """
 
 from __future__ import annotations
@@ -17,63 +17,63 @@ hookspec = pluggy.HookspecMarker("sqft")
 
 
 hookimpl = pluggy.HookimplMarker("sqft")
-"""Marks a function as an implementation of the hook whose name it has: `@hookimpl`."""
+"""The decorator that marks a function as the implementation of the hook of the same name: `@hookimpl`."""
 
 
 @hookspec
 def sqft_scorers() -> Iterable[type[Scorer]]:
-    """Scorers: how much each weight matters. Example: `yield Wanda`."""
+    """Yield scorers, which decide how much each weight matters. Example: `yield Wanda`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_allocators() -> Iterable[type[Allocator]]:
-    """Allocators: how much sparsity each layer gets. Example: `yield Uniform`.
+    """Yield allocators, which decide how much sparsity each layer gets. Example: `yield Uniform`.
 
-    What the layers get is, averaged by their sizes, the sparsity that the recipe asks for (within
-    `SPARSITY_TOLERANCE`, 0.005); the core checks it.
+    Averaged by the layers' sizes, the result must be the sparsity of the recipe, within `SPARSITY_TOLERANCE`
+    (0.005). The core checks this.
     """
     raise NotImplementedError
 
 
 @hookspec
 def sqft_quantizers() -> Iterable[type[Quantizer]]:
-    """Quantizers: put a weight on a low-precision grid and keep its zeros."""
+    """Yield quantizers, which put a weight on a low-precision grid and keep its zeros. Example: `yield Gptq`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_adapters() -> Iterable[type[Adapter]]:
-    """Adapters: which low-rank deltas train, at which ranks. Example: `yield Nls`."""
+    """Yield adapters, which decide which low-rank deltas are trained, and at which ranks. Example: `yield Nls`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_searchers() -> Iterable[type[Searcher]]:
-    """Searchers: choose one configuration of ranks. Example: `yield HillClimbing`."""
+    """Yield searchers, which choose one rank configuration. Example: `yield HillClimbing`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_mergers() -> Iterable[type[Merger]]:
-    """Mergers: the definition of the effective weight. Example: `yield SparsePEFT`."""
+    """Yield mergers, which define the effective weight. Example: `yield SparsePEFT`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_exporters() -> Iterable[type[Exporter]]:
-    """Exporters: write a finished model for a runtime. Example: `yield HuggingFace`."""
+    """Yield exporters, which write a finished model in another program's format. Example: `yield HuggingFace`."""
     raise NotImplementedError
 
 
 @hookspec
 def sqft_stage_started(step: StepInfo) -> None:
-    """Called before a step does its work; not called for a step whose artifact is reused."""
+    """Notify that a step starts its work. Not called for a step whose artifact is reused."""
 
 
 @hookspec
 def sqft_stage_finished(step: StepInfo, artifact: ArtifactInfo) -> None:
-    """Called when a step's artifact stands complete in the store, made now or reused."""
+    """Notify that a step's artifact is complete in the store, whether it was made now or reused."""
 
 
 COMPONENT_HOOKS: dict[str, str] = {

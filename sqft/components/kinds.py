@@ -46,7 +46,7 @@ class Component(BaseModel):
 class Scorer(Component):
     """Decides how much each weight matters: the core keeps the largest scores.
 
-    A scorer defines `score`, or `prune` where the weights that stay change too, to make up for those that go.
+    A scorer defines `score`; or `prune`, if the kept weights change too, to compensate for the pruned ones.
     """
 
     kind: ClassVar[str] = "scorer"
@@ -59,8 +59,8 @@ class Scorer(Component):
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
         """Return the pruned weight and its mask, for a float32 `weight` [out, in] it must not change.
 
-        The mask, bool [out, in], holds what `select` let it keep; where it is false the new weight [out, in] is 0.
-        By default the weights that stay are left as they are.
+        The mask, bool [out, in], is true for the weights that `select` kept; where it is false, the new weight
+        [out, in] is 0. By default the kept weights do not change.
         """
         mask = select(self.score(weight, stats))
         if mask.shape != weight.shape:  # the core names it
@@ -73,7 +73,7 @@ class Allocator(Component):
 
     kind: ClassVar[str] = "allocator"
     needs: ClassVar[frozenset[Statistic]] = frozenset()
-    """What it measures the dense layers by; with any, calibration text walks the model once more for it."""
+    """Statistics that `measure` needs; if there are any, the calibration text goes through the model once more."""
 
     def measure(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> Mapping[str, float]:
         """Return a finite number for each layer of one decoder block, given float32 weights [out, in] it must not
@@ -87,11 +87,10 @@ class Allocator(Component):
     def allocate(
         self, linears: Sequence[LinearShape], sparsity: float, measured: Mapping[str, float]
     ) -> Mapping[str, float]:
-        """Return a fraction in [0, 1) for each linear's name, given the fraction wanted of all their weights together;
-        `measured` has what `measure` gave.
+        """Return a sparsity in [0, 1) for the name of each linear layer.
 
-        Averaged by the layers' sizes, the fractions are what was wanted, within `SPARSITY_TOLERANCE`; where options
-        that the user gave leave no such allocation, raise `StageError`.
+        Averaged by the layers' sizes, the result must be `sparsity`, within `SPARSITY_TOLERANCE`. If the options that
+        the user gave allow no such result, raise `StageError`. `measured` has the results of `measure`.
         """
 
 
@@ -106,8 +105,8 @@ class Quantizer(Component):
         """Return codes and grid for a float32 `weight` [out, in]; where `mask` is false the value is 0."""
 
     def incompatibility(self, linear: LinearShape) -> str | None:
-        """Return why a layer of this size cannot lie on the grid these options ask for, and what could; None when it
-        can."""
+        """Return why a layer of this size cannot have the grid of these options, and which sizes it can have; None if
+        it can."""
         return None
 
 
@@ -134,11 +133,11 @@ class Adapter(Component):
 
 
 class Searcher(Component):
-    """Chooses one configuration out of a search space."""
+    """Chooses one rank configuration from a search space."""
 
     kind: ClassVar[str] = "searcher"
     evaluates: ClassVar[bool] = True
-    """False when it never calls `evaluate`: it may then be named in `evaluate.of` as `finetune:NAME`."""
+    """False if it never calls `evaluate`. A recipe may then name it in `evaluate.of` as `finetune:NAME`."""
 
     @abstractmethod
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
@@ -152,9 +151,9 @@ class Merger(Component):
     bases: ClassVar[frozenset[BaseKind]]
     """The kinds of base it works on."""
     merges: ClassVar[bool] = True
-    """False when the adapter stays beside the base: the ordinary two-path forward, and no merge stage."""
+    """False if the adapter stays beside the base: the ordinary two-path forward, and no merge stage."""
     keeps_mask: ClassVar[bool] = True
-    """True when it promises to keep every zero of the base; the core proves it after training and merge."""
+    """True if it promises to keep every zero of the base; the core verifies this after training and merge."""
 
     @abstractmethod
     def combine(self, base: BaseWeight, delta: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ class Exporter(Component):
 
     kind: ClassVar[str] = "exporter"
     needs_codes: ClassVar[bool] = False
-    """True when it writes codes and grids: the plan refuses it where the model holds floats."""
+    """True if it writes codes and grids: the plan refuses it for a model of floats."""
 
     @abstractmethod
     def export(self, model: ModelReader, folder: Path) -> None:
@@ -196,4 +195,4 @@ class Exporter(Component):
 KINDS: dict[str, type[Component]] = {
     cls.kind: cls for cls in (Scorer, Allocator, Quantizer, Adapter, Searcher, Merger, Exporter)
 }
-"""Every kind of component by the word recipes and messages use for it."""
+"""Every kind of component, by its name in recipes and messages."""

@@ -35,8 +35,8 @@ class Registration:
     def code(self) -> str:
         """Digest of every .py file of the component's top-level package, so that edits are noticed.
 
-        A class of a script enters by the whole script, one typed into a notebook by its own source, or, where
-        even that cannot be had, by a random word: what it made is then never taken for something newer.
+        For a class in a script, it is the digest of the script. For a class in a notebook, it is that of the class's
+        source; if there is no source, it is random, so that its results are never reused.
         """
         package = self.component.__module__.partition(".")[0]
         if package != "__main__" and (digest := package_digest(package)):

@@ -1,1 +1,1 @@
-"""The only room that knows transformers and peft."""
+"""Models in memory: load, calibrate, adapt, train and measure them. It knows no recipe, plan or store."""

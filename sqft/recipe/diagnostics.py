@@ -94,7 +94,7 @@ def _position(item: Any) -> list[tuple[bool, str | int]]:
 
 
 def _take_out(raw: Any, place: Place, mistake: str) -> bool:
-    """Mend one place; False when it is a whole section, without which the others mean something else."""
+    """Remove one invalid value; return False if that would remove a section, which the other sections depend on."""
     if len(place) == 1 and mistake == "missing":
         raw[place[0]] = {"path": PLACEHOLDER} if place[0] == "model" else PLACEHOLDER
         return True

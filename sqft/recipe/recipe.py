@@ -19,12 +19,16 @@ from sqft.utils.text import brief
 
 
 class Recipe(Section):
-    """A whole recipe. Sections that are left out are steps that are not taken."""
+    """A complete recipe. A section that is left out is a step that does not run."""
 
-    schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe's words")
-    json_schema: str | None = Field(None, alias="$schema", description="where `sqft schema` was stored, for editors")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder, nothing else")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="all randomness comes from it")
+    schema_: Literal[1] = Field(1, alias="schema", description="version of the recipe format")
+    json_schema: str | None = Field(
+        None, alias="$schema", description="path of the file that `sqft schema` wrote, for editors"
+    )
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder; it has no other effect"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="the source of all randomness")
     model: Model
     calibration: Calibration | None = None
     sparsify: Sparsify | None = None

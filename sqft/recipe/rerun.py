@@ -1,4 +1,4 @@
-"""Recipes as runs keep them: able to be run again from anywhere, to the merge or to measure what stands of them."""
+"""Run a stored recipe again, from any folder: up to the merge, or to measure its finished steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURES = ("perplexity", "exact_match", "tasks")
 
 
 MEASURED = ".eval"
-"""What is put after the name of a run that measures another."""
+"""Suffix of the name of a run that measures another run."""
 
 
 def paths(recipe: Recipe) -> dict[str, str]:
@@ -72,7 +72,7 @@ def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Ma
 
 
 def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:
-    """What can be measured of a stored recipe without making anything; `reused` says which steps of one stand."""
+    """Return the finished steps of a stored recipe that can be measured; `reused` returns which steps are finished."""
     if not any(raw.get(stage.name) is not None for stage in STAGES if stage.evaluable):
         return ["model"]
     done = reused(Recipe.parse({**raw, "evaluate": None, "export": []}, source=raw["name"]))
@@ -80,7 +80,7 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
 
 
 def recipe_of_model(model: Path) -> dict[str, Any]:
-    """A recipe that only names a model folder or a GGUF file, in the precision that it is stored in."""
+    """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored."""
     model = model / "model" if (model / "manifest.json").is_file() and (model / "model").is_dir() else model
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""Recipes to start from: the paper's pipelines, each with what its choices mean."""
+"""Recipes to start from: the paper's pipelines, with an explanation of each choice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRAINING = {"epochs": 3, "batch_size": 16, "learning_rate": 3e-4, "max_length": 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A way through the stages, and the sections of a recipe that take it. Paths are those of a folder of data."""
+    """A summary of a pipeline, and the sections of its recipe. Paths are relative to the folder of data."""
 
     summary: str
     sections: Mapping[str, Any]
@@ -80,29 +80,29 @@ PIPELINES = {
         {"quantize": QUANTIZE} | _text("model", "quantize"),
     ),
     "gptq": Pipeline(
-        "Sparsify, then quantize what is left so that every zero stays one; nothing trained.",
+        "Sparsify, then quantize so that every zero stays zero; nothing trained.",
         SPARSE
         | {"quantize": {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64, "symmetric": False}}}}
         | _text("model", "sparsify", "quantize"),
     ),
     "lora": Pipeline(
-        "LoRA on a sparse model. The adapter stays beside the model: merged, it would fill the zeros again.",
+        "LoRA on a sparse model. The adapter stays beside the model, because merging it would fill the zeros again.",
         SPARSE | _tuned(LORA, "unmerged") | _answers("sparsify", "search"),
     ),
     "shears": Pipeline(
-        "Shears: elastic adapters on a sparse model, cut to the ranks that are kept; the adapter stays beside it.",
+        "Shears: elastic adapters on a sparse model, cut to the chosen ranks. The adapter stays beside the model.",
         SPARSE | _tuned(NLS, "unmerged") | _answers("sparsify", "search"),
     ),
     "sparsepeft": Pipeline(
-        "SparsePEFT: elastic adapters trained through the mask, so that they merge and every zero stays one.",
+        "SparsePEFT: elastic adapters trained through the mask, so that they merge and every zero stays zero.",
         SPARSE | _tuned(NLS, "sparsepeft") | {"merge": {}} | _answers("sparsify", "search", "merge"),
     ),
     "gptq-lora": Pipeline(
-        "LoRA on a sparse INT4 model. The adapter stays beside it, in floats.",
+        "LoRA on a sparse INT4 model. The adapter stays beside the model, in floats.",
         CODES | _tuned(LORA, "unmerged") | _answers("sparsify", "quantize", "search"),
     ),
     "sqft": Pipeline(
-        "SQFT: elastic adapters on a sparse INT4 model. The adapter stays beside it, in floats.",
+        "SQFT: elastic adapters on a sparse INT4 model. The adapter stays beside the model, in floats.",
         CODES | _tuned(NLS, "unmerged") | _answers("sparsify", "quantize", "search"),
     ),
     "qa-sparsepeft": Pipeline(
@@ -110,7 +110,7 @@ PIPELINES = {
         CODES | _tuned(NLS, "qa-sparsepeft") | {"merge": {}} | _answers(*ON_CODES),
     ),
     "qa-sparsepeft-low-memory": Pipeline(
-        "QA-SparsePEFT from the codes alone: less memory while it trains, and a start that is rounded already.",
+        "QA-SparsePEFT from the codes alone: training needs less memory and starts at the quantized model.",
         CODES | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
     ),
 }
@@ -147,7 +147,7 @@ def _from(output: Path, path: Path) -> str:
 
 
 def as_text(value: Any, indent: int = 0) -> str:
-    """JSON as people write it: what fits on a line stands on one."""
+    """Return JSON as people write it: an object that fits on one line is on one line."""
     line = json.dumps(value)
     if not isinstance(value, dict) or (indent and indent + len(line) <= 100):
         return line
@@ -156,7 +156,7 @@ def as_text(value: Any, indent: int = 0) -> str:
 
 
 def explanation(name: str, raw: Mapping[str, Any], registry: Registry) -> str:
-    """What every choice of a recipe means, as Markdown: the recipe's own descriptions and the components'."""
+    """Return an explanation of every choice in a recipe, as Markdown, from the descriptions of its fields."""
     return "\n".join([f"# {name}", "", PIPELINES[name].summary, *_explained(Recipe, raw, registry, "")]) + "\n"
 
 
