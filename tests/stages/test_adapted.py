@@ -1,0 +1,109 @@
+"""The adapted model that several stages build: which layers, which masks, which deltas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import StageError
+from sqft.kernels.masks import pack_mask
+from sqft.modeling.adapters.frozen_weight import FloatWeight, PackedWeight
+from sqft.modeling.adapters.saving import store_deltas
+from sqft.planning.plan import Plan
+from sqft.stages.adapted import build_adapted_model, load_adapted_model, load_deltas
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def plan(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> Plan:
+    return planned({**raw, "sparsify": None}, registry, tmp_path)
+
+
+def planned(raw: dict[str, Any], registry: Registry, tmp_path: Path, **finetune: Any) -> Plan:
+    raw = {key: raw[key] for key in ("schema", "name", "model", "finetune")}
+    raw["finetune"] = raw["finetune"] | {"targets": ["q_proj", "down_proj"]} | finetune
+    return Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+
+
+def test_the_targets_are_adapted_and_nothing_else_trains(plan: Plan) -> None:
+    adapted = build_adapted_model(plan, {}, 0, "cpu")
+    assert {name.rpartition(".")[2] for name in adapted.layers} == {"q_proj", "down_proj"} and len(adapted.layers) == 4
+    training = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert training and all(".delta." in name for name in training)
+
+
+def test_an_untrained_delta_changes_nothing(plan: Plan) -> None:
+    adapted = build_adapted_model(plan, {}, 0, "cpu")
+    for layer in adapted.merged.values():
+        assert layer.effective().equal(layer.base.dense())
+
+
+def test_deltas_come_from_the_seed(plan: Plan) -> None:
+    first, again, other = (build_adapted_model(plan, {}, seed, "cpu").deltas() for seed in (1, 1, 2))
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not all(first[name].equal(other[name]) for name in first)
+
+
+def test_deltas_that_were_stored_come_back(plan: Plan, tmp_path: Path) -> None:
+    trained = build_adapted_model(plan, {}, 1, "cpu")
+    for layer in trained.layers.values():
+        layer.delta.B.data.normal_()  # type: ignore[attr-defined]
+    store_deltas(trained, tmp_path)
+    loaded = load_adapted_model(plan, {}, tmp_path, "cpu")
+    assert all(value.equal(trained.deltas()[name]) for name, value in loaded.deltas().items())
+    for layer in loaded.layers.values():
+        layer.delta.B.data.zero_()  # type: ignore[attr-defined]
+    load_deltas(loaded, tmp_path, "adapter")  # over whatever is there
+    assert all(value.equal(trained.deltas()[name]) for name, value in loaded.deltas().items())
+
+
+def test_targets_that_match_nothing(plan: Plan) -> None:
+    step = plan.step("finetune")
+    object.__setattr__(step, "section", step.section.model_copy(update={"targets": ("nothing",)}))
+    with pytest.raises(StageError, match=r"finetune\.targets matches no linear layer"):
+        build_adapted_model(plan, {}, 0, "cpu")
+
+
+@pytest.mark.parametrize("mask", ["base", "codes"])
+def test_a_base_that_came_as_codes(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, quantized_folder: Path, mask: str
+) -> None:
+    """Codes stay codes; its mask is that of the codes when asked for, and a layer left in floats keeps its floats."""
+    raw["model"] = {"path": str(quantized_folder)}
+    plan = planned(raw, registry, tmp_path, merger="qa-sparsepeft", base="codes", mask=mask)
+    bases = {name: layer.base for name, layer in build_adapted_model(plan, {}, 0, "cpu").layers.items()}
+    for name, base in bases.items():
+        assert isinstance(base, FloatWeight if name.endswith("down_proj") else PackedWeight)
+    block = bases[Q].block()
+    assert block.mask is None if mask == "base" else block.mask is not None and block.mask.equal(block.weight != 0)
+
+
+@pytest.mark.parametrize("base", ["floats", "codes"])
+def test_a_base_that_the_recipe_quantizes(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, quantized_folder: Path, model_folder: Path, base: str
+) -> None:
+    """Either the floats before quantization, with the grids, or the codes with the masks of what was kept."""
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw["finetune"] |= {"targets": ["q_proj"], "merger": "qa-sparsepeft", "base": base}
+    raw = {key: raw[key] for key in ("schema", "name", "model", "quantize", "finetune")}
+    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "model").symlink_to(quantized_folder)
+    kept = torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    save_file({Q: pack_mask(kept)}, made / "masks.safetensors")
+    weight = build_adapted_model(plan, {"base": made}, 0, "cpu").layers[Q].base
+    assert isinstance(weight, FloatWeight if base == "floats" else PackedWeight) and weight.grid() is not None
+    if base == "codes":
+        mask = weight.block().mask
+        assert mask is not None and mask.equal(kept)
+    else:
+        from safetensors.torch import load_file
+
+        assert weight.dense().equal(load_file(model_folder / "model.safetensors")[f"{Q}.weight"])
