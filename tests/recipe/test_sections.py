@@ -1,0 +1,82 @@
+"""The sections of a recipe: what they fill in, and which of their values do not agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from sqft.recipe.data import TrainingData
+from sqft.recipe.sections import ComponentRef, Evaluate, Finetune, Model, Sparsify
+from sqft.types import Pattern
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity", "pattern"),
+    [
+        ({}, 0.5, "row"),
+        ({"pattern": "layer", "sparsity": 0.25}, 0.25, "layer"),
+        ({"pattern": "1:4"}, 0.75, "1:4"),
+        ({"pattern": "2:4", "sparsity": 0.5}, 0.5, "2:4"),
+        ({"pattern": "2:3", "sparsity": 0.3333}, 0.3333, "2:3"),
+    ],
+)
+def test_sparsity_and_pattern(given: dict[str, Any], sparsity: float, pattern: str) -> None:
+    section = Sparsify.model_validate({"scorer": "wanda", **given})
+    assert (section.sparsity, section.pattern) == (sparsity, Pattern.parse(pattern))
+    assert section.model_dump()["pattern"] == pattern
+    assert Sparsify.model_validate(section.model_dump()) == section
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pattern": "1:4", "sparsity": 0.5}, "'1:4' is a sparsity of 0.75, not 0.5"),
+        ({"pattern": "5:4"}, "pattern '5:4' is none of 'row', 'layer' and 'N:M'"),
+        ({"pattern": 4}, "should be a valid string"),
+        ({"sparsity": 1}, "less than 1"),
+    ],
+)
+def test_a_sparsity_that_does_not_agree(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Sparsify.model_validate({"scorer": "wanda", **given})
+
+
+@pytest.mark.parametrize("name", ["wanda", "mine/wanda", "My_Plugin.2/w-1"])
+def test_a_component_by_its_name_alone(name: str) -> None:
+    assert Sparsify.model_validate({"scorer": name}).scorer == ComponentRef(name=name)
+
+
+@pytest.mark.parametrize("name", ["Wanda", "a/b/c", "w_1", "", "/wanda"])
+def test_names_that_no_component_can_have(name: str) -> None:
+    with pytest.raises(ValidationError, match="should match pattern"):
+        ComponentRef(name=name)
+
+
+FINETUNE: dict[str, Any] = {"adapter": "nls", "merger": "sparsepeft"}
+
+
+def test_data_sets_by_the_key_of_their_files() -> None:
+    one = Finetune.model_validate({**FINETUNE, "data": "a"})
+    assert one.data_sets == {"data": TrainingData(path="a")}
+    several = Finetune.model_validate({**FINETUNE, "data": ["a", {"path": "b"}]})
+    assert several.data_sets == {"data.0": TrainingData(path="a"), "data.1": TrainingData(path="b")}
+
+
+def test_one_tracker_needs_no_list() -> None:
+    assert Finetune.model_validate({**FINETUNE, "data": "a", "report_to": "wandb"}).report_to == ("wandb",)
+
+
+def test_a_task_is_listed_once() -> None:
+    assert Evaluate.model_validate({"tasks": ["a", "b"]}).tasks == ("a", "b")
+    with pytest.raises(ValidationError, match="'a' is listed twice; keep one"):
+        Evaluate.model_validate({"tasks": ["a", "b", "a"]})
+
+
+def test_sections_are_frozen_and_know_their_keys() -> None:
+    model = Model(path="m")
+    with pytest.raises(ValidationError, match="frozen"):
+        model.path = "other"
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Model.model_validate({"path": "m", "pth": "m"})
