@@ -31,7 +31,7 @@ def hooks() -> Iterator[str]:
         if name.startswith("sqft_"):
             yield f"## `{name}`"
             yield _code(_signature(name, hook))
-            yield inspect.getdoc(hook) or ""
+            yield _doc(hook)
 
 
 def components() -> Iterator[str]:
@@ -163,17 +163,19 @@ def _code(text: str) -> str:
     return f"```py\n{text}\n```"
 
 
-SECTION = re.compile(r"^(Args|Returns|Raises):\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
+SECTION = re.compile(r"^(Args|Returns|Raises|Example):\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
 """A section of a docstring, and the indented lines below its heading."""
 
 
 def _doc(value: object) -> str:
-    """Return a docstring as Markdown: arguments as a list, results and errors as sentences."""
+    """Return a docstring as Markdown: arguments as a list, results and errors as sentences, examples as they are."""
     return SECTION.sub(_section, inspect.getdoc(value) or "").strip()
 
 
 def _section(match: re.Match[str]) -> str:
     heading, entries = match[1], re.split(r"\n(?=\S)", textwrap.dedent(match[2]).strip())
+    if heading == "Example":
+        return textwrap.dedent(match[2]).strip() + "\n\n"
     if heading == "Returns":
         return f"Returns {' '.join(match[2].split())}\n\n"
     pairs = [(name, " ".join(text.split())) for name, _, text in (entry.partition(":") for entry in entries)]

@@ -10,7 +10,7 @@ models and are checked by running them; see `check_exporter`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import singledispatch
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -52,24 +52,17 @@ SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
 """A mixed one, one without a choice to make, and one far too large to list."""
 
 
+@singledispatch
 def check(component: Component) -> None:
     """Run the suite of a component's kind.
 
     Raises:
         ContractError: saying which promise is broken.
     """
-    suites: dict[str, Callable[[Any], None]] = {
-        "scorer": check_scorer,
-        "allocator": check_allocator,
-        "quantizer": check_quantizer,
-        "adapter": check_adapter,
-        "searcher": check_searcher,
-        "merger": check_merger,
-        "exporter": _check_options,
-    }
-    suites[component.kind](component)
+    raise ContractError(f"{component!r} is of no kind that sqft knows")
 
 
+@check.register
 def check_scorer(scorer: Scorer) -> None:
     """Check that it prunes as `select` lets it, half of each row, on finite scores, the same twice, arguments
     untouched; dead inputs and zero weights too.
@@ -115,6 +108,7 @@ def _prune(label: str, scorer: Scorer, weight: Tensor) -> tuple[list[Tensor], tu
     return asked, checks.check_pruned(label, PLACE, before, pruned, 0.5)
 
 
+@check.register
 def check_allocator(allocator: Allocator) -> None:
     """A fraction in [0, 1) for every layer, and over all of them what was asked for, within `SPARSITY_TOLERANCE`.
 
@@ -137,6 +131,7 @@ def check_allocator(allocator: Allocator) -> None:
         checks.check_allocation(_label(allocator), LINEARS, sparsity, result)
 
 
+@check.register
 def check_quantizer(quantizer: Quantizer) -> None:
     """Codes on a grid, in range, the same twice, pruned entries exactly zero, arguments untouched.
 
@@ -161,6 +156,7 @@ def check_quantizer(quantizer: Quantizer) -> None:
                 raise ContractError(f"{label} gave other codes for the same weight and statistics")
 
 
+@check.register
 def check_adapter(adapter: Adapter) -> None:
     """A space that holds every layer once, samples inside it, and deltas as `_check_delta` wants them.
 
@@ -213,6 +209,7 @@ def _check_delta(label: str, adapter: Adapter, linear: LinearShape, ranks: tuple
         raise ContractError(f"{label} returned factors for {linear.name} through which no gradient reaches a parameter")
 
 
+@check.register
 def check_searcher(searcher: Searcher) -> None:
     """A configuration of the space, asked only about the space, deterministic, and silent if it says so.
 
@@ -247,6 +244,7 @@ def _search(
     return found, asked
 
 
+@check.register
 def check_merger(merger: Merger) -> None:
     """An elementwise law on every kind of base it lists, with the derivative autograd finds.
 
@@ -308,6 +306,7 @@ def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None
         raise ContractError(f"{_label(exporter)} changed the model it was to export")
 
 
+@check.register(Exporter)
 def _check_options(component: Component) -> None:
     """Options survive the trip through a recipe, nothing else is kept, and the component explains itself."""
     cls = type(component)

@@ -23,7 +23,8 @@ from sqft.components.registration import Broken, Provider, Registration
 from sqft.components.validation import component_mistake
 from sqft.errors import PluginError
 
-INSTALL_FREE = "added by this process"
+NOT_INSTALLED = "added by this process"
+"""The source of a plugin that `Registry.add` was given, in the place of a distribution's name and version."""
 
 
 class Registry:
@@ -50,7 +51,7 @@ class Registry:
                     registry._load(point, distribution)
         return registry
 
-    def add(self, plugin: object, name: str | None = None, source: str = INSTALL_FREE) -> None:
+    def add(self, plugin: object, name: str | None = None, source: str = NOT_INSTALLED) -> None:
         """Add a module or object with hook implementations, or a component class by itself.
 
         Raises:
