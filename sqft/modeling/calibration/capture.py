@@ -12,16 +12,24 @@ from transformers import PreTrainedModel
 from sqft.errors import ModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of one call of a block: positional, and by keyword."""
 
 
 Slot = int | str
-"""Where in a block's call the hidden states stand: a position, or a keyword."""
+"""The argument of a block's call that carries the hidden states: its position, or its keyword."""
 
 
 def capture(
     model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor
 ) -> tuple[dict[str, list[Call]], list[Tensor], Slot]:
-    """Every block's calls with the hidden states taken out, the first block's hidden states, their slot.
+    """Record how each block is called, so that it can be run by itself.
+
+    Two passes: one window is run for real, to learn which argument is the hidden states; then all windows are run
+    with blocks that compute nothing and only record.
+
+    Returns:
+        The calls of each block, one a window, without the hidden states; the hidden states that enter the first block,
+        one tensor a window; and the slot that they belong in.
 
     Raises:
         ModelError: when the blocks cannot be replayed one by one.
@@ -38,7 +46,7 @@ def capture(
             if name == first:
                 hidden.append(state.detach())
             more = rest[name]
-            return state if more is None else (state, *more)  # nothing is computed: what follows is thrown away
+            return state if more is None else (state, *more)  # the same hidden states go on to the next block
 
         return record
 
@@ -56,12 +64,18 @@ def capture(
 def _probe(
     model: PreTrainedModel, blocks: Mapping[str, nn.Module], window: Tensor
 ) -> tuple[Slot, dict[str, tuple[Any, ...] | None]]:
-    """Run one window for real: where a block's output enters the next, and what each gives besides it.
+    """Run one window for real, and see where a block's output enters the next one.
 
-    What a block that gives no tuple gives besides is None.
+    Returns:
+        The slot of the hidden states, and for each block what its output holds besides them; None for a block whose
+        output is the hidden states alone, and no tuple.
+
+    Raises:
+        ModelError: when the blocks do not run once each, in order, or pass on more than their hidden states.
     """
     outputs: list[Any] = []
     inputs: list[Call] = []
+    # 1. Record the real arguments and outputs of every block.
     hooks = []
     for block in blocks.values():
         hooks.append(
@@ -74,16 +88,17 @@ def _probe(
         for hook in hooks:
             hook.remove()
     kind = type(model).__name__
+    # 2. The hidden states are the argument that is the output of the block before, in every block.
     if len(outputs) != len(blocks):
         raise ModelError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
     produced = [output[0] if isinstance(output, tuple) else output for output in outputs]
     rest = [output[1:] if isinstance(output, tuple) else None for output in outputs]
-    besides: list[Tensor] = []
+    besides: list[Tensor] = []  # other tensors that blocks before gave: none may enter a block
     slots: set[Slot] = {0 if inputs[0][0] else next(iter(inputs[0][1]))} if len(blocks) == 1 else set()
     for before, more, (args, kwargs) in zip(produced, rest, inputs[1:], strict=False):
         given: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
-        entered = {slot for slot, value in given if value is before}
-        slots = (slots or entered) & entered
+        carrying = {slot for slot, value in given if value is before}
+        slots = (slots or carrying) & carrying
         besides += tensors_in(more)
         if not slots:
             raise ModelError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
@@ -95,7 +110,7 @@ def _probe(
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
@@ -103,13 +118,22 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _take(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> tuple[Tensor, Call]:
+    """Take the hidden states out of a call."""
     if isinstance(slot, int):
         return args[slot], ((*args[:slot], None, *args[slot + 1 :]), kwargs)
     return kwargs[slot], (args, {**kwargs, slot: None})
 
 
 def run_block(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: str) -> Tensor:
-    """A block's output where its hidden states are `state`, and all else of its call as it was."""
+    """Run a block by itself, and return its output's hidden states.
+
+    Args:
+        block: on `device`.
+        call: its arguments, without the hidden states.
+        slot: where the hidden states belong.
+        state: the hidden states, on any device.
+        device: where the block is.
+    """
     args, kwargs = call
     if isinstance(slot, int):
         args = (*args[:slot], state, *args[slot + 1 :])
@@ -121,7 +145,7 @@ def run_block(block: nn.Module, call: Call, slot: Slot, state: Tensor, device: s
 
 
 def _on(value: Any, device: str) -> Any:
-    """Nested arguments with their tensors on a device."""
+    """Return nested arguments with their tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
@@ -133,4 +157,5 @@ def _on(value: Any, device: str) -> Any:
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, window: Tensor) -> None:
-    model.base_model(input_ids=window, use_cache=False)  # without the head: its logits are not wanted
+    """Run a model on a window [1, tokens], without its head: no logits are needed."""
+    model.base_model(input_ids=window, use_cache=False)

@@ -1,4 +1,4 @@
-"""The calibration walk on tensors without numbers: what it could not do is found before a weight is read."""
+"""A dry run of calibration on fake tensors, which have shapes and no values: it fails before weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from sqft.modeling.calibration.capture import capture, forward, run_block
 from sqft.modeling.compat import fake_tensors
 
 TOKENS = 8
-
+"""Length of the window that is run."""
 
 SHOWN = 5
+"""Layers that a message names."""
 
 
 def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
-    """Every chosen layer of a model on the meta device would be seen by calibration; `chosen` maps names to the
-    place in the recipe that names them. Of a model that runs only with numbers nothing is known, and nothing said.
-    The model is spent: hooks stay on it.
+    """Check that calibration would see every chosen layer of a model on the meta device.
+
+    `chosen` maps names of layers to the path in the recipe that chooses them. A model that runs only with values (an
+    operation's shape depends on them) passes, as nothing can be known about it. The model must not be used afterwards:
+    hooks stay registered.
 
     Raises:
         ModelError: saying why the blocks cannot be walked.
         StageError: naming layers that the walk would not see.
     """
-    with _without_numbers(model) as windows:
+    with _fake_values(model) as windows:
         try:
             seen = _seen(model, windows)
         except ModelError:
@@ -40,10 +43,10 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
         except Exception as error:
             try:
                 forward(model, windows)
-            except Exception:  # an operation whose result's shape hangs on numbers
+            except Exception:  # an operation whose result's shape depends on values: the model as such cannot be run
                 return
-            said = str(error).partition("\n")[0]
-            raise ModelError(f"{type(model).__name__}'s blocks cannot be run one by one: {said}") from error
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{type(model).__name__}'s blocks cannot be run one by one: {reason}") from error
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     unseen = [name for name in chosen if name not in seen and name.rpartition(".")[0] not in experts]
     if unseen:
@@ -56,16 +59,16 @@ def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
 
 
 def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
-    """Those of a meta model's layers that its forward does not call: it reads their weight, or passes them by.
+    """Return those of a meta model's layers that its forward does not call: it reads their weight, or skips them.
 
-    Of a model that runs only with numbers nothing is known, and nothing is named.
+    For a model that runs only with values, return none, as nothing can be known about it.
     """
     ran = set[str]()
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names]
     try:
-        with _without_numbers(model) as windows:
+        with _fake_values(model) as windows:
             forward(model, windows)
-    except Exception:  # an operation whose result's shape hangs on numbers
+    except Exception:  # an operation whose result's shape depends on values
         return []
     finally:
         for hook in hooks:
@@ -74,8 +77,13 @@ def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
 
 
 def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
-    """The linear layers that run when each block is replayed by itself; of blocks alike two run, one is replayed."""
+    """Return the names of the layers that run when each block is replayed by itself.
+
+    Blocks of one class with the same parameters are alike: two of them run, one is replayed, and the answer holds for
+    all.
+    """
     blocks = decoder_blocks(model)
+    # 1. Group blocks that are alike; from the third on, a block gives back what the first gave.
     kinds: dict[Any, list[str]] = {}
     for name, block in blocks.items():
         shapes = tuple((inner, tuple(parameter.shape)) for inner, parameter in block.named_parameters())
@@ -83,6 +91,7 @@ def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
     for first, _, *others in (names for names in kinds.values() if len(names) > 2):
         for name in others:
             blocks[name].forward = _ReplayedBlock(blocks[first])
+    # 2. Replay the first block of each kind, and note what runs in it.
     calls, (state,), slot = capture(model, blocks, windows)
     seen: set[str] = set()
     for names in kinds.values():
@@ -96,7 +105,7 @@ def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
 
 
 class _ReplayedBlock:
-    """Gives back what a block alike gave, as new hidden states."""
+    """A block's forward that gives back the output of another block that is alike, as new hidden states."""
 
     def __init__(self, block: nn.Module) -> None:
         self.output: Any = None
@@ -109,17 +118,17 @@ class _ReplayedBlock:
 
 
 @contextmanager
-def _without_numbers(model: nn.Module) -> Iterator[Tensor]:
-    """Inside, a model on the meta device runs on fake tensors; a window of tokens [1, tokens] to run it on."""
+def _fake_values(model: nn.Module) -> Iterator[Tensor]:
+    """Run a model on the meta device on fake tensors; yields a window [1, tokens] to run it on."""
     window = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    with fake_tensors(), torch.no_grad(), _without_experts(model):
+    with fake_tensors(), torch.no_grad(), _identity_experts(model):
         yield window
 
 
 @contextmanager
-def _without_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, experts give back what they are given, as how many tokens come to each hangs on numbers; and torch
-    keeps to itself why an operation has no shape."""
+def _identity_experts(model: nn.Module) -> Iterator[None]:
+    """Let experts give back their input, since how many tokens each gets depends on values; and silence logging, since
+    torch logs why an operation has no shape."""
     names = {*fused_experts(model), *(name for name, m in model.named_modules() if isinstance(m, Experts))}
     mixtures = [model.get_submodule(name) for name in names]
     disabled = logging.root.manager.disable

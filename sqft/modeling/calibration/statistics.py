@@ -9,7 +9,7 @@ from sqft.types import LinearStats, Statistic
 
 
 class InputStatistics:
-    """Accumulates what was asked for of one layer's input X [tokens, in]."""
+    """Sums over one layer's input X [tokens, in]: those of the statistics that are needed."""
 
     def __init__(self, needs: frozenset[Statistic]) -> None:
         self.needs = needs
@@ -28,7 +28,7 @@ class InputStatistics:
             self.hessian = x.T @ x if self.hessian is None else self.hessian.addmm_(x.T, x)
 
     def result(self, name: str) -> LinearStats:
-        """The finished sums.
+        """Return the finished sums.
 
         Raises:
             StageError: when no token reached the layer called `name`.

@@ -89,9 +89,9 @@ def mixture(experts: int) -> Any:
 
 def test_a_mixture_is_run_as_often_whatever_the_number_of_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values; output; gate and up; down; and once to see their sets, once for what comes out."""
-    replay, windows = calibrate._replay, torch.randint(2, 90, (3, 64))
+    run, windows = calibrate.run_block, torch.randint(2, 90, (3, 64))
     runs: list[nn.Module] = []
-    monkeypatch.setattr(calibrate, "_replay", lambda block, *given: runs.append(block) or replay(block, *given))
+    monkeypatch.setattr(calibrate, "run_block", lambda block, *given: runs.append(block) or run(block, *given))
     for experts in (3, 8):
         runs.clear()
         halved(mixture(experts), windows, sequential=True)
