@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import product
+from collections.abc import Iterator
+from itertools import chain, product
 from random import Random
 
 from pydantic import Field
@@ -106,25 +106,23 @@ class HillClimbing(Searcher):
     def _draw(self, space: SearchSpace, anchor: Indices, visited: set[Indices], rng: Random) -> list[Indices]:
         """Return up to `neighbors` unvisited neighbours, and mark them as visited."""
         moves = [self._moves(index, len(group.ranks)) for index, group in zip(anchor, space.groups, strict=True)]
-        movable = [position for position, moved in enumerate(moves) if moved]
+        # The list of all can be very long, but it is left early: only visited configurations are passed over.
+        listed = product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True)))
         drawn: list[Indices] = []
-
-        def take(candidates: Iterable[Indices]) -> None:
-            fresh = (candidate for candidate in candidates if candidate not in visited)
-            while len(drawn) < self.neighbors and (found := next(fresh, None)):
-                visited.add(found)
-                drawn.append(found)
-
-        def at_random() -> Iterator[Indices]:
-            for _ in range(64 * self.neighbors):
-                moving = set(rng.sample(movable, rng.randint(1, len(movable))))
-                yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
-
-        if movable:
-            take(at_random())
-            # The list can be very long, but `take` stops early: it passes over visited configurations only.
-            take(product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True))))
+        for candidate in chain(self._at_random(anchor, moves, rng), listed):
+            if candidate not in visited:
+                visited.add(candidate)
+                drawn.append(candidate)
+                if len(drawn) == self.neighbors:
+                    break
         return drawn
+
+    def _at_random(self, anchor: Indices, moves: list[list[int]], rng: Random) -> Iterator[Indices]:
+        """Draw neighbours, the same one again perhaps, at most 64 for each that is wanted."""
+        movable = [position for position, moved in enumerate(moves) if moved]
+        for _ in range(64 * self.neighbors if movable else 0):
+            moving = set(rng.sample(movable, rng.randint(1, len(movable))))
+            yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
 
     def _moves(self, index: int, length: int) -> list[int]:
         low, high = max(0, index - self.step), min(length - 1, index + self.step)
