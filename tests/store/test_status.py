@@ -70,17 +70,6 @@ def test_two_recipes_share_a_sparse_base(raw: dict[str, Any], registry: Registry
     assert {name: o.folder for name, o in again.items()} == {name: o.folder for name, o in two.items()}
 
 
-def test_the_command_asks(store: Store) -> None:
-    folder = put(store)
-    arguments = ["status", "--store", str(store.root), "--prune"]
-    refused = CliRunner().invoke(main, arguments, input="n\n")
-    assert refused.exit_code == 0 and folder.is_dir() and str(folder) in refused.stderr and "KiB" in refused.stderr
-    silent = CliRunner().invoke(main, arguments)
-    assert silent.exit_code == 2 and folder.is_dir() and "--yes" in silent.stderr
-    agreed = CliRunner().invoke(main, [*arguments, "--json"], input="y\n")
-    assert json.loads(agreed.stdout)["deleted"] == [folder.name] and not folder.exists()
-
-
 def test_shown(store: Store) -> None:
     put(store, users=("one", "two"))
     (store.runs / "two" / "run.json").write_text(json.dumps({"started": "2026-01-01", "finished": "2026-01-02"}))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.cli import main
 from sqft.data.windows import calibration_windows
 from sqft.errors import SqftError
 from sqft.tools.data_preview import Piece, Preview, previews
@@ -122,41 +119,3 @@ def test_conversations_and_what_is_cut(raw: dict[str, Any], registry: Registry, 
     learned = [piece.text for piece in shown.examples[0] if piece.learned]
     assert learned == ["yes<|im_end|>\n", "no<|im_end|>\n"] or learned[-1] == "no<|im_end|>\n"
     assert shown.facts["cut to fit"].startswith(("0 examples", "1 examples"))
-
-
-def test_the_command(raw: dict[str, Any], tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(raw))
-    command = ["data", str(recipe), "--store", str(tmp_path / "store")]
-    shown = CliRunner().invoke(main, command)
-    assert shown.exit_code == 0, shown.output
-    assert "0+1=⟪1<|im_end|>⟫" in shown.output and "tokens: 6 to 7" in shown.output
-    whole = json.loads(CliRunner().invoke(main, [*command, "--json", "--examples", "1"]).stdout)
-    assert [len(preview["examples"]) for preview in whole] == [1] * 5
-    one = CliRunner().invoke(main, [*command, "--section", "search"])
-    assert one.exit_code == 0 and one.stdout.startswith("search.data\n") and "finetune" not in one.stdout
-    wrong = CliRunner().invoke(main, [*command, "--section", "merge"])
-    assert wrong.exit_code == 2 and "reads no data in 'merge'" in wrong.stderr
-    raw["sparsify"]["scorer"] = "magnitude"
-    recipe.write_text(json.dumps({key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}))
-    assert "reads no data" in CliRunner().invoke(main, command).output
-    assert not list((tmp_path / "store").glob("artifacts/*"))
-
-
-def test_a_long_text_is_shortened_on_the_screen_alone(raw: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a" * 1500 + "b" * 1500}) + "\n")
-    raw["model"]["path"] = str(wide(Path(raw["model"]["path"]), tmp_path / "model"))
-    raw["finetune"] |= {"data": str(tmp_path / "long.jsonl"), "max_length": 4096}
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(raw))
-    command = ["data", str(recipe), "--store", str(tmp_path / "store"), "--section", "finetune"]
-    assert f"{'a' * 1000} [… 1009 characters …] {'b' * 990}<|im_end|>⟫" in CliRunner().invoke(main, command).stdout
-    assert "b" * 1500 in CliRunner().invoke(main, [*command, "--json"]).stdout
-
-
-def wide(model: Path, folder: Path) -> Path:
-    """The same model with a window of 4096 tokens."""
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return folder

@@ -92,18 +92,6 @@ def test_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest
     assert whole["evaluate"]["perplexity"]["text"] == "/some/folder/heldout.txt"
 
 
-def test_the_command_lists_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    listed = CliRunner().invoke(main, ["init"])
-    assert listed.exit_code == 0 and all(line.split()[0] in PIPELINES for line in listed.output.splitlines())
-    unknown = CliRunner().invoke(main, ["init", "sparsepft"])
-    assert unknown.exit_code == 2 and "pipelines: sparsify, quantize" in unknown.stderr
-    missing = CliRunner().invoke(main, ["init", "sqft"])
-    assert missing.exit_code == 0 and f"not there yet: {tmp_path / 'data' / 'train.jsonl'}" in missing.output
-    nowhere = CliRunner().invoke(main, ["init", "sqft", "--output", "no/folder/r.json"])
-    assert nowhere.exit_code == 2 and "cannot be written" in nowhere.stderr
-
-
 def test_as_text_is_json() -> None:
     raw = starting_recipe("sqft", Path("r.json"))
     assert json.loads(as_text(raw)) == raw

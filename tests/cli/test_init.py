@@ -1,0 +1,39 @@
+"""sqft init: pipelines are listed, and what cannot be written is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sqft.cli import main
+from sqft.cli.init import init
+from sqft.tools.presets import PIPELINES
+
+
+def test_the_command_lists_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(main, ["init"])
+    assert listed.exit_code == 0 and all(line.split()[0] in PIPELINES for line in listed.output.splitlines())
+    unknown = CliRunner().invoke(main, ["init", "sparsepft"])
+    assert unknown.exit_code == 2 and "pipelines: sparsify, quantize" in unknown.stderr
+    missing = CliRunner().invoke(main, ["init", "sqft"])
+    assert missing.exit_code == 0 and f"not there yet: {tmp_path / 'data' / 'train.jsonl'}" in missing.output
+    nowhere = CliRunner().invoke(main, ["init", "sqft", "--output", "no/folder/r.json"])
+    assert nowhere.exit_code == 2 and "cannot be written" in nowhere.stderr
+
+
+def test_a_recipe_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sqft.json").write_text("mine")
+    done = CliRunner().invoke(main, ["init", "sqft"])
+    assert done.exit_code == 2 and "sqft.json exists, and is not overwritten" in done.stderr
+    assert (tmp_path / "sqft.json").read_text() == "mine"
+
+
+def test_names_of_pipelines_are_completed() -> None:
+    complete = init.params[0].shell_complete
+    names = [item.value for item in complete(click.Context(init), "qa")]
+    assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory"]
