@@ -284,7 +284,7 @@ def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
         raise ContractError(f"{label} returned an effective weight of {result.dtype}, expected float32")
     rows = BaseWeight(base.weight[2:5], base.mask[2:5] if base.mask is not None else None)
     if not merger.combine(rows, delta[2:5]).equal(result[2:5]):
-        raise ContractError(f"{label} gives a block of rows another weight than the whole matrix")
+        raise ContractError(f"{label} gives a block of rows another weight than the complete matrix")
     moved = _weight(shape, 3) > 0
     if not merger.combine(base, delta + moved)[~moved].equal(result[~moved]):
         raise ContractError(f"{label} is not elementwise: one entry's delta changes another entry's weight")

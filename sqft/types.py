@@ -54,7 +54,7 @@ class Pattern:
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
         kept, of = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= kept <= of:
-            raise ValueError(f"pattern {text!r} is none of 'row', 'layer' and 'N:M' with 1 <= N <= M")
+            raise ValueError(f"pattern {text!r} must be 'row', 'layer' or 'N:M' with 1 <= N <= M")
         return cls(f"{kept}:{of}", kept, of)
 
     @property

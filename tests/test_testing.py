@@ -174,11 +174,11 @@ BREACHES = [
     (variant(Wanda, needs=HESSIAN)(), "of the statistics it was given hessian, as `needs` says"),
     (
         variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s / 2 for at in linears})(),
-        "0.0500 together, where 0.1 was asked",
+        "0.0500, where 0.1 was asked",
     ),
     (
         variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s + 0.01 for at in linears})(),
-        "0.1100 together, where 0.1 was asked for (within 0.005)",
+        "0.1100, where 0.1 was asked for (within 0.005)",
     ),
     (
         variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s for at in linears[1:]})(),

@@ -19,5 +19,5 @@ def test_a_pattern_is_read_once_and_gives_its_word_back(text: str, kept: int, of
 
 @pytest.mark.parametrize("text", ["5:4", "0:4", "0:0", "2:0", "-1:3", "2:3:3", "2:", "rows", ""])
 def test_no_pattern(text: str) -> None:
-    with pytest.raises(ValueError, match=f"pattern '{text}' is none of 'row', 'layer' and 'N:M'"):
+    with pytest.raises(ValueError, match=f"pattern '{text}' must be 'row', 'layer' or 'N:M'"):
         Pattern.parse(text)

@@ -52,14 +52,14 @@ def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsit
         raise ContractError(f"{label} left {changed} pruned weights of {place} that are not 0")
     spent = 1 - mask.double().mean().item()
     if abs(spent - sparsity) > 1e-6:
-        raise ContractError(f"{label} pruned {spent:.3f} of {place}, where `select` let go of {sparsity:.3f}")
+        raise ContractError(f"{label} pruned {spent:.3f} of {place}, but `select` pruned {sparsity:.3f}")
     return new, mask
 
 
 def check_measured(label: str, names: Sequence[str], measured: object) -> None:
     """A finite number for every layer of the block."""
     if not isinstance(measured, Mapping) or set(measured) != set(names):
-        raise ContractError(f"{label} did not measure just the layers it was given, such as {names[0]}")
+        raise ContractError(f"{label} did not measure exactly the layers that it was given, such as {names[0]}")
     for name, value in measured.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise ContractError(f"{label} measured {name} as {value!r}, expected a finite number")
@@ -102,11 +102,11 @@ def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float
             raise ContractError(f"{label} gave {linear.name} the sparsity {value!r}, expected a number in [0, 1)")
     sizes = {linear.name: linear.out_features * linear.in_features for linear in linears}
     if unknown := [name for name in result if name not in sizes]:
-        raise ContractError(f"{label} gave {unknown[0]!r} a sparsity, which is none of the layers it was asked about")
+        raise ContractError(f"{label} gave {unknown[0]!r} a sparsity, which is not one of the given layers")
     spent = sum(result[name] * size for name, size in sizes.items()) / sum(sizes.values())
     if abs(spent - sparsity) > SPARSITY_TOLERANCE:
         raise ContractError(
-            f"{label} gave the layers a sparsity of {spent:.4f} together, where {sparsity:g} was asked for "
+            f"{label} gave all layers together a sparsity of {spent:.4f}, where {sparsity:g} was asked for "
             f"(within {SPARSITY_TOLERANCE})"
         )
 

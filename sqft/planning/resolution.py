@@ -164,9 +164,9 @@ class Resolver:
             self.report(f"{place}.path", str(error))
             return Path(data.path)
         if path.is_file() and (given := data.model_fields_set & {"config", "revision"}):
-            self.report(f"{place}.path", f"is one file, and has no {min(given)}; remove that, or name a data set")
+            self.report(f"{place}.path", f"is a single file and has no {min(given)}; remove that, or name a data set")
         elif path.is_file() and names != {"train"}:
-            self.report(f"{place}.split", "one file has no split but 'train', whole or sliced (train[:90%])")
+            self.report(f"{place}.split", "a single file has only the split 'train', or slices of it (train[:90%])")
         return self.file(data.path, f"{place}.path", folder=path.is_dir())
 
     def layers(self, include: Sequence[str], exclude: Sequence[str], place: str) -> list[LinearShape]:

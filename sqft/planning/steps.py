@@ -178,7 +178,7 @@ def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBas
     """Plan each `export`: of the merged model, or of the last model that a step makes."""
     recipe = resolver.recipe
     if sections and recipe.finetune and recipe.merge is None:
-        resolver.report("export", 'exports a whole model, and the adapter is not merged; add "merge": {}')
+        resolver.report("export", 'exports a complete model, but the adapter is not merged; add "merge": {}')
         return
     inputs = {"merge": "merge"} if recipe.finetune else {"base": base.step} if base.step else {}
     if sections and not inputs and base.kind is not None and not base.quantized:
@@ -259,7 +259,7 @@ def _subject(name: str, place: str, resolver: Resolver, base: AdapterBase, steps
     if name in EVALUABLE or (stage == "finetune" and searcher_name):
         resolver.report(place, f"'{name}' is not made by this recipe; add its section or remove it here")
     else:
-        resolver.report(place, f"'{name}' is none of {', '.join(EVALUABLE)}")
+        resolver.report(place, f"'{name}' is not one of {', '.join(EVALUABLE)}")
     return None
 
 

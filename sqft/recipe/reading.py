@@ -92,10 +92,12 @@ def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:
             here = here[key]
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])
-            raise RecipeError([Problem(where, f"--set {change}: there is no such place")], source) from None
+            raise RecipeError(
+                [Problem(where, f"--set {change}: there is no such path in the recipe")], source
+            ) from None
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
         here[int(last)] = value
     elif isinstance(here, dict):
         here[last] = value
     else:
-        raise RecipeError([Problem(path, f"--set {change}: there is no such place")], source)
+        raise RecipeError([Problem(path, f"--set {change}: there is no such path in the recipe")], source)

@@ -75,13 +75,13 @@ class MergeStage:
                 both = name in stored and name in self.quantized
                 if not (both and grids.same(stored[name], self.quantized[name])):
                     raise ArtifactError(
-                        f"merge ({self.label}): codes or grid of {name} as stored are not those trained through"
+                        f"merge ({self.label}): codes or grid of {name} as stored are not those that training used"
                     )
         for name, tensor in _tensors(self.stored).items():
             if not tensor.isfinite().all():
                 raise ArtifactError(f"merge ({self.label}): {name} as stored holds values that are not finite")
             if sha256(tensor) != self.digests[name]:
-                raise ArtifactError(f"merge ({self.label}): {name} as stored is not the weight trained through")
+                raise ArtifactError(f"merge ({self.label}): {name} as stored is not the weight that training used")
             layer = self.adapted.layers.get(name.removesuffix(".weight"))
             if layer is None or not self.merger.keeps_mask:
                 continue

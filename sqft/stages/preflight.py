@@ -145,7 +145,7 @@ def _check_experts(plan: Plan, model: nn.Module, layers: Layers) -> None:
         StageError: when stock PEFT cannot name an adapted expert, or sqft cannot write an expert's codes.
     """
     for name, weights in fused_experts(model).items() if layers else ():
-        log.warning("%s stays as it is: its experts (%d weights) cannot be taken apart", name, weights)
+        log.warning("%s is left unchanged: its experts (%d weights) cannot be split", name, weights)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     adapted = [layer for layer in layers.get("finetune.targets", ()) if layer.name.rpartition(".")[0] in experts]
     merger = plan.step("finetune").component(Merger) if plan.recipe.finetune else None

@@ -136,7 +136,7 @@ def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, ste
         log = store / "bench.log"
         log.write_text(done.stderr, "utf-8")
         said = done.stderr.strip().rpartition("\n")[2] or f"its process ended with {done.returncode}"
-        raise StageError(f"measuring {recipe} failed: {said} (the whole is in {log})")
+        raise StageError(f"measuring {recipe} failed: {said} (the complete output is in {log})")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

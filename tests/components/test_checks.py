@@ -81,10 +81,10 @@ def test_an_allocation_that_fits() -> None:
         *(({"a": 0.5, "b": value}, f"gave b the sparsity {value!r}") for value in (1, 1.0, -0.1, NAN, None, "0.5")),
         ({"a": False, "b": 0}, "gave a the sparsity False"),
         ({"a": 0.5}, "gave b the sparsity None, expected a number in [0, 1)"),
-        ({"a": 0.5, "b": 0.5, "c": 0.5}, "gave 'c' a sparsity, which is none of the layers"),
+        ({"a": 0.5, "b": 0.5, "c": 0.5}, "gave 'c' a sparsity, which is not one of the given layers"),
         ([0.5, 0.5], "returned list, expected a mapping"),
-        ({"a": 0.52, "b": 0.5}, "gave the layers a sparsity of 0.5109 together, where 0.5 was asked for"),
-        ({"a": 0, "b": 0.999}, "gave the layers a sparsity of 0.4541 together, where 0.5 was asked for"),
+        ({"a": 0.52, "b": 0.5}, "gave all layers together a sparsity of 0.5109, where 0.5 was asked for"),
+        ({"a": 0, "b": 0.999}, "gave all layers together a sparsity of 0.4541, where 0.5 was asked for"),
     ],
 )
 def test_an_allocation_that_does_not(result: Any, message: str) -> None:

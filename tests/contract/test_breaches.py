@@ -113,7 +113,7 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (allocator(lambda given: given | {UP: torch.nan}), ContractError, f"gave {UP} the sparsity nan"),
     (allocator(lambda given: given | {"lm_head": 0.5}), ContractError, "gave 'lm_head' a sparsity"),
     (allocator(lambda given: {Q: given[Q]}), ContractError, "gave model.layers.0.self_attn.k_proj the sparsity None"),
-    (allocator(lambda given: dict.fromkeys(given, 0.25)), ContractError, "0.2500 together, where 0.5 was asked for"),
+    (allocator(lambda given: dict.fromkeys(given, 0.25)), ContractError, "0.2500, where 0.5 was asked for"),
     (scorer(lambda weight: weight.abs()[:, :1]), ContractError, f"scores of shape [32, 1] for {Q}"),
     (scorer(lambda weight: weight.log()), ContractError, f"not finite for {Q}"),
     (scorer(lambda weight: weight.abs_()), ContractError, f"edited the weight of {Q}"),

@@ -314,7 +314,7 @@ def test_experts_that_cannot_be_taken_apart_stay_and_are_named(
     folder = save(config, tokenizer, tmp_path / "model")
     before = load_file(folder / "model.safetensors")
     finished = run(recipe_of(folder, data, ["q_proj"]), registry, tmp_path / "store")
-    assert "model.layers.1.mlp.experts stays as it is: its experts (16384 weights)" in caplog.text.replace(
+    assert "model.layers.1.mlp.experts is left unchanged: its experts (16384 weights)" in caplog.text.replace(
         str(4 * 32 * 128 + 4 * 64 * 32), "16384"
     )
     after = load_file(finished["merge"].folder / "model" / "model.safetensors")

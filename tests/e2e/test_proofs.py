@@ -63,7 +63,7 @@ def test_biases_beside_codes(
         ("quantize", "moved"): rf"quantize .*: {BIAS} as stored is not the base's",
         ("quantize", "nan"): rf"quantize .*: {BIAS} as stored is not the base's",
         ("quantize", "gone"): rf"quantize .*: {BIAS} of the base is not stored",
-        ("merge", "moved"): rf"merge .*: {BIAS} as stored is not the weight trained through",
+        ("merge", "moved"): rf"merge .*: {BIAS} as stored is not the weight that training used",
         ("merge", "nan"): rf"{BIAS} holds values that are not finite",
         ("merge", "gone"): rf"disagree about tensor {BIAS}",
     }

@@ -53,7 +53,7 @@ CASES = [
     ("calibration.data", "no.jsonl", "calibration.data: there is no file"),
     ("calibration.length", 4096, "calibration.length: 4096 tokens, but the model's window is 256"),
     ("sparsify.sparsity", 1.0, "sparsify.sparsity: input should be less than 1"),
-    ("sparsify.pattern", "4:2", "sparsify.pattern: pattern '4:2' is none of 'row', 'layer' and 'N:M' with 1 <= N <= M"),
+    ("sparsify.pattern", "4:2", "sparsify.pattern: pattern '4:2' must be 'row', 'layer' or 'N:M' with 1 <= N <= M"),
     (
         "sparsify",
         {"scorer": "wanda", "sparsity": 0.5, "pattern": "1:4"},
@@ -80,7 +80,7 @@ CASES = [
     ("search.metric", "bleu", "search.metric: input should be 'exact_match' or 'loss'"),
     ("finetune", DELETE, "search: needs a finetune section"),
     ("export", [{"exporter": "gguf"}], "export.0.exporter: no exporter named 'gguf'"),
-    ("evaluate.of", ["merged"], "evaluate.of.0: 'merged' is none of model, sparsify"),
+    ("evaluate.of", ["merged"], "evaluate.of.0: 'merged' is not one of model, sparsify"),
     ("evaluate.of", ["merge", "merge"], "evaluate.of.1: 'merge' is listed twice"),
     ("evaluate.of", ["finetune:hill-climbing"], "evaluate.of.0: searcher 'hill-climbing' needs evaluations"),
     ("evaluate.of", [], "evaluate.of: tuple should have at least 1 item"),
