@@ -1,0 +1,55 @@
+"""An adapted model counts and names what trains in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from sqft_sparsepeft import QASparsePEFT, SparsePEFT
+from sqft_unmerged import Unmerged
+
+from sqft.api import Merger, RankConfig
+from sqft.modeling.adapters.adapted_model import AdaptedModel
+
+Make = Callable[..., AdaptedModel]
+
+
+def largest(adapted: AdaptedModel) -> RankConfig:
+    return RankConfig(tuple(max(group.ranks) for group in adapted.space.groups))
+
+
+def smallest(adapted: AdaptedModel) -> RankConfig:
+    return RankConfig(tuple(min(group.ranks) for group in adapted.space.groups))
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_parameters_are_those_of_the_slices(adapted_model: Make, learn_scales: bool) -> None:
+    adapted = adapted_model(QASparsePEFT(), learn_scales)
+    scales = 2 * (6 + 4) if learn_scales else 0
+    assert adapted.parameter_count(smallest(adapted)) == 2 * (6 + 8) + 2 * (4 + 8) + scales
+    assert adapted.parameter_count(largest(adapted)) == adapted.trainable == 3 * (6 + 8) + 3 * (4 + 8) + scales
+    named = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert len(adapted.deltas()) == len(named)
+
+
+def test_ranks_are_set_for_every_layer(adapted_model: Make) -> None:
+    adapted = adapted_model(SparsePEFT())
+    adapted.set_ranks(smallest(adapted))
+    assert {layer.rank for layer in adapted.layers.values()} == {2}
+
+
+@pytest.mark.parametrize(("merger", "count"), [(SparsePEFT(), 2), (Unmerged(), 0)], ids=["merged", "side path"])
+def test_which_layers_have_an_effective_weight(adapted_model: Make, merger: Merger, count: int) -> None:
+    adapted = adapted_model(merger)
+    assert len(adapted.layers) == 2 and len(adapted.merged) == count
+    assert all((layer.effective() is None) == (not count) for layer in adapted.layers.values())
+
+
+def test_what_trains_can_be_put_into_another_model(adapted_model: Make) -> None:
+    one, other = adapted_model(QASparsePEFT(), True), adapted_model(QASparsePEFT(), True)
+    for value in one.deltas().values():
+        value.add_(1)  # views of what trains
+    assert all(not value.equal(other.deltas()[name]) for name, value in one.deltas().items())
+    for name, layer in other.layers.items():
+        layer.load_trainable_tensors(one.layers[name].trainable_tensors())
+    assert all(value.equal(other.deltas()[name]) for name, value in one.deltas().items())
