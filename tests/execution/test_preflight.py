@@ -1,0 +1,91 @@
+"""What is checked before a run makes anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sqft.errors import DeviceError, StoreError
+from sqft.execution.preflight import check_device, check_disk, check_training
+from sqft.recipe.sections import Finetune, Merge
+from sqft.store.artifacts import Store
+
+
+def step(stage: str = "merge", fingerprint: str = "a" * 64, storage: int = 0, section: Any = None) -> Any:
+    return SimpleNamespace(
+        stage=stage, fingerprint=fingerprint, estimate=SimpleNamespace(storage=storage), section=section or Merge()
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store that is not made yet, on a disk with 10 KiB free."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10 << 10))
+    return Store(tmp_path / "not" / "made" / "yet")
+
+
+def test_the_disk_has_room_for_what_is_missing(store: Store, tmp_path: Path) -> None:
+    check_disk(store, [step(storage=4 << 10), step(fingerprint="b" * 64, storage=6 << 10)])
+    with pytest.raises(StoreError, match=f"needs about 11 KiB and {tmp_path} has 10 KiB free; make room") as caught:
+        check_disk(store, [step(storage=5 << 10), step(fingerprint="b" * 64, storage=6 << 10)])
+    assert str(store.root) in str(caught.value) and not store.root.exists()
+
+
+def test_what_is_stored_already_needs_no_room(store: Store) -> None:
+    with store.begin("merge", "a" * 64) as scratch:
+        store.commit(scratch, {"stage": "merge", "fingerprint": "a" * 64, "report": {}})
+    check_disk(store, [step(storage=1 << 40)])
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("meta", "device 'meta' holds no values; name cpu or cuda"),
+        ("nonsense", "device 'nonsense' cannot be used: "),
+        ("cuda:x", "device 'cuda:x' cannot be used: "),
+    ],
+)
+def test_a_device_that_cannot_be_used(device: str, message: str) -> None:
+    check_device("cpu")
+    with pytest.raises(DeviceError, match=message):
+        check_device(device)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda", 2), ("cuda:1", 1)])
+def test_one_gpu_alone_may_be_visible(monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    with pytest.raises(DeviceError, match="Trainer uses every GPU it sees; set CUDA_VISIBLE_DEVICES"):
+        check_device(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_device("cuda")
+    check_device("cuda:0")
+
+
+def finetune(**settings: Any) -> Any:
+    section = {"adapter": "nls", "merger": "sparsepeft", "data": "a.jsonl", **settings}
+    return step("finetune", section=Finetune.model_validate(section))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "processes", "message"),
+    [
+        ({}, "cpu", 16, None),
+        ({"precision": "bfloat16"}, "cpu", 1, None),
+        ({"precision": "float16"}, "cuda", 1, None),
+        ({"precision": "float16"}, "cpu", 1, "finetune.precision: float16 loses small gradients"),
+        ({"batch_size": 2}, "cpu", 3, "finetune.batch_size: 2 examples are too few for 3 processes"),
+    ],
+)
+def test_training_fits_the_device_and_the_processes(
+    settings: dict[str, Any], device: str, processes: int, message: str | None
+) -> None:
+    if message is None:
+        check_training([step(), finetune(**settings)], device, processes)
+    else:
+        with pytest.raises(DeviceError, match=message):
+            check_training([step(), finetune(**settings)], device, processes)

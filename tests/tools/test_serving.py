@@ -1,0 +1,49 @@
+"""Models as they would be served: what is in bfloat16, what the int4 kernel takes, and what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.modeling.adapters.frozen_weight import PackedWeight
+from sqft.modeling.loading import load_packed
+from sqft.tools.serving import count_kernel_layers, merged_as_served, prepare_for_serving, speed
+
+
+def test_floats_are_served_in_bfloat16(model_folder: Path) -> None:
+    model = merged_as_served(ModelSpec(model_folder, "float32"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and not model.training
+    assert count_kernel_layers(model) == (0, 0)
+
+
+def test_codes_stay_codes(quantized_folder: Path) -> None:
+    """In act-order no kernel takes them; grids keep their precision."""
+    model = merged_as_served(ModelSpec(quantized_folder))
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    assert count_kernel_layers(model) == (0, len(packed)) and len(packed) == 12
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    stored = load_packed(ModelSpec(quantized_folder))
+    for one, other in zip(packed, (m for m in stored.modules() if isinstance(m, PackedWeight)), strict=True):
+        grid, kept = one.grid(), other.grid()
+        assert grid is not None and kept is not None and one.dtype == torch.bfloat16
+        assert torch.equal(grid.scale, kept.scale) and torch.equal(one.packed, other.packed)
+
+
+def test_a_model_is_prepared_in_place(model: LlamaForCausalLM) -> None:
+    assert prepare_for_serving(model.train()) is model and not model.training
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_speeds_count_tokens(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
+    """By a clock that ticks once a reading: every phase takes one second."""
+    ticks = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs["input_ids"].shape[1]), with_kwargs=True)
+    measured = speed(model, 7, 3, repeats)
+    assert (measured.prefill, measured.decode) == (7.0, 3.0)
+    assert calls == [7, 1, 1, 1] * repeats
