@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -49,3 +50,13 @@ def test_every_room_is_named() -> None:
     assert {word.rstrip("/") for word in re.findall(r"`(\w+)/`", WHERE)} >= ROOMS
     assert {f"`{name}.py`" for name in MODULES} <= set(re.findall(r"`\w+\.py`", WHERE))
     assert set(re.findall(r"^\| `(\w+)` \|", LAYOUT, re.MULTILINE)) == ROOMS | MODULES
+
+
+def test_the_layout_page_has_the_import_rules() -> None:
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / "tests" / "test_architecture.py")
+    assert spec and spec.loader
+    architecture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architecture)
+    stated = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", LAYOUT, re.MULTILINE))
+    rules = {room: ", ".join(allowed.split()) or "nothing" for room, allowed in architecture.ROOMS.items()}
+    assert stated == {room: rule for room, rule in rules.items() if not room.startswith("__")}

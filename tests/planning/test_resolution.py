@@ -46,7 +46,11 @@ def test_a_wrong_slice_is_one_problem(raw: dict[str, Any], tmp_path: Path) -> No
     ("how", "place", "words"),
     [
         ({"split": "test"}, "finetune.data.split", "a single file has only the split 'train', or slices of it"),
-        ({"split": "train[:5]+test"}, "finetune.data.split", "a single file has only the split 'train', or slices of it"),
+        (
+            {"split": "train[:5]+test"},
+            "finetune.data.split",
+            "a single file has only the split 'train', or slices of it",
+        ),
         ({"config": "main"}, "finetune.data.path", "is a single file and has no config"),
         ({"split": "train[70:]"}, "finetune.data.path", "split 'train[70:]', has no records"),
     ],
