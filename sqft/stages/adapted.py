@@ -86,8 +86,8 @@ def _make_deltas(
 def _codes(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
     """Return the layers' own codes as frozen weights.
 
-    A layer has the mask that the file `masks` has for it, or else, if `mask_codes`, one of the codes that stand for 0.
-    A layer that was left in floats keeps its floats.
+    A layer has the mask that the file `masks` has for it, or else, if `mask_codes`, one that keeps every code but those
+    for 0. A layer that was left in floats keeps its floats.
     """
     stored = load_file(masks) if masks else {}
     weights: dict[str, FrozenWeight] = {}

@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqft.components.kinds import Component
 from sqft.data.records import Record, records_of, repeated, split_off
 from sqft.errors import DataError, StageError
 from sqft.planning.plan import Plan, Step
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-C = TypeVar("C", bound=Component)
 S = TypeVar("S", bound=Section)
 
 Report = dict[str, Any]
@@ -122,8 +120,15 @@ class StepData:
 class StageInputs:
     """What a stage is given.
 
-    `folders` holds the artifacts of earlier steps by role; `scratch` is the folder to write to, and may hold files of
-    an earlier attempt that was killed.
+    Args:
+        plan: the plan of the run.
+        step: the step to do.
+        folders: the artifacts of earlier steps, by role.
+        scratch: the folder to write to; it may hold files of an earlier attempt that was killed.
+        device: where models run, as torch names it.
+        track: the progress display.
+        processes: this process among those that take part.
+        digests: the digests of data that are known already.
     """
 
     plan: Plan
@@ -147,14 +152,6 @@ class StageInputs:
     def section(self, kind: type[S]) -> S:
         """Return the step's section of the recipe."""
         return section_of(self.step, kind)
-
-    def component(self, kind: type[C], step: Step | None = None) -> C:
-        """Return the step's component of a kind (or another step's)."""
-        return (step or self.step).component(kind)
-
-    def label(self, kind: type[Component], step: Step | None = None) -> str:
-        """Return that component's name as error messages have it."""
-        return (step or self.step).label(kind)
 
     def model_path(self) -> Path:
         """Return the path of the model this step works on: another step's, or the recipe's own."""

@@ -32,7 +32,7 @@ class QuantizeStage:
 
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs = inputs
-        self.quantizer, self.label = inputs.component(Quantizer), inputs.label(Quantizer)
+        self.quantizer, self.label = inputs.step.component(Quantizer), inputs.step.label(Quantizer)
         # Digests of what is to be read back: codes and grids, the base's masks, and every tensor left as it was.
         self.codes: dict[str, str] = {}
         self.masks: dict[str, str] = {}

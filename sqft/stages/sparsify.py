@@ -32,7 +32,7 @@ class SparsifyStage:
 
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs, self.section = inputs, inputs.section(Sparsify)
-        self.scorer, self.label = inputs.component(Scorer), inputs.label(Scorer)
+        self.scorer, self.label = inputs.step.component(Scorer), inputs.step.label(Scorer)
         # Digests of what is to be read back: every parameter as it was loaded or as the scorer gave it, and the masks.
         self.parameters: dict[str, str] = {}
         self.masks: dict[str, str] = {}
@@ -105,7 +105,7 @@ class SparsifyStage:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
     ) -> Mapping[str, float]:
         """Return each layer's sparsity, as the allocator has it."""
-        allocator, label = self.inputs.component(Allocator), self.inputs.label(Allocator)
+        allocator, label = self.inputs.step.component(Allocator), self.inputs.step.label(Allocator)
         shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
         measured = self._measured(allocator, label, model, tokenizer, layers) if allocator.needs else {}
         allocation = allocator.allocate(shapes, self.section.sparsity, measured)

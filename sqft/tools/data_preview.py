@@ -9,6 +9,9 @@ from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from sqft.components.kinds import Searcher
 from sqft.data.collators import pack
 from sqft.data.encoding import IGNORED, Encoded, Example, Tokenization, encode_prompts, truncate_prompts
@@ -18,7 +21,7 @@ from sqft.errors import SqftError
 from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.loading.transformers_io import quiet_transformers
 from sqft.planning.plan import Plan
-from sqft.recipe.sections import Evaluate, ExactMatch, Finetune, Search
+from sqft.recipe.sections import Evaluate, Finetune, Search
 from sqft.stages.inputs import StepData
 from sqft.utils.digests import Digests
 
@@ -40,6 +43,10 @@ class Preview:
     facts: dict[str, str]
 
 
+Maker = Callable[[str], Preview]
+"""Reads a data set and makes its preview, given its place in the recipe."""
+
+
 def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[Preview]:
     """Yield a preview of every data set that sqft itself reads for a recipe, with its first `count` examples.
 
@@ -48,159 +55,196 @@ def previews(plan: Plan, count: int, sections: Sequence[str] = ()) -> Iterator[P
     Raises:
         SqftError: when the recipe reads no data in one of `sections`.
         DataError: naming a record without a token to learn from, or without a prompt.
-        StageError: when the model has no tokenizer that can be loaded.
+        ModelError: when the model has no tokenizer that can be loaded.
     """
-    found = _PreviewBuilder(plan, count).found
+    makers = _makers(plan, count)
     for name in sections:
-        if not any(_below(place, name) for place in found):
+        if not any(_is_below(place, name) for place in makers):
             raise SqftError(
-                f"this recipe reads no data in '{name}'; it reads data in {', '.join(found) or 'no section'}"
+                f"this recipe reads no data in '{name}'; it reads data in {', '.join(makers) or 'no section'}"
             )
-    for place, look in found.items():
-        if not sections or any(_below(place, name) for name in sections):
+    for place, make in makers.items():
+        if not sections or any(_is_below(place, name) for name in sections):
             with quiet_transformers():  # not across the yield: what happens between two previews is the caller's
-                preview = look(place)
+                preview = make(place)
             yield preview
 
 
-def _below(place: str, name: str) -> bool:
+def _is_below(place: str, name: str) -> bool:
     return f"{place}.".startswith(f"{name}.")
 
 
-class _PreviewBuilder:
-    """For each data set of the recipe, in the order of its steps, a function that makes its preview.
+def _makers(plan: Plan, count: int) -> dict[str, Maker]:
+    """Return for each data set of the recipe, by its place, in the order of the steps, what makes its preview.
 
-    The functions read the data through the stages' own `StepData`; nothing is read before they are called.
+    Makers read through the stages' own `StepData`; nothing but the tokenizer is read before they are called.
     """
+    tokenizer, digests = load_tokenizer(plan.model_spec), Digests()
+    show = _Display(tokenizer, count, plan.source.size("max_position_embeddings") or 1 << 30)
+    training: _TrainingData | None = None
+    makers: dict[str, Maker] = {}
+    for step in plan.steps:
+        data, section = StepData(plan, step, digests), step.section
+        if "calibration" in step.files:
+            makers.setdefault("calibration.data", partial(_calibration, show, data))
+        if isinstance(section, Finetune):
+            training = _TrainingData(data, section, tokenizer)
+            makers |= _of_finetune(show, training)
+        elif isinstance(section, Search) and step.component(Searcher).evaluates:
+            makers |= _of_search(show, data, section, training)
+        elif isinstance(section, Evaluate):
+            makers |= _of_evaluate(show, data, section)
+    return makers
 
-    def __init__(self, plan: Plan, count: int) -> None:
-        self.plan, self.count = plan, count
-        self.tokenizer = load_tokenizer(plan.model_spec)
-        self.found: dict[str, Callable[[str], Preview]] = {}
-        self.training_sets: Callable[[], dict[str, tuple[list[Record], list[Record]]]]
-        digests = Digests()
-        for step in plan.steps:
-            data = StepData(plan, step, digests)
-            section = step.section
-            if "calibration" in step.files:
-                self.found.setdefault("calibration.data", partial(self._calibration, data))
-            if isinstance(section, Finetune):
-                self._finetune(data, section)
-            elif isinstance(section, Search):
-                self._search(data, section)
-            elif isinstance(section, Evaluate):
-                self._evaluate(data, section)
 
-    # -- sections -------------------------------------------------------------------------------
+def _calibration(show: _Display, data: StepData, place: str) -> Preview:
+    return show.windows(place, data.calibration(show.tokenizer))
 
-    def _finetune(self, data: StepData, section: Finetune) -> None:
-        self.tuning = section
-        self.training_sets = cache(data.training_sets)
-        self.encoded = cache(lambda role: self._encoded(self.training_sets()[role][0]))
-        for role in section.data_sets:
-            self.found[f"finetune.{role}"] = partial(self._training, role)
-        if len(section.data_sets) > 1:
-            self.found["finetune.data"] = self._mixed
-        if section.holdout:
-            self.found["finetune.holdout"] = lambda place: self._learned(place, self._held())
-        if section.validation:
-            read = partial(data.records, "validation", section.validation)
-            self.found["finetune.validation"] = lambda place: self._learned(place, read())
 
-    def _search(self, data: StepData, section: Search) -> None:
-        searcher = data.step.components.get("searcher")
-        evaluates = searcher and isinstance(searcher.component, Searcher) and searcher.component.evaluates
-        if not evaluates or (section.metric == "loss" and not section.data):
-            return  # held-out records are already shown in the form that the loss uses
-        place, read = "finetune.holdout", self._held
-        if section.data:
-            place, read = "search.data", partial(data.records, "data", section.data)
-        if section.metric == "loss":
-            self.found[place] = lambda place: self._learned(place, read())
-        else:
-            self.found[place] = lambda place: self._asked(place, read(), section)
+def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
+    section = training.section
+    makers: dict[str, Maker] = {f"finetune.{role}": partial(training.preview, show, role) for role in section.data_sets}
+    if len(section.data_sets) > 1:
+        makers["finetune.data"] = training.preview_of_all
+    if section.holdout:
+        makers["finetune.holdout"] = lambda place: training.learned(show, place, training.held_out())
+    if how := section.validation:
+        makers["finetune.validation"] = lambda place: training.learned(
+            show, place, training.data.records("validation", how)
+        )
+    return makers
 
-    def _evaluate(self, data: StepData, section: Evaluate) -> None:
-        if text := section.perplexity:
-            windows = partial(
-                text_windows, data.step.files["perplexity.text"], self.tokenizer, text.tokens, text.length
-            )
-            self.found["evaluate.perplexity"] = lambda place: self._text(place, windows())
-        if match := section.exact_match:
-            read = partial(data.records, "exact_match.data", match.data)
-            self.found["evaluate.exact_match"] = lambda place: self._asked(place, read(), match)
 
-    # -- previews -------------------------------------------------------------------------------
+def _of_search(show: _Display, data: StepData, section: Search, training: _TrainingData | None) -> dict[str, Maker]:
+    assert training is not None
+    if section.metric == "loss" and not section.data:
+        return {}  # held-out records are already shown in the form that the loss uses
+    how = section.data
 
-    def _calibration(self, data: StepData, place: str) -> Preview:
-        windows = data.calibration(self.tokenizer)
-        shown = [[Piece(self.tokenizer.decode(window), False)] for window in windows[: self.count]]
-        samples, length = windows.shape
-        return Preview(place, shown, {"windows": f"{samples} of {length} tokens, {windows.numel()} in all"})
+    def records() -> list[Record]:
+        return data.records("data", how) if how else training.held_out()
 
-    def _training(self, role: str, place: str) -> Preview:
-        records, held = self.training_sets()[role]
-        data, alone = self.tuning.data_sets[role], len(self.tuning.data_sets) == 1
+    place = "search.data" if how else "finetune.holdout"
+    if section.metric == "loss":
+        return {place: lambda place: training.learned(show, place, records())}
+    return {place: lambda place: show.asked(place, records(), section.max_new_tokens)}
+
+
+def _of_evaluate(show: _Display, data: StepData, section: Evaluate) -> dict[str, Maker]:
+    makers: dict[str, Maker] = {}
+    if text := section.perplexity:
+        file = data.step.files["perplexity.text"]
+        makers["evaluate.perplexity"] = lambda place: show.text(
+            place, text_windows(file, show.tokenizer, text.tokens, text.length)
+        )
+    if match := section.exact_match:
+        makers["evaluate.exact_match"] = lambda place: show.asked(
+            place, data.records("exact_match.data", match.data), match.max_new_tokens
+        )
+    return makers
+
+
+class _TrainingData:
+    """The data sets that `finetune` trains on, read and encoded once, when they are first asked for."""
+
+    def __init__(self, data: StepData, section: Finetune, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.data, self.section = data, section
+        self.tokenization = Tokenization(tokenizer, section.max_length, section.loss_on)
+        self.sets = cache(data.training_sets)
+        self.encoded = cache(lambda role: self.tokenization.encode(self.sets()[role][0]))
+
+    def held_out(self) -> list[Record]:
+        """Return the records that are held out of all data sets."""
+        return [record for _, held in self.sets().values() for record in held]
+
+    def preview(self, show: _Display, role: str, place: str) -> Preview:
+        """Make the preview of one data set."""
+        records, held = self.sets()[role]
+        data, alone = self.section.data_sets[role], len(self.section.data_sets) == 1
         facts = {"records": str(len(records))}
         if held:
             facts["held out"] = f"{len(held)} records more"
         if data.weight != 1:
             facts["each comes"] = f"{data.weight:g} times an epoch"
         encoded = self.encoded(role)
-        return Preview(place, self._pieces(encoded), {**facts, **self._facts(encoded, rows=alone)})
+        return Preview(place, show.pieces(encoded), {**facts, **_facts(encoded), **self._packed(encoded, alone)})
 
-    def _mixed(self, place: str) -> Preview:
-        """Preview all data sets together, each as often as its weight says."""
-        parts = [self.encoded(role) for role in self.tuning.data_sets]
+    def preview_of_all(self, place: str) -> Preview:
+        """Make the preview of all data sets together, each as often as its weight says."""
+        parts = [self.encoded(role) for role in self.section.data_sets]
         examples = [example for part in parts for example in part.examples]
         mixed = Encoded(examples, sum(p.truncated for p in parts), sum(p.tokens_cut for p in parts))
-        records = sum(len(training) for training, _ in self.training_sets().values())
-        return Preview(place, [], {"records": f"{records}, of {len(parts)} data sets", **self._facts(mixed, rows=True)})
+        records = sum(len(training) for training, _ in self.sets().values())
+        facts = {"records": f"{records}, of {len(parts)} data sets", **_facts(mixed), **self._packed(mixed)}
+        return Preview(place, [], facts)
 
-    def _learned(self, place: str, records: Sequence[Record]) -> Preview:
-        encoded = self._encoded(records)
-        return Preview(place, self._pieces(encoded), {"records": str(len(records)), **self._facts(encoded)})
+    def learned(self, show: _Display, place: str, records: Sequence[Record]) -> Preview:
+        """Make the preview of records in the form that training has them."""
+        encoded = self.tokenization.encode(records)
+        return Preview(place, show.pieces(encoded), {"records": str(len(records)), **_facts(encoded)})
 
-    def _asked(self, place: str, records: Sequence[Record], section: Search | ExactMatch) -> Preview:
-        window = self.plan.source.size("max_position_embeddings") or 1 << 30
-        prompts, cut = truncate_prompts(encode_prompts(records, self.tokenizer), window, section.max_new_tokens)
+    def _packed(self, encoded: Encoded, wanted: bool = True) -> dict[str, str]:
+        length = self.section.max_length
+        if not (wanted and self.section.packing):
+            return {}
+        return {"packed": f"{len(pack(encoded.examples, length))} rows of {length} tokens"}
+
+
+class _Display:
+    """Makes text of tokens.
+
+    Args:
+        tokenizer: the model's.
+        count: examples to show of each data set.
+        context: tokens that the model can attend to.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, count: int, context: int) -> None:
+        self.tokenizer, self.count, self.context = tokenizer, count, context
+
+    def windows(self, place: str, windows: Tensor) -> Preview:
+        """Make the preview of calibration windows [samples, length]."""
+        shown = [[Piece(self._text(window), False)] for window in windows[: self.count]]
+        samples, length = windows.shape
+        return Preview(place, shown, {"windows": f"{samples} of {length} tokens, {windows.numel()} in all"})
+
+    def text(self, place: str, windows: Sequence[Tensor]) -> Preview:
+        """Make the preview of a text whose perplexity is measured; nothing predicts a window's first token."""
         shown = [
-            [Piece(self.tokenizer.decode(ids), False), Piece(wanted, True)] for ids, wanted in prompts[: self.count]
+            [Piece(self._text(window[:1]), False), Piece(self._text(window[1:]), True)]
+            for window in windows[: self.count]
         ]
+        return Preview(
+            place, shown, {"windows": str(len(windows)), "tokens": _range([len(window) for window in windows])}
+        )
+
+    def asked(self, place: str, records: Sequence[Record], max_new_tokens: int) -> Preview:
+        """Make the preview of records whose prompts the model is to complete."""
+        prompts, cut = truncate_prompts(encode_prompts(records, self.tokenizer), self.context, max_new_tokens)
+        shown = [[Piece(self._text(ids), False), Piece(wanted, True)] for ids, wanted in prompts[: self.count]]
         facts = {"records": str(len(records)), "tokens of a prompt": _range([len(ids) for ids, _ in prompts])}
         return Preview(place, shown, {**facts, "cut to fit": f"{cut} prompts"})
 
-    def _text(self, place: str, windows: Sequence[Any]) -> Preview:
-        decode = self.tokenizer.decode
-        shown = [[Piece(decode(w[:1]), False), Piece(decode(w[1:]), True)] for w in windows[: self.count]]
-        return Preview(place, shown, {"windows": str(len(windows)), "tokens": _range([len(w) for w in windows])})
-
-    # -- pieces ---------------------------------------------------------------------------------
-
-    def _held(self) -> list[Record]:
-        return [record for _, held in self.training_sets().values() for record in held]
-
-    def _encoded(self, records: Sequence[Record]) -> Encoded:
-        return Tokenization(self.tokenizer, self.tuning.max_length, self.tuning.loss_on).encode(records)
-
-    def _facts(self, encoded: Encoded, rows: bool = False) -> dict[str, str]:
-        facts = {
-            "examples": str(len(encoded.examples)),
-            "tokens": _range([len(example.input_ids) for example in encoded.examples]),
-            "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
-            "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
-        }
-        if rows and self.tuning.packing:
-            length = self.tuning.max_length
-            facts["packed"] = f"{len(pack(encoded.examples, length))} rows of {length} tokens"
-        return facts
-
-    def _pieces(self, encoded: Encoded) -> list[list[Piece]]:
+    def pieces(self, encoded: Encoded) -> list[list[Piece]]:
+        """Return the first examples as runs of tokens with loss and without."""
         shown = []
         for example in encoded.examples[: self.count]:
             runs = groupby(zip(example.input_ids, _learns(example), strict=True), key=lambda pair: pair[1])
-            shown.append([Piece(self.tokenizer.decode([t for t, _ in run]), learned) for learned, run in runs])
+            shown.append([Piece(self._text([token for token, _ in run]), learned) for learned, run in runs])
         return shown
+
+    def _text(self, tokens: Any) -> str:
+        text: str = self.tokenizer.decode(tokens)
+        return text
+
+
+def _facts(encoded: Encoded) -> dict[str, str]:
+    return {
+        "examples": str(len(encoded.examples)),
+        "tokens": _range([len(example.input_ids) for example in encoded.examples]),
+        "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
+        "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
+    }
 
 
 def _learns(example: Example) -> list[bool]:
