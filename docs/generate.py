@@ -65,7 +65,8 @@ def recipe() -> Iterator[str]:
         rows = [
             f"- `{key}`" + (f": {f.description}" if f.description else "") for key, f in section.model_fields.items()
         ]
-        yield "\n".join(rows)
+        if rows:
+            yield "\n".join(rows)
 
 
 PYTHON = {

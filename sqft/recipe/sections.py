@@ -82,7 +82,7 @@ class Sparsify(Section):
         ComponentRef(name="uniform"), description="component that decides how much sparsity each layer gets"
     )
     sparsity: Fraction = Field(
-        0.5, description="fraction of weights set to zero; with N:M, 1 - N / M and may be left out"
+        0.5, description="fraction of weights set to zero; with N:M it is 1 - N / M, and may be left out"
     )
     pattern: PatternText = Field(
         Pattern("row"),
@@ -152,7 +152,7 @@ class Finetune(Section):
     data: DataRefs = Field(description="training records: one data set, or a list of several that are mixed")
     holdout: Fraction = Field(
         0.0,
-        description="fraction of the records that is kept out of training; a search without data evaluates on it",
+        description="fraction of the records, drawn by the seed, that a search without data of its own evaluates on",
     )
     epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="number of passes over the records")
     steps: Count | None = Field(None, description="number of optimizer steps, instead of epochs")
@@ -180,7 +180,8 @@ class Finetune(Section):
         512, description="tokens in an example; longer ones are cut at the left, a longer {text} becomes several"
     )
     packing: bool = Field(
-        False, description="put several short examples into one row of max_length tokens; batch_size then counts rows"
+        False,
+        description="put short examples into rows of max_length tokens; none sees another, batch_size is in rows",
     )
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="tokens on which the loss is computed; for a {text} record, all"
@@ -262,7 +263,7 @@ class Perplexity(Section):
 class ExactMatch(Section):
     """Greedy generation from each prompt, compared with its completion."""
 
-    data: DataRef = Field(description="test records with a prompt and a completion")
+    data: DataRef = Field(description="test records with a prompt and a completion, not used in training")
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
     answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
     batch_size: Count = Field(64, description="prompts that are processed at once")
