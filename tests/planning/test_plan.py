@@ -1,72 +1,59 @@
-"""Estimates of memory against sums written out by hand."""
+"""A plan as data: its steps, their components by kind, its specs of models, and its table."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
-
-SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
-"""The tiny model in float32."""
-STATES = 3 * (4 * 32) * 32 * 4
-BLOCK = 4 * (6 * 32**2 + 64**2)
-"""The Hessians of a block: q, k, v, o, gate and up of 32 inputs, down of 64."""
-CODES = 2 * 9216
-WORK = 3 * 4 * 64**2
+from sqft.api import Adapter, Merger, Scorer
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.planning.plan import Plan
 
 
-def memory(recipe: dict[str, Any], registry: Registry, folder: Path, step: str) -> int:
-    kept = {key: recipe[key] for key in ("schema", "name", "model", "calibration", step)}
-    found = Orchestrator(registry, folder).plan(Recipe.parse(kept)).step(step).estimate.memory
-    return found - SIZE - (1 << 29)
+@pytest.fixture
+def plan(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> Plan:
+    raw["model"] |= {"dtype": "bfloat16", "trust_remote_code": True}
+    return Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
 
 
-@pytest.mark.parametrize(
-    ("sparsify", "expected"),
-    [
-        ({"scorer": "wanda"}, SIZE),  # the second model that the proof reads is more
-        ({"scorer": "magnitude"}, SIZE),
-        ({"scorer": "sparsegpt"}, STATES + BLOCK + WORK),
-        ({"scorer": "sparsegpt", "exclude": ["down_proj"]}, SIZE),
-        ({"scorer": "sparsegpt", "allocator": "owl"}, STATES + BLOCK + WORK),
-    ],
-    ids=str,
-)
-def test_sparsify_counts_hessians(
-    sparsify: dict[str, Any], expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
-) -> None:
-    assert memory(raw | {"sparsify": sparsify}, registry, tmp_path, "sparsify") == expected
+def test_components_by_their_kind(plan: Plan) -> None:
+    assert plan.step("sparsify").component(Scorer).name == "wanda"
+    assert plan.step("sparsify").label(Scorer).startswith("scorer 'wanda' (sqft ")
+    finetune = plan.step("finetune")
+    assert (finetune.component(Adapter).name, finetune.component(Merger).name) == ("nls", "sparsepeft")
+    with pytest.raises(KeyError):
+        plan.step("merge").component(Scorer)
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "expected"),
-    [("gptq", STATES + 4 * 4 * 32**2 + WORK), ("rtn", SIZE)],  # q, k, v and o are as much as down
-)
-def test_quantize_counts_those_of_one_module(
-    quantizer: str, expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
-) -> None:
-    raw["quantize"] = {"quantizer": {"name": quantizer, "options": {"group_size": 32}}}
-    assert memory(raw, registry, tmp_path, "quantize") == expected + 2 * CODES
+def test_what_identifies_a_component(plan: Plan) -> None:
+    identity = plan.step("finetune").components["adapter"].identity
+    assert (identity["name"], identity["class"]) == ("nls", "sqft_nls.adapter.Nls")
+    assert identity["options"]["ranks"] == [8, 6, 4] and len(identity["code"]) == 64
+    assert identity["provider"].startswith("sqft ")
 
 
-@pytest.mark.parametrize(
-    ("merger", "base", "packed"),
-    [("qa-sparsepeft", "floats", False), ("qa-sparsepeft", "codes", True), ("unmerged", "floats", True)],
-)
-def test_codes_under_an_adapter_are_counted_packed(
-    merger: str, base: str, packed: bool, raw: dict[str, Any], registry: Registry, tmp_path: Path
-) -> None:
-    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
-    for name in ("merge", "evaluate"):
-        raw.pop(name)
-    of_floats = {key: value for key, value in raw.items() if key != "quantize"}
-    raw["finetune"] = {**raw["finetune"], "merger": merger, "base": base}
-    orchestrator = Orchestrator(registry, tmp_path)
-    floats, plan = orchestrator.plan(Recipe.parse(of_floats)), orchestrator.plan(Recipe.parse(raw))
-    spared = SIZE - plan.step("quantize").estimate.storage
-    assert spared > 0
-    found = floats.step("finetune").estimate.memory - plan.step("finetune").estimate.memory
-    assert found == (spared if packed else 0)
+def test_specs_of_models(plan: Plan, model_folder: Path) -> None:
+    """Its own model in the recipe's precision, one that a step wrote as it is stored; trust holds for both."""
+    assert plan.model_spec == plan.spec(plan.source.path) == ModelSpec(model_folder, "bfloat16", True)
+    assert plan.spec(Path("elsewhere")) == ModelSpec(Path("elsewhere"), None, True)
+
+
+def test_the_fingerprint_is_of_all_steps(plan: Plan, raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    again = Orchestrator(registry, tmp_path / "elsewhere").plan(Recipe.parse(raw))
+    assert again.fingerprint == plan.fingerprint and len(plan.fingerprint) == 64
+    raw["evaluate"]["exact_match"]["max_new_tokens"] += 1
+    assert Orchestrator(registry, tmp_path).plan(Recipe.parse(raw)).fingerprint != plan.fingerprint
+
+
+def test_the_table(plan: Plan) -> None:
+    head, *rows = str(plan).splitlines()
+    assert head.split() == ["STEP", "PARTS", "PARAMETERS", "STORAGE", "MEMORY"]
+    assert [row.split()[0] for row in rows] == [step.name for step in plan.steps]
+    assert all(" run " in row for row in rows) and "wanda (sqft " in rows[0] and "MiB" in rows[0]
+    reused = Plan(plan.recipe, plan.source, plan.adapter_base, plan.steps, frozenset({"sparsify"}))
+    assert " reuse " in str(reused).splitlines()[1] and " run " in str(reused).splitlines()[2]
+    assert str(Plan(plan.recipe, plan.source, SimpleNamespace(), ())).count("\n") == 0  # type: ignore[arg-type]

@@ -1,0 +1,179 @@
+"""Choices that do not fit one another: each check by itself, with a case that fits beside each that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from sqft.api import Adapter, BaseKind, Exporter, LinearShape, Merger, Quantizer, RankGroup, SearchSpace
+from sqft.components.registration import Provider, Registration
+from sqft.errors import Problem
+from sqft.planning import compatibility as check
+from sqft.planning.plan import ResolvedComponent
+from sqft.recipe.sections import Finetune, Sparsify
+
+LAYERS = (LinearShape("m.layers.0.q", 8, 12), LinearShape("m.layers.1.q", 8, 10))
+
+
+def resolved(kind: type[Any], name: str, options: dict[str, Any] | None = None, **members: Any) -> Any:
+    """A component made on the spot, as a plan holds it."""
+    annotations = dict.fromkeys(options or {}, bool)
+    cls = type("Made", (kind,), {"__doc__": "Made.", "__annotations__": annotations, "name": name, **members})
+    cls.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    return ResolvedComponent(Registration(cls, Provider("made", "made 1.0")), cls(**(options or {})))
+
+
+def said(problems: Iterable[Problem]) -> list[str]:
+    return [str(problem) for problem in problems]
+
+
+def assert_problem(problems: Iterable[Problem], *words: str) -> None:
+    (text,) = said(problems)
+    for word in words:
+        assert word in text
+
+
+def fails(*_: Any) -> Any:
+    raise ZeroDivisionError("no")
+
+
+def sparsify(**settings: Any) -> Sparsify:
+    return Sparsify.model_validate({"scorer": "wanda", **settings})
+
+
+def finetune(**settings: Any) -> Finetune:
+    return Finetune.model_validate({"adapter": "nls", "merger": "sparsepeft", "data": "a.jsonl", **settings})
+
+
+def test_a_pattern_divides_the_inputs() -> None:
+    for section in (sparsify(), sparsify(pattern="layer"), sparsify(pattern="1:2")):
+        assert said(check.check_pattern(section, LAYERS)) == []
+    problems = check.check_pattern(sparsify(pattern="2:4"), LAYERS)
+    assert_problem(problems, "sparsify.pattern: '2:4' needs", "multiple of 4; m.layers.1.q has 10 (1 such layers)")
+    assert_problem(check.check_pattern(sparsify(pattern="1:2", allocator="owl"), LAYERS), "sparsify.allocator: cannot")
+    assert said(check.check_pattern(sparsify(allocator="owl"), LAYERS)) == []
+
+
+def test_a_grid_fits_the_layers() -> None:
+    def incompatibility(_: Any, linear: LinearShape) -> str | None:
+        return "10 is odd" if linear.in_features == 10 else None
+
+    quantizer = resolved(Quantizer, "mine", incompatibility=incompatibility)
+    assert said(check.check_grid(quantizer, LAYERS[:1])) == []
+    assert_problem(check.check_grid(quantizer, LAYERS), "quantize.quantizer: m.layers.1.q: 10 is odd (1 such layers")
+    broken = resolved(Quantizer, "mine", incompatibility=fails)
+    assert_problem(check.check_grid(broken, LAYERS), "quantizer 'mine' (made 1.0) raised ZeroDivisionError")
+
+
+def test_blocks_are_quantized_alike() -> None:
+    hybrid = (*LAYERS, LinearShape("m.layers.1.extra", 8, 8))
+    for chosen in ((), LAYERS, hybrid, hybrid[2:]):
+        assert said(check.check_blocks_alike(hybrid, chosen)) == []
+    assert_problem(check.check_blocks_alike(hybrid, LAYERS[:1]), "quantize.include: differs from block to block")
+
+
+def merger(name: str = "mine", *bases: BaseKind, **members: Any) -> Any:
+    return resolved(Merger, name, bases=frozenset(bases or BaseKind), **members)
+
+
+def test_a_merger_works_on_its_bases() -> None:
+    sparse = merger("sparse-only", BaseKind.SPARSE)
+    installed = [merger("codes", BaseKind.QUANTIZED).registration.component, sparse.registration.component]
+    for kind in (None, BaseKind.SPARSE):
+        assert said(check.check_base(sparse, kind, installed)) == []
+    problems = check.check_base(sparse, BaseKind.QUANTIZED, installed)
+    assert_problem(problems, "finetune.merger: 'sparse-only' works on a sparse base", "is quantized; use codes, or")
+    assert_problem(check.check_base(sparse, BaseKind.DENSE, installed), "use another merger, or")
+
+
+def test_dropout_is_refused_where_the_merged_weight_is_rounded() -> None:
+    def input_dropout(self: Any) -> float:
+        return 0.1 if getattr(self, "noisy", True) else 0.0
+
+    adapter = resolved(Adapter, "mine", {"noisy": True}, noisy=False, input_dropout=input_dropout)
+    side = merger("beside", merges=False)
+    for other, kind in ((merger(), BaseKind.SPARSE), (merger(), None), (side, BaseKind.QUANTIZED)):
+        assert said(check.check_dropout(adapter, other, kind)) == []
+    problems = check.check_dropout(adapter, merger(), BaseKind.QUANTIZED)
+    assert_problem(problems, "finetune.adapter.options.noisy: 'mine' rounds the merged weight", "set it to 0")
+    quiet = resolved(Adapter, "mine", input_dropout=lambda _: 0.0)
+    assert said(check.check_dropout(quiet, merger(), BaseKind.QUANTIZED)) == []
+    always = resolved(Adapter, "mine", input_dropout=lambda _: 0.1)
+    assert_problem(check.check_dropout(always, merger(), BaseKind.QUANTIZED), "finetune.adapter: 'mine' rounds")
+    broken = resolved(Adapter, "mine", input_dropout=fails)
+    assert_problem(check.check_dropout(broken, merger(), BaseKind.QUANTIZED), "adapter 'mine' (made 1.0) raised")
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "came_quantized", "problem"),
+    [
+        ({}, BaseKind.SPARSE, False, None),
+        ({}, BaseKind.QUANTIZED, True, None),
+        ({"base": "codes", "mask": "codes"}, None, False, None),
+        ({"base": "codes"}, BaseKind.QUANTIZED, False, None),
+        ({"base": "codes"}, BaseKind.SPARSE, False, "finetune.base: there are no codes"),
+        ({"mask": "codes"}, BaseKind.QUANTIZED, True, None),
+        ({"mask": "codes"}, BaseKind.QUANTIZED, False, "finetune.mask: only a model that came as codes"),
+        ({"base": "floats"}, BaseKind.QUANTIZED, True, "finetune.base: the model has no floats, only codes"),
+        ({"base": "floats"}, BaseKind.QUANTIZED, False, None),
+    ],
+)
+def test_what_training_starts_from(
+    settings: dict[str, Any], kind: BaseKind | None, came_quantized: bool, problem: str | None
+) -> None:
+    problems = check.check_start(finetune(**settings), merger(), kind, came_quantized)
+    assert_problem(problems, problem) if problem else said(problems) == []  # type: ignore[func-returns-value]
+
+
+def test_a_mask_of_codes_needs_a_merger_that_masks() -> None:
+    problems = check.check_start(finetune(mask="codes"), merger(merges=False), BaseKind.QUANTIZED, True)
+    assert_problem(problems, "finetune.mask: 'mine' leaves the codes as they are and masks nothing")
+    assert said(check.check_start(finetune(mask="codes"), None, BaseKind.QUANTIZED, True)) == []
+
+
+def test_a_search_space_and_its_largest_parameters() -> None:
+    groups = (RankGroup("a", (4, 2), ("m.layers.0.q",)), RankGroup("b", (3,), ("m.layers.1.q",)))
+    fine = resolved(Adapter, "mine", space=lambda *_: SearchSpace(groups))
+    assert check.check_space(fine, LAYERS) == (4 * 20 + 3 * 18, [])
+    partly = resolved(Adapter, "mine", space=lambda *_: SearchSpace(groups[:1]))
+    count, problems = check.check_space(partly, LAYERS)
+    assert count == 0
+    assert_problem(problems, "finetune.adapter: adapter 'mine' (made 1.0)", "m.layers.1.q")
+    broken = resolved(Adapter, "mine", space=fails)
+    assert_problem(check.check_space(broken, LAYERS)[1], "adapter 'mine' (made 1.0) raised ZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"steps": 10, "warmup_steps": 10}, "finetune.warmup_steps"),
+        ({"warmup_steps": 2, "warmup_ratio": 0.1}, "finetune.warmup_ratio"),
+        ({"schedule": "polynomial", "learning_rate": 1e-7}, "finetune.learning_rate"),
+        ({"patience": 2}, "finetune.patience"),
+        ({"evaluate_every": 2}, "finetune.evaluate_every"),
+        ({"report_to": ["clearml"]}, "finetune.report_to.0"),
+    ],
+)
+def test_settings_of_training(settings: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None if name == "clearml" else object())
+    assert_problem(check.check_training(finetune(**settings)), f"{place}: ")
+    better = {"steps": 11, "warmup_ratio": 0.0, "learning_rate": 1e-3, "validation": "v", "report_to": ["wandb"]}
+    assert said(check.check_training(finetune(**{**settings, **better}))) == []
+
+
+def test_a_merge_needs_a_merger_that_merges() -> None:
+    side = merger("beside", merges=False)
+    assert said(check.check_merge(merger(), [])) == []
+    problems = check.check_merge(side, [side.registration.component, merger().registration.component])
+    assert_problem(problems, "merge: merger 'beside' leaves the adapter beside the base", "one that merges: mine")
+    assert_problem(check.check_merge(side, []), "one that merges: none installed")
+
+
+def test_an_exporter_of_codes_needs_codes() -> None:
+    codes, floats = resolved(Exporter, "packed", needs_codes=True), resolved(Exporter, "plain")
+    for exporter, kind in ((codes, BaseKind.QUANTIZED), (codes, None), (floats, BaseKind.DENSE)):
+        assert said(check.check_exporter(exporter, kind, [], "export.exporter")) == []
+    problems = check.check_exporter(codes, BaseKind.SPARSE, [floats.registration.component], "export.1.exporter")
+    assert_problem(problems, "export.1.exporter: 'packed' writes codes", "use plain, or add quantize")

@@ -1,0 +1,162 @@
+"""Estimates of memory against sums written out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.checkpoints.model_source import ModelSource
+from sqft.planning.estimates import (
+    activation_bytes,
+    calibration_bytes,
+    estimate_finetune,
+    estimate_merge,
+    estimate_search,
+    model_bytes,
+    quantized_bytes,
+    weights_in,
+)
+from sqft.recipe.sections import Calibration, Finetune
+from sqft.types import LinearShape, Statistic
+
+SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
+"""The tiny model in float32."""
+STATES = 3 * (4 * 32) * 32 * 4
+BLOCK = 4 * (6 * 32**2 + 64**2)
+"""The Hessians of a block: q, k, v, o, gate and up of 32 inputs, down of 64."""
+CODES = 2 * 9216
+WORK = 3 * 4 * 64**2
+
+
+def memory(recipe: dict[str, Any], registry: Registry, folder: Path, step: str) -> int:
+    kept = {key: recipe[key] for key in ("schema", "name", "model", "calibration", step)}
+    found = Orchestrator(registry, folder).plan(Recipe.parse(kept)).step(step).estimate.memory
+    return found - SIZE - (1 << 29)
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "expected"),
+    [
+        ({"scorer": "wanda"}, SIZE),  # the second model that the proof reads is more
+        ({"scorer": "magnitude"}, SIZE),
+        ({"scorer": "sparsegpt"}, STATES + BLOCK + WORK),
+        ({"scorer": "sparsegpt", "exclude": ["down_proj"]}, SIZE),
+        ({"scorer": "sparsegpt", "allocator": "owl"}, STATES + BLOCK + WORK),
+    ],
+    ids=str,
+)
+def test_sparsify_counts_hessians(
+    sparsify: dict[str, Any], expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    assert memory(raw | {"sparsify": sparsify}, registry, tmp_path, "sparsify") == expected
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "expected"),
+    [("gptq", STATES + 4 * 4 * 32**2 + WORK), ("rtn", SIZE)],  # q, k, v and o are as much as down
+)
+def test_quantize_counts_those_of_one_module(
+    quantizer: str, expected: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    raw["quantize"] = {"quantizer": {"name": quantizer, "options": {"group_size": 32}}}
+    assert memory(raw, registry, tmp_path, "quantize") == expected + 2 * CODES
+
+
+@pytest.mark.parametrize(
+    ("merger", "base", "packed"),
+    [("qa-sparsepeft", "floats", False), ("qa-sparsepeft", "codes", True), ("unmerged", "floats", True)],
+)
+def test_codes_under_an_adapter_are_counted_packed(
+    merger: str, base: str, packed: bool, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    for name in ("merge", "evaluate"):
+        raw.pop(name)
+    of_floats = {key: value for key, value in raw.items() if key != "quantize"}
+    raw["finetune"] = {**raw["finetune"], "merger": merger, "base": base}
+    orchestrator = Orchestrator(registry, tmp_path)
+    floats, plan = orchestrator.plan(Recipe.parse(of_floats)), orchestrator.plan(Recipe.parse(raw))
+    spared = SIZE - plan.step("quantize").estimate.storage
+    assert spared > 0
+    found = floats.step("finetune").estimate.memory - plan.step("finetune").estimate.memory
+    assert found == (spared if packed else 0)
+
+
+# -- pure sums ----------------------------------------------------------------------------------
+
+
+LAYERS = tuple(
+    LinearShape(f"m.layers.{block}.{name}", *shape)
+    for block in range(2)
+    for name, shape in (("mlp.experts.0.up", (64, 32)), ("mlp.experts.1.up", (64, 32)), ("mlp.down", (32, 64)))
+)
+CONFIG = {"hidden_size": 32, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": 64}
+CALIBRATION = Calibration(data="a.txt", samples=2, length=8)
+
+
+def source(*names: str) -> ModelSource:
+    """A model of an embedding, the layers, and tensors of these names and one number each."""
+    shapes: dict[str, tuple[int, ...]] = {f"{layer.name}.weight": (64, 32) for layer in LAYERS}
+    shapes |= {"m.embed.weight": (10, 32), **dict.fromkeys(names, (1,))}
+    return ModelSource("folder", Path("m"), "", CONFIG, shapes, LAYERS)
+
+
+def test_bytes_of_a_model() -> None:
+    model = source()
+    assert model.parameters == 6 * 2048 + 320 and weights_in(LAYERS) == 6 * 2048
+    assert [model_bytes(model, dtype) for dtype in ("float32", "bfloat16", "float16")] == [
+        4 * model.parameters, 2 * model.parameters, 2 * model.parameters,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "code"), [(4, 5.5), (2, 3.5), (None, 17.5)])
+def test_bytes_of_codes(bits: int | None, code: float) -> None:
+    """A code, half a bit of its group's scale and zero point, a bit of the mask; a tied head is stored apart."""
+    assert quantized_bytes(source("lm_head.weight"), "bfloat16", LAYERS, bits) == 321 * 2 + 6 * 2048 * code // 8
+    assert quantized_bytes(source(), "bfloat16", LAYERS, bits) == (320 + 320) * 2 + 6 * 2048 * code // 8
+
+
+@pytest.mark.parametrize(
+    ("needs", "sequential", "hessians", "widest"),
+    [
+        ({Statistic.INPUT_NORM}, False, 0, 0),
+        ({Statistic.HESSIAN}, False, 2 * 32**2 + 64**2, 64**2),
+        ({Statistic.HESSIAN}, True, 64**2, 64**2),  # the experts of a block are one module: 2 · 32² is less
+    ],
+)
+def test_bytes_of_the_walk(needs: set[Statistic], sequential: bool, hessians: int, widest: int) -> None:
+    states = 3 * (2 * 8) * 32 * 4
+    found = calibration_bytes(source(), CALIBRATION, frozenset(needs), LAYERS, sequential)
+    assert found == states + 4 * hessians + 3 * 4 * widest
+    assert calibration_bytes(source(), None, frozenset(needs), LAYERS, sequential) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "labels"),
+    [
+        ({}, 14 * 32 + 4 * 64, 16),
+        ({"gradient_checkpointing": True}, 32, 16),
+        ({"loss_on": "all"}, 14 * 32 + 4 * 64, 64),
+        ({"loss_on": "all", "loss_chunk": 5}, 14 * 32 + 4 * 64, 5),
+    ],
+)
+def test_bytes_of_activations(settings: dict[str, Any], kept: int, labels: int) -> None:
+    section = Finetune.model_validate(
+        {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": 4, "max_length": 16, **settings}
+    )
+    assert activation_bytes(source(), section) == 4 * (4 * 16 * kept * 2 + 10 * 3 * labels)
+    estimate = estimate_finetune(source(), section, 100, 7)
+    assert (estimate.parameters, estimate.storage) == (100, 400)
+    assert estimate.memory == 7 + 16 * 100 + activation_bytes(source(), section) + (1 << 29)
+
+
+def test_what_holds_codes_needs_more() -> None:
+    size, model = model_bytes(source(), "float32"), source()
+    search = [estimate_search(model, "float32", 40, size, quantized).memory for quantized in (False, True)]
+    assert search == [2 * size + 40 + (1 << 29), 3 * size + 40 + (1 << 29)]
+    merge = [estimate_merge(model, "float32", 9, size, quantized).memory for quantized in (False, True)]
+    assert merge == [4 * size + (1 << 29), 4 * size + 3 * model.parameters + (1 << 29)]
+    assert estimate_merge(model, "float32", 9, size, True).storage == 9
