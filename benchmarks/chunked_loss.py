@@ -2,9 +2,10 @@
 
     python benchmarks/chunked_loss.py [--rounds 3] [--chunk 128] [--vocabularies 49152 151936] [--as-is]
 
-A model of SmolLM2-135M's width with 6 layers; its query projections train, the head is frozen, every token has a label.
-Each measurement is a process of its own; the ways take turns, and medians are printed. Memory is what the system gave;
-glibc is told to return what is freed, for its heap would otherwise keep holes as large as chunks (--as-is: it may).
+The model has SmolLM2-135M's width and 6 layers. Its query projections are trained, the head is frozen, and every token
+has a label. Each measurement runs in a separate process. The two ways take turns, and medians are printed. Memory is the
+process's memory as the system sees it. glibc is set to return freed memory, because its heap would otherwise keep holes
+as large as the chunks; with --as-is it is not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MIB = 1 << 20
 
 
 def measure(vocabulary: int, chunk: int | None, rows: int, length: int) -> dict[str, float]:
-    """One step after one that warms up: the peak over what the process held before, the seconds, and the loss."""
+    """Measure one step after a warm-up step: the peak above the memory held before, the seconds, and the loss."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,

@@ -2,8 +2,8 @@
 
     python benchmarks/gptq_against_gptqmodel.py [--python .consumers/gptqmodel/bin/python] [--store DIR]
 
-gptqmodel works in its own environment (`make consumers`); both checkpoints are read and measured by sqft, its own as
-any model that somebody quantized. Needs `make quickstart`'s model and data.
+gptqmodel runs in its own environment (`make consumers`). sqft reads and measures both checkpoints, gptqmodel's like any
+model that was quantized elsewhere. Needs the model and data of `make quickstart`.
 """
 
 from __future__ import annotations

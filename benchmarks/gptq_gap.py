@@ -1,9 +1,9 @@
-"""How far gptq is from each row's best codes over its kept weights, found by trying all of them.
+"""Compare gptq with the best possible codes of each row's kept weights, found by trying all of them.
 
     python benchmarks/gptq_gap.py [--layers 20]
 
-Layers of 16 rows and 8 inputs, 4 of them kept in each row, 4 bits, one group a row: 65,536 choices of codes on the grid
-that gptq fitted. Inputs are correlated as x = (I + c R) z, R and z of normal numbers.
+Layers have 16 rows and 8 inputs, of which each row keeps 4; 4 bits, one group a row. So there are 65,536 combinations of
+codes, on the grid that gptq fitted. Inputs are correlated as x = (I + c R) z, with normally distributed R and z.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OUT, INPUTS, KEPT, BITS = 16, 8, 4, 4
 
 
 def error(weight: Tensor, value: Tensor, hessian: Tensor) -> Tensor:
-    """‖(w − ŵ) X‖² of each row."""
+    """Return ‖(w − ŵ) X‖² of each row."""
     difference = (weight - value).double()
     return (difference @ hessian.double() * difference).sum(1)
 

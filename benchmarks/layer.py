@@ -2,8 +2,8 @@
 
     python benchmarks/layer.py [--repeats 15] [--dtype float32]
 
-The three are interleaved and medians are printed, as ratios to LoRA. "kept" is what autograd holds
-between forward and backward: the storages of saved tensors, less parameters and the layer's input.
+The three take turns, and medians are printed, with ratios to LoRA. "kept" is the memory that autograd holds
+between forward and backward: the storages of saved tensors, without parameters and the layer's input.
 """
 
 from __future__ import annotations

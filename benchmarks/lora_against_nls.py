@@ -3,8 +3,8 @@
     python benchmarks/lora_against_nls.py [--seeds 0 1 2] [--adapters lora nls] [--store store-seeds]
 
 A seed decides calibration windows, initial factors, data order and rank samples; the data stay the same. The store
-keeps what is done: several of these may run at once, and the last prints the whole table. Needs `make quickstart`'s
-model and data.
+keeps finished steps: several of these may run at once, and the last one prints the complete table. Needs the model and
+data of `make quickstart`.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/one_walk.py [--samples 16] [--length 512] [--ways two masks joint turn]
 
-two     sparsify's walk, then one over the sparse model whose earlier blocks are quantized
-turn    the same, and in a block one input after the other (what sqft does)
-masks   one walk: Hessians are sparsify's own, of the dense block behind pruned ones; masks are those of `two`
-joint   one walk: a block is pruned and quantized with one Hessian, behind blocks that are both; other masks
-`joint` saves the whole of the first walk; `masks` as much, where the sparse model is not there already.
+two     two walks: sparsify's, then one over the sparse model, where earlier blocks are already quantized
+turn    the same, and in each block one input after the other (what sqft does)
+masks   one walk: Hessians come from sparsify's walk (a dense block after pruned blocks); masks are those of `two`
+joint   one walk: a block is pruned and quantized with one Hessian, after blocks that are both; masks differ
+`joint` saves the complete first walk. `masks` saves as much, if the sparse model does not exist already.
 """
 
 from __future__ import annotations

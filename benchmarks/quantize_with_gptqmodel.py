@@ -6,7 +6,9 @@ python quantize_with_gptqmodel.py MODEL WINDOWS OUT BITS GROUP_SIZE DAMP DESC_AC
 import os
 import sys
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores its default of one is too few for itself
+os.environ.setdefault(
+    "GPTQMODEL_CPU_WORKERS", "2"
+)  # on two cores its default is one, which is too few for gptqmodel itself
 
 from gptqmodel import GPTQModel, QuantizeConfig
 from safetensors.torch import load_file

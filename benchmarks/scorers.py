@@ -1,8 +1,8 @@
-"""What is lost in pruning: perplexity of the sparse model by scorer, pattern and allocator.
+"""Measure what pruning loses: perplexity of the sparse model by scorer, pattern and allocator.
 
     python benchmarks/scorers.py [--store store-scorers] [--ways wanda sparsegpt …]
 
-SmolLM2 at half of its weights, 16 windows of 512 tokens; the recipes differ in `sparsify` alone.
+SmolLM2 with half of its weights at zero, 16 windows of 512 tokens. The recipes differ only in `sparsify`.
 """
 
 from __future__ import annotations

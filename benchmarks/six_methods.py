@@ -1,12 +1,12 @@
-"""The paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
+"""Measure the paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
 
     python benchmarks/six_methods.py DATA [--steps 100] [--seeds 0] [--methods sqft …] [--store DIR]
 
-DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion};
-a number is compared as a number. With --choices, LLM-Adapters' questions of several answers are asked as lm-eval asks
-ARC: the likeliest answer counts, and the letters or numbers of answers play no part. One sparse base, and one
-quantized one, are made and shared through the store, which keeps what is done: several of these may run at once, and
-the last prints the whole table.
+DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion}.
+Numbers are compared as numbers. With --choices, LLM-Adapters' multiple-choice questions are asked as lm-eval asks ARC:
+the likeliest answer counts, and the letters or numbers of the answers play no part. One sparse base and one quantized
+base are made and shared through the store, which keeps finished steps: several of these may run at once, and the last
+one prints the complete table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = ("lora", "shears", "sparsepeft", "gptq-lora", "sqft", "qa-sparsepeft")
 
 
 def prompts(source: Path, target: Path, records: int | None = None) -> Path:
-    """The records of a file (the first ones) as {prompt, completion}, in another file."""
+    """Write the records of a file (the first ones) as {prompt, completion} into another file."""
     lines = []
     for line in source.read_text("utf-8").splitlines()[:records]:
         record = json.loads(line)

@@ -27,7 +27,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe with the installed components' options."""
     schema = Recipe.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"]["$schema"] = {"type": "string", "description": "where this schema lies, for editors"}
+    schema["properties"]["$schema"] = {"type": "string", "description": "path of this schema, for editors"}
     for kind, (section, key) in PLACES.items():
         entries = [registration for registration in registry.entries() if registration.component.kind == kind]
         names = {name for registration in entries for name in _names(registration)}

@@ -117,13 +117,13 @@ PIPELINES = {
 
 
 def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DATA) -> dict[str, Any]:
-    """A pipeline's recipe as it is to be written to `output`, from whose folder its relative paths count.
+    """Return a pipeline's recipe, to be written to the file `output`; its relative paths start at that file's folder.
 
-    `data` is a folder with train.jsonl, calibration.jsonl, test.jsonl and heldout.txt, as far as the recipe names them;
-    or a file of records to train on, and to calibrate with, that has the others beside it.
+    `data` is a folder with train.jsonl, calibration.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them.
+    Or it is one file of records, for training and calibration, with the other files next to it.
 
     Raises:
-        SqftError: when there is no such pipeline.
+        SqftError: when there is no pipeline of this name.
     """
     if name not in PIPELINES:
         raise SqftError(f"there is no pipeline '{name}'; pipelines: {', '.join(PIPELINES)}")
@@ -142,7 +142,7 @@ def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DAT
 
 
 def _from(output: Path, path: Path) -> str:
-    """A path as a recipe says it that is to lie in `output`; an absolute one stays as it is."""
+    """Return a path as the recipe in the file `output` must name it. An absolute path does not change."""
     return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
 
 
