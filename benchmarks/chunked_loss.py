@@ -3,8 +3,8 @@
     python benchmarks/chunked_loss.py [--rounds 3] [--chunk 128] [--vocabularies 49152 151936] [--as-is]
 
 The model has SmolLM2-135M's width and 6 layers. Its query projections are trained, the head is frozen, and every token
-has a label. Each measurement runs in a separate process. The two ways take turns, and medians are printed. Memory is the
-process's memory as the system sees it. glibc is set to return freed memory, because its heap would otherwise keep holes
+has a label. Each measurement runs in a separate process. The two ways take turns, and medians are printed. Memory is
+the process's memory as the system sees it. glibc is set to return freed memory: its heap would otherwise keep holes
 as large as the chunks; with --as-is it is not.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/gptq_gap.py [--layers 20]
 
-Layers have 16 rows and 8 inputs, of which each row keeps 4; 4 bits, one group a row. So there are 65,536 combinations of
-codes, on the grid that gptq fitted. Inputs are correlated as x = (I + c R) z, with normally distributed R and z.
+Layers have 16 rows and 8 inputs, of which each row keeps 4; 4 bits, one group a row. So there are 65,536 combinations
+of codes, on the grid that gptq fitted. Inputs are correlated as x = (I + c R) z, with normally distributed R and z.
 """
 
 from __future__ import annotations
