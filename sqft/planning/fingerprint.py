@@ -19,6 +19,79 @@ from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
 from sqft.utils.code_digest import digest_files
 
+EVERY_STAGE = (
+    "checkpoints/export",
+    "checkpoints/families",
+    "checkpoints/gptq",
+    "checkpoints/model_source",
+    "checkpoints/model_spec",
+    "checkpoints/safetensors",
+    "components/kinds",
+    "data/encoding",
+    "data/readers",
+    "data/records",
+    "data/templates",
+    "data/windows",
+    "kernels",
+    "modeling/adapters/frozen_weight",
+    "modeling/architecture",
+    "modeling/compat",
+    "modeling/loading/__init__",
+    "modeling/loading/folder_reader",
+    "modeling/loading/quantized",
+    "modeling/loading/transformers_io",
+    "planning/adapter_base",
+    "planning/plan",
+    "stages/inputs",
+    "types",
+)
+"""Models, data and what a component may import: `sqft.kernels` as a whole."""
+
+COMPRESS = (
+    "components/checks",
+    "modeling/calibration/capture",
+    "modeling/calibration/statistics",
+    "modeling/calibration/walk",
+    "stages/compress",
+    "utils/globs",
+)
+
+ADAPT = ("components/checks", "modeling/adapters", "stages/adapted", "utils/globs")
+
+MEASURE = ("data/answers", "data/collators", "modeling/evaluation", "modeling/training/loss")
+
+TRAIN = ("modeling/training/checkpoints", "modeling/training/trainer", "stages/training_arguments")
+
+STAGE_CODE: dict[str, tuple[str, ...]] = {
+    "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
+    "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
+    "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
+    "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),
+    "merge": (*EVERY_STAGE, *ADAPT, "stages/merge"),
+    "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
+    "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/evaluate"),
+}
+"""The modules and packages of the core that a stage's result depends on: an edit there makes its artifacts anew.
+
+`tests/planning/test_fingerprint.py` holds this against what each stage imports.
+"""
+
+WITHOUT_EFFECT = {
+    "api": "names of other modules",
+    "components/hookspecs": "how plugins are asked for components",
+    "components/registration": "digests of components' code, which enter the fingerprint themselves",
+    "errors": "exceptions",
+    "planning/estimates": "expectations before a run",
+    "recipe": "settings, whose values enter the fingerprint themselves",
+    "utils/code_digest": "digests",
+    "utils/digests": "digests",
+    "utils/distributed": "how processes find one another; what they compute together is the trainer's",
+    "utils/files": "how files are written: at once or not at all",
+    "utils/progress": "progress bars",
+    "utils/text": "text for people",
+}
+"""Modules and packages that stages import and that cannot change a result, each with what it holds."""
+
 
 def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, Step]) -> str:
     """Return a step's fingerprint: SHA-256, hexadecimal, of all that its result depends on.
@@ -60,10 +133,11 @@ def settings_of(section: Section) -> dict[str, Any]:
 
 @cache
 def core_digest(stage: str) -> str:
-    """Digest of the core's own code that a stage's result depends on."""
+    """Return a digest of the core's own code that a stage's result depends on."""
     root = Path(__file__).parents[1]
-    files = [root / "stages" / f"{name}.py" for name in (stage, "inputs", "compress", "adapted", "training_arguments")]
-    files += [root / f"{name}.py" for name in ("types", "components/kinds", "components/checks", "planning/plan")]
-    for room in ("kernels", "modeling", "data", "checkpoints"):
-        files += sorted((root / room).rglob("*.py"))
-    return digest_files([file for file in files if file.is_file()], root)
+    return digest_files(sorted(file for name in STAGE_CODE[stage] for file in code_files(root / name)), root)
+
+
+def code_files(path: Path) -> set[Path]:
+    """Return the files of a module, or of all modules of a package, given its path without a suffix."""
+    return set(path.rglob("*.py")) if path.is_dir() else {path.with_suffix(".py")}
