@@ -38,7 +38,7 @@ WITHOUT_TORCH = ("utils", "components", "checkpoints", "data", "recipe", "planni
 """Rooms that can be imported whole without torch, transformers or peft; `NEEDS_TORCH` in them is imported lazily."""
 NEEDS_TORCH = {"sqft.data.collators", "sqft.data.windows"}
 
-LARGEST_CLASS = 600
+LARGEST_CLASS = 250
 
 
 def imports(file: Path) -> Iterator[str]:
