@@ -89,11 +89,11 @@ def test_a_change(change: str, path: tuple[str | int, ...], value: Any) -> None:
     [
         ("seed", "", "--set takes path=value, found 'seed'"),
         ("=1", "", "--set takes path=value"),
-        ("name.x.y=1", "name.x", "there is no such place"),
-        ("evaluate.of.9=merge", "evaluate.of.9", "there is no such place"),
-        ("evaluate.of.-1=merge", "evaluate.of.-1", "there is no such place"),
-        ("evaluate.of.x.y=merge", "evaluate.of.x", "there is no such place"),
-        ("finetune.data.2.weight=1", "finetune.data.2", "there is no such place"),
+        ("name.x.y=1", "name.x", "there is no such path in the recipe"),
+        ("evaluate.of.9=merge", "evaluate.of.9", "there is no such path in the recipe"),
+        ("evaluate.of.-1=merge", "evaluate.of.-1", "there is no such path in the recipe"),
+        ("evaluate.of.x.y=merge", "evaluate.of.x", "there is no such path in the recipe"),
+        ("finetune.data.2.weight=1", "finetune.data.2", "there is no such path in the recipe"),
     ],
 )
 def test_a_change_that_leads_nowhere(change: str, place: str, message: str) -> None:
@@ -105,5 +105,5 @@ def test_a_change_that_leads_nowhere(change: str, place: str, message: str) -> N
 
 @pytest.mark.parametrize("raw", [None, 3, [], "x"])
 def test_a_change_of_what_is_no_object(raw: Any) -> None:
-    with pytest.raises(RecipeError, match="there is no such place"):
+    with pytest.raises(RecipeError, match="there is no such path in the recipe"):
         apply(raw, "name=x", "r.json", Recipe)
