@@ -33,7 +33,7 @@ def test_sparsity_and_pattern(given: dict[str, Any], sparsity: float, pattern: s
     ("given", "message"),
     [
         ({"pattern": "1:4", "sparsity": 0.5}, "'1:4' is a sparsity of 0.75, not 0.5"),
-        ({"pattern": "5:4"}, "pattern '5:4' is none of 'row', 'layer' and 'N:M'"),
+        ({"pattern": "5:4"}, "pattern '5:4' must be 'row', 'layer' or 'N:M'"),
         ({"pattern": 4}, "should be a valid string"),
         ({"sparsity": 1}, "less than 1"),
     ],
