@@ -60,7 +60,8 @@ class Orchestrator:
             RecipeError: with every mistake at once.
         """
         plan = make_plan(recipe, self.registry, self.store.digests)
-        return dataclasses.replace(plan, reused=frozenset(step.name for step in plan.steps if self._is_done(step)))
+        done = (step.name for step in plan.steps if self.store.is_complete(step.stage, step.fingerprint))
+        return dataclasses.replace(plan, reused=frozenset(done))
 
     def load(self, path: str | Path, changes: Sequence[str] = ()) -> Plan:
         """Read a recipe file with changes ("sparsify.sparsity=0.6") and plan it.
@@ -87,7 +88,7 @@ class Orchestrator:
         if fresh and self.processes.is_main:
             for step in steps_from(plan, fresh):
                 self.store.discard(step.stage, step.fingerprint)
-        missing = [step for step in steps if not self._is_done(step)]
+        missing = [step for step in steps if not self.store.is_complete(step.stage, step.fingerprint)]
         self._check(plan, steps, missing)
         self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = make_run_folder(self.store, plan)
@@ -193,9 +194,6 @@ class Orchestrator:
         track = self.track if self.processes.is_main else silent
         given = StageInputs(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
         return make_stage(given)
-
-    def _is_done(self, step: Step) -> bool:
-        return self.store.is_complete(step.stage, step.fingerprint)
 
     def _notify(self, hook: str, **arguments: object) -> None:
         for plugin, error in self.registry.notify(hook, **arguments):

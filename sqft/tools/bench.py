@@ -1,7 +1,7 @@
 """The paper's Tables 6 and 7 for your recipes on your machine: what each pipeline costs to train, keep and serve.
 
-Every measurement is a process of its own, so that its peak memory is its own; the recipes take turns, round after
-round, and medians are taken, since machines are noisy.
+Every measurement runs in a new process, so that its peak memory is its own. The recipes take turns, round after
+round, and medians are reported, since timings vary on any machine.
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ from typing import Any
 
 from sqft.components.kinds import Merger
 from sqft.components.registry import Registry
-from sqft.errors import StageError
+from sqft.errors import ModelError, Problem, RecipeError, SqftError
 from sqft.execution.orchestrator import Orchestrator
 from sqft.execution.run import Run
 from sqft.utils.text import human_size
 
-PROMPT, GENERATED, REPEATS = 512, 32, 3
-"""Tokens of a prompt (fewer in a shorter window), tokens generated after it, and how often in one process."""
+PROMPT_TOKENS = 512
+"""Length of the prompt; less in a shorter window."""
+
+
+GENERATED_TOKENS = 32
+"""Tokens generated after the prompt."""
+
+
+REPEATS = 3
+"""Generations that one process measures."""
 
 
 BENCH_ONLY_OVERRIDE = "finetune.max_grad_norm=1e12"
-"""Clips nothing, and no recipe says so: a measurement's artifact, which is thrown away, is never one of the user's."""
+"""Clips nothing, and no real recipe has it: a measurement's artifact, which is deleted, is never one of the user's."""
 
 
 HEADS = [
@@ -40,37 +48,53 @@ HEADS = [
 def bench(
     recipes: Sequence[Path], changes: Sequence[str], store: Path, rounds: int, steps: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Run the recipes to their end where they are not, then measure; a row of facts and medians for each.
+    """Run the recipes as far as they are not done, then measure; return a row of facts and medians for each.
+
+    Args:
+        recipes: recipe files; each must fine-tune, and merge if its merger can.
+        changes: changes to every recipe ("finetune.steps=9").
+        store: the store's folder.
+        rounds: measurements of each recipe.
+        steps: training steps in each measurement.
+        say: called with a line of progress.
 
     Raises:
-        StageError: when a recipe does not fine-tune, could be merged and is not, or a measurement fails.
+        RecipeError: when a recipe does not fine-tune, or could be merged and is not.
+        SqftError: when a measurement fails.
     """
     orchestrator = Orchestrator(Registry.discover(), store)
     plans = [orchestrator.load(path, changes) for path in recipes]
     for path, plan in zip(recipes, plans, strict=True):
         if plan.recipe.finetune is None:
-            raise StageError(f"{path} fine-tunes nothing; bench compares recipes with a finetune section")
+            raise unsuitable(path, "finetune", "this recipe fine-tunes nothing; bench compares recipes that do")
         merger = plan.step("finetune").component(Merger)
         if merger.merges and plan.recipe.merge is None:
-            raise StageError(
-                f"{path} trains what can be merged and does not merge it, and bench serves what is shipped; "
-                'add "merge": {}'
+            raise unsuitable(
+                path,
+                "merge",
+                'this recipe could merge its adapter but does not, and bench measures finished models; add "merge": {}',
             )
     rows = [_facts(orchestrator.run(plan)) for plan in plans]
     measured: list[dict[str, list[Any]]] = [{} for _ in recipes]
     for number in range(rounds):
-        for path, found in zip(recipes, measured, strict=True):
-            for what in ("train", "serve"):
-                say(f"round {number + 1} of {rounds}: {what} {path.stem}")
-                for key, value in _elsewhere(what, path, changes, store, steps).items():
-                    found.setdefault(key, []).append(value)
+        for path, values in zip(recipes, measured, strict=True):
+            for task in ("train", "serve"):
+                say(f"round {number + 1} of {rounds}: {task} {path.stem}")
+                for key, value in _in_new_process(task, path, changes, store, steps).items():
+                    values.setdefault(key, []).append(value)
     return [
-        row | {key: statistics.median(v) for key, v in found.items()} for row, found in zip(rows, measured, strict=True)
+        row | {key: statistics.median(v) for key, v in values.items()}
+        for row, values in zip(rows, measured, strict=True)
     ]
 
 
+def unsuitable(recipe: Path, place: str, message: str) -> RecipeError:
+    """Return the error that a recipe cannot be compared."""
+    return RecipeError([Problem(place, message)], str(recipe))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The rows as text, with ratios to the first."""
+    """Return the rows as text, with ratios to the first."""
     first = rows[0]
 
     def ratio(row: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
@@ -95,7 +119,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What is known without a clock. Storage is what is shipped: a merged model, or a base and an adapter."""
+    """Return what is known without measuring. Storage is of what is delivered: a merged model, or base and adapter."""
     plan = run.plan
     merger = plan.step("finetune").component(Merger)
     floats, codes = plan.recipe.model.dtype, f"INT{_bits(run)}" if plan.adapter_base.quantized else ""
@@ -118,14 +142,18 @@ def _bits(run: Run) -> int:
     return int((run.plan.source.quantization or run["quantize"].report)["bits"])
 
 
-def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
-    """One measurement in a new process."""
+def _in_new_process(task: str, recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
+    """Take one measurement, "train" or "serve", in a new process.
+
+    Raises:
+        SqftError: when the process fails.
+    """
     command = [
         sys.executable,
         "-P",
         "-m",
         "sqft.tools.bench",
-        what,
+        task,
         str(recipe),
         json.dumps(list(changes)),
         str(store),
@@ -135,14 +163,14 @@ def _elsewhere(what: str, recipe: Path, changes: Sequence[str], store: Path, ste
     if done.returncode:
         log = store / "bench.log"
         log.write_text(done.stderr, "utf-8")
-        said = done.stderr.strip().rpartition("\n")[2] or f"its process ended with {done.returncode}"
-        raise StageError(f"measuring {recipe} failed: {said} (the complete output is in {log})")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        last = done.stderr.strip().rpartition("\n")[2] or f"its process ended with {done.returncode}"
+        raise SqftError(f"measuring {recipe} failed: {last} (the complete output is in {log})")
+    values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return values
 
 
 def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
-    """A few steps of fine-tuning, whose artifact is thrown away."""
+    """Measure a few steps of fine-tuning; their artifact is deleted."""
     orchestrator = Orchestrator(Registry.discover(), store)
     shorter = [
         f"finetune.steps={steps}",
@@ -162,35 +190,37 @@ def train(recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict
 
 
 def serve(recipe: Path, changes: Sequence[str], store: Path) -> dict[str, float]:
-    """The finished model as it would be served."""
+    """Measure generation with the finished model."""
     from sqft.tools import serving
     from sqft.utils.resources import peak_memory
 
     orchestrator = Orchestrator(Registry.discover(), store)
     run = orchestrator.run(orchestrator.load(recipe, changes))
     if "merge" in run:
-        model = serving.merged_as_served(run.plan.spec(run["merge"].folder / "model"))
+        model = serving.load_merged_for_serving(run.plan.spec(run["merge"].folder / "model"))
     else:
         folders = run.inputs("finetune")
-        model = serving.adapted_as_served(run.plan, folders, run["finetune"].folder, run["search"].folder)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + GENERATED
-    if (prompt := min(PROMPT, window - GENERATED)) < 1:
-        raise StageError(f"a window of {window} tokens has no room for a prompt and {GENERATED} tokens after it")
+        model = serving.load_adapted_for_serving(run.plan, folders, run["finetune"].folder, run["search"].folder)
+    window = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS + GENERATED_TOKENS
+    )
+    if (prompt := min(PROMPT_TOKENS, window - GENERATED_TOKENS)) < 1:
+        raise ModelError(f"a window of {window} tokens has no room for a prompt and {GENERATED_TOKENS} tokens after it")
     with peak_memory() as peak:
-        found = serving.speed(model, prompt, GENERATED, REPEATS)
-    taken, packed = serving.count_kernel_layers(model)
+        speed = serving.measure_speed(model, prompt, GENERATED_TOKENS, REPEATS)
+    in_kernel, packed = serving.count_kernel_layers(model)
     return {
-        "prefill": found.prefill,
-        "decode": found.decode,
+        "prefill": speed.prefill,
+        "decode": speed.decode,
         "serving_memory": peak[0],
-        "kernel_layers": taken,
+        "kernel_layers": in_kernel,
         "packed_layers": packed,
     }
 
 
 if __name__ == "__main__":
-    what, recipe, changes, store, steps = sys.argv[1:]
+    task, recipe, changes, store, steps = sys.argv[1:]
     arguments = (Path(recipe), json.loads(changes), Path(store))
-    with redirect_stdout(sys.stderr):  # whatever a library has to say
-        found = train(*arguments, int(steps)) if what == "train" else serve(*arguments)
-    print(json.dumps(found))
+    with redirect_stdout(sys.stderr):  # only the result is output, not what a library prints
+        values = train(*arguments, int(steps)) if task == "train" else serve(*arguments)
+    print(json.dumps(values))

@@ -1,4 +1,4 @@
-"""Check what this machine and this installation can do, and what is missing. A broken part must not stop the checks."""
+"""Check what this machine and this installation can do, and what is missing. A failed check never stops the next."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqft
+from sqft.utils.files import existing_parent
 
 State = Literal["ok", "absent", "wrong"]
 
@@ -26,13 +27,15 @@ OPTIONAL_PACKAGES = {
     "optimum": "GPTQ checkpoints in transformers",
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
 }
-"""Optional packages, and the features that need them. Those of sqft's own extras are found in its metadata."""
+"""Packages that sqft runs without, and what needs each. Those of sqft's own extras are read from its metadata."""
 
 
-OF_EXTRAS = {"gguf": "GGUF files as models"}
+EXTRA_FEATURES = {"gguf": "GGUF files as models"}
+"""The feature that needs a package of an extra, where the extra's name does not say it."""
 
 
-NOT_FOR_USERS = {"dev"}
+DEVELOPER_EXTRAS = {"dev"}
+"""Extras of sqft that users do not need."""
 
 
 EXTRA = re.compile(r'(?<=extra == ")[^"]+')
@@ -40,7 +43,7 @@ EXTRA = re.compile(r'(?<=extra == ")[^"]+')
 
 @dataclass(frozen=True)
 class Check:
-    """One check. A check that is `needed` and not ok is a problem that the user must fix."""
+    """The result of one check. If it is needed and not ok, the user must act."""
 
     group: Literal["packages", "devices", "plugins", "store"]
     name: str
@@ -48,26 +51,27 @@ class Check:
     state: State = "ok"
     needed: bool = False
     note: str = ""
-    """Which feature needs it, and how to fix it."""
+    """The feature that needs it, and how to fix it."""
 
     @property
     def fails(self) -> bool:
+        """Whether sqft cannot work because of it."""
         return self.needed and self.state != "ok"
 
 
 def checks(store: Path) -> Iterator[Check]:
-    """Yield every check. If a group of checks itself raises an exception, it becomes a failed check."""
+    """Check everything, one group after the other; a group that raises counts as one failed check."""
     groups: dict[Any, Callable[[], Iterator[Check]]] = {
         "packages": _packages,
         "devices": _devices,
         "plugins": _plugins,
         "store": lambda: _disk(store),
     }
-    for group, look in groups.items():
+    for group, run_checks in groups.items():
         try:
-            yield from look()
+            yield from run_checks()
         except Exception as error:
-            yield Check(group, group, "cannot be checked", "wrong", True, _said(error))
+            yield Check(group, group, "cannot be checked", "wrong", True, _in_a_line(error))
 
 
 def _packages() -> Iterator[Check]:
@@ -85,23 +89,23 @@ def _packages() -> Iterator[Check]:
     fits = python.contains(version, prereleases=True)
     yield Check("packages", "python", version, "ok" if fits else "wrong", True, "" if fits else f"sqft needs {python}")
     same = installed == sqft.__version__
-    note = "" if same else f"the installed package has version {installed}; install it again"
+    note = "" if same else f"the installed metadata says {installed}; install it again"
     yield Check("packages", "sqft", sqft.__version__, "ok" if same else "wrong", True, note)
     listed = set()
     for requirement in map(Requirement, lines):
         extra = (EXTRA.search(str(requirement.marker or "")) or [""])[0]
         if not extra and (requirement.marker is None or requirement.marker.evaluate()):
             yield _package(requirement)
-        elif extra and extra not in NOT_FOR_USERS:
+        elif extra and extra not in DEVELOPER_EXTRAS:
             listed.add(requirement.name)
-            yield _package(requirement, OF_EXTRAS.get(requirement.name, f"the extra '{extra}'"), f"sqft[{extra}]")
+            yield _package(requirement, EXTRA_FEATURES.get(requirement.name, f"the extra '{extra}'"), f"sqft[{extra}]")
     for name, feature in OPTIONAL_PACKAGES.items():
         if name not in listed:
             yield _package(Requirement(name), feature)
 
 
 def _package(requirement: Any, feature: str = "", install: str = "") -> Check:
-    """Check that a package is installed in a version that fits, and, if sqft needs it, that it can be imported."""
+    """Check that a package is installed, has a supported version and, if sqft needs it, can be imported."""
     needed = not feature
     without = f"needed for {feature}; " if feature else ""
     remedy = f"pip install '{install or requirement}'"
@@ -121,7 +125,7 @@ def _package(requirement: Any, feature: str = "", install: str = "") -> Check:
         elif util.find_spec(module) is None:
             raise ImportError(f"no module named {module}")
     except (Exception, SystemExit) as error:
-        note = f"{without}it cannot be imported ({_said(error)}); {remedy} --force-reinstall"
+        note = f"{without}it cannot be imported ({_in_a_line(error)}); {remedy} --force-reinstall"
         return Check("packages", requirement.name, version, "wrong", needed, note)
     return Check("packages", requirement.name, version, "ok", needed)
 
@@ -131,33 +135,35 @@ def _devices() -> Iterator[Check]:
     try:
         import torch
     except Exception as error:
-        yield Check("devices", "cpu", f"{cores} cores", "wrong", True, f"torch cannot be imported ({_said(error)})")
+        yield Check(
+            "devices", "cpu", f"{cores} cores", "wrong", True, f"torch cannot be imported ({_in_a_line(error)})"
+        )
         return
     yield Check("devices", "cpu", f"{cores} cores, torch uses {torch.get_num_threads()} threads")
     try:
         fits, why = _int4_kernel(), "its result is wrong"
     except Exception as error:
-        fits, why = False, _said(error)
+        fits, why = False, _in_a_line(error)
     if fits:
         yield Check("devices", "int4 kernel", "usable")
     else:
-        note = f"INT4 models decode slowly, because their weights are unpacked at every step ({why})"
+        note = f"INT4 models decode slowly, since their weights are unpacked at every step ({why})"
         yield Check("devices", "int4 kernel", "not usable", "absent", False, note)
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not cards:
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA card"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU"
         yield Check("devices", "cuda", "none", "absent", False, f"{why}; everything runs on the CPU")
-    for index in range(cards):
-        card = torch.cuda.get_device_properties(index)
+    for index in range(gpus):
+        gpu = torch.cuda.get_device_properties(index)
         try:
             free = f", {_gib(torch.cuda.mem_get_info(index)[0])} free"
         except RuntimeError as error:
-            free = f", which cannot be used ({_said(error)})"
-        yield Check("devices", f"cuda:{index}", f"{card.name}, {_gib(card.total_memory)}{free}")
+            free = f", which cannot be used ({_in_a_line(error)})"
+        yield Check("devices", f"cuda:{index}", f"{gpu.name}, {_gib(gpu.total_memory)}{free}")
 
 
 def _int4_kernel() -> bool:
-    """Return whether torch's kernel gives the same result with codes as with their floats."""
+    """Return whether torch's int4 kernel gives the same product as the dequantized weights."""
     import torch
 
     from sqft.kernels.grids import dequantize
@@ -178,7 +184,7 @@ def _plugins() -> Iterator[Check]:
     entries = registry.entries()
     plugins = {registration.provider for registration in entries}
     state: State = "ok" if entries else "wrong"
-    note = "" if entries else "even sqft's own plugins are missing; install sqft again"
+    note = "" if entries else "not even those of sqft are found; install it again"
     yield Check("plugins", "installed", f"{len(entries)} components of {len(plugins)} plugins", state, True, note)
     for broken in registry.broken():
         ours = broken.source.startswith("sqft ")
@@ -187,17 +193,18 @@ def _plugins() -> Iterator[Check]:
 
 
 def _disk(store: Path) -> Iterator[Check]:
-    place = next(parent for parent in (store.resolve(), *store.resolve().parents) if parent.exists())
-    found = f"{store}: {_gib(shutil.disk_usage(place).free)} free"
-    writable = os.access(place, os.W_OK) and place.is_dir()
-    note = "" if writable else f"{place} cannot be written; name another with --store"
-    yield Check("store", "disk", found, "ok" if writable else "wrong", True, note)
+    folder = existing_parent(store)
+    free = f"{store}: {_gib(shutil.disk_usage(folder).free)} free"
+    writable = os.access(folder, os.W_OK) and folder.is_dir()
+    note = "" if writable else f"{folder} cannot be written; name another with --store"
+    yield Check("store", "disk", free, "ok" if writable else "wrong", True, note)
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _said(error: BaseException) -> str:
+def _in_a_line(error: BaseException) -> str:
+    """Return an error's class and the first line of its message."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

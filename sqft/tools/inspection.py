@@ -1,9 +1,9 @@
-"""Read a model's sparsity, precision, format and size from its folder, with one tensor in memory at a time."""
+"""Inspect a model's folder: sparsity, precision, format and size, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ from sqft.checkpoints.families import IN_A_BLOCK, in_order
 from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
-from sqft.errors import ArtifactError, SqftError
+from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
 from sqft.kernels.packing import unpack
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_layer
 from sqft.types import Grid, Quantized
+from sqft.utils.files import unreadable
 from sqft.utils.progress import Track, silent
 from sqft.utils.text import human_size
 
-PACKED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
-"""The tensors that replace a layer's weight in compressed-tensors' "pack-quantized" format."""
+COMPRESSED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+"""The tensors that compressed-tensors' "pack-quantized" stores instead of a layer's weight."""
 
 
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
+"""Settings of a GPTQ checkpoint that are shown."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Module:
     precision: str
     weights: int
     zeros: int | None
-    """None if they are packed in a format that is not read here."""
+    """None when they are packed in a way that is not read here."""
     linear: bool
-    """True for a linear layer of a decoder block: two dimensions, and a block number in its name."""
+    """Whether it is a linear layer of a decoder block: two dimensions, and a block's number in its name."""
 
 
 @dataclass(frozen=True)
 class Total:
-    """Totals over the modules whose zeros can be counted."""
+    """Sums over the modules whose zeros can be counted."""
 
     modules: int
     weights: int
@@ -70,23 +72,24 @@ class Inspection:
 
     @property
     def linears(self) -> Total:
-        """Totals over the linear layers of decoder blocks."""
+        """Sums over the linear layers of decoder blocks."""
         return _total(module for module in self.modules if module.linear)
 
     @property
     def all(self) -> Total:
-        """Totals over everything, including embeddings, norms and the head."""
+        """Sums over everything: embeddings, norms and the head too."""
         return _total(self.modules)
 
     @property
     def precision(self) -> dict[str, int]:
-        """Number of weights by precision, the most frequent first."""
-        found: dict[str, int] = {}
+        """Number of weights in each precision, largest first."""
+        counts: dict[str, int] = {}
         for module in self.modules:
-            found[module.precision] = found.get(module.precision, 0) + module.weights
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            counts[module.precision] = counts.get(module.precision, 0) + module.weights
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
     def as_json(self) -> dict[str, Any]:
+        """Return everything as plain data."""
         totals = {"linears": self.linears, "all": self.all}
         return {
             "path": str(self.path),
@@ -99,7 +102,7 @@ class Inspection:
         }
 
     def lines(self) -> list[str]:
-        """Return the lines above the table."""
+        """Return everything but the table as lines of text."""
         details = ", ".join(f"{key} {value}" for key, value in self.details.items())
         weights = ", ".join(f"{count:,} {precision}" for precision, count in self.precision.items())
         lines = [
@@ -112,7 +115,7 @@ class Inspection:
         return lines
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return heads and rows: each matrix, then the totals. Norms and biases appear only in the totals."""
+        """Return heads and rows: matrices one by one, then the totals. Norms and biases are only in the totals."""
         heads = ["module", "shape", "precision", "weights", "zeros", "sparsity"]
         cells = []
         for module in self.modules:
@@ -132,15 +135,15 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
     """Read every tensor of a model or adapter folder, of an artifact that holds one, or of a GGUF file.
 
     Raises:
-        SqftError: when there is no model; the message says what is there instead.
+        ModelError: when there is none; the message says what there is instead.
         ArtifactError: when a file of it is damaged; the message names it.
     """
     if not path.exists():
-        raise SqftError(f"there is no folder {path}; name the folder of a model, or a GGUF file")
+        raise ModelError(f"there is no folder {path}; name one that holds a model, or a GGUF file")
     try:
         if path.is_file():
             if path.suffix != ".gguf":
-                raise SqftError(f"{path} is neither a GGUF file nor a folder; name the folder of the model")
+                raise ModelError(f"{path} is neither a folder nor a GGUF file; name the folder that holds the model")
             return _gguf(path, track)
         if (path / "manifest.json").is_file():  # an artifact of a store
             path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
@@ -149,7 +152,7 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
             return _gguf(ggufs[0], track)
         return _folder(path, track)
     except OSError as error:
-        raise SqftError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+        raise unreadable(error, path) from None
 
 
 def _folder(path: Path, track: Track) -> Inspection:
@@ -162,11 +165,11 @@ def _folder(path: Path, track: Track) -> Inspection:
         form, details = "sqft adapter", _sqft(read_object(path / "sqft_adapter.json"))
     elif not (path / "config.json").is_file():
         form = "safetensors without config.json"
-    elif (found := read_object(path / "config.json").get("quantization_config")) is not None:
-        settings = found if isinstance(found, dict) else {}
+    elif (stored := read_object(path / "config.json").get("quantization_config")) is not None:
+        settings = stored if isinstance(stored, dict) else {}
         method, version = settings.get("quant_method"), settings.get("checkpoint_format") or "gptq"
         if method == "gptq" and version == "gptq":
-            form, details, modules, total = _gptq(reader, names, gptq_settings(path, {"quantization_config": found}))
+            form, details, modules, total = _gptq(reader, names, gptq_settings(path, {"quantization_config": stored}))
         elif method == "compressed-tensors":
             form, details, modules, total = _compressed(reader, names, settings)
         else:
@@ -178,18 +181,18 @@ def _folder(path: Path, track: Track) -> Inspection:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files with weights: those that transformers reads, or all if it reads none."""
-    found = sorted(path.glob("*.safetensors"))
-    if not found or (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+    """Return the files with the weights: those that transformers would read, or all when it would read none."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files or (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         return sorted(weight_files(path))  # raises an error that says what is wrong
-    return found
+    return files
 
 
-Read = tuple[str, dict[str, Any], Iterator[Module], int]
-"""The name of a format, its settings, its modules as they are read, and their number."""
+Content = tuple[str, dict[str, Any], Iterator[Module], int]
+"""A format's name, its settings, its modules as they are read, and their number."""
 
 
-def _floats(reader: FolderReader, names: Sequence[str]) -> Read:
+def _floats(reader: FolderReader, names: Sequence[str]) -> Content:
     return "Hugging Face floats", {}, (_float(name, reader.tensor(name)) for name in names), len(names)
 
 
@@ -197,8 +200,8 @@ def _float(name: str, tensor: Tensor) -> Module:
     shape, precision = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     zeros = None
     if tensor.is_floating_point():
-        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch counts nothing in 8-bit floats
-        zeros = tensor.numel() - int(torch.count_nonzero(wide))
+        counted = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch cannot count in 8 bits
+        zeros = tensor.numel() - int(torch.count_nonzero(counted))
     return _module(name, shape, precision, zeros)
 
 
@@ -211,7 +214,7 @@ def _module(tensor: str, shape: tuple[int, ...], precision: str, zeros: int | No
 
 
 def _layer(name: str, layer: Quantized) -> Module:
-    """Describe a quantized layer: a weight is zero where its code is the zero point of its group."""
+    """Return a layer on a grid: a weight is zero where its code equals the zero point of its group."""
     grid, (out, inputs) = layer.grid, layer.codes.shape
     zero = grid.zero.to(layer.codes.dtype)[:, group_index(grid, inputs)]
     zeros = int((layer.codes == zero).sum())
@@ -222,7 +225,7 @@ def _on_grid(bits: int, group_size: int) -> str:
     return f"int{bits} " + ("by rows" if group_size == -1 else f"in groups of {group_size}")
 
 
-def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] | None) -> Read:
+def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] | None) -> Content:
     assert settings is not None
     layers, floats = _split(names, "qweight", GPTQ_PARTS)
 
@@ -234,13 +237,13 @@ def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] |
     return "GPTQ, version 1", known, modules(), len(layers) + len(floats)
 
 
-def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, Any]) -> Read:
-    layers, floats = _split(names, "weight_packed", PACKED_PARTS)
+def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, Any]) -> Content:
+    layers, floats = _split(names, "weight_packed", COMPRESSED_PARTS)
 
     def modules() -> Iterator[Module]:
         for name in layers:
             try:
-                layer = _unpacked(reader, name)
+                layer = read_compressed_layer(reader, name)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
             yield _layer(name, layer)
@@ -251,14 +254,18 @@ def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, 
 
 
 def _split(names: Sequence[str], codes: str, parts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the layers that are stored as these parts, and the names of all other tensors."""
+    """Return the layers that are stored as these parts, one of which holds codes; and all other tensors."""
     layers = [name.removesuffix(f".{codes}") for name in names if name.endswith(f".{codes}")]
-    theirs = {f"{layer}.{part}" for layer in layers for part in parts}
-    return layers, [name for name in names if name not in theirs]
+    parts_of_layers = {f"{layer}.{part}" for layer in layers for part in parts}
+    return layers, [name for name in names if name not in parts_of_layers]
 
 
-def _unpacked(reader: FolderReader, name: str) -> Quantized:
-    """Return a layer of "pack-quantized": codes and zero points are stored with half their range added."""
+def read_compressed_layer(reader: FolderReader, name: str) -> Quantized:
+    """Read a layer of "pack-quantized", where codes and zero points are stored with half their range added.
+
+    Raises:
+        ValueError: when the shapes of its tensors do not fit one another.
+    """
     stored = set(reader.names())
     words, scale = reader.tensor(f"{name}.weight_packed"), reader.tensor(f"{name}.weight_scale")
     if wrong := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
@@ -281,12 +288,12 @@ def _unpacked(reader: FolderReader, name: str) -> Quantized:
 def _gguf(path: Path, track: Track) -> Inspection:
     reader = open_gguf(path)
     if not reader.tensors:
-        raise SqftError(f"{path} holds no tensors, only a vocabulary or settings; name the file of the model")
-    read = tuple(track(map(_of_gguf, reader.tensors), f"reading {path.name}", len(reader.tensors)))
+        raise ModelError(f"{path} holds no tensors, only a vocabulary or settings; name the model's own file")
+    read = tuple(track(map(_gguf_module, reader.tensors), f"reading {path.name}", len(reader.tensors)))
     return Inspection(path, "GGUF", {}, path.stat().st_size, tuple(sorted(read, key=lambda m: in_order(m.name))))
 
 
-def _of_gguf(tensor: Any) -> Module:
+def _gguf_module(tensor: Any) -> Module:
     from gguf.quants import dequantize
 
     name, shape = str(tensor.name), tuple(int(n) for n in reversed(tensor.shape))
@@ -294,9 +301,9 @@ def _of_gguf(tensor: Any) -> Module:
         zeros = int((dequantize(tensor.data, tensor.tensor_type) == 0).sum())
     except (NotImplementedError, TypeError):
         zeros = None
-    found = _module(name, shape, str(tensor.tensor_type.name), zeros)
     match = GGUF_BLOCK.fullmatch(name)
-    return Module(**{**vars(found), "linear": bool(match and match[2] in GGUF_LINEARS)})
+    linear = bool(match and match[2] in GGUF_LINEARS)
+    return replace(_module(name, shape, str(tensor.tensor_type.name), zeros), linear=linear)
 
 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's result as it would be served, and how fast it is and how much memory it takes: on the CPU, in bfloat16."""
+"""Load a run's result for generation on the CPU, in bfloat16, and measure its speed."""
 
 from __future__ import annotations
 
@@ -20,52 +20,59 @@ from sqft.modeling.loading.quantized import quantization_of
 from sqft.planning.plan import Plan
 from sqft.stages.adapted import load_adapted_model
 
-SERVED = torch.bfloat16
+SERVING_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, medians: `prefill` of a whole prompt at once, `decode` of one token after the other."""
+    """Median tokens per second: `prefill` of a complete prompt at once, `decode` of one token after the other."""
 
     prefill: float
     decode: float
 
 
-def merged_as_served(spec: ModelSpec) -> PreTrainedModel:
-    """A finished model's folder: floats as they are, codes as codes."""
+def load_merged_for_serving(spec: ModelSpec) -> PreTrainedModel:
+    """Load a finished model's folder: floats as floats, codes as codes."""
     spec = replace(spec, dtype="bfloat16")
     model = load_model(spec)[0] if quantization_of(spec.path) is None else load_packed(spec)
     return prepare_for_serving(model)
 
 
-def adapted_as_served(plan: Plan, folders: Mapping[str, Path], deltas: Path, choice: Path) -> PreTrainedModel:
-    """The base, from the artifacts by role, with the chosen adapter beside it, which could not be merged."""
+def load_adapted_for_serving(plan: Plan, folders: Mapping[str, Path], deltas: Path, choice: Path) -> PreTrainedModel:
+    """Load a base with an adapter beside it that cannot be merged.
+
+    Args:
+        plan: the run's plan.
+        folders: artifact folders of the inputs of fine-tuning, by role.
+        deltas: the folder of the fine-tuning's artifact.
+        choice: the folder of the search's artifact, with the ranks that were chosen.
+    """
     adapted = load_adapted_model(plan, folders, deltas, "cpu")
     adapted.set_ranks(read_ranks(choice))
     return prepare_for_serving(adapted.model)
 
 
 def prepare_for_serving(model: PreTrainedModel) -> PreTrainedModel:
-    """In place: parameters in bfloat16; codes, with their grids as they are, laid out for the int4 kernel as well."""
+    """Change a model in place and return it: parameters in bfloat16; codes laid out for the int4 kernel as well."""
     for module in model.modules():
         if isinstance(module, FrozenWeight):
-            module.dtype = SERVED
+            module.dtype = SERVING_DTYPE
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(SERVED)
+            parameter.data = parameter.data.to(SERVING_DTYPE)
         if isinstance(module, PackedWeight):
             module.prepare_int4_kernel()
     return model.eval()
 
 
 def count_kernel_layers(model: nn.Module) -> tuple[int, int]:
-    """How many packed layers the int4 kernel takes, and how many there are."""
+    """Return how many packed layers run in the int4 kernel, and how many packed layers there are."""
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     return sum(module.kernel is not None for module in packed), len(packed)
 
 
 @torch.inference_mode()
-def speed(model: PreTrainedModel, prompt: int, generated: int, repeats: int) -> Speed:
-    """Greedy generation of `generated` tokens after a prompt of `prompt` tokens, one sequence."""
+def measure_speed(model: PreTrainedModel, prompt: int, generated: int, repeats: int) -> Speed:
+    """Measure greedy generation of `generated` tokens after one prompt of `prompt` tokens, `repeats` times."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator)
     prefill, decode = [], []

@@ -15,7 +15,7 @@ from sqft.errors import RecipeError
 from sqft.kernels.grids import dequantize, same
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import load_dequantized, read_quantized
-from sqft.tools.inspection import _unpacked
+from sqft.tools.inspection import read_compressed_layer
 
 EXPORTS = [{"exporter": name} for name in ("gptq", "compressed-tensors", "hf")]
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_codes_as_it_came(
     packed = FolderReader(finished["export:compressed-tensors-1"].folder / "model")
     assert sum(name.endswith("_packed") for name in packed.names()) == len(layers)
     for name, layer in layers.items():
-        assert dequantize(_unpacked(packed, name)).equal(dequantize(layer))
+        assert dequantize(read_compressed_layer(packed, name)).equal(dequantize(layer))
 
 
 @pytest.mark.parametrize("name", ["model_folder", "nowhere"])
