@@ -1,4 +1,4 @@
-"""What a model can do: perplexity, exact match by generation, lm-eval's tasks."""
+"""Measure a model: perplexity, exact match by generation, lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ has a formula): they know that error to 1/sqrt(2 * 1000), about 2%. lm-eval's 10
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], track: Track) -> dict[str, float]:
-    """exp of the mean negative log-likelihood of every token but each window's first."""
+    """Compute exp of the mean negative log-likelihood of every token but each window's first."""
     total, tokens = 0.0, 0
     with eval_mode(model):
         for window in track(windows, "perplexity", len(windows)):
@@ -60,9 +60,18 @@ def exact_match(
     batch_size: int,
     track: Track,
 ) -> dict[str, Any]:
-    """Greedy generation from every prompt, compared with its completion; batches padded at the left.
+    """Generate greedily from every prompt, and compare the answer with that of its completion.
 
     A prompt that leaves no room for `max_new_tokens` in the model's window is cut at the left, as in training.
+
+    Args:
+        model: on the device that generates.
+        tokenizer: the model's.
+        records: with a prompt and a completion each.
+        answer: how an answer is found in a text.
+        max_new_tokens: tokens to generate at most.
+        batch_size: prompts at a time, padded at the left; prompts of about the same length are together.
+        track: shows progress.
 
     Raises:
         DataError: naming a record that has no prompt or no completion.
@@ -84,19 +93,8 @@ def exact_match(
     with eval_mode(model), _finite(model), _greedy(model, tokenizer) as settings:
         settings.max_new_tokens = max_new_tokens
         for batch in track(batches, "generating", len(batches)):
-            longest = max(len(prompts[index][0]) for index in batch)
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(batch):
-                prompt = prompts[index][0]
-                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-                mask[row, longest - len(prompt) :] = 1
-            output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-            )
-            for index, tokens in zip(batch, output[:, longest:].tolist(), strict=True):
-                end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
-                text = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts = _generate(model, tokenizer, [prompts[index][0] for index in batch], settings)
+            for index, text in zip(batch, texts, strict=True):
                 wanted = extract_answer(prompts[index][1], answer)
                 outcomes[index] = wanted != "" and extract_answer(text, answer) == wanted
     n, correct = len(outcomes), sum(outcomes)
@@ -105,8 +103,28 @@ def exact_match(
     return {"accuracy": p, "stderr": error, "correct": correct, "samples": n, "outcomes": outcomes}
 
 
+def _generate(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+) -> list[str]:
+    """Generate from a batch of prompts, padded at the left; return the texts up to their end of sequence."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)  # [batch, longest]
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+    )
+    texts = []
+    for tokens in output[:, longest:].tolist():
+        end = next((at for at, token in enumerate(tokens) if token in settings.eos_token_id), None)
+        texts.append(tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts
+
+
 def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track) -> float:
-    """The mean cross-entropy of a labelled token."""
+    """Compute the mean cross-entropy of a labelled token."""
     total, labels = summed_loss(CompletionLoss(model), examples, batch_size, pad_id, track)
     return total / labels
 
@@ -115,7 +133,7 @@ def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: i
 def summed_loss(
     loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
 ) -> tuple[float, int]:
-    """The sum of the cross-entropies of all labelled tokens, and their number."""
+    """Compute the sum of the cross-entropies of all labelled tokens, and count them."""
     collate, device = Collator(pad_id), next(loss.parameters()).device
     total, labels = 0.0, 0
     starts = range(0, len(examples), batch_size)
@@ -135,7 +153,15 @@ def lm_eval_tasks(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """lm-eval's metrics of each task, with standard errors where it has them.
+    """Run lm-eval; return its metrics of each task, with standard errors where it has them.
+
+    Args:
+        model: on the device to run on.
+        tokenizer: the model's.
+        tasks: names of lm-eval's tasks, or of those in `include_path`.
+        include_path: a folder of more tasks.
+        limit: examples of each task; None means all.
+        batch_size: examples at a time.
 
     Raises:
         StageError: when lm-eval knows no task of a name, or logits are not finite.
@@ -161,14 +187,14 @@ def lm_eval_tasks(
 
 
 def _metrics(entries: dict[str, Any]) -> dict[str, float]:
-    """The numbers among one task's results that are metrics: lm-eval names those "metric,filter", and no others.
+    """Return the numbers among one task's results that are metrics: lm-eval names only those "metric,filter".
 
     "acc_stderr,none" becomes "acc_stderr", and "exact_match_stderr,strict" "exact_match,strict_stderr".
     """
     found = {}
     for key, value in entries.items():
         name, comma, kind = key.partition(",")
-        if comma and isinstance(value, Real):  # an error that lm-eval does not know is "N/A"
+        if comma and isinstance(value, Real):  # an error that lm-eval cannot compute is "N/A"
             metric = name.removesuffix("_stderr")
             found[(metric if kind == "none" else f"{metric},{kind}") + name[len(metric) :]] = float(value)
     return found
@@ -176,7 +202,7 @@ def _metrics(entries: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module as it was."""
+    """Switch to evaluation mode, and afterwards each module back to its own."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -188,10 +214,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _finite(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, logits of which the largest is no finite number are refused: they would only pass for wrong answers."""
+    """Refuse logits that are not finite: they would pass for wrong answers.
+
+    Raises:
+        StageError: from the model's forward.
+    """
 
     def check(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
-        # Behind a mask stand tokens that pad at the left; the last position is always one that counts.
+        # With a mask there is padding at the left, whose logits may be anything; the last position is always a token.
         logits = output.logits if given.get("attention_mask") is None else output.logits[:, -1]
         if not logits.amax().isfinite():
             raise StageError("the model's logits are not finite; its precision may be too low")
@@ -205,30 +235,30 @@ def _finite(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: Any) -> Iterator[GenerationConfig]:
-    """Plain greedy generation; of what the model's folder brings only the ends of sequence stay.
+    """Make generation plain and greedy; of the settings in the model's folder only the ends of sequence stay.
 
-    `generate` fills all that is not given to it from `model.generation_config`, penalties and forced tokens
-    too, and so that one is replaced meanwhile.
+    `generate` takes every setting that is not given to it from `model.generation_config`, penalties and forced tokens
+    included, and so that one is replaced meanwhile.
     """
-    brought = model.generation_config
-    ends = brought.eos_token_id if brought is not None else None
-    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None else None
+    all_ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({end for end in known if end is not None}),
+        eos_token_id=sorted({end for end in all_ends if end is not None}),
     )
     model.generation_config = settings
     try:
         yield settings
     finally:
-        model.generation_config = brought
+        model.generation_config = own
 
 
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Run lm-eval as a guest.
+    """Undo what lm-eval does to the process.
 
     It seeds Python's, NumPy's and torch's generators (results need that, for tasks that draw examples),
     prints to standard output, forks a pool of processes to resample, and warns that the model is an object.

@@ -90,7 +90,9 @@ def test_a_prompt_beyond_the_window_is_cut_at_the_left(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A table of positions has no row for what comes after it."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=24, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=24, bos_token_id=1, eos_token_id=1
+    )
     model = GPT2LMHeadModel(config).eval()
     long, cut = ({"prompt": prompt, "completion": "x"} for prompt in ("ab" * 40, "ab" * 10))
     caplog.set_level("WARNING", "sqft")

@@ -90,7 +90,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(
     monkeypatch.setattr(FolderReader, "tensor", None)  # no weight is read
     monkeypatch.setattr("sqft.modeling.loading.load_floats", None)
     orchestrator = Orchestrator(registry, tmp_path / "store")
-    with pytest.raises(ModelError, match="few: the tokenizer knows 257 tokens, and the model 200"):
+    with pytest.raises(ModelError, match="few: the tokenizer has 257 tokens, and the model has rows for 200"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
 
 

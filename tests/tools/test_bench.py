@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sqft.cli import main
 from sqft.kernels.grids import dequantize
-from sqft.modeling.adapters.frozen_weight import FEW, PackedWeight
+from sqft.modeling.adapters.frozen_weight import INT4_ROWS, PackedWeight
 from sqft.tools.bench import serve
 
 
@@ -104,13 +104,13 @@ def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
     quantized = round_to_nearest(torch.randn(32, 128, generator=g), None, 4, 32, symmetric, False)
     weight = PackedWeight(quantized, None, torch.bfloat16)
     assert weight.prepare_int4_kernel()
-    for rows in (1, FEW, FEW + 1):
+    for rows in (1, INT4_ROWS, INT4_ROWS + 1):
         x = torch.randn(rows, 128, generator=g).bfloat16()
         exact = x.double() @ dequantize(quantized).double().T
         with torch.no_grad():
             y = weight.linear(x, None)
         assert (y.double() - exact).abs().max() <= 0.01 * exact.abs().max()
-        if rows > FEW:
+        if rows > INT4_ROWS:
             assert y.equal(F.linear(x, dequantize(quantized).bfloat16()))
     part = round_to_nearest(torch.randn(32, 96, generator=g), None, 4, 32, symmetric, False)
     part = replace(part, grid=replace(part.grid, group_size=64))  # of somebody else's, whose last group is short

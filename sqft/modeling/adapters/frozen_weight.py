@@ -19,8 +19,8 @@ from sqft.kernels.packing import pack_rows, unpack_rows
 from sqft.modeling.compat import int4_layout, int4_linear
 from sqft.types import BaseWeight, Grid, Quantized
 
-FEW = 4
-"""Rows up to which torch's int4 kernel is faster than floats; with more, unpacking once and a large matmul are."""
+INT4_ROWS = 4
+"""Rows of input up to which torch's int4 kernel is used; with more, unpacking once and a large matmul are faster."""
 
 
 BLOCK = 1 << 18
@@ -28,7 +28,7 @@ BLOCK = 1 << 18
 
 
 class FrozenWeight(nn.Module):
-    """A weight [out, in] that does not train, of `dtype` when it is used."""
+    """A weight [out, in] that does not train, used in the precision `dtype`."""
 
     out_features: int
     in_features: int
@@ -47,32 +47,32 @@ class FrozenWeight(nn.Module):
         self.register_buffer("group_index", index.to(torch.int32) if index is not None else None)
 
     def rows(self) -> Iterator[slice]:
-        """Blocks of rows; they depend on the shape alone, so every use rounds alike."""
+        """Return blocks of rows; they depend on the shape alone, so every use rounds alike."""
         step = max(1, BLOCK // self.in_features)
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
     def grid(self, rows: slice = slice(None)) -> Grid | None:
-        """The grid of a block of rows; None when merged weights are not rounded."""
+        """Return the grid of a block of rows; None when merged weights are not rounded."""
         if self.scale is None or self.zero is None:
             return None
         return Grid(self.scale[rows], self.zero[rows], self.group_size, self.bits, self.group_index)
 
     def block(self, rows: slice = slice(None)) -> BaseWeight:
-        """A block of rows as a merger sees it, float32."""
+        """Return a block of rows as a merger gets it, float32."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """The whole weight [out, in] in `dtype`."""
+        """Return the weight [out, in] in `dtype`."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + b, of x [..., in]."""
+        """Compute x Wᵀ + b [..., out] of x [..., in]."""
         raise NotImplementedError
 
 
 class FloatWeight(FrozenWeight):
-    """Floats. `sparse` takes what is not zero for the mask; else all weights are kept."""
+    """Floats. With `sparse`, the mask keeps what is not zero; otherwise it keeps all weights."""
 
     def __init__(self, weight: Tensor, sparse: bool, grid: Grid | None = None) -> None:
         super().__init__(weight.shape[0], weight.shape[1], weight.dtype, grid)
@@ -93,11 +93,11 @@ class FloatWeight(FrozenWeight):
 class PackedWeight(FrozenWeight):
     """Codes on a grid, packed: at 4 bits and groups of 128, 0.52 bytes a weight, and 0.65 with a mask.
 
-    A mask of the codes would not do for the base's: a kept weight may have been rounded to zero.
+    The base's mask cannot be read from the codes: a kept weight may have been rounded to zero.
     """
 
     packed: Tensor  # uint8 [out, in · w / 8]
-    mask: Tensor | None  # uint8, one bit a weight; rows start at whole bytes
+    mask: Tensor | None  # uint8 [out, ⌈in / 8⌉], one bit a weight; every row starts at a new byte
 
     def __init__(self, quantized: Quantized, mask: Tensor | None, dtype: torch.dtype) -> None:
         out, inputs = quantized.codes.shape
@@ -110,13 +110,14 @@ class PackedWeight(FrozenWeight):
             self.set_mask(mask)
 
     def set_mask(self, mask: Tensor) -> None:
-        """Take a bool mask [out, in] of what the base keeps."""
+        """Set which weights the base keeps, bool [out, in]."""
         padded = F.pad(mask, (0, -self.in_features % 8))
         self.mask = pack_mask(padded).reshape(self.out_features, -1)
 
     def prepare_int4_kernel(self) -> bool:
-        """Lay the codes out a second time for torch's int4 kernel on CPUs, for decoding in bfloat16; whether it can.
+        """Lay the codes out a second time for torch's int4 kernel on CPUs, for decoding in bfloat16.
 
+        Returns whether the kernel can take this weight.
         It takes 4 bits, contiguous groups of 32 to 256 and outputs in sixteens, and rounds scales to bfloat16.
         """
         grid = self.grid()
@@ -126,13 +127,13 @@ class PackedWeight(FrozenWeight):
             return False
         scale = grid.scale.float()
         # The kernel's value of a code is (q − 8) · s + z.
-        pairs = torch.stack([scale, scale * (8 - grid.zero.float())], -1).transpose(0, 1)
+        pairs = torch.stack([scale, scale * (8 - grid.zero.float())], -1).transpose(0, 1)  # [groups, out, 2]
         laid_out = int4_layout(self.codes().codes.int())
         self.kernel = (laid_out, pairs.contiguous().bfloat16())
         return True
 
     def codes(self, rows: slice = slice(None)) -> Quantized:
-        """The codes of a block of rows, with their grid."""
+        """Return the codes of a block of rows, with their grid."""
         grid = self.grid(rows)
         assert grid is not None
         return Quantized(unpack_rows(self.packed[rows], self.bits)[:, : self.in_features], grid)
@@ -156,10 +157,10 @@ class PackedWeight(FrozenWeight):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        few = x.numel() <= FEW * self.in_features and x.dtype == torch.bfloat16
-        if self.kernel is not None and few and not torch.is_grad_enabled():
+        decoding = x.numel() <= INT4_ROWS * self.in_features and x.dtype == torch.bfloat16
+        if self.kernel is not None and decoding and not torch.is_grad_enabled():
             codes, pairs = self.kernel
-            rows = x.reshape(-1, self.in_features)
+            rows = x.reshape(-1, self.in_features)  # [tokens, in]
             product = int4_linear(rows, codes, self.group_size, pairs).reshape(*x.shape[:-1], self.out_features)
             return product if bias is None else product + bias.to(product.dtype)
         y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
@@ -182,7 +183,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer [in] → [out] that does not train, over codes."""
+    """A linear layer [in] → [out] of codes, which does not train."""
 
     def __init__(self, base: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, [out, in], for a model that reads it."""
+        """The value of the codes, [out, in], for a model that reads it."""
         return self.base.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ class PackedLinear(nn.Module):
 
 @contextmanager
 def dequantized(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the packed weights of these layers lie beside their floats: evaluation at the floats' speed."""
+    """Keep the values of these layers' packed weights beside the codes: evaluation is as fast as with floats."""
     bases = [base for layer in layers if isinstance(base := getattr(layer, "base", None), PackedWeight)]
     try:
         for base in bases:

@@ -1,4 +1,4 @@
-"""Models and tokenizers in and out, as published: a folder, a GGUF file, a Hugging Face id."""
+"""Models and tokenizers through transformers: loaded from a folder or a GGUF file, written as a folder."""
 
 from __future__ import annotations
 
@@ -57,17 +57,20 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
                 del config.quantization_config
             return as_linears(AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code))
     except Exception as error:  # transformers' own checks of a config raise anything
-        raise ModelError(f"transformers cannot make a causal language model of {spec.path}: {_first(error)}") from error
+        raise ModelError(
+            f"transformers cannot make a causal language model of {spec.path}: {_first_sentence(error)}"
+        ) from error
 
 
 def _where(spec: ModelSpec) -> dict[str, Any]:
+    """Return the arguments by which transformers' `from_pretrained` finds a model."""
     if spec.is_gguf:
         return {"pretrained_model_name_or_path": spec.path.parent, "gguf_file": spec.path.name}
     return {"pretrained_model_name_or_path": spec.path}
 
 
-def _first(error: Exception) -> str:
-    """The first sentence of what it says, or its name when that is nothing or a bare key."""
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message, or its class where the message is empty or a bare key."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [f"{lines[0]} {lines[1]}"]
@@ -86,7 +89,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         with silent_transformers():
             tokenizer = _tokenizer(spec)
             what = str(path)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 **_where(spec),
                 dtype=getattr(torch, spec.dtype) if spec.dtype else "auto",
                 trust_remote_code=spec.trust_remote_code,
@@ -94,12 +97,12 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-    except Exception as error:  # a file or config that transformers makes nothing of
-        raise ModelError(f"transformers cannot load {what}: {_first(error)}") from error
-    if odd := sorted(found["mismatched_keys"]):
-        name, stored, expected = odd[0]
+    except Exception as error:  # a file or config that transformers cannot read
+        raise ModelError(f"transformers cannot load {what}: {_first_sentence(error)}") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
         raise ModelError(f"{path}: {name} is {list(stored)}, and config.json makes it {list(expected)}; copy it again")
-    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random values
         raise ModelError(f"{path} lacks {missing[0]}, which {type(model).__name__} has by config.json; copy it again")
     _forget_quantization(model)
     check_vocabulary(model, tokenizer, path)
@@ -111,17 +114,17 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """The model has a row for every token that text can become.
+    """Check that the model has a row for every token that text can become.
 
     Raises:
-        ModelError: when the tokenizer knows more.
+        ModelError: when the tokenizer has more tokens.
     """
-    # Tokens that were added besides may have no row (Gemma 3's of images): text does not make them.
+    # Tokens that were added later may have no row (those of Gemma 3 for images): text does not become them.
     ordinary = len(tokenizer) - len(tokenizer.get_added_vocab())
     if ordinary > (rows := len(model.get_input_embeddings().weight)):
         raise ModelError(
-            f"{path}: the tokenizer knows {ordinary} tokens, and the model {rows}; bring the model's own "
-            "tokenizer, or give the model rows for all with resize_token_embeddings"
+            f"{path}: the tokenizer has {ordinary} tokens, and the model has rows for {rows}; use the model's own "
+            "tokenizer, or add rows to the model with resize_token_embeddings"
         )
 
 
@@ -135,28 +138,29 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         with silent_transformers():
             return _tokenizer(spec)
     except Exception as error:
-        raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {_first(error)}") from error
+        raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {_first_sentence(error)}") from error
 
 
 def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, and give it a padding token; any error is transformers' own."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         **_where(spec), trust_remote_code=spec.trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:  # nothing else can stand for it: what pads is left out of generated text
+    if tokenizer.pad_token_id is None:  # no other token will do: padding is left out of generated text
         raise ValueError("it has no end of sequence; name its eos_token in tokenizer_config.json")
     return tokenizer
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """A dequantized GGUF model is an ordinary one; without its traces it can be saved."""
+    """Remove what marks a dequantized GGUF model as quantized, so that it can be saved as an ordinary one."""
     if getattr(model.config, "quantization_config", None) is None:
         return
     del model.config.quantization_config
-    for trace, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
-        if hasattr(model, trace):
-            setattr(model, trace, value)
+    for attribute, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+        if hasattr(model, attribute):
+            setattr(model, attribute, value)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -167,16 +171,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """All of a model folder but its weights: config, tokenizer, chat template, generation config."""
+    """Write all of a model folder but its weights: config, tokenizer, chat template, generation config."""
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    _speak_to_older_transformers(folder)
+    _add_names_of_transformers_4(folder)
 
 
-def _speak_to_older_transformers(folder: Path) -> None:
-    """transformers 5 writes `rope_parameters` and `dtype`; 4.x reads `rope_theta` and `torch_dtype`."""
+def _add_names_of_transformers_4(folder: Path) -> None:
+    """Add what transformers 4 reads: `rope_theta` and `torch_dtype`, where 5 writes `rope_parameters` and `dtype`."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -184,9 +188,9 @@ def _speak_to_older_transformers(folder: Path) -> None:
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     write_json(folder / "config.json", config)
-    place = folder / "tokenizer_config.json"
-    if place.is_file():
-        tokenizer = json.loads(place.read_text())
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        tokenizer = json.loads(settings.read_text())
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":
             tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-            write_json(place, tokenizer)
+            write_json(settings, tokenizer)

@@ -1,4 +1,4 @@
-"""Trainer's checkpoints: sealed once they are whole, and only sealed ones are resumed from."""
+"""Trainer's checkpoints: each is sealed once it is complete, and training resumes only from a sealed one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CheckpointSealer(TrainerCallback):
 
 
 def resume(trainer: DeltaTrainer, best: EarlyStopping, newest: Path | None) -> TrainerState:
-    """Train from the newest checkpoint to the end; what Trainer then knows of the run.
+    """Train from the newest checkpoint to the end; return Trainer's state there.
 
     A checkpoint of the last step is only read: Trainer would take one step more from it.
     """
@@ -55,6 +55,7 @@ def resume(trainer: DeltaTrainer, best: EarlyStopping, newest: Path | None) -> T
 
 
 def seal(folder: Path) -> None:
+    """Write the checksums of a checkpoint's files into it, once all of them are on disk."""
     digests = Digests()
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
@@ -64,7 +65,7 @@ def seal(folder: Path) -> None:
 
 
 def newest_complete(checkpoints: Path, processes: Processes) -> Path | None:
-    """The newest checkpoint whose every file is as it was sealed; all newer ones are deleted, by the first process."""
+    """Return the newest checkpoint whose files are as they were sealed; the first process deletes all newer ones."""
     newest = _newest_complete(checkpoints) if processes.is_main else None
     name = processes.share(newest.name if newest else "")
     return checkpoints / name if name else None
@@ -77,12 +78,13 @@ def _newest_complete(checkpoints: Path) -> Path | None:
         if newest is None and _is_complete(folder):
             newest = folder
         elif newest is None:
-            log.warning("%s was cut off while it was written and is not used", folder.name)
+            log.warning("%s was interrupted while it was written and is not used", folder.name)
             shutil.rmtree(folder)
     return newest
 
 
 def _is_complete(folder: Path) -> bool:
+    """Return whether a checkpoint was sealed, and its files are as they were then."""
     try:
         sealed: dict[str, str] = json.loads((folder / COMPLETE).read_text())
         digests = Digests()

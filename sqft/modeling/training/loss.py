@@ -18,7 +18,7 @@ from sqft.modeling.compat import keep_out_of_ddp
 
 @torch.no_grad()
 def sees_across(model: nn.Module) -> bool:
-    """Whether an example in a packed row sees those before it, or the model cannot be told where one begins."""
+    """Return whether an example in a packed row sees those before it, as positions do not keep the two apart."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return True
     device = next(model.parameters()).device
@@ -28,7 +28,7 @@ def sees_across(model: nn.Module) -> bool:
     model.eval()
     alone = model(input_ids=ids[:, 4:], use_cache=False).logits
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:] - alone
-    # The measure is what a mask of ones lets through: it tells transformers that the row is one sequence.
+    # Compared with the effect of a mask of ones, by which transformers takes the row for one sequence.
     everything = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
     across = model(input_ids=ids, use_cache=False, **everything).logits[:, 4:] - alone
     model.train(training)
@@ -40,12 +40,12 @@ class CompletionLoss(nn.Module):
 
     The head runs only at positions where some row has a label: with a vocabulary of 49k and short
     completions that is a large part of a step. With `chunk` it runs for that many labels at a time, and
-    again in the backward pass: logits of one chunk are all that there ever are. The state dict holds only
+    again in the backward pass: only the logits of one chunk are ever in memory. The state dict holds only
     what trains, and so do Trainer's checkpoints.
     """
 
     accepts_loss_kwargs = True
-    """Trainer's word for: pass `num_items_in_batch`, so that accumulated batches weigh by their labels."""
+    """Read by Trainer: it passes `num_items_in_batch`, so that accumulated batches are weighted by their labels."""
 
     def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
         super().__init__()
@@ -63,19 +63,25 @@ class CompletionLoss(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """The sum of cross-entropies over labels, over `num_items_in_batch` or their own number.
+        """Compute the sum of the labels' cross-entropies, divided by `num_items_in_batch` or by their number.
 
-        `input_ids`, `labels`, `attention_mask` or `position_ids` [batch, tokens]; without a mask, positions that begin
-        at 0 again begin an example of their own.
+        Args:
+            input_ids: [batch, tokens].
+            labels: [batch, tokens], `IGNORED` where there is none.
+            attention_mask: [batch, tokens].
+            position_ids: [batch, tokens]; without a mask, positions that begin at 0 again begin an example of their
+                own.
+            num_items_in_batch: labels in all accumulated batches.
         """
         targets = labels[:, 1:]
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
-        whole = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        given = {name: tensor for name, tensor in whole.items() if tensor is not None}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         total = self._in_chunks(given, targets) if self.chunk else self._at_once(given, targets)
         return {"loss": total / count}
 
     def _at_once(self, given: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """Compute the sum of cross-entropies from the logits of all positions where some row has a label."""
         positions = (targets != IGNORED).any(0).nonzero().squeeze(1)  # where the next token has a label
         only = {"logits_to_keep": positions} if self._keeps else {}
         logits = self.model(**given, use_cache=False, **only).logits
@@ -84,10 +90,11 @@ class CompletionLoss(nn.Module):
         return _summed(logits.flatten(0, 1), targets[:, positions].reshape(-1))
 
     def _in_chunks(self, given: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        hidden, head = self._before_head(given)
+        """Compute the sum of cross-entropies with the logits of `chunk` labels at a time, in backward too."""
+        hidden, head = self._before_head(given)  # [batch, tokens, hidden]
         labelled = targets != IGNORED
-        rows_and_labels = (hidden[:, :-1][labelled], targets[labelled])
-        parts = zip(*(torch.split(whole, self.chunk or 1) for whole in rows_and_labels), strict=True)
+        rows_and_labels = (hidden[:, :-1][labelled], targets[labelled])  # [labels, hidden] and [labels]
+        parts = zip(*(torch.split(tensor, self.chunk or 1) for tensor in rows_and_labels), strict=True)
 
         def part(rows: Tensor, wanted: Tensor) -> Tensor:
             return _summed(head(rows), wanted)
@@ -97,17 +104,17 @@ class CompletionLoss(nn.Module):
         return torch.stack(losses).sum()
 
     def _before_head(self, given: Mapping[str, Tensor]) -> tuple[Tensor, nn.Module]:
-        """What the head reads, [batch, tokens, hidden], and the head."""
+        """Return the head's input [batch, tokens, hidden], and the head."""
         model: Any = self.model
         states = model.base_model(**given, use_cache=False)
         return states.last_hidden_state, model.get_output_embeddings()
 
     @torch.no_grad()
     def check_head(self, input_ids: Tensor) -> None:
-        """Whether the model's logits are its head's, and can be made in chunks: of `input_ids` [batch, tokens].
+        """Check on `input_ids` [batch, tokens] that the model's logits are its head's, and can be computed in chunks.
 
         Raises:
-            StageError: when the model does something to them afterwards, as Gemma 2 does, or hides its head.
+            StageError: when the model changes them afterwards, as Gemma 2 does, or hides its head.
         """
         given = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         wanted = self.model(**given, use_cache=False).logits
@@ -118,8 +125,8 @@ class CompletionLoss(nn.Module):
             alike = False
         if not alike:
             raise StageError(
-                f"finetune.loss_chunk: the logits of {type(self.model).__name__} are not what its head makes of its "
-                "last hidden states, so they cannot be made in chunks; remove it"
+                f"finetune.loss_chunk: the logits of {type(self.model).__name__} are not what its head computes from "
+                "its last hidden states, so they cannot be computed in chunks; remove it"
             )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -128,7 +135,7 @@ class CompletionLoss(nn.Module):
         return {name: value for name, value in state.items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what trains; the frozen rest is not in a checkpoint and so not missing from it."""
+        """Load what trains; frozen parameters are not in a checkpoint, and so not missing from it."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         result.missing_keys[:] = [name for name in result.missing_keys if name in trained]

@@ -1,4 +1,4 @@
-"""transformers' Trainer for deltas: its arguments, its batches in several processes, and when it stops."""
+"""transformers' Trainer for deltas: its batches in several processes, validation, and when it stops."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class DeltaTrainer(Trainer):
-    """Trainer, but scales do not decay (towards 0 they would leave the base's grid), and `batch_size` is that of all
-    processes together, so that a recipe means the same in any number of them.
+    """Trainer with two changes: the grid's scale multipliers have no weight decay (at 1 they are the base's grid, and
+    decay would pull them towards 0), and `batch_size` is that of all processes together, so that a recipe means the
+    same in any number of them.
 
-    `eval_dataset` is a list of `Example`; `logs` the folder for tensorboard's files.
+    `eval_dataset` is a list of `Example`; `logs` is the folder for tensorboard's files.
     """
 
     model: CompletionLoss
@@ -52,9 +53,9 @@ class DeltaTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".scale_multiplier")]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Every process draws the whole batch, and `RankShardCollator` takes its rows of it.
+        """Return a loader from which every process draws the same batch; `RankShardCollator` takes the process's rows.
 
-        Accelerate would deal out batches instead, and fill an epoch's last one up with examples seen already.
+        Accelerate would give each process other batches, and fill an epoch's last one up with examples used already.
         """
         loader: DataLoader[Any] = super().get_train_dataloader()
         if self.args.world_size > 1:
@@ -63,7 +64,7 @@ class DeltaTrainer(Trainer):
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The mean loss of a label on `eval_dataset`, at the largest ranks; every process takes its part."""
+        """Measure the mean loss of a label on `eval_dataset`, at the largest ranks; each process measures a part."""
         self.adapted.set_ranks(RankConfig(tuple(max(group.ranks) for group in self.adapted.space.groups)))
         own = self.eval_dataset[self.processes.rank :: self.processes.count]
         rows = max(1, self.args.per_device_train_batch_size // self.processes.count)
@@ -76,7 +77,7 @@ class DeltaTrainer(Trainer):
 
 
 class EarlyStopping(TrainerCallback):
-    """The lowest loss on validation so far and the deltas that had it, kept in every checkpoint; and when to stop."""
+    """Remember the lowest validation loss and the deltas that had it, in every checkpoint too, and say when to stop."""
 
     def __init__(self, model: CompletionLoss, patience: int | None, processes: Processes) -> None:
         self.model, self.patience, self.processes = model, patience, processes
@@ -85,6 +86,7 @@ class EarlyStopping(TrainerCallback):
 
     @property
     def stops(self) -> bool:
+        """Whether `patience` evaluations have passed without a lower loss."""
         return self.patience is not None and self.waited >= self.patience
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,25 +103,25 @@ class EarlyStopping(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.kept and self.processes.is_main:
-            known = {"loss": repr(self.loss), "step": str(self.step), "waited": str(self.waited)}
-            save_file(self.kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST, metadata=known)
+            numbers = {"loss": repr(self.loss), "step": str(self.step), "waited": str(self.waited)}
+            save_file(self.kept, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST, metadata=numbers)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what a checkpoint knows."""
+        """Take over what a checkpoint stored."""
         if (checkpoint / BEST).is_file():
             with safe_open(checkpoint / BEST, "pt") as stored:
-                known = stored.metadata()
+                numbers = stored.metadata()
                 self.kept = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            self.loss, self.step, self.waited = float(known["loss"]), int(known["step"]), int(known["waited"])
+            self.loss, self.step, self.waited = float(numbers["loss"]), int(numbers["step"]), int(numbers["waited"])
 
     def restore(self) -> None:
-        """Put the best deltas back, where early stopping was asked for."""
+        """Put the deltas of the lowest loss back, if `patience` was given."""
         if self.patience is not None and self.kept:
             self.model.load_state_dict(self.kept)
 
 
 class RankShardCollator:
-    """Collates a process's rows of a batch; one that has none takes part with a row without labels."""
+    """Collate the rows of a batch that are this process's; a process that has none gets a row without labels."""
 
     def __init__(self, collate: Collate, processes: Processes) -> None:
         self.collate, self.processes = collate, processes

@@ -90,7 +90,7 @@ def test_what_is_saved_is_read_back(quantized_folder: Path, tmp_path: Path) -> N
 
 def test_a_part_that_does_not_fit(copy: Path) -> None:
     changed(copy, lambda tensors: tensors.update({f"{LAYER}.scales": tensors[f"{LAYER}.scales"][:, :5]}))
-    with pytest.raises(ArtifactError, match=f"the parts of {LAYER} do not fit one another"):
+    with pytest.raises(ArtifactError, match=f"the parts of {LAYER} do not fit together"):
         read_quantized(copy)
 
 
