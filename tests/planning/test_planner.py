@@ -1,0 +1,126 @@
+"""A recipe becomes a plan: its steps in order, each after those it reads, or every mistake at once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from sqft import Recipe, Registry
+from sqft.errors import RecipeError
+from sqft.planning.plan import Plan
+from sqft.planning.planner import make_plan
+from sqft.types import BaseKind
+from sqft.utils.digests import Digests
+
+
+def planned(raw: dict[str, Any], registry: Registry, *left_out: str, **more: Any) -> Plan:
+    raw = {**{key: value for key, value in copy.deepcopy(raw).items() if key not in left_out}, **more}
+    return make_plan(Recipe.parse(raw), registry, Digests())
+
+
+def refused(raw: dict[str, Any], registry: Registry, *left_out: str, **more: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        planned(raw, registry, *left_out, **more)
+    return [str(problem) for problem in caught.value.problems]
+
+
+RTN = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+
+
+def test_steps_are_in_order_and_read_earlier_ones(raw: dict[str, Any], registry: Registry) -> None:
+    plan = planned(raw, registry)
+    names = [step.name for step in plan.steps]
+    measured = [f"evaluate:{name}" for name in raw["evaluate"]["of"]]
+    assert names == ["sparsify", "finetune", "search", "merge", *measured]
+    for index, step in enumerate(plan.steps):
+        assert set(step.inputs.values()) <= set(names[:index])
+        assert len(step.fingerprint) == 64 and step.digests.keys() == step.files.keys()
+    assert len({step.fingerprint for step in plan.steps}) == len(names) and not plan.reused
+
+
+def test_a_search_comes_of_itself_after_fine_tuning(raw: dict[str, Any], registry: Registry) -> None:
+    plan = planned(raw, registry, "search", "merge", "evaluate")
+    assert [step.name for step in plan.steps] == ["sparsify", "finetune", "search"]
+    assert plan.step("search").components["searcher"].component.name == "heuristic"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "kind", "step", "floats_step"),
+    [
+        (("sparsify",), {}, BaseKind.DENSE, None, None),
+        ((), {}, BaseKind.SPARSE, "sparsify", None),
+        (("sparsify",), {"quantize": RTN}, BaseKind.QUANTIZED, "quantize", None),
+        ((), {"quantize": RTN}, BaseKind.QUANTIZED, "quantize", "sparsify"),
+    ],
+)
+def test_what_lies_under_the_adapters(
+    left_out: tuple[str, ...],
+    more: dict[str, Any],
+    kind: BaseKind,
+    step: str | None,
+    floats_step: str | None,
+    raw: dict[str, Any],
+    registry: Registry,
+) -> None:
+    raw["finetune"]["merger"] = "unmerged"
+    base = planned(raw, registry, "merge", "evaluate", *left_out, **more).adapter_base
+    assert (base.kind, base.step, base.floats_step) == (kind, step, floats_step)
+
+
+def test_what_a_step_reads_is_part_of_its_fingerprint(raw: dict[str, Any], registry: Registry) -> None:
+    """A change reaches all steps after it, and no other."""
+    before, changed = planned(raw, registry), copy.deepcopy(raw)
+    changed["finetune"]["steps"] += 1
+    after = planned(changed, registry)
+    differ = [
+        one.name for one, two in zip(before.steps, after.steps, strict=True) if one.fingerprint != two.fingerprint
+    ]
+    untouched = {"sparsify", "evaluate:model", "evaluate:sparsify"}
+    assert differ == [step.name for step in before.steps if step.name not in untouched]
+
+
+def test_every_mistake_is_reported_once(raw: dict[str, Any], registry: Registry) -> None:
+    raw["model"]["path"], raw["calibration"]["data"] = "nowhere", "no.txt"
+    raw["sparsify"]["scorer"], raw["evaluate"]["of"] = "wnda", ["merge", "merge"]
+    problems = refused(raw, registry)
+    places = [problem.partition(":")[0] for problem in problems]
+    # The file is not asked for: whether the unknown scorer needs it is not known.
+    assert places == ["model.path", "sparsify.scorer", "evaluate.of.1"] and "Did you mean 'wanda'?" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "problem"),
+    [
+        (("finetune",), {"evaluate": None}, "search: needs a finetune section; add one or remove this"),
+        (("finetune", "search"), {"evaluate": None}, "merge: needs a finetune section; add one or remove this"),
+        (("sparsify", "finetune", "search", "merge", "evaluate"), {}, "asks for nothing; add a section such as"),
+    ],
+)
+def test_sections_that_cannot_stand_alone(
+    left_out: tuple[str, ...], more: dict[str, Any], problem: str, raw: dict[str, Any], registry: Registry
+) -> None:
+    assert refused(raw, registry, *left_out, **more)[0].startswith(problem)
+
+
+def test_a_model_that_is_quantized_already(raw: dict[str, Any], registry: Registry, quantized_folder: Any) -> None:
+    raw["model"] = {"path": str(quantized_folder)}
+    problems = refused(raw, registry, "finetune", "search", "merge", "evaluate", quantize=RTN)
+    expected = "the model is already quantized; remove this section"
+    assert [problem.partition(",")[0] for problem in problems[:2]] == [f"sparsify: {expected}", f"quantize: {expected}"]
+
+
+def test_plugins_that_cannot_be_used_are_named_beside_what_is_missing(raw: dict[str, Any]) -> None:
+    class Broken(Registry):
+        def get(self, kind: str, name: str) -> Any:
+            from sqft.errors import PluginError
+
+            raise PluginError(f"no {kind} named '{name}'\n  plugin 'mine' (mine 1.0) could not be loaded")
+
+    problems = refused(raw, Broken(), "finetune", "search", "merge", "evaluate")
+    assert problems == [
+        "sparsify.scorer: no scorer named 'wanda'",
+        "sparsify.allocator: no allocator named 'uniform'",
+        "plugin 'mine' (mine 1.0) could not be loaded",
+    ]
