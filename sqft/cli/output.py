@@ -34,7 +34,7 @@ def report_errors(command: F) -> F:
         except KeyboardInterrupt:
             words = shlex.join(["sqft", *without_fresh(sys.argv[1:])])
             if processes().is_main:
-                click.echo(f"\ninterrupted; finished work is kept. To go on: {words}", err=True)
+                click.echo(f"\ninterrupted; finished work is kept. To continue: {words}", err=True)
             sys.exit(130)
 
     return wrapper  # type: ignore[return-value]

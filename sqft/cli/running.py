@@ -66,7 +66,7 @@ def print_result(screen: Any, run: Run, output: Path | None) -> None:
     if result is None:
         screen.print("result: none to load yet; search chooses ranks, merge makes a model", highlight=False)
         if output:
-            raise SqftError(f"there is nothing to put into --output {output}; run on to search or merge")
+            raise SqftError(f"there is nothing to put into --output {output}; run up to search or merge")
         return
     if output:
         try:

@@ -73,7 +73,7 @@ def check_base(
     yield Problem(
         "finetune.merger",
         f"'{merger.component.name}' works on a {works} base, but this recipe's is {kind}; "
-        f"use {' or '.join(fitting) or 'another merger'}, or change what comes before",
+        f"use {' or '.join(fitting) or 'another merger'}, or change the sections before it",
     )
 
 
@@ -94,7 +94,8 @@ def check_dropout(
     if place is not None:
         yield Problem(
             place,
-            f"'{merger.component.name}' rounds the merged weight, so the adapter has no input of its own; set it to 0",
+            f"'{merger.component.name}' rounds the merged weight, which allows no dropout on the adapter's input; "
+            "set it to 0",
         )
 
 
@@ -127,10 +128,10 @@ def check_start(
             "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
         )
     if section.mask == "codes" and not came_quantized:
-        yield Problem("finetune.mask", "only a model that came as codes needs a mask of them; remove this")
+        yield Problem("finetune.mask", "only a model that is already quantized needs this; remove it")
     elif section.mask == "codes" and merger and not merger.component.merges:
         yield Problem(
-            "finetune.mask", f"'{merger.component.name}' leaves the codes as they are and masks nothing; remove this"
+            "finetune.mask", f"'{merger.component.name}' does not change the codes and masks nothing; remove this"
         )
     if came_quantized and section.base == "floats" and "base" in section.model_fields_set:
         yield Problem("finetune.base", 'the model has no floats, only codes; remove this, or set it to "codes"')
@@ -153,7 +154,7 @@ def check_training(section: Finetune) -> Iterator[Problem]:
     if section.steps and section.warmup_steps >= section.steps:
         yield Problem("finetune.warmup_steps", f"{section.warmup_steps} of {section.steps} steps; warm up in fewer")
     if section.warmup_steps and section.warmup_ratio:
-        yield Problem("finetune.warmup_ratio", "sets the same as warmup_steps; remove one of them")
+        yield Problem("finetune.warmup_ratio", "has the same effect as warmup_steps; remove one of them")
     if section.schedule == "polynomial" and section.learning_rate <= POLYNOMIAL_END:
         yield Problem("finetune.learning_rate", "a polynomial schedule ends at 1e-7; start above it")
     for name in ("patience", "evaluate_every"):

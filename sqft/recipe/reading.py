@@ -57,7 +57,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number JSON has; write a finite number")
+    raise ValueError(f"{word} is not a valid JSON number; write a finite number")
 
 
 def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:

@@ -62,7 +62,7 @@ class Recipe(Section):
             whole = (self._folder / Path(path).expanduser()).resolve()
             whole.exists()
         except (OSError, RuntimeError, ValueError) as error:
-            raise SqftError(f"{brief(path)} is no path on this machine: {error}") from None
+            raise SqftError(f"{brief(path)} is not a valid path on this machine: {error}") from None
         return whole
 
     @classmethod

@@ -134,7 +134,7 @@ def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "To go on: sqft run" in errors and "Traceback" not in errors
+    assert "To continue: sqft run" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     with pytest.raises(SystemExit) as ended:
         raises(KeyboardInterrupt())()
     assert ended.value.code == 130
-    assert capsys.readouterr().err.endswith("To go on: sqft run 'my recipe.json'\n")
+    assert capsys.readouterr().err.endswith("To continue: sqft run 'my recipe.json'\n")
 
 
 @pytest.mark.parametrize(("error", "status"), [(DataError("x"), 2), (ValueError("x"), 1), (KeyboardInterrupt(), 130)])

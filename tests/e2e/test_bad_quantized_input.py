@@ -111,7 +111,7 @@ IN_THE_RECIPE: dict[str, tuple[Change, str]] = {
     ),
     "a mask of codes over floats": (
         section("finetune", mask="codes"),
-        "finetune.mask: only a model that came as codes needs a mask of them",
+        "finetune.mask: only a model that is already quantized needs this",
     ),
     "an evaluation of what is not made": (
         both(drop("quantize", "finetune", "search", "merge"), section("evaluate", of=["quantize"])),
@@ -311,4 +311,4 @@ def test_a_mask_of_codes_for_an_adapter_beside_them(
     raw["finetune"] |= {"merger": "unmerged", "mask": "codes"}
     for name in ("sparsify", "merge", "evaluate"):
         del raw[name]
-    assert "finetune.mask: 'unmerged' leaves the codes as they are" in said(raw, tmp_path)
+    assert "finetune.mask: 'unmerged' does not change the codes" in said(raw, tmp_path)

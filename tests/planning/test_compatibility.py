@@ -115,7 +115,7 @@ def test_dropout_is_refused_where_the_merged_weight_is_rounded() -> None:
         ({"base": "codes"}, BaseKind.QUANTIZED, False, None),
         ({"base": "codes"}, BaseKind.SPARSE, False, "finetune.base: there are no codes"),
         ({"mask": "codes"}, BaseKind.QUANTIZED, True, None),
-        ({"mask": "codes"}, BaseKind.QUANTIZED, False, "finetune.mask: only a model that came as codes"),
+        ({"mask": "codes"}, BaseKind.QUANTIZED, False, "finetune.mask: only a model that is already quantized"),
         ({"base": "floats"}, BaseKind.QUANTIZED, True, "finetune.base: the model has no floats, only codes"),
         ({"base": "floats"}, BaseKind.QUANTIZED, False, None),
     ],
@@ -129,7 +129,7 @@ def test_what_training_starts_from(
 
 def test_a_mask_of_codes_needs_a_merger_that_masks() -> None:
     problems = check.check_start(finetune(mask="codes"), merger(merges=False), BaseKind.QUANTIZED, True)
-    assert_problem(problems, "finetune.mask: 'mine' leaves the codes as they are and masks nothing")
+    assert_problem(problems, "finetune.mask: 'mine' does not change the codes and masks nothing")
     assert said(check.check_start(finetune(mask="codes"), None, BaseKind.QUANTIZED, True)) == []
 
 

@@ -23,7 +23,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     [
         (b'{"a":\n 1,}', "line 2, column 4", "not valid JSON: .*double quotes"),
         (b'{"a": {"b": 1, "b": 2}}', "", "the key 'b' appears twice"),
-        (b"[Infinity]", "", "Infinity is not a number JSON has"),
+        (b"[Infinity]", "", "Infinity is not a valid JSON number"),
         (b"1" * 1001, "", "1111111111… is a number of 1001 digits"),
         (b"[" * 100_000, "", "nested too deeply"),
         (b"\xff", "", "is not UTF-8 text"),

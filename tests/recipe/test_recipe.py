@@ -95,9 +95,9 @@ CASES = [
     ("finetune.validation", "no.jsonl", "finetune.validation.path: there is no file"),
     ("finetune.report_to", "tensorbord", "finetune.report_to.0: input should be 'tensorboard'"),
     ("finetune.report_to", "dvclive", "finetune.report_to.0: 'dvclive' is not installed; pip install dvclive"),
-    ("finetune.data", "a\0b", "finetune.data.path: .* is no path on this machine"),
-    ("finetune.data", "~nosuchuser/x", "finetune.data.path: .* is no path on this machine"),
-    ("model.path", "x" * 300, "model.path: .* is no path on this machine: .*too long"),
+    ("finetune.data", "a\0b", "finetune.data.path: .* is not a valid path on this machine"),
+    ("finetune.data", "~nosuchuser/x", "finetune.data.path: .* is not a valid path on this machine"),
+    ("model.path", "x" * 300, "model.path: .* is not a valid path on this machine: .*too long"),
     ("evaluate.perplexity.text", "no.txt", "evaluate.perplexity.text: there is no file"),
 ]
 
@@ -199,7 +199,7 @@ def test_what_is_left_of_a_faulty_recipe(
         ("{", "line 1, column 2: not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"name": "a", "name": "b"}', "the key 'name' appears twice"),
-        ('{"seed": NaN}', "NaN is not a number"),
+        ('{"seed": NaN}', "NaN is not a valid JSON number"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )

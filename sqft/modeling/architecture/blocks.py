@@ -32,7 +32,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if longest is None or len(module) > len(longest[1]):
             longest = (name, module)
     if longest is None:
-        raise ModelError(f"{type(model).__name__} has no list of decoder blocks that sqft can walk")
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks that calibration can run one by one")
     return {f"{longest[0]}.{index}": block for index, block in enumerate(longest[1])}
 
 

@@ -90,7 +90,9 @@ def _probe(
     kind = type(model).__name__
     # 2. The hidden states are the argument that is the output of the block before, in every block.
     if len(outputs) != len(blocks):
-        raise ModelError(f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so they cannot be walked")
+        raise ModelError(
+            f"{kind} runs its {len(blocks)} blocks {len(outputs)} times, so calibration cannot run them one by one"
+        )
     produced = [output[0] if isinstance(output, tuple) else output for output in outputs]
     rest = [output[1:] if isinstance(output, tuple) else None for output in outputs]
     besides: list[Tensor] = []  # other tensors that blocks before gave: none may enter a block
@@ -101,10 +103,10 @@ def _probe(
         slots = (slots or carrying) & carrying
         besides += tensors_in(more)
         if not slots:
-            raise ModelError(f"{kind}'s blocks do not pass their output on, so they cannot be walked one by one")
+            raise ModelError(f"{kind}'s blocks do not pass their output on, so calibration cannot run them one by one")
         if any(one is other for one in tensors_in([args, kwargs]) for other in besides if other is not before):
             raise ModelError(
-                f"{kind}'s blocks pass on more than their hidden states, so they cannot be walked one by one"
+                f"{kind}'s blocks pass on more than their hidden states, so calibration cannot run them one by one"
             )
     return min(slots, key=str), dict(zip(blocks, rest, strict=True))
 

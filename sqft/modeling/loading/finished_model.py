@@ -54,7 +54,7 @@ class FinishedModel:
 
     def codes(self, layer: str) -> Quantized:
         if self._codes is None or layer not in self._codes.layers:
-            raise ArtifactError(f"{self.folder}: {layer} is on no grid")
+            raise ArtifactError(f"{self.folder}: {layer} is not quantized")
         return self._codes.layer(layer)
 
     def copy_settings(self, folder: Path) -> None:

@@ -211,7 +211,8 @@ def _put_layer(
         linear = None
     if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
         raise ArtifactError(
-            f"{stored.path}: {name} holds codes {list(layer.codes.shape)}, which are no layer of {type(model).__name__}"
+            f"{stored.path}: {name} holds codes {list(layer.codes.shape)}, which belong to no layer of "
+            f"{type(model).__name__}"
         )
     if linear.bias is None and not state.get(f"{name}.bias", torch.ones(1)).any():
         del state[f"{name}.bias"]  # some programs write one of zeros for every layer

@@ -81,7 +81,7 @@ def test_a_model_is_left_as_it_was_when_it_fails(runs: int) -> None:
 def test_a_model_that_runs_a_block_twice() -> None:
     model: Any = Model()
     model.forward = lambda input_ids, **_: [b({"shift": [0]}, states=input_ids) for b in [*model.h, model.h[0]]]
-    with pytest.raises(ModelError, match="Model runs its 3 blocks 4 times, so they cannot be walked"):
+    with pytest.raises(ModelError, match="Model runs its 3 blocks 4 times, so calibration cannot run them one by one"):
         capture(model, decoder_blocks(model), WINDOWS)
 
 

@@ -103,7 +103,7 @@ def test_a_part_that_does_not_fit(copy: Path) -> None:
         (lambda t: t[f"{LAYER}.scales"].fill_(torch.inf), rf"the scales of {LAYER} are not finite"),
         (
             lambda t: t.update({f"odd.{part}": t[f"{LAYER}.{part}"] for part in PARTS}),
-            r"odd holds codes \[64, 32\], which are no layer of LlamaForCausalLM",
+            r"odd holds codes \[64, 32\], which belong to no layer of LlamaForCausalLM",
         ),
     ],
     ids=["missing", "unknown", "not finite", "scales", "no layer"],
