@@ -120,7 +120,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def raw(model_folder: Path, data: Path) -> dict[str, Any]:
-    """A whole recipe on the tiny model, as plain data."""
+    """A complete recipe on the tiny model, as plain data."""
     return {
         "schema": 1,
         "name": "tiny",

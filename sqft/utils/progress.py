@@ -19,7 +19,7 @@ class Track(Protocol):
 
 
 def tracker(console: Console) -> Track:
-    """A display for this console: bars when it is a terminal, lines when it is not."""
+    """Return a display for this console: bars when it is a terminal, lines when it is not."""
 
     def bars(iterable: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
         columns = (
@@ -48,7 +48,7 @@ def tracker(console: Console) -> Track:
 
 
 def silent(iterable: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
-    """No display at all."""
+    """Show nothing."""
     yield from iterable
 
 

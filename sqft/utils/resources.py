@@ -12,13 +12,16 @@ import sqft
 
 
 def versions() -> dict[str, str]:
-    """The versions a result was made with."""
+    """Return the versions of the packages that a result was made with."""
     return {"sqft": sqft.__version__} | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """This process's peak resident memory in bytes, of the block alone where the system can say so."""
+    """Measure this process's peak resident memory in bytes, of the block alone where the system can tell.
+
+    The list that is yielded holds it once the block has ended.
+    """
     peak = [0]
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -120,7 +120,7 @@ def test_the_digest_of_a_folder(tmp_path: Path) -> None:
     assert Digests().path(folder.rename(tmp_path / "elsewhere")) == seen[-1]
 
 
-def test_what_cannot_be_read_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SqftError, match="gone cannot be read: No such file"):
         Digests().path(tmp_path / "gone")
 

@@ -13,7 +13,7 @@ from sqft.utils.progress import silent, tracker
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """Time that passes only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -67,7 +67,7 @@ def test_without_a_length_no_time_left(console: Console, clock: Clock) -> None:
     assert lines(console) == ["  reading: 1/?", "  reading: 2/?"]
 
 
-def test_a_length_that_is_told(console: Console, clock: Clock) -> None:
+def test_a_length_that_is_given(console: Console, clock: Clock) -> None:
     for _ in tracker(console)(iter("ab"), "reading", 2):
         clock.now += 20
     assert lines(console) == ["  reading: 1/2, 20 s left"]
