@@ -92,7 +92,7 @@ class SparsifyStage:
 
     def _prune(self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float) -> Tensor:
         """Prune one layer in place, and return its mask [out, in]."""
-        select = _Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
+        select = Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
         with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "sparsify")) as given:
             weight, seeded = given[0][name], given[1][name]
             pruned = self.scorer.prune(weight, seeded, select)
@@ -141,7 +141,7 @@ class SparsifyStage:
         return measured
 
 
-class _Selection:
+class Selection:
     """`sqft.types.Select` of one layer, which remembers how much of it went."""
 
     def __init__(self, label: str, name: str, weight: Tensor, pattern: Pattern, sparsity: float) -> None:

@@ -1,0 +1,135 @@
+"""The stage by itself: what it writes, and that what is on disk is proved and not what it remembers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.masks import unpack_mask
+from sqft.stages.inputs import StageInputs
+from sqft.stages.sparsify import Selection, SparsifyStage
+from sqft.types import Pattern
+
+Q, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens.weight"
+LABEL = "scorer 'mine' (mine 1.0)"
+
+
+def sparsify(raw: dict[str, Any], registry: Registry, folder: Path, **section: Any) -> SparsifyStage:
+    kept = {key: raw[key] for key in ("schema", "name", "model", "calibration")}
+    kept["sparsify"] = {"scorer": "magnitude", **section}
+    plan = Orchestrator(registry, folder / "store").plan(Recipe.parse(kept))
+    (folder / "scratch").mkdir()
+    return SparsifyStage(StageInputs(plan, plan.step("sparsify"), {}, folder / "scratch", "cpu"))
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "sparsegpt"])
+def test_what_it_writes(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path, scorer: str
+) -> None:
+    stage = sparsify(raw, registry, tmp_path, scorer=scorer, exclude=["o_proj"])
+    report = stage.run()
+    stage.verify()
+    dense, sparse = (load_file(f / "model.safetensors") for f in (model_folder, tmp_path / "scratch" / "model"))
+    masks = load_file(tmp_path / "scratch" / "masks.safetensors")
+    assert sorted(masks) == sorted(report["layers"]) and len(masks) == 2 * 6
+    for name, tensor in dense.items():
+        layer = name.removesuffix(".weight")
+        if layer not in masks:
+            assert sparse[name].equal(tensor)
+            continue
+        mask = unpack_mask(masks[layer], (tensor.shape[0], tensor.shape[1]))
+        assert not sparse[name][~mask].any() and report["layers"][layer] == 0.5
+        assert sparse[name][mask].equal(tensor[mask]) == (scorer == "magnitude")
+    assert report["sparsity"] == report["zeros"] / report["weights"] == 0.5
+    assert report["calibration_tokens"] == (0 if scorer == "magnitude" else 4 * 32)
+
+
+def edit(file: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, file, {"format": "pt"})
+
+
+def filled(tensor: Tensor) -> Tensor:
+    """A weight whose first zero is none any more."""
+    tensor[tuple((tensor == 0).nonzero()[0])] = 1.0
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "change", "message"),
+    [
+        (
+            "model/model.safetensors",
+            f"{Q}.weight",
+            lambda t: t * 2,
+            f"{Q}.weight as stored is not what the scorer gave",
+        ),
+        ("model/model.safetensors", f"{Q}.weight", filled, f"{Q}.weight as stored is not what the scorer gave"),
+        ("model/model.safetensors", EMBEDDING, lambda t: t * 2, f"{EMBEDDING} as stored is not the original"),
+        ("model/model.safetensors", f"{Q}.weight", lambda t: t.half(), f"{Q}.weight as stored is not what the scorer"),
+        ("masks.safetensors", Q, lambda t: ~t, "the masks as stored are not what the scorer gave"),
+    ],
+)
+def test_what_is_on_disk_is_proved(
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    file: str,
+    name: str,
+    change: Callable[[Tensor], Tensor],
+    message: str,
+) -> None:
+    stage = sparsify(raw, registry, tmp_path)
+    stage.run()
+    stage.verify()
+    edit(tmp_path / "scratch" / file, name, change)
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        stage.verify()
+
+
+def test_no_layer_at_all(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    stage = sparsify(raw, registry, tmp_path)
+    stage.section = stage.section.model_copy(update={"include": ("nothing",)})
+    with pytest.raises(StageError, match=r"sparsify\.include matches no linear layer"):
+        stage.run()
+
+
+def selection(pattern: str, sparsity: float = 0.5) -> Selection:
+    return Selection(LABEL, "layer", torch.rand(4, 12), Pattern.parse(pattern), sparsity)
+
+
+def test_a_selection_remembers_how_much_went() -> None:
+    select = selection("row")
+    masks = [select(torch.rand(4, columns)) for columns in (8, 4)]
+    assert [mask.sum().item() for mask in masks] == [16, 8] and select.pruned_fraction() == 0.5
+
+
+def test_the_sparsity_of_few_entries_at_a_time() -> None:
+    """Whole entries of a layer are as near as can be; of a few at a time they may be far off."""
+    select = selection("row", 0.45)
+    select(torch.rand(4, 12))
+    assert select.pruned_fraction() == pytest.approx(5 / 12)
+    select = selection("row", 0.45)
+    for _ in range(6):
+        select(torch.rand(4, 2))
+    with pytest.raises(StageError, match=r"so few inputs of layer at a time that 0\.500 of them go where 0\.450 was"):
+        select.pruned_fraction()
+
+
+def test_a_selection_is_asked_about_all_columns() -> None:
+    select = selection("2:4")
+    select(torch.rand(4, 8))
+    with pytest.raises(ContractError, match=re.escape("scores of shape [4, 8] for layer, expected [4, 12]")):
+        select.pruned_fraction()
+    with pytest.raises(StageError, match="chooses among 6 inputs at a time, no multiple of the M of '2:4'"):
+        select(torch.rand(4, 6))
