@@ -39,6 +39,8 @@ WITHOUT_TORCH = ("utils", "components", "checkpoints", "data", "recipe", "planni
 NEEDS_TORCH = {"sqft.data.collators", "sqft.data.windows"}
 
 LARGEST_CLASS = 250
+NEEDS_A_TEST = 60
+"""A module of so many lines has a test file of its own: `sqft/data/hub.py` has `tests/data/test_hub.py`."""
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -64,6 +66,10 @@ MODULES = {module_name(file): file for file in sorted(CORE.rglob("*.py"))}
 
 def room(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text("utf-8").splitlines())
 
 
 @cache
@@ -108,6 +114,12 @@ def test_a_plugin_imports_the_public_names_only(file: Path) -> None:
     assert all(name == "sqft.api" or name.split(".")[:2] == ["sqft", "kernels"] for name in ours), ours
     others = {name.split(".")[0] for name in imports(file) if name.startswith("sqft_")}
     assert others <= {file.parent.name}
+
+
+@pytest.mark.parametrize("module", [name for name, file in MODULES.items() if lines_of(file) >= NEEDS_A_TEST])
+def test_a_module_has_its_test_at_its_path(module: str) -> None:
+    *rooms, name = MODULES[module].relative_to(CORE).with_suffix("").parts
+    assert ROOT.joinpath("tests", *rooms, f"test_{name}.py").is_file()
 
 
 def test_no_class_is_too_large() -> None:
