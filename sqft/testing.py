@@ -248,7 +248,7 @@ def _search(
 def check_merger(merger: Merger) -> None:
     """An elementwise law on every kind of base it lists, with the derivative autograd finds.
 
-    Float32 [rows, in], finite, mask kept, a block of rows as in the whole, arguments untouched.
+    Float32 [rows, in], finite, mask kept, a block of rows as in the complete weight, arguments unchanged.
 
     Raises:
         ContractError: saying which promise is broken.

@@ -186,5 +186,5 @@ def _component(kind: str, ref: ComponentRef, description: str, registry: Registr
     summary = (inspect.getdoc(component) or "").partition("\n")[0]
     yield f"- `{kind}` = `{ref.name}`: {description}. {summary}"
     for option, value in ref.options.items():
-        said = component.model_fields[option].description
-        yield f"  - `{option}` = `{json.dumps(value)}`" + (f": {said}" if said else "")
+        about = component.model_fields[option].description
+        yield f"  - `{option}` = `{json.dumps(value)}`" + (f": {about}" if about else "")
