@@ -45,9 +45,7 @@ def header(text: str, size: int = 0) -> bytes:
         (header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 7), "it was cut off"),
     ],
 )
-def test_an_incomplete_file(
-    folder: Path, content: bytes, words: str, assert_rejected: Callable[..., None]
-) -> None:
+def test_an_incomplete_file(folder: Path, content: bytes, words: str, assert_rejected: Callable[..., None]) -> None:
     (folder / "model.safetensors").write_bytes(content)
     assert_rejected(
         folder, f"{folder / 'model.safetensors'} is not a complete safetensors file", words, "copy it again"

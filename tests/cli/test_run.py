@@ -1,4 +1,4 @@
-"""The commands as a user types them: statuses, messages, outputs."""
+"""`sqft run`: status, messages, outputs."""
 
 from __future__ import annotations
 
@@ -14,42 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from sqft.cli import main
-from sqft.cli.output import without_fresh
-
-
-@pytest.fixture
-def recipe(raw: dict[str, Any], tmp_path: Path) -> Path:
-    raw["evaluate"]["of"] = ["sparsify", "merge"]
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(raw))
-    return file
-
-
-def test_plugins_and_show() -> None:
-    listed = CliRunner().invoke(main, ["plugins"])
-    assert listed.exit_code == 0 and "hill-climbing" in listed.output
-    rows = json.loads(CliRunner().invoke(main, ["plugins", "--json"]).output)
-    assert {"kind", "name", "plugin", "provider", "summary"} == set(rows[0])
-    shown = CliRunner().invoke(main, ["show", "searcher", "hill-climbing"])
-    assert "turns: integer, >= 1, default 3" in shown.output
-    wrong = CliRunner().invoke(main, ["show", "scorer", "wnda"])
-    assert wrong.exit_code == 2 and "Did you mean 'wanda'?" in wrong.output
-
-
-def test_schema_knows_the_plugins() -> None:
-    schema = json.loads(CliRunner().invoke(main, ["schema"]).output)
-    text = json.dumps(schema["$defs"]["Search"]["properties"]["searcher"])
-    assert '"turns"' in text and '"heuristic"' in text
-
-
-def test_plan_touches_nothing(recipe: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["plan", str(recipe), "--store", str(tmp_path / "s")])
-    assert done.exit_code == 0 and "finetune" in done.output and "run" in done.output
-    assert not (tmp_path / "s").exists()
 
 
 def test_run_prints_a_table_and_how_to_load(recipe: Path, tmp_path: Path) -> None:
@@ -113,11 +80,6 @@ def test_what_until_leaves(recipe: Path, tmp_path: Path) -> None:
     assert "| merge |" in report.read_text()  # a shorter run does not empty the report of what stands
 
 
-def test_the_way_on_after_an_interruption_is_not_fresh() -> None:
-    assert without_fresh(["run", "r", "--fresh", "sparsify", "--until", "merge"]) == ["run", "r", "--until", "merge"]
-    assert without_fresh(["run", "--fresh=search", "r"]) == ["run", "r"]
-
-
 def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["finetune"]["steps"] = 100_000
     recipe = tmp_path / "recipe.json"
@@ -135,39 +97,3 @@ def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "To continue: sqft run" in errors and "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("words", "begun", "offered"),
-    [
-        (["show"], "se", ["searcher"]),
-        (["show", "searcher"], "hill", ["hill-climbing"]),
-        (["show", "scorer"], "hill", []),
-        (["init"], "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory"]),
-        (["merge", "--store", "s"], "ti", ["tiny-00000000"]),
-        (["eval", "--store", "s"], "", ["other-00000000", "tiny-00000000"]),
-        ([], "doc", ["doctor"]),
-    ],
-)
-def test_a_shell_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], begun: str, offered: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("tiny-00000000", "other-00000000"):
-        (tmp_path / "s" / "runs" / name).mkdir(parents=True)
-        (tmp_path / "s" / "runs" / name / "recipe.json").write_text("{}")
-    completions = ShellComplete(main, {}, "sqft", "_SQFT_COMPLETE").get_completions(words, begun)
-    assert [item.value for item in completions] == offered
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shells_own_script(shell: str) -> None:
-    code = "from sqft.cli import main; main(prog_name='sqft')"
-    environment = os.environ | {"_SQFT_COMPLETE": f"{shell}_source"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "_SQFT_COMPLETE" in done.stdout
-
-
-def test_a_kind_that_is_none() -> None:
-    done = CliRunner().invoke(main, ["show", "scorers", "wanda"])
-    assert done.exit_code == 2 and "kinds: scorer, allocator" in done.stderr

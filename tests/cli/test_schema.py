@@ -1,0 +1,15 @@
+"""`sqft schema`."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+
+from sqft.cli import main
+
+
+def test_schema_knows_the_plugins() -> None:
+    schema = json.loads(CliRunner().invoke(main, ["schema"]).output)
+    text = json.dumps(schema["$defs"]["Search"]["properties"]["searcher"])
+    assert '"turns"' in text and '"heuristic"' in text
