@@ -110,7 +110,8 @@ def _prune(label: str, scorer: Scorer, weight: Tensor) -> tuple[list[Tensor], tu
 
 @check.register
 def check_allocator(allocator: Allocator) -> None:
-    """A fraction in [0, 1) for every layer, and over all of them what was asked for, within `SPARSITY_TOLERANCE`.
+    """Check that every layer has a fraction in [0, 1), and that by size they average to what was asked for,
+    within `SPARSITY_TOLERANCE`.
 
     Raises:
         ContractError: saying which promise is broken.
@@ -122,10 +123,10 @@ def check_allocator(allocator: Allocator) -> None:
             weights = {linear.name: _weight((linear.out_features, linear.in_features))}
             before, stats = weights[linear.name].clone(), {linear.name: _stats(linear.in_features, allocator.needs)}
             with checks.statistics_unchanged(_label(allocator), stats):
-                found = allocator.measure(weights, stats)
+                numbers = allocator.measure(weights, stats)
             checks.check_unchanged(_label(allocator), linear.name, before, weights[linear.name])
-            checks.check_measured(_label(allocator), [linear.name], found)
-            measured |= found
+            checks.check_measured(_label(allocator), [linear.name], numbers)
+            measured |= numbers
     for sparsity in (0.1, 0.5, 0.9):
         result = allocator.allocate(LINEARS, sparsity, measured)
         checks.check_allocation(_label(allocator), LINEARS, sparsity, result)
@@ -133,7 +134,7 @@ def check_allocator(allocator: Allocator) -> None:
 
 @check.register
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Codes on a grid, in range, the same twice, pruned entries exactly zero, arguments untouched.
+    """Check for codes on a grid, in range, the same twice, pruned entries exactly zero, arguments untouched.
 
     Raises:
         ContractError: saying which promise is broken.
@@ -158,7 +159,7 @@ def check_quantizer(quantizer: Quantizer) -> None:
 
 @check.register
 def check_adapter(adapter: Adapter) -> None:
-    """A space that holds every layer once, samples inside it, and deltas as `_check_delta` wants them.
+    """Check for a space that holds every layer once, samples inside it, and deltas that keep their contract.
 
     Raises:
         ContractError: saying which promise is broken.
@@ -179,7 +180,8 @@ def check_adapter(adapter: Adapter) -> None:
 
 
 def _check_delta(label: str, adapter: Adapter, linear: LinearShape, ranks: tuple[int, ...]) -> None:
-    """One layer's factors: seeded, float32 whatever torch's default, trainable, smaller ranks slices of the largest."""
+    """Check that a layer's factors are seeded, float32 whatever torch's default, trainable, smaller ranks slices of the
+    largest."""
     import torch
 
     default = torch.get_default_dtype()
@@ -211,7 +213,7 @@ def _check_delta(label: str, adapter: Adapter, linear: LinearShape, ranks: tuple
 
 @check.register
 def check_searcher(searcher: Searcher) -> None:
-    """A configuration of the space, asked only about the space, deterministic, and silent if it says so.
+    """Check for a configuration of the space, questions about the space only, determinism, and none if it says so.
 
     Raises:
         ContractError: saying which promise is broken.
@@ -219,17 +221,17 @@ def check_searcher(searcher: Searcher) -> None:
     _check_options(searcher)
     label = _label(searcher)
     for space, seed in product(SPACES, range(3)):
-        (found, asked), again = (_search(label, searcher, space, seed) for _ in range(2))
-        if (found, asked) != again:
+        first, again = (_search(label, searcher, space, seed) for _ in range(2))
+        if first != again:
             raise ContractError(f"{label} is not deterministic in its random state and answers, so it cannot resume")
-        if not searcher.evaluates and asked:
+        if not searcher.evaluates and first[1]:
             raise ContractError(f"{label} evaluates, but says `evaluates = False`")
 
 
 def _search(
     label: str, searcher: Searcher, space: SearchSpace, seed: int
 ) -> tuple[RankConfig, list[tuple[RankConfig, int | None]]]:
-    """What it found on a rugged landscape, and what it asked, in order."""
+    """Search a rugged landscape; return the result, and the questions in their order."""
     asked: list[tuple[RankConfig, int | None]] = []
 
     def evaluate(choice: RankConfig, samples: int | None = None) -> float:
@@ -239,14 +241,14 @@ def _search(
         asked.append((choice, samples))
         return Random(str(choice.ranks)).random()
 
-    found = searcher.search(space, evaluate, Random(seed))
-    checks.check_choice(label, space, found)
-    return found, asked
+    choice = searcher.search(space, evaluate, Random(seed))
+    checks.check_choice(label, space, choice)
+    return choice, asked
 
 
 @check.register
 def check_merger(merger: Merger) -> None:
-    """An elementwise law on every kind of base it lists, with the derivative autograd finds.
+    """Check for an elementwise law on every kind of base it lists, with the derivative that autograd finds.
 
     Float32 [rows, in], finite, mask kept, a block of rows as in the complete weight, arguments unchanged.
 
@@ -296,7 +298,7 @@ def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
 
 
 def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None:
-    """It writes something into an empty folder and leaves the source as it was."""
+    """Check that it writes something into an empty folder and leaves the source as it was."""
     _check_options(exporter)
     before = {file.name: file.read_bytes() for file in model.folder.iterdir() if file.is_file()}
     exporter.export(model, folder)
@@ -329,7 +331,7 @@ def _weight(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def _stats(inputs: int, needs: frozenset[Statistic]) -> LinearStats:
-    """What the core collects for these needs; without any it does not calibrate and saw no token."""
+    """Return what the core collects for these needs; without any it does not calibrate and saw no token."""
     import torch
 
     x = _weight((64, inputs), 9)

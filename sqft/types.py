@@ -149,11 +149,11 @@ class SearchSpace:
     groups: tuple[RankGroup, ...]
 
     def choice(self, indices: Sequence[int]) -> RankConfig:
-        """The configuration that takes, in each group, the rank at that index of its list."""
+        """Return the configuration that takes, in each group, the rank at that index of its list."""
         return RankConfig(tuple(g.ranks[i] for g, i in zip(self.groups, indices, strict=True)))
 
     def ranks_by_linear(self, choice: RankConfig) -> dict[str, int]:
-        """The rank of every linear layer under a configuration."""
+        """Return the rank of every linear layer under a configuration."""
         pairs = zip(self.groups, choice.ranks, strict=True)
         return {member: rank for group, rank in pairs for member in group.members}
 

@@ -126,7 +126,16 @@ def by_groups(diagonal: Tensor, size: int) -> Tensor:
 def round_to_nearest(
     W: Tensor, mask: Tensor | None, bits: int, group_size: int, symmetric: bool, clip: bool
 ) -> Quantized:
-    """Put each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds."""
+    """Put each weight [out, in] on the grid of its contiguous group; pruned ones are 0, which every grid holds.
+
+    Args:
+        W: the weight [out, in], float32.
+        mask: bool [out, in], true where a weight is kept.
+        bits: number of bits of a code.
+        group_size: inputs that share one scale; -1: all inputs of a row.
+        symmetric: whether zero points are the middle code.
+        clip: whether a group's range is searched for the smallest error.
+    """
     W = W if mask is None else W * mask
     groups = W.reshape(len(W), 1 if group_size == -1 else -1, W.shape[1] if group_size == -1 else group_size)
     scale, zero = fit_grid(groups, bits, symmetric, clip)

@@ -45,13 +45,13 @@ class Owl(Allocator):
         kept = {name: (measured[name] - low) * scale for name in sizes}
         # Weighted by size, so that the sparsity of all layers together is exact.
         mean = sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
-        found = {name: sparsity - (kept[name] - mean) for name in sizes}
-        if min(found.values()) < 0 or max(found.values()) >= 1:
+        allocation = {name: sparsity - (kept[name] - mean) for name in sizes}
+        if min(allocation.values()) < 0 or max(allocation.values()) >= 1:
             raise StageError(
                 f"owl: a spread of {self.spread:g} around a sparsity of {sparsity:g} goes below 0 or above 1; "
                 "use a smaller spread"
             )
-        return found
+        return allocation
 
     @staticmethod
     def _scores(weight: Tensor, stats: LinearStats) -> Tensor:

@@ -57,7 +57,7 @@ def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsit
 
 
 def check_measured(label: str, names: Sequence[str], measured: object) -> None:
-    """A finite number for every layer of the block."""
+    """Check that every layer of the block, and no other, has a finite number."""
     if not isinstance(measured, Mapping) or set(measured) != set(names):
         raise ContractError(f"{label} did not measure exactly the layers that it was given, such as {names[0]}")
     for name, value in measured.items():
@@ -66,7 +66,7 @@ def check_measured(label: str, names: Sequence[str], measured: object) -> None:
 
 
 def check_unchanged(label: str, place: str, before: Tensor, after: Tensor, what: str = "the weight") -> None:
-    """The component did not edit its argument."""
+    """Check that the component did not edit its argument."""
     if before.shape != after.shape or not before.equal(after):
         raise ContractError(f"{label} edited {what} of {place} in place; it must return a new tensor")
 
@@ -93,7 +93,7 @@ def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int
 
 
 def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float, result: object) -> None:
-    """Every layer, and nothing else, has a fraction in [0, 1); over all weights they come to `sparsity`."""
+    """Check that every layer, and no other, has a fraction in [0, 1), and that they average to `sparsity` by size."""
     if not isinstance(result, Mapping):
         raise ContractError(f"{label} returned {type(result).__name__}, expected a mapping of layer names to fractions")
     for linear in linears:
@@ -112,7 +112,7 @@ def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float
 
 
 def check_quantized(label: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:
-    """Codes [out, in] lie on the grid `sqft.types.Grid` describes, and pruned entries are exactly zero."""
+    """Check that codes [out, in] lie on a grid as `sqft.types.Grid` describes it, and pruned entries are exactly 0."""
     if not isinstance(quantized, Quantized) or not isinstance(quantized.grid, Grid):
         raise ContractError(f"{label} returned {type(quantized).__name__} for {place}, expected Quantized with a Grid")
     grid, index = quantized.grid, quantized.grid.group_index
@@ -148,36 +148,38 @@ def check_quantized(label: str, place: str, quantized: object, weight: Tensor, m
 
 
 def check_space(label: str, linears: Sequence[LinearShape], space: object) -> None:
-    """Every layer is in exactly one group, and every group has ranks, largest first, all in tuples."""
+    """Check that every layer is in exactly one group, and that every group has ranks, largest first, all in tuples."""
     if not isinstance(space, SearchSpace):
         raise ContractError(f"{label} returned {type(space).__name__}, expected SearchSpace")
     if space != SearchSpace(tuple(RankGroup(g.name, tuple(g.ranks), tuple(g.members)) for g in space.groups)):
         raise ContractError(f"{label} returned a search space with lists in it, expected tuples")
-    found = Counter(member for group in space.groups for member in group.members)
-    wanted = Counter(linear.name for linear in linears)
-    for name in found | wanted:
-        if found[name] != wanted[name]:
+    counts = Counter(member for group in space.groups for member in group.members)
+    expected = Counter(linear.name for linear in linears)
+    for name in counts | expected:
+        if counts[name] != expected[name]:
             raise ContractError(
-                f"{label} returned a search space that has {name} in {found[name]} groups, expected {wanted[name]}"
+                f"{label} returned a search space that has {name} in {counts[name]} groups, expected {expected[name]}"
             )
     for group in space.groups:
         ranks = group.ranks
-        whole = all(type(rank) is int and rank >= 1 for rank in ranks)
-        if not ranks or not whole or list(ranks) != sorted(set(ranks), reverse=True):
+        integers = all(type(rank) is int and rank >= 1 for rank in ranks)
+        if not ranks or not integers or list(ranks) != sorted(set(ranks), reverse=True):
             raise ContractError(
                 f"{label} gave group {group.name} the ranks {list(ranks)}, expected integers descending"
             )
 
 
 def check_choice(label: str, space: SearchSpace, choice: object) -> None:
-    """A configuration lies in its space."""
-    whole = isinstance(choice, RankConfig) and type(choice.ranks) is tuple and all(type(r) is int for r in choice.ranks)
-    if not whole or choice not in space:
+    """Check that a configuration lies in its space."""
+    integers = (
+        isinstance(choice, RankConfig) and type(choice.ranks) is tuple and all(type(r) is int for r in choice.ranks)
+    )
+    if not integers or choice not in space:
         raise ContractError(f"{label} returned {choice!r}, which is no configuration of the search space")
 
 
 def check_delta(label: str, linear: LinearShape, delta: DeltaModule, ranks: Sequence[int] = ()) -> None:
-    """A module with finite float32 factors on the CPU that fit the layer; the delta is zero at start.
+    """Check that a delta is a module with finite float32 factors on the CPU that fit the layer, and is zero at start.
 
     At each of `ranks`, the first of which is the delta's own; without them at the delta's own rank.
     """
@@ -212,7 +214,7 @@ def check_dropout(label: str, dropout: object) -> float:
 
 
 def check_effective(label: str, place: str, base: BaseWeight, result: object, keeps_mask: bool) -> None:
-    """An effective weight fits its base, is finite and keeps the zeros it promised to keep."""
+    """Check that an effective weight fits its base, is finite and keeps the zeros that it promised to keep."""
     weight = base.weight
     tensor = _check_tensor(label, place, "an effective weight", result, tuple(weight.shape), weight.device)
     if keeps_mask and base.mask is not None and (lost := int((tensor[~base.mask] != 0).sum())):
@@ -220,7 +222,7 @@ def check_effective(label: str, place: str, base: BaseWeight, result: object, ke
 
 
 def check_derivative(label: str, place: str, base: BaseWeight, result: object) -> None:
-    """A derivative has the weight's shape and is finite."""
+    """Check that a derivative has the weight's shape and is finite."""
     _check_tensor(label, place, "a derivative", result, tuple(base.weight.shape), base.weight.device)
 
 
@@ -233,7 +235,17 @@ def _check_tensor(
     where: device,
     kind: Literal["a floating type", "float32", "an integer type"] = "a floating type",
 ) -> Tensor:
-    """A finite tensor of that shape and kind on that device."""
+    """Check that a component returned a finite tensor, and return it.
+
+    Args:
+        label: the component, as messages name it.
+        place: the layer, as messages name it.
+        what: the name of the value in messages, such as "scores".
+        value: what the component returned.
+        shape: expected shape.
+        where: expected device.
+        kind: expected kind of data type.
+    """
     import torch
 
     kinds = {

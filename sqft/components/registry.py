@@ -42,7 +42,7 @@ class Registry:
 
     @classmethod
     def discover(cls, disable: Iterable[str] = ()) -> Registry:
-        """A registry of every installed plugin, less those named here or in SQFT_DISABLE (commas)."""
+        """Return a registry of every installed plugin, except those named here or in SQFT_DISABLE (commas)."""
         registry = cls()
         skipped = {*disable, *filter(None, os.environ.get("SQFT_DISABLE", "").split(","))}
         for distribution in distributions():
@@ -67,38 +67,38 @@ class Registry:
             del self._broken[known:]
             if self._manager.get_plugin(provider.plugin) is plugin:
                 self._manager.unregister(name=provider.plugin)
-                for found in self._entries.values():
-                    found[:] = [registration for registration in found if registration.provider != provider]
+                for offered in self._entries.values():
+                    offered[:] = [registration for registration in offered if registration.provider != provider]
             raise PluginError("\n".join(map(str, failures)))
 
     def get(self, kind: str, name: str) -> Registration:
-        """The entry of that kind and name; "plugin/name" picks one when several offer the name.
+        """Return the registration of that kind and name; "plugin/name" picks one when several offer the name.
 
         Raises:
             PluginError: when there is none (with suggestions and broken plugins) or more than one.
         """
         plugin, _, bare = name.rpartition("/")
-        found = self._entries.get((kind, bare), [])
+        offered = self._entries.get((kind, bare), [])
         if plugin:
-            found = [registration for registration in found if registration.provider.plugin == plugin]
-        if len(found) == 1:
-            return found[0]
-        if found:
+            offered = [registration for registration in offered if registration.provider.plugin == plugin]
+        if len(offered) == 1:
+            return offered[0]
+        if offered:
             offers = ", ".join(
                 f"{registration.provider.plugin}/{bare} ({registration.provider.source})"
-                for registration in sorted(found, key=lambda registration: str(registration.provider))
+                for registration in sorted(offered, key=lambda registration: str(registration.provider))
             )
             raise PluginError(f"{kind} '{bare}' is offered more than once: {offers}. Write the one you mean.")
         raise PluginError(self._missing(kind, name))
 
     def entries(self) -> list[Registration]:
-        """Every usable component, by kind and name."""
+        """Return every usable component, sorted by kind and name."""
         order = list(KINDS)
-        flat = [registration for found in self._entries.values() for registration in found]
+        flat = [registration for offered in self._entries.values() for registration in offered]
         return sorted(flat, key=lambda e: (order.index(e.component.kind), e.component.name, str(e.provider)))
 
     def broken(self) -> list[Broken]:
-        """What could not be used, and why."""
+        """Return the plugins and components that cannot be used, and why."""
         return list(self._broken)
 
     def notify(self, hook: str, **arguments: object) -> Iterator[tuple[str, BaseException]]:

@@ -81,7 +81,18 @@ def run_calibration(
     label: str,
     sequential: bool = False,
 ) -> int:
-    """Call `compress` on each layer with the statistics it needs; return how many calibration tokens that took."""
+    """Call `compress` on each layer with the statistics it needs; return how many calibration tokens that took.
+
+    Args:
+        inputs: the stage's inputs, for its calibration data, device and display.
+        model: the model, on the CPU.
+        tokenizer: its tokenizer.
+        layers: the linear layers by name.
+        needs: statistics to collect; without any, no text is read.
+        compress: called with a layer's name, the layer and its statistics; it edits the weight in place.
+        label: the word of the display.
+        sequential: whether later layers of a block see what the earlier ones became.
+    """
     if not needs:
         for name, linear in inputs.track(layers.items(), label, len(layers)):
             compress(name, linear, LinearStats(tokens=0))

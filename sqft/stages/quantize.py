@@ -115,7 +115,7 @@ class QuantizeStage:
 
 
 def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
-    """A checkpoint has one number of bits and one group size for all layers, whole words, and float16 scales."""
+    """Check that all layers have one number of bits and one group size, full words, and scales that float16 holds."""
     grid, (out, inputs) = result.grid, result.codes.shape
     if grid.bits not in GPTQ_BITS or not (fills_words(inputs, grid.bits) and fills_words(out, grid.bits)):
         raise ContractError(f"{label} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
