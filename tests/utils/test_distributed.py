@@ -1,7 +1,10 @@
-"""Several processes: who speaks, who waits, and what they share. `torchrun` itself: tests/e2e/test_processes.py."""
+"""Several processes: who reports, who waits, and what they share. `torchrun` itself: tests/e2e/test_processes.py."""
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import threading
 
 import pytest
@@ -12,7 +15,7 @@ from sqft.data.collators import Collator, PackingCollator
 from sqft.data.encoding import IGNORED, Example
 from sqft.errors import DeviceError
 from sqft.modeling.training.trainer import RankShardCollator
-from sqft.utils.distributed import Processes
+from sqft.utils.distributed import Processes, mute_unless_main, processes
 
 
 def two() -> tuple[Processes, Processes]:
@@ -29,7 +32,7 @@ def test_one_process_needs_no_one() -> None:
         assert alone.share("word") == "word" and alone.should_report()
 
 
-def test_words_are_heard_in_order_and_waited_for() -> None:
+def test_messages_come_in_order_and_are_waited_for() -> None:
     first, second = two()
     heard: list[str] = []
     listener = threading.Thread(target=lambda: heard.extend(second.receive() for _ in range(2)))
@@ -47,7 +50,7 @@ def test_another_plan_is_refused() -> None:
         second.assert_same("b", "plans another run")
 
 
-def test_the_first_to_fail_speaks_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_to_fail_reports_and_the_others_do_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqft.utils.distributed, "GRACE_SECONDS", 0.0)
     first, second = two()
     assert second.should_report() and not first.should_report()
@@ -73,3 +76,24 @@ def test_each_packed_row_belongs_to_one_process() -> None:
         [[IGNORED, 8, IGNORED, 8]],
         [[IGNORED] * 4],  # it takes part, and learns nothing
     ]
+
+
+@pytest.mark.parametrize(("rank", "count", "muted"), [("0", "2", False), ("1", "2", True), (None, "2", False)])
+def test_all_but_the_first_process_can_be_muted(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, count: str, muted: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    try:
+        mute_unless_main()
+        assert (getattr(sys.stdout, "name", None) == os.devnull) == muted
+        assert logging.getLogger("sqft").isEnabledFor(logging.WARNING) != muted
+        assert logging.getLogger("sqft").isEnabledFor(logging.ERROR)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_to_ask_for_the_processes_mutes_nothing() -> None:
+    before = sys.stdout
+    assert processes() is processes() and processes().is_main and sys.stdout is before
