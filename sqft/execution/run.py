@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.errors import ArtifactError
 from sqft.planning.plan import Plan, Step
+from sqft.recipe.stages import STAGES
 from sqft.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Outcome:
         from sqft.modeling.loading import load_model
 
         if not (self.folder / "model").is_dir():
-            raise ArtifactError(f"step '{self.step.name}' wrote no model; sparsify, quantize, merge and export do")
+            *makers, last = [stage.name for stage in STAGES if stage.makes_model]
+            raise ArtifactError(f"step '{self.step.name}' wrote no model; {', '.join(makers)} and {last} do")
         return load_model(ModelSpec(self.folder / "model"))[0]
 
 

@@ -106,7 +106,7 @@ class Plan:
         return next(step for step in self.steps if step.name == name)
 
     def __str__(self) -> str:
-        rows = [("STEP", "", "PARTS", "PARAMETERS", "STORAGE", "MEMORY")]
+        rows = [("STEP", "", "COMPONENTS", "PARAMETERS", "STORAGE", "MEMORY")]
         for step in self.steps:
             rows.append(
                 (

@@ -51,7 +51,7 @@ def test_the_fingerprint_is_of_all_steps(plan: Plan, raw: dict[str, Any], regist
 
 def test_the_table(plan: Plan) -> None:
     head, *rows = str(plan).splitlines()
-    assert head.split() == ["STEP", "PARTS", "PARAMETERS", "STORAGE", "MEMORY"]
+    assert head.split() == ["STEP", "COMPONENTS", "PARAMETERS", "STORAGE", "MEMORY"]
     assert [row.split()[0] for row in rows] == [step.name for step in plan.steps]
     assert all(" run " in row for row in rows) and "wanda (sqft " in rows[0] and "MiB" in rows[0]
     reused = Plan(plan.recipe, plan.source, plan.adapter_base, plan.steps, frozenset({"sparsify"}))

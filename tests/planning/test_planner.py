@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from sqft import Recipe, Registry
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
-from sqft.planning.planner import make_plan
+from sqft.planning.planner import adapter_base, make_plan, plan_steps, with_fingerprints
+from sqft.planning.resolution import Resolver
 from sqft.types import BaseKind
 from sqft.utils.digests import Digests
 
@@ -124,3 +126,57 @@ def test_plugins_that_cannot_be_used_are_named_beside_what_is_missing(raw: dict[
         "sparsify.allocator: no allocator named 'uniform'",
         "plugin 'mine' (mine 1.0) could not be loaded",
     ]
+
+
+def places_of(problems: list[str]) -> list[str]:
+    return [problem.partition(":")[0] for problem in problems]
+
+
+def test_without_a_model_all_other_mistakes_are_reported(raw: dict[str, Any], registry: Registry) -> None:
+    """What only a model could tell is not guessed at."""
+    raw["sparsify"] = {"scorer": "wnda", "include": ["nothing"]}
+    raw["finetune"] |= {"targets": ["nothing"], "merger": "qa-sparsepeft", "data": "none.jsonl", "warmup_steps": 6}
+    raw["export"] = [{"exporter": "gptq"}]
+    raw["evaluate"]["of"] = ["everything"]
+    places = [
+        "sparsify.scorer", "sparsify.include", "finetune.merger", "finetune.targets.0", "finetune.data.path",
+        "finetune.warmup_steps", "export.0.exporter", "evaluate.of.0",
+    ]  # fmt: skip
+    assert places_of(refused(raw, registry)) == places
+    raw["model"]["path"] = "nowhere"
+    of_the_model = {"sparsify.include", "finetune.merger", "finetune.targets.0", "export.0.exporter"}
+    assert places_of(refused(raw, registry)) == [
+        "model.path",
+        *(place for place in places if place not in of_the_model),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "kind"),
+    [
+        ((), None, BaseKind.DENSE),
+        (("sparsify",), None, BaseKind.SPARSE),
+        (("quantize",), None, BaseKind.QUANTIZED),
+        ((), "nowhere", None),  # it could have come as codes
+        (("sparsify",), "nowhere", None),
+        (("quantize",), "nowhere", BaseKind.QUANTIZED),
+    ],
+)
+def test_the_kind_of_the_base(
+    raw: dict[str, Any], registry: Registry, sections: tuple[str, ...], path: str | None, kind: BaseKind | None
+) -> None:
+    raw["quantize"] = {"quantizer": "rtn"}
+    kept = {key: raw[key] for key in ("schema", "name", "model", *sections)}
+    kept["model"] = {"path": path or raw["model"]["path"]}
+    assert adapter_base(Resolver(Recipe.parse(kept), registry, Digests())).kind is kind
+
+
+def test_fingerprints_come_with_digests_of_files(raw: dict[str, Any], registry: Registry, data: Path) -> None:
+    recipe, digests = Recipe.parse(raw), Digests()
+    resolver = Resolver(recipe, registry, digests)
+    steps = plan_steps(resolver, adapter_base(resolver))
+    assert not any(step.fingerprint or step.digests for step in steps)
+    done = with_fingerprints(steps, recipe, "model", digests)
+    assert [step.name for step in done] == [step.name for step in steps]
+    assert done[0].digests == {"calibration": digests.path(data / "calibration.jsonl")}
+    assert done != with_fingerprints(steps, recipe, "another model", digests)

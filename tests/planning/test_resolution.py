@@ -1,15 +1,21 @@
-"""Data that a recipe names, found and read while it is planned."""
+"""What a recipe names, looked up: components, files, records and layers, or problems with their paths."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.api import Merger, Scorer
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
+from sqft.planning.resolution import Resolver
+from sqft.recipe.data import Data
+from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Finetune, Perplexity
+from sqft.utils.digests import Digests
 
 
 def planned(raw: dict[str, Any], store: Path) -> Plan:
@@ -20,6 +26,102 @@ def problems(raw: dict[str, Any], store: Path) -> list[tuple[str, str]]:
     with pytest.raises(RecipeError) as caught:
         planned(raw, store)
     return [(problem.place, problem.message) for problem in caught.value.problems]
+
+
+@pytest.fixture
+def resolver(raw: dict[str, Any], registry: Registry, data: Path) -> Resolver:
+    return Resolver(Recipe.parse(raw, data), registry, Digests())
+
+
+def said(resolver: Resolver) -> list[str]:
+    return [str(problem) for problem in resolver.problems]
+
+
+def test_a_component_and_its_options(resolver: Resolver) -> None:
+    scorer = resolver.component(Scorer, ComponentRef(name="wanda"), "here")
+    assert scorer and scorer.component.name == "wanda" and scorer.label.startswith("scorer 'wanda' (sqft ")
+    assert resolver.component(Scorer, ComponentRef(name="sparsepeft"), "here") is None  # a merger
+    assert resolver.component(Scorer, ComponentRef(name="wanda", options={"powr": 1}), "there") is None
+    first, second = said(resolver)
+    assert first.startswith("here: no scorer named 'sparsepeft'") and second.startswith("there.options.powr: unknown")
+    assert {merger.name for merger in resolver.installed(Merger)} >= {"sparsepeft", "unmerged", "qa-sparsepeft"}
+
+
+def test_a_problem_is_collected_once(resolver: Resolver) -> None:
+    for _ in range(2):
+        resolver.file("none.txt", "here")
+    resolver.file("none.txt", "there")
+    assert [problem.place for problem in resolver.problems] == ["here", "there"]
+
+
+def test_files(resolver: Resolver, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert resolver.file("heldout.txt", "a") == data / "heldout.txt"
+    assert resolver.file(str(data), "b", folder=True) == data and not resolver.problems
+    for path, folder in (("heldout.txt", True), (str(data), False), (str(tmp_path / "empty.txt"), False)):
+        resolver.file(path, path, folder)
+    assert all(
+        words in problem for words, problem in zip(("no folder", "no file", "empty"), said(resolver), strict=True)
+    )
+
+
+def test_the_files_of_a_section_by_their_places_in_it(resolver: Resolver, data: Path) -> None:
+    finetune = {"adapter": "nls", "merger": "sparsepeft", "data": ["train.jsonl", {"path": "test.jsonl", "weight": 2}]}
+    section = Finetune.model_validate(finetune | {"validation": "validation.jsonl", "logging_dir": "logs"})
+    names = {role: path.name for role, path in resolver.files(section, "finetune").items()}
+    assert names == {"data.0": "train.jsonl", "data.1": "test.jsonl", "validation": "validation.jsonl"}
+    evaluate = {"perplexity": {"text": "heldout.txt"}, "exact_match": {"data": "test.jsonl"}, "include_path": str(data)}
+    files = resolver.files(Evaluate.model_validate(evaluate), "evaluate")
+    assert files.keys() == {"perplexity.text", "exact_match.data", "include_path"} and not resolver.problems
+    assert dict(resolver.files(Evaluate(tasks=("a",)), "evaluate")) == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "answer", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}', "text", None),
+        ('{"text": "a"}', None, None),
+        ('{"text": "a"}', "text", "here.path: .*:1: there is no completion to compare with"),
+        ('{"prompt": "a", "completion": "b"}', "last_number", "there is no number in the completion to compare with"),
+        ("{", None, "here.path: .*:1: not valid JSON"),
+    ],
+)
+def test_every_record_is_read(
+    resolver: Resolver, tmp_path: Path, record: str, answer: Any, message: str | None
+) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text(record)
+    assert resolver.records(Data(path=str(file)), "here", answer) == file
+    assert re.search(message, said(resolver)[0]) if message else not resolver.problems
+
+
+def test_layers_and_targets(resolver: Resolver) -> None:
+    assert len(resolver.layers(["*"], ["down_proj"], "here")) == 12
+    assert [layer.name for layer in resolver.targets(["*.1.*.q_proj"], "here")] == ["model.layers.1.self_attn.q_proj"]
+    assert not resolver.problems
+    assert resolver.layers(["*"], ["*"], "here") == [] and len(resolver.targets(["q_proj", "q_prj"], "there")) == 2
+    first, second = said(resolver)
+    assert first.startswith("here: matches no linear layer of the model; it has down_proj, gate_proj")
+    assert second.startswith("there.1: 'q_prj' matches no linear layer")
+
+
+def test_a_number_of_tokens_gives_way_unless_it_was_written(resolver: Resolver) -> None:
+    """The window is 256."""
+    assert resolver.within_window(Perplexity(text="x"), "length", "here").length == 256
+    assert resolver.within_window(Perplexity(text="x", length=64), "length", "here").length == 64
+    assert not resolver.problems
+    resolver.within_window(Perplexity(text="x", length=1024), "length", "here")
+    resolver.within_window(Calibration(data="x"), "length", "there", always=True)
+    assert [problem.place for problem in resolver.problems] == ["here.length", "there.length"]
+
+
+def test_without_a_model_nothing_is_said_of_it(raw: dict[str, Any], registry: Registry) -> None:
+    raw["model"]["path"] = "nowhere"
+    resolver = Resolver(Recipe.parse(raw), registry, Digests())
+    assert not resolver.has_model and [problem.place for problem in resolver.problems] == ["model.path"]
+    assert resolver.layers(["q_prj"], [], "here") == [] and resolver.targets(["q_prj"], "here") == ()
+    assert resolver.within_window(Perplexity(text="x"), "length", "here").length == 1024
+    assert len(resolver.problems) == 1
 
 
 def test_a_slice_is_part_of_the_fingerprint(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -188,3 +188,27 @@ def test_a_measurement_of_nothing(raw: dict[str, Any], registry: Registry) -> No
     resolver = resolver_of(raw, registry)
     list(steps.plan_evaluate(resolver.recipe.evaluate, resolver, adapter_base(resolver), {}))  # type: ignore[arg-type]
     assert problems(resolver) == ["evaluate: measures nothing; add perplexity, exact_match or tasks"]
+
+
+def test_held_out_records_must_have_answers(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """Where a search compares them; its loss needs none."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    raw["finetune"] |= {"data": str(tmp_path / "texts.jsonl"), "holdout": 0.5}
+    del raw["search"]["data"]
+    for metric, places in (("loss", []), ("exact_match", ["finetune.data.path"])):
+        raw["search"]["metric"] = metric
+        resolver = resolver_of(raw, registry)
+        trained(resolver)
+        assert [problem.place for problem in resolver.problems] == places
+
+
+def test_training_on_a_model_that_came_as_codes(
+    raw: dict[str, Any], quantized_folder: Path, registry: Registry
+) -> None:
+    """It starts from the codes, without being told to."""
+    raw["model"] = {"path": str(quantized_folder), "dtype": "bfloat16"}
+    raw["finetune"]["merger"] = "unmerged"
+    raw.pop("sparsify")
+    resolver = resolver_of(raw, registry)
+    assert trained(resolver)["finetune"].section.base == "codes"  # type: ignore[attr-defined]
+    assert problems(resolver) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from sqft import Recipe, Registry
 from sqft.planning.fingerprint import settings_of
+from sqft.planning.plan import Step
+from sqft.planning.planner import make_plan
 from sqft.planning.resolution import Resolver
 from sqft.recipe.fields import (
     Count,
@@ -26,6 +29,7 @@ from sqft.recipe.fields import (
 )
 from sqft.recipe.reading import apply
 from sqft.recipe.rerun import paths, with_absolute_paths
+from sqft.recipe.sections import Sparsify
 from sqft.tools import presets
 from sqft.utils.digests import Digests
 
@@ -74,6 +78,30 @@ def test_what_does_not_fit_is_passed_over(content: Any) -> None:
     assert list(fields_marked(MarkedRecipe, (InputPath, OutputPath, NoEffect), content)) == []
 
 
+def test_where_a_recipe_names_files() -> None:
+    raw = {
+        "model": {"path": "m"},
+        "calibration": {"data": "c", "samples": 3},
+        "finetune": {"data": ["a", {"path": "b"}], "validation": {"path": "v"}, "logging_dir": None, "save_every": 3},
+        "search": {"data": "s"},
+        "evaluate": {"of": ["x"], "perplexity": {"text": "t"}, "exact_match": {"data": "e"}, "include_path": "i"},
+    }
+
+    def places(*markers: type[Any]) -> dict[str, Any]:
+        return {".".join(field.place): field.value for field in fields_marked(Recipe, markers, raw)}
+
+    assert places(InputPath) == {
+        "model.path": "m", "calibration.data": "c", "finetune.data.0": "a", "finetune.data.1.path": "b",
+        "finetune.validation.path": "v", "search.data": "s", "evaluate.perplexity.text": "t",
+        "evaluate.exact_match.data": "e", "evaluate.include_path": "i",
+    }  # fmt: skip
+    assert places(OutputPath, NoEffect) == {
+        "finetune.logging_dir": None,
+        "finetune.save_every": 3,
+        "evaluate.of": ["x"],
+    }
+
+
 # -- what follows from a marker -----------------------------------------------------------------
 
 
@@ -98,6 +126,31 @@ def test_the_fingerprint_has_neither_paths_nor_what_has_no_effect(recipe: Marked
     assert settings_of(recipe.more) == {
         "one": {"power": 1}, "several": [{"power": 1}, {"power": 1}], "perhaps": {"power": 1},
     }  # fmt: skip
+
+
+def test_a_file_of_a_stage_is_part_of_its_fingerprint(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """By its content; where work is written to, and what has no effect, is not."""
+
+    class Longer(Sparsify):
+        more: Annotated[Inner | None, ShortForm("text")] = None
+
+    class LongerRecipe(Recipe):
+        sparsify: Longer | None = None
+
+    def planned(**more: Any) -> Step:
+        raw["sparsify"]["more"] = {"text": str(file), **more}
+        return make_plan(LongerRecipe.parse(raw), registry, Digests()).step("sparsify")
+
+    kept = ("schema", "name", "model", "calibration", "sparsify")
+    raw = copy.deepcopy({key: raw[key] for key in kept})
+    file = tmp_path / "a.txt"
+    file.write_text("first")
+    first = planned()
+    assert first.files.keys() == first.digests.keys() == {"calibration", "more.text"}
+    assert planned(logs="elsewhere", verbose=True).fingerprint == first.fingerprint
+    assert planned(power=2).fingerprint != first.fingerprint
+    file.write_text("second")
+    assert planned().fingerprint != first.fingerprint
 
 
 def test_a_plan_finds_the_files(recipe: MarkedRecipe, tmp_path: Path) -> None:

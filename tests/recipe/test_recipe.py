@@ -251,7 +251,9 @@ def test_no_data_makes_a_traceback(content: dict[str, Any]) -> None:
 
 
 def test_every_key_of_a_section_is_described() -> None:
-    for section in Section.__subclasses__():
+    sections = [section for section in Section.__subclasses__() if section.__module__.startswith("sqft.")]
+    assert len(sections) > 10
+    for section in sections:
         fields = {} if section in (Recipe, ComponentRef) else section.model_fields
         assert section.__doc__ and all(field.description for field in fields.values()), section
 
