@@ -1,4 +1,4 @@
-"""One table of what each step cost and gained."""
+"""The report of a run: one table of what each step cost and achieved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqft.utils.text import human_size, markdown_table
 
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """A row for each evaluated configuration and a line for each step, from manifests alone."""
+    """Return a row for each evaluated configuration and an entry for each step, from manifests alone."""
     rows = []
     for name, artifact in artifacts.items():
         if artifact.manifest["stage"] == "evaluate":
@@ -30,11 +30,12 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
     return {"recipe": plan.recipe.name, "seed": plan.recipe.seed, "rows": rows, "steps": steps}
 
 
-def _row(what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    made = artifacts.get(what.partition(":")[0])  # whose cost the row shows; none for the recipe's own model
+def _row(configuration: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Return the row of a configuration ("search", "finetune:maximal", …) that `artifact` measured."""
+    made = artifacts.get(configuration.partition(":")[0])  # the step whose cost the row shows; none for "model"
     measured = artifact.report
-    label = what
-    if what == "search" and made:
+    label = configuration
+    if configuration == "search" and made:
         label = f"search ({made.report['searcher']})"
     match = measured.get("exact_match", {})
     return {
@@ -53,7 +54,7 @@ def _row(what: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> di
 
 
 def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The report's rows as text: heads and cells."""
+    """Return the report's rows as text: heads and cells."""
     tasks = sorted({task for row in report["rows"] for task in row["tasks"]})
     heads = ["configuration", "accuracy", "perplexity", *tasks, "sparsity", "trained", "adds on disk", "made in"]
     heads += ["peak memory", "evaluated in"]
@@ -78,11 +79,12 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def title(report: Mapping[str, Any]) -> str:
+    """Return the title of the table."""
     return f"{report['recipe']} (seed {report['seed']})"
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     return markdown_table(title(report), *table(report))
 
 
@@ -91,7 +93,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _task(metrics: Mapping[str, float]) -> str:
-    """A task's metrics by name, each with its standard error where it has one."""
+    """Return a task's metrics by name, each with its standard error if it has one."""
     shown = []
     for name, value in metrics.items():
         metric, _, way = name.partition(",")  # lm-eval's filter, as in "exact_match,strict-match"

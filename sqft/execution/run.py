@@ -26,10 +26,12 @@ class Outcome:
 
     @property
     def report(self) -> dict[str, Any]:
+        """The numbers that the stage reported."""
         return self.artifact.report
 
     @property
     def folder(self) -> Path:
+        """The artifact's folder."""
         return self.artifact.folder
 
     def load_model(self) -> PreTrainedModel:

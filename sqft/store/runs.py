@@ -59,11 +59,11 @@ def find_run(name: str, store: Path) -> tuple[Path, Path]:
         parent = path.resolve().parent
         return path, parent.parent if parent.name == "runs" else store
     runs = [file.parent for file in sorted((store / "runs").glob("*/recipe.json"), key=lambda f: f.stat().st_mtime)]
-    found = [run for run in runs if run.name == name] or [run for run in runs if run.name.rpartition("-")[0] == name]
-    if not found:
+    matching = [run for run in runs if run.name == name] or [run for run in runs if run.name.rpartition("-")[0] == name]
+    if not matching:
         names = ", ".join(run.name for run in runs) or "none"
         raise StoreError(f"there is no run '{name}' in {store}, and no such folder; runs there: {names}")
-    return found[-1], store
+    return matching[-1], store
 
 
 def subfolders(folder: Path) -> list[Path]:
