@@ -11,18 +11,18 @@ from transformers import LlamaForCausalLM
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.adapters.frozen_weight import PackedWeight
 from sqft.modeling.loading import load_packed
-from sqft.tools.serving import count_kernel_layers, merged_as_served, prepare_for_serving, speed
+from sqft.tools.serving import count_kernel_layers, load_merged_for_serving, measure_speed, prepare_for_serving
 
 
 def test_floats_are_served_in_bfloat16(model_folder: Path) -> None:
-    model = merged_as_served(ModelSpec(model_folder, "float32"))
+    model = load_merged_for_serving(ModelSpec(model_folder, "float32"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and not model.training
     assert count_kernel_layers(model) == (0, 0)
 
 
 def test_codes_stay_codes(quantized_folder: Path) -> None:
     """In act-order no kernel takes them; grids keep their precision."""
-    model = merged_as_served(ModelSpec(quantized_folder))
+    model = load_merged_for_serving(ModelSpec(quantized_folder))
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     assert count_kernel_layers(model) == (0, len(packed)) and len(packed) == 12
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -44,6 +44,6 @@ def test_speeds_count_tokens(model: LlamaForCausalLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     calls: list[int] = []
     model.register_forward_pre_hook(lambda _, __, inputs: calls.append(inputs["input_ids"].shape[1]), with_kwargs=True)
-    measured = speed(model, 7, 3, repeats)
+    measured = measure_speed(model, 7, 3, repeats)
     assert (measured.prefill, measured.decode) == (7.0, 3.0)
     assert calls == [7, 1, 1, 1] * repeats
