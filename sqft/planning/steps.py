@@ -237,7 +237,15 @@ Subject = tuple[dict[str, str], dict[str, ResolvedComponent[Any]]]
 
 
 def _subject(name: str, place: str, resolver: Resolver, base: AdapterBase, steps: Steps) -> Subject | None:
-    """Return the inputs and components of one entry of `evaluate.of`; None when it is a mistake, here or elsewhere."""
+    """Return the inputs and components of one entry of `evaluate.of`; None when it is a mistake, here or elsewhere.
+
+    Args:
+        name: the entry.
+        place: where it is in the recipe.
+        resolver: collects the mistake.
+        base: what lies under the adapters.
+        steps: those planned so far.
+    """
     stage, _, searcher_name = name.partition(":")
     if name == "model":
         return {}, {}

@@ -26,7 +26,7 @@ ROUNDS = 8
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
-    """pydantic's mistakes as ours: a dotted path and a sentence, unknown keys with a suggestion."""
+    """Turn pydantic's errors into problems: a dotted path and a sentence, with a suggestion for an unknown key."""
     problems = []
     for item in error.errors(include_url=False):
         where = _place(item)
@@ -43,7 +43,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
 
 
 def _place(item: Any) -> Place:
-    """Where a mistake is, in the user's words: pydantic's path without the tags of a union ("@one")."""
+    """Return the path of a mistake as a user knows it: pydantic's without the tags of a union ("@one")."""
     return tuple(part for part in item["loc"] if not str(part).startswith("@"))
 
 
@@ -54,7 +54,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 
 def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
-    """The keys of the model nested at a place of another."""
+    """Return the keys of the model that is nested at a path inside another."""
     for part in place:
         if isinstance(part, int):
             continue
@@ -67,22 +67,22 @@ def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:
 
 
 def related(place: str, other: str) -> bool:
-    """Whether two places of a recipe are the same, or one lies in the other."""
+    """Return whether two paths of a recipe are the same, or one is inside the other."""
     return f"{place}.".startswith(f"{other}.") or f"{other}.".startswith(f"{place}.")
 
 
 def without_mistakes(model: type[M], raw: Any) -> M | None:
-    """The model of `raw` as it would be without the values that are wrong; None when too little is left.
+    """Return the model of `raw` without its invalid values; None when too little is left.
 
-    A wrong value gives way to its default, a missing one to a placeholder. What a plan then says about
-    those places (see `related`) means nothing; what it says about all others holds.
+    An invalid value is replaced by its default, a missing one by a placeholder. Ignore what a plan of this model
+    reports about those paths (see `related`); what it reports about all others is valid.
     """
     raw = copy.deepcopy(raw)
-    for _ in range(ROUNDS):  # a value taken out may turn out to be missing
+    for _ in range(ROUNDS):  # a value that was removed may be a required one
         try:
             return model.model_validate(raw)
         except ValidationError as error:
-            # The last first, so that what is taken out of a list moves no other place.
+            # The last first: removing an item of a list moves those after it.
             wrong = sorted(error.errors(), key=_position, reverse=True)
             if not all(_take_out(raw, _place(item), item["type"]) for item in wrong):
                 return None
@@ -104,7 +104,9 @@ def _take_out(raw: Any, place: Place, mistake: str) -> bool:
     here = raw
     for part in parents:
         inner = here.get(part) if isinstance(here, dict) else here[part] if part in range(len(here)) else None
-        if not isinstance(inner, dict | list):  # "wanda" stands for {"name": "wanda"}: the mistake is in the word
+        if not isinstance(
+            inner, dict | list
+        ):  # the short form "wanda" of {"name": "wanda"}: the text itself is invalid
             last = part
             break
         here = inner

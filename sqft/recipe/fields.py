@@ -88,7 +88,7 @@ def fields_marked(
     Args:
         model: the recipe, or one of its sections, whose fields are marked.
         marker: the type of marker to look for, or several.
-        content: plain data of that model, in short forms or whole; what does not fit the model is passed over.
+        content: plain data of that model, in short forms or complete; what does not fit the model is skipped.
         place: where `content` is in the recipe.
     """
     for key, field in fields_of(model).items() if isinstance(content, dict) else ():
@@ -100,7 +100,15 @@ def fields_marked(
 def _marked_below(
     field: FieldInfo, marker: type[M] | tuple[type[M], ...], holder: Any, key: Any, place: tuple[str, ...]
 ) -> Iterator[Marked[M]]:
-    """Yield the marked values inside a field, of each item where it is a list; a short form stands for its field."""
+    """Yield the marked values inside a field: those of each item of a list, or the text of a short form.
+
+    Args:
+        field: describes the value.
+        marker: the type of marker to look for, or several.
+        holder: the object or list that holds the value.
+        key: of the value in `holder`.
+        place: where the value is in the recipe.
+    """
     section, short, value = section_in(field), short_form_of(field), holder[key]
     if isinstance(value, list | tuple):
         for index in range(len(value)):

@@ -17,7 +17,7 @@ DIGITS = 1000
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, strictly: no duplicate keys, no NaN.
+    """Read a JSON file strictly: no duplicate keys, no NaN.
 
     Raises:
         RecipeError: naming the file and the place in it.

@@ -1,14 +1,12 @@
+"""A recipe: its sections, and how it is read from a file."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    PrivateAttr,
-    ValidationError,
-)
+from pydantic import Field, PrivateAttr, ValidationError
 
 from sqft.errors import Problem, RecipeError, SqftError
 from sqft.recipe.diagnostics import problems_of, without_mistakes
@@ -53,17 +51,17 @@ class Recipe(Section):
         return self._source
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe as a path of this machine.
+        """Return the absolute path on this machine of a path in the recipe.
 
         Raises:
-            SqftError: when no path can be made of it (a NUL, the home of a user who is none, a name too long).
+            SqftError: when it is not a valid path (it holds a NUL, names an unknown user's home, or is too long).
         """
         try:
-            whole = (self._folder / Path(path).expanduser()).resolve()
-            whole.exists()
+            resolved = (self._folder / Path(path).expanduser()).resolve()
+            resolved.exists()  # fails for a name that is too long
         except (OSError, RuntimeError, ValueError) as error:
             raise SqftError(f"{brief(path)} is not a valid path on this machine: {error}") from None
-        return whole
+        return resolved
 
     @classmethod
     def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -77,7 +75,7 @@ class Recipe(Section):
 
     @classmethod
     def changed(cls, raw: Any, changes: Sequence[str], folder: Path | None = None, source: str = "recipe") -> Recipe:
-        """A recipe from plain data with changes, which are made in it.
+        """Make a recipe from plain data, after making changes in that data.
 
         Raises:
             RecipeError: with every mistake and its path.
@@ -88,7 +86,7 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:
-        """A recipe from plain data.
+        """Make a recipe from plain data.
 
         Raises:
             RecipeError: with every mistake and its path.

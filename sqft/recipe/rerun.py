@@ -45,12 +45,12 @@ def with_absolute_paths(recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Mapping[str, Any]) -> list[str]:
-    """The changes to a stored recipe that make it measure `of`, and make nothing that this does not need.
+    """Return the changes with which a stored recipe measures `of` and makes only what that needs.
 
-    Without `measures` it measures what the recipe does; what the recipe says of one of them too holds for it.
+    Without `measures`, it measures what the recipe does. Settings of the recipe for one of `measures` still apply.
 
     Raises:
-        SqftError: when nothing says what to measure.
+        SqftError: when neither says what to measure.
     """
     own: dict[str, Any] = raw.get("evaluate") or {}
     section = {key: value for key, value in own.items() if key not in (*MEASURES, "of")} if measures else {**own}

@@ -51,12 +51,12 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _names(registration: Registration) -> list[str]:
-    """A component's name, alone and with its plugin's."""
+    """Return the names of a component: alone, and with its plugin's name."""
     return [registration.component.name, f"{registration.provider.plugin}/{registration.component.name}"]
 
 
 def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema of a component's options, and the definitions it refers to, under names of their own."""
+    """Return the schema of a component's options and the definitions it refers to, under names that are unique."""
     prefix = f"{registration.provider.plugin}.{registration.component.kind}.{registration.component.name}"
     schema = registration.component.model_json_schema(ref_template=f"#/$defs/{prefix}.{{model}}")
     schema.pop("description", None)
@@ -65,21 +65,21 @@ def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def option_lines(component: type[Component]) -> Iterator[str]:
-    """Each option with its type, range, default and description."""
+    """Yield a line for each option: type, range, default and description."""
     schema = component.model_json_schema()
     definitions = schema.get("$defs", {})
     for name, option in schema.get("properties", {}).items():
-        whole = _resolved(option, definitions)
+        resolved = _resolved(option, definitions)
         limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        ranges = [f"{sign} {whole[word]}" for word, sign in limits.items() if word in whole]
-        default = f"default {json.dumps(whole['default'])}" if "default" in whole else "required"
+        ranges = [f"{sign} {resolved[word]}" for word, sign in limits.items() if word in resolved]
+        default = f"default {json.dumps(resolved['default'])}" if "default" in resolved else "required"
         yield ", ".join(
-            filter(None, [f"{name}: {_kind(whole, definitions)}", *ranges, default, whole.get("description")])
+            filter(None, [f"{name}: {_kind(resolved, definitions)}", *ranges, default, resolved.get("description")])
         )
 
 
 def _resolved(words: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """A schema with what its `$ref` leads to put in; its own words come first."""
+    """Return a schema with its `$ref` replaced by the definition; the schema's own keywords take precedence."""
     target = words.get("$ref", "").rpartition("/")[2]
     return {**definitions.get(target, {}), **words}
 
