@@ -118,7 +118,8 @@ class Quantized:
 class BaseWeight:
     """The frozen weight under an adapter, or a block of its rows, in float32.
 
-    `weight` float32 [rows, in] (the dequantized value on a quantized base), `mask` bool [rows, in],
+    `weight` float32 [rows, in] (on a quantized base: the dequantized value, or the
+    float from before quantization), `mask` bool [rows, in],
     true where the base keeps a weight. None means that it keeps all of them.
     """
 
@@ -256,7 +257,5 @@ class Select(Protocol):
 
 SPARSITY_TOLERANCE = 0.005
 """Largest difference between the sparsity that was asked for and that of all allocated layers together."""
-
-
 HESSIAN_BYTES = 4 << 30
 """Largest number of bytes of Hessians in memory at once, when layers are compressed one input after the other."""

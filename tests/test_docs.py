@@ -150,7 +150,7 @@ def test_a_page_works_from_top_to_bottom(page: Path, here: Path, model_folder: P
 def command(words: list[str], here: Path) -> None:
     """Do what a line of a page says, or see that it could be done: nothing is installed, and no GPU is asked for."""
     if words[:1] == ["sqft"]:
-        if "cuda" in " ".join(words) or words[1] == "bench":  # tests/test_bench.py runs that
+        if "cuda" in " ".join(words) or words[1] == "bench":  # tests/tools/test_bench.py runs that
             main.commands[words[1]].make_context(words[1], words[2:])
             return
         done = CliRunner().invoke(main, words[1:])

@@ -10,7 +10,7 @@ uses the guess; before weights are loaded, a run compares it with the modules an
 | `_is_router` | `blocks._is_router` |
 | `_is_plain_mixture`, `_split_experts` | `linears._is_plain_mixture`, `linears.Experts` |
 | `IN_A_BLOCK` | `blocks.decoder_blocks` |
-| `BARE_PREFIX`, `FUSED_NAMES`, `EXPERT_NAMES` | transformers' own renaming while it loads a checkpoint |
+| `BARE_PREFIX`, `GRANITE_NAMES`, `MIXTRAL_NAMES` | transformers' own renaming while it loads a checkpoint |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRANSPOSED = {"gpt2", "openai-gpt"}
 ROUTER = "router"
 """A part of a layer's name that says that it decides which experts act on a token."""
 
-FUSED_LAYERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+LAYERS_IN_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """The tensors that hold all experts of a plain mixture, and the layers of an expert that each is made of, by rows."""
 
 BARE_PREFIX = {
@@ -45,14 +45,14 @@ BARE_PREFIX = {
 }
 """The prefix of module names that older checkpoints of these families leave out."""
 
-FUSED_NAMES = (
+GRANITE_NAMES = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
     (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
 )
 """Names of a mixture's tensors in Granite's checkpoints, and in transformers."""
 
-EXPERT_NAMES = (
+MIXTRAL_NAMES = (
     (r"\.block_sparse_moe\.experts\.(\d+)\.w(?=\d$)", r".mlp.experts.\1.w"),
     (r"(\.experts\.\d+)\.w1$", r"\1.gate_proj"),
     (r"(\.experts\.\d+)\.w2$", r"\1.down_proj"),
@@ -73,7 +73,7 @@ def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tup
     """
     prefix = BARE_PREFIX.get(family, "")
     bare = not any(name.startswith(prefix) for name in shapes)
-    for old, new in FUSED_NAMES:
+    for old, new in GRANITE_NAMES:
         shapes = {re.sub(old, new, name): shape for name, shape in shapes.items()}
     mixtures = {match[1] for name in shapes if (match := IN_A_MIXTURE.match(name))}
     layers = []
@@ -81,7 +81,7 @@ def guess_linears(shapes: Shapes, family: str = "", packed: bool = False) -> tup
         layer = f"{prefix if bare else ''}{name}".removesuffix(".weight")
         if len(shape) != 2 or not IN_A_BLOCK.search(f".{name}") or _is_router(layer, mixtures):
             continue
-        for old, new in EXPERT_NAMES:
+        for old, new in MIXTRAL_NAMES:
             layer = re.sub(old, new, layer)
         out, inputs = shape[::-1] if family in TRANSPOSED and not packed else shape
         layers.append(LinearShape(layer, out, inputs))
@@ -103,7 +103,7 @@ def _split_experts(shapes: Shapes) -> Shapes:
     for name, shape in shapes.items():
         mixture, _, part = name.rpartition(".")
         if len(shape) == 3 and mixture.endswith(".experts") and _is_plain_mixture(mixture, name, shapes):
-            layers = FUSED_LAYERS.get(part, (part,))
+            layers = LAYERS_IN_FUSED.get(part, (part,))
             one = (shape[1] // len(layers), shape[2])
             split |= {f"{mixture}.{index}.{layer}.weight": one for index in range(shape[0]) for layer in layers}
         else:
@@ -113,7 +113,7 @@ def _split_experts(shapes: Shapes) -> Shapes:
 
 def _is_plain_mixture(mixture: str, name: str, shapes: Shapes) -> bool:
     """Return whether a mixture's tensors are [experts, out, in] without biases; other mixtures are not split."""
-    gate_up, down = (shapes.get(f"{mixture}.{part}", ()) for part in FUSED_LAYERS)
+    gate_up, down = (shapes.get(f"{mixture}.{part}", ()) for part in LAYERS_IN_FUSED)
     return len(down) == 3 and gate_up[1:] == (2 * down[2], down[1]) and f"{name}_bias" not in shapes
 
 

@@ -8,11 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 recipe_argument = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-
-
 disable_option = click.option("--disable", multiple=True, metavar="PLUGIN", help="Skip a plugin (repeatable).")
-
-
 store_option = click.option(
     "--store",
     type=click.Path(file_okay=False, path_type=Path),
@@ -20,8 +16,6 @@ store_option = click.option(
     show_default=True,
     help="Folder of artifacts and runs.",
 )
-
-
 set_option = click.option(
     "--set",
     "changes",
@@ -29,16 +23,10 @@ set_option = click.option(
     metavar="PATH=VALUE",
     help="Change the recipe (repeatable): sparsify.sparsity=0.6",
 )
-
-
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
-
-
 output_option = click.option(
     "--output", type=click.Path(path_type=Path), help="Also copy the finished model or adapter to this folder."
 )
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -14,12 +14,8 @@ from sqft.components.kinds import KINDS, Adapter, Allocator, Exporter, Merger, Q
 from sqft.types import ArtifactInfo, StepInfo
 
 hookspec = pluggy.HookspecMarker("sqft")
-
-
 hookimpl = pluggy.HookimplMarker("sqft")
 """The decorator that marks a function as the implementation of the hook of the same name: `@hookimpl`."""
-
-
 COMPONENT_HOOKS = {kind: f"sqft_{kind}s" for kind in KINDS}
 """The hook that offers each kind."""
 

@@ -33,13 +33,9 @@ if TYPE_CHECKING:
     from sqft.stages.stage import Stage
 
 log = logging.getLogger("sqft")
-
-
 SHARED_STAGES = ("finetune",)
 """Stages in which all processes of a run take part; the first process alone makes the others."""
-
-
-TAKE_PART, COMPLETE = "take part", "complete"
+TAKE_PART, STORED = "take part", "stored"
 """Messages of the first process: all make this step together; the step's artifact is in the store."""
 
 
@@ -134,7 +130,7 @@ class Orchestrator:
                 log.info("%s: reused %s", label, artifact.folder.name)
             else:
                 artifact = self._make(plan, step, inputs, scratch, label)
-            self.processes.broadcast(COMPLETE)
+            self.processes.broadcast(STORED)
             return artifact
 
     def _make(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path, label: str) -> Artifact:

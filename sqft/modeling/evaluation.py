@@ -27,8 +27,6 @@ from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import Track
 
 log = logging.getLogger("sqft")
-
-
 BOOTSTRAP = 1000
 """Resamples for the standard errors that lm-eval cannot compute in closed form (F1, BLEU, a median; a mean
 has a formula): they know that error to 1/sqrt(2 * 1000), about 2%. lm-eval's 100,000 take minutes for a third digit."""

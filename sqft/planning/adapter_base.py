@@ -16,11 +16,11 @@ class AdapterBase:
     The methods take the artifact folders of a step's inputs by role, as `inputs` names them.
 
     Args:
-        kind: dense or sparse floats, or codes; None when the model that decides it was not found, which no plan has.
+        kind: dense or sparse floats, or codes; None only while planning, when the recipe's model was not found.
         source_path: the recipe's own model, a folder or a GGUF file.
         step: name of the step that makes the base; None when it is the recipe's own model.
-        floats_step: name of the step that makes the float weights which `step` quantizes; None when nothing is
-            quantized, or when these are the recipe's own model.
+        floats_step: name of the step that makes the float weights which `step` quantizes; None when `step` quantizes
+            nothing, or quantizes the recipe's own model.
     """
 
     kind: BaseKind | None

@@ -188,7 +188,7 @@ class Resolver:
 
     def _last_names(self) -> str:
         names = {layer.name.rpartition(".")[2] for layer in self.model.linears}
-        return ", ".join(sorted(names)) or "none in numbered blocks, but for what routes to experts"
+        return ", ".join(sorted(names)) or "none in numbered blocks, apart from routers"
 
     def within_window(self, section: S, field: str, place: str, always: bool = False) -> S:
         """Return the section with a number of tokens no larger than the model's window; one the user wrote must fit.

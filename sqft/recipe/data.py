@@ -69,11 +69,7 @@ class TrainingData(Data):
 
 
 DataRef = Annotated[Data, ShortForm("path")]
-
-
 _One = Annotated[TrainingData, ShortForm("path")]
-
-
 DataRefs = Annotated[
     Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
     Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),

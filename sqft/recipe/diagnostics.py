@@ -14,14 +14,8 @@ from sqft.recipe.fields import fields_of, section_in
 from sqft.utils.text import brief
 
 M = TypeVar("M", bound=BaseModel)
-
-
 Place = tuple[str | int, ...]
-
-
 PLACEHOLDER = "placeholder"
-
-
 ROUNDS = 8
 
 

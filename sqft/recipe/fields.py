@@ -16,8 +16,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -31,7 +29,7 @@ class Section(BaseModel):
 class InputPath:
     """Marks the path of a file that a step reads. Its content is part of the step's fingerprint, its name is not.
 
-    `folder`: it is a folder. `hub`: it may be a Hugging Face id instead.
+    `folder`: it is a folder. `hub`: it may be a Hugging Face id instead, which the section that holds it resolves.
     """
 
     folder: bool = False

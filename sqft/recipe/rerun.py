@@ -17,8 +17,6 @@ from sqft.recipe.stages import STAGES
 from sqft.utils.hub import HUB_ID
 
 MEASURES = ("perplexity", "exact_match", "tasks")
-
-
 MEASURED = ".eval"
 """Suffix of the name of a run that measures another run."""
 

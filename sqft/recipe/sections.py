@@ -20,8 +20,6 @@ from sqft.recipe.fields import Count, Fraction, InputPath, NoEffect, OutputPath,
 from sqft.types import Pattern
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
-
-
 ANSWER = "which part of the generated text is compared: all of it, or its first or last number"
 
 
@@ -146,13 +144,14 @@ class Finetune(Section):
     )
     mask: Literal["base", "codes"] = Field(
         "base",
-        description="which weights a merger keeps at zero: those of the base's mask (a GPTQ model from elsewhere has "
-        "none), or every weight whose code stands for 0",
+        description="which weights must stay zero: those that the base's mask prunes (a GPTQ model from elsewhere has "
+        "no mask), or every weight whose code means 0",
     )
     data: DataRefs = Field(description="training records: one data set, or a list of several that are mixed")
     holdout: Fraction = Field(
         0.0,
-        description="fraction of the records, drawn by the seed, that a search without data of its own evaluates on",
+        description="fraction of the records to keep out of training, drawn by the seed; a search without data of its "
+        "own uses them",
     )
     epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="number of passes over the records")
     steps: Count | None = Field(None, description="number of optimizer steps, instead of epochs")

@@ -35,7 +35,5 @@ STAGES = (
     StageInfo("evaluate", Evaluate, makes_model=False, evaluable=None),
 )
 """Every stage, in order."""
-
-
 EVALUABLE = ("model", *(stage.evaluable for stage in STAGES if stage.evaluable))
 """What `evaluate.of` may name: "model" is the recipe's own, NAME a searcher that needs no evaluation."""

@@ -63,7 +63,7 @@ class FinetuneStage:
         validation = None
         if section.validation:
             validation = self._encode("validation", data.records("validation", section.validation)).examples
-        if any(layer.dropout.p > 0 for layer in adapted.merged.values()):
+        if any(layer.dropout.p > 0 for layer in adapted.mergeable.values()):
             log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
         if section.gradient_checkpointing:
             adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,7 +113,7 @@ class FinetuneStage:
                 idle.append(name)  # no example was routed to it
             elif not delta.any():
                 raise ArtifactError(f"finetune ({self.adapter_label}): {name} did not train: its delta is still zero")
-        for name, merged in adapted.merged.items():
+        for name, merged in adapted.mergeable.items():
             effective = merged.effective()
             checks.check_effective(self.merger_label, name, merged.base.block(), effective, self.merger.keeps_mask)
         if idle:
@@ -197,16 +197,16 @@ def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> No
         StageError: when a layer keeps none of its weights, so that nothing there can train.
         ContractError: when the merger breaks its contract.
     """
-    if not adapted.merged:
+    if not adapted.mergeable:
         return
-    for name, layer in adapted.merged.items():
+    for name, layer in adapted.mergeable.items():
         mask = layer.base.block().mask
         if merger.keeps_mask and mask is not None and not mask.any():
             raise StageError(
                 f"finetune.targets: {name} keeps none of its weights, so nothing there can train; "
                 "prune less, or leave it out of the targets"
             )
-    name, layer = next(iter(adapted.merged.items()))
+    name, layer = next(iter(adapted.mergeable.items()))
     base = layer.base.block()
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()

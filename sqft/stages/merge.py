@@ -147,10 +147,10 @@ class MergeStage:
 
 def effective_weights(adapted: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """Compute every adapted layer's effective weight, and the codes of those that lie on a grid."""
-    codes = {name: layer.codes() for name, layer in adapted.merged.items() if layer.base.grid() is not None}
+    codes = {name: layer.codes() for name, layer in adapted.mergeable.items() if layer.base.grid() is not None}
     effective = {
         name: grids.dequantize(codes[name]).to(layer.base.dtype) if name in codes else layer.effective()
-        for name, layer in adapted.merged.items()
+        for name, layer in adapted.mergeable.items()
     }
     return effective, codes
 
@@ -176,7 +176,7 @@ def count_codes_unlike(adapted: AdaptedModel, codes: Mapping[str, Quantized], de
     """Count the codes that come out differently on a device than on the CPU, where the merge is made."""
     unlike = 0
     for name, on_cpu in codes.items():
-        layer = adapted.merged[name].to(device)
+        layer = adapted.mergeable[name].to(device)
         unlike += int((layer.codes().codes.cpu() != on_cpu.codes).sum())
         layer.to("cpu")
     return unlike

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sqft.components.kinds import Allocator, Merger, Quantizer, Scorer
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears, shape_of
-from sqft.modeling.architecture.linears import Expert, fused_experts
+from sqft.modeling.architecture.linears import Expert, unsplittable_mixtures
 from sqft.modeling.calibration.dry_run import check_walk, uncalled
 from sqft.modeling.loading import load_skeleton, load_tokenizer
 from sqft.modeling.loading.transformers_io import check_vocabulary, quiet_transformers
@@ -144,7 +144,7 @@ def _check_experts(plan: Plan, model: nn.Module, layers: Layers) -> None:
     Raises:
         StageError: when stock PEFT cannot name an adapted expert, or sqft cannot write an expert's codes.
     """
-    for name, weights in fused_experts(model).items() if layers else ():
+    for name, weights in unsplittable_mixtures(model).items() if layers else ():
         log.warning("%s is left unchanged: its experts (%d weights) cannot be split", name, weights)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
     adapted = [layer for layer in layers.get("finetune.targets", ()) if layer.name.rpartition(".")[0] in experts]

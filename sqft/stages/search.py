@@ -26,6 +26,7 @@ from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model, load_deltas
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.types import RankConfig, SearchSpace
+from sqft.utils.files import write_text
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
@@ -60,7 +61,7 @@ class SearchStage:
         return {
             "searcher": self.searcher.name,
             "trials": len(evaluate.known),
-            "value": evaluate.best(config),
+            "value": evaluate.value_on_most_samples(config),
             "mean_rank": sum(ranks.values()) / len(ranks),
             "trainable": adapted.parameter_count(config),
         }
@@ -108,8 +109,8 @@ class SearchStage:
 
 
 class CachedEvaluator:
-    """`sqft.types.Evaluate` on the first records of a validation set; each value is written to disk before it is
-    returned, and is taken from there when it is asked for again, by a later run too.
+    """`sqft.types.Evaluate` on the first records of a validation set. Each value is appended to a file before it is
+    returned; a value that is asked for again, by a later run too, is taken from there.
 
     Args:
         file: where values are stored, and read from when an earlier run left some.
@@ -150,7 +151,7 @@ class CachedEvaluator:
             log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
         return self.known[key]
 
-    def best(self, config: RankConfig) -> float | None:
+    def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""
         values = {samples: value for (tried, samples), value in self.known.items() if tried == config}
         return values[max(values)] if values else None
@@ -164,7 +165,7 @@ class CachedEvaluator:
             except (ValueError, KeyError, TypeError):
                 break
         lines = [_line(config, samples, value) for (config, samples), value in self.known.items()]
-        self.file.write_text("".join(lines))
+        write_text(self.file, "".join(lines))
 
 
 def _line(config: RankConfig, samples: int, value: float) -> str:

@@ -26,23 +26,14 @@ from sqft.utils.files import CHECKPOINTS, reason, sync, write_json
 
 SCHEMA = 1
 """The version of the manifest's format."""
-
-
 MANIFEST = "manifest.json"
-
-
 USERS_LOCK = ".used"
-"""Suffix of the lock that the runs share that use an artifact; without it, the lock of the run that makes it."""
-
-
+"""Suffix of an artifact's second lock. The first, NAME, is held by the run that makes the artifact; NAME.used is shared
+by all runs that use it."""
 INCOMPLETE_PREFIX = re.compile(r"^\.(partial|gone)-")
 """Prefix of an artifact's folder while it is being made (partial) or deleted (gone)."""
-
-
 TEMPORARY_FILES = (".*.tmp", ".tmp??????")
 """Names that `write_json` and safetensors give to files that are being written; a killed run leaves them behind."""
-
-
 LEAST_ROOM = 1 << 20
 """Bytes free below which a disk counts as full."""
 
@@ -234,8 +225,8 @@ class Store:
     def remove(self, folder: Path, unless: Callable[[], bool]) -> bool:
         """Delete a folder of `artifacts`, finished or not, and return whether it was deleted.
 
-        It is kept when another run holds it, or when `unless` is true, which is called when no run can begin to use
-        it any more.
+        It is kept when another run holds it, or when `unless` returns true. `unless` is called under the locks, when no
+        run can begin to use the folder.
         """
         name = INCOMPLETE_PREFIX.sub("", folder.name)
         making, using = self._locks.hold(name, wait=False), self._locks.hold(name + USERS_LOCK, wait=False)

@@ -25,20 +25,12 @@ from sqft.utils.text import human_size
 
 PROMPT_TOKENS = 512
 """Length of the prompt; less in a shorter window."""
-
-
 GENERATED_TOKENS = 32
 """Tokens generated after the prompt."""
-
-
 REPEATS = 3
 """Generations that one process measures."""
-
-
 BENCH_ONLY_OVERRIDE = "finetune.max_grad_norm=1e12"
 """Clips nothing, and no real recipe has it: a measurement's artifact, which is deleted, is never one of the user's."""
-
-
 HEADS = [
     "recipe", "mergeable", "final precision", "storage", "training, steps/s", "training memory", "prefill, tokens/s",
     "decode, tokens/s", "layers in the int4 kernel", "serving memory", "accuracy",

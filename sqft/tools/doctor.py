@@ -19,8 +19,6 @@ import sqft
 from sqft.utils.files import existing_parent
 
 State = Literal["ok", "absent", "wrong"]
-
-
 OPTIONAL_PACKAGES = {
     "datasets": "lm-eval tasks (evaluate.tasks)",
     "gptqmodel": "the quantizer of plugins/sqft-gptqmodel; GPTQ checkpoints in transformers",
@@ -28,16 +26,10 @@ OPTIONAL_PACKAGES = {
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
 }
 """Packages that sqft runs without, and what needs each. Those of sqft's own extras are read from its metadata."""
-
-
 EXTRA_FEATURES = {"gguf": "GGUF files as models"}
 """The feature that needs a package of an extra, where the extra's name does not say it."""
-
-
 DEVELOPER_EXTRAS = {"dev"}
 """Extras of sqft that users do not need."""
-
-
 EXTRA = re.compile(r'(?<=extra == ")[^"]+')
 
 

@@ -26,8 +26,6 @@ from sqft.utils.text import human_size
 
 COMPRESSED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 """The tensors that compressed-tensors' "pack-quantized" stores instead of a layer's weight."""
-
-
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
 """Settings of a GPTQ checkpoint that are shown."""
 

@@ -21,23 +21,11 @@ from sqft.recipe.sections import ComponentRef
 from sqft.utils.hub import HUB_ID
 
 MODEL, DATA = "HuggingFaceTB/SmolLM2-360M", "data"
-
-
 SPARSIFY = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
-
-
 QUANTIZE = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64}}}
-
-
 LORA = {"name": "lora", "options": {"rank": 32, "alpha": 64}}
-
-
 NLS = {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}}
-
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-
-
 TRAINING = {"epochs": 3, "batch_size": 16, "learning_rate": 3e-4, "max_length": 512}
 
 
@@ -63,14 +51,8 @@ def _text(*of: str) -> dict[str, Any]:
 
 
 SPARSE: dict[str, Any] = {"sparsify": SPARSIFY}
-
-
 CODES: dict[str, Any] = {"sparsify": SPARSIFY, "quantize": QUANTIZE}
-
-
 ON_CODES = ("sparsify", "quantize", "search", "merge")
-
-
 PIPELINES = {
     "sparsify": Pipeline(
         "Only sparsify: half of the weights set to zero, nothing trained.", SPARSE | _text("model", "sparsify")

@@ -21,12 +21,8 @@ from sqft.errors import DeviceError
 
 POLL_SECONDS = 0.05
 """Time between two looks for a message."""
-
-
 GRACE_SECONDS = 5.0
 """How long the other processes wait before they end, so that the one that failed first can print its message."""
-
-
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -22,7 +22,11 @@ def unreadable(error: OSError, path: Path) -> SqftError:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs of one recipe write the same files
     try:
         with temporary.open("w", encoding="utf-8") as stream:

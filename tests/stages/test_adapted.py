@@ -40,7 +40,7 @@ def test_the_targets_are_adapted_and_nothing_else_trains(plan: Plan) -> None:
 
 def test_an_untrained_delta_changes_nothing(plan: Plan) -> None:
     adapted = build_adapted_model(plan, {}, 0, "cpu")
-    for layer in adapted.merged.values():
+    for layer in adapted.mergeable.values():
         assert layer.effective().equal(layer.base.dense())
 
 

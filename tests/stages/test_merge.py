@@ -46,14 +46,14 @@ def adapted(base: FrozenWeight, merger: Merger) -> Any:
     delta.B.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.3)  # type: ignore[union-attr, operator]
     layer = adapt(base, None, delta, merger)
     assert isinstance(layer, MergedLinear)
-    return SimpleNamespace(merged={"l": layer}, layers={"l": layer})
+    return SimpleNamespace(mergeable={"l": layer}, layers={"l": layer})
 
 
 def test_floats_have_an_effective_weight_and_no_codes() -> None:
     weight, kept = sparse()
     model = adapted(FloatWeight(weight, True), SparsePEFT())
     effective, codes = effective_weights(model)
-    assert codes == {} and effective["l"].equal(model.merged["l"].effective())
+    assert codes == {} and effective["l"].equal(model.mergeable["l"].effective())
     assert not effective["l"][~kept].any() and not effective["l"].equal(weight)
 
 
@@ -62,7 +62,7 @@ def test_on_a_grid_the_effective_weight_is_what_its_codes_stand_for() -> None:
     grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
     model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
     effective, codes = effective_weights(model)
-    assert effective["l"].equal(dequantize(codes["l"])) and effective["l"].equal(model.merged["l"].effective())
+    assert effective["l"].equal(dequantize(codes["l"])) and effective["l"].equal(model.mergeable["l"].effective())
 
 
 def test_codes_before_training() -> None:
@@ -89,7 +89,7 @@ def test_codes_that_come_out_otherwise_are_counted() -> None:
     weight, kept = sparse()
     grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
     model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
-    codes = model.merged["l"].codes()
+    codes = model.mergeable["l"].codes()
     assert count_codes_unlike(model, {"l": codes}, "cpu") == 0
     codes.codes[3, 5:8] ^= 1
     assert count_codes_unlike(model, {"l": codes}, "cpu") == 3

@@ -81,7 +81,7 @@ def test_the_best_value_is_that_on_the_most_samples(evaluator: Callable[..., Cac
     evaluate = evaluator()
     evaluate(LARGE, 10)
     evaluate(LARGE, 4)
-    assert evaluate.best(LARGE) == -16 / 3 - 10 and evaluate.best(SMALL) is None
+    assert evaluate.value_on_most_samples(LARGE) == -16 / 3 - 10 and evaluate.value_on_most_samples(SMALL) is None
 
 
 @pytest.mark.parametrize("samples", [0, -1, 2.0, True])

@@ -21,7 +21,7 @@ class AdaptedModel:
     space: SearchSpace
 
     @property
-    def merged(self) -> dict[str, MergedLinear]:
+    def mergeable(self) -> dict[str, MergedLinear]:
         """The layers that have an effective weight: all, or none where the adapters stay beside their bases."""
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, MergedLinear)}
 

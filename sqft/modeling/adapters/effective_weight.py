@@ -71,8 +71,8 @@ def combine_rows(
 def iter_row_blocks(merger: Merger, base: FrozenWeight, factors: Factors) -> Iterator[RowBlock]:
     """Combine base and delta block by block, so that float32 copies stay in the cache.
 
-    Runs in the caller's grad mode, which is that of `outside_autograd`: a generator that set it itself would set it for
-    what its consumer does between two blocks.
+    Call it inside `outside_autograd`. It does not switch gradients off itself: that would also affect the caller's code
+    between two blocks.
     """
     assert not torch.is_grad_enabled(), "effective weights are computed inside outside_autograd"
     B, A, scale, scale_multiplier = factors

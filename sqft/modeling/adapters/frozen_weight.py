@@ -21,8 +21,6 @@ from sqft.types import BaseWeight, Grid, Quantized
 
 INT4_ROWS = 4
 """Rows of input up to which torch's int4 kernel is used; with more, unpacking once and a large matmul are faster."""
-
-
 BLOCK = 1 << 18
 """Elements of a row block: 1 MiB of float32, so that the elementwise passes stay in the cache."""
 

@@ -49,9 +49,9 @@ def store_adapter(adapted: AdaptedModel, config: RankConfig, base: str, folder: 
     ranks = adapted.space.ranks_by_linear(config)
     scales = {name: layer.delta.factors(ranks[name])[2] for name, layer in adapted.layers.items()}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_tensors(adapted, config).items()}
-    if adapted.merged:
+    if adapted.mergeable:
         save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
-        merger = next(iter(adapted.merged.values())).merger.name
+        merger = next(iter(adapted.mergeable.values())).merger.name
         write_json(
             folder / "sqft_adapter.json", {"merger": merger, "base_model": base, "ranks": ranks, "scales": scales}
         )
@@ -64,7 +64,7 @@ def adapter_tensors(adapted: AdaptedModel, config: RankConfig) -> dict[str, Tens
     """Return the tensors of a configuration's sub-adapter under the names that its file has: PEFT's for an adapter that
     stays beside its base, else our own."""
     ranks = adapted.space.ranks_by_linear(config)
-    pattern = "{}.{}" if adapted.merged else "base_model.model.{}.{}.weight"
+    pattern = "{}.{}" if adapted.mergeable else "base_model.model.{}.{}.weight"
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.layers.items():
         B, A, _ = layer.delta.factors(ranks[name])

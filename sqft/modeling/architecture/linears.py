@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sqft.checkpoints.families import FUSED_LAYERS
+from sqft.checkpoints.families import LAYERS_IN_FUSED
 from sqft.modeling.compat import gate_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,20 +37,20 @@ class Expert(nn.Module):
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)  # FUSED_LAYERS
+        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)  # LAYERS_IN_FUSED
 
 
 class Experts(nn.ModuleList):
     """A mixture's experts, each with linear layers of its own; the weights stay where they are.
 
-    With `force_all`, each expert also runs on the tokens that are not routed to it, which changes no result: so can an
-    expert be measured that calibration text never reaches.
+    With `force_all`, each expert also runs on the tokens that are not routed to it, which changes no result.
+    So calibration can measure an expert that its text never reaches.
     """
 
     def __init__(self, fused: Any) -> None:
         super().__init__(map(Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
         del fused.gate_up_proj, fused.down_proj
-        vars(self)["gate"] = gate_of(fused)  # not a submodule: of what is left of `fused` only the activation acts
+        vars(self)["gate"] = gate_of(fused)  # only its activation is used, so it is not a submodule
         self.force_all = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def as_stored(model: nn.Module, fused: bool = True) -> dict[str, Tensor]:
         if isinstance(module, Transposed):
             state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
         elif isinstance(module, Experts) and fused:
-            for tensor, layers in FUSED_LAYERS.items():
+            for tensor, layers in LAYERS_IN_FUSED.items():
                 parts = [
                     [state.pop(f"{name}.{index}.{layer}.weight") for layer in layers] for index in range(len(module))
                 ]
@@ -100,7 +100,7 @@ def as_stored(model: nn.Module, fused: bool = True) -> dict[str, Tensor]:
     return state
 
 
-def fused_experts(model: nn.Module) -> dict[str, int]:
+def unsplittable_mixtures(model: nn.Module) -> dict[str, int]:
     """Return the mixtures of experts that `as_linears` cannot take apart, and the number of weights in each."""
     return {
         name: sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
@@ -147,5 +147,5 @@ def _is_plain_mixture(module: Any) -> bool:
         and getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)
         and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        and {name for name, _ in module.named_parameters()} == set(FUSED_LAYERS)
+        and {name for name, _ in module.named_parameters()} == set(LAYERS_IN_FUSED)
     )

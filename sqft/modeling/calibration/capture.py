@@ -13,8 +13,6 @@ from sqft.errors import ModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of a block: positional, and by keyword."""
-
-
 Slot = int | str
 """The argument of a block's call that carries the hidden states: its position, or its keyword."""
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sqft.errors import ModelError, StageError
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.architecture.linears import Expert, Experts, fused_experts
+from sqft.modeling.architecture.linears import Expert, Experts, unsplittable_mixtures
 from sqft.modeling.calibration.capture import capture, forward, run_block
 from sqft.modeling.compat import fake_tensors
 
@@ -129,7 +129,7 @@ def _fake_values(model: nn.Module) -> Iterator[Tensor]:
 def _identity_experts(model: nn.Module) -> Iterator[None]:
     """Let experts give back their input, since how many tokens each gets depends on values; and silence logging, since
     torch logs why an operation has no shape."""
-    names = {*fused_experts(model), *(name for name, m in model.named_modules() if isinstance(m, Experts))}
+    names = {*unsplittable_mixtures(model), *(name for name, m in model.named_modules() if isinstance(m, Experts))}
     mixtures = [model.get_submodule(name) for name in names]
     disabled = logging.root.manager.disable
     logging.disable()

@@ -21,8 +21,6 @@ from sqft.utils.files import write_json
 
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".py", ".md"}
 """Files beside the weights: configs, tokenizer, chat templates, custom code, the model's card."""
-
-
 COPIED_NAMES = {"LICENSE", "NOTICE"}
 """Files that are copied whatever their suffix."""
 

@@ -18,9 +18,7 @@ from sqft.utils.distributed import Processes
 from sqft.utils.files import write_json
 
 log = logging.getLogger("sqft")
-
-
-COMPLETE = "complete.json"
+SEAL_FILE = "complete.json"
 """Written last into a checkpoint: the checksums of its files. A checkpoint without it does not count."""
 
 
@@ -61,7 +59,7 @@ def seal(folder: Path) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    write_json(folder / COMPLETE, {f.name: digests.file(f) for f in sorted(folder.iterdir()) if f.name != COMPLETE})
+    write_json(folder / SEAL_FILE, {f.name: digests.file(f) for f in sorted(folder.iterdir()) if f.name != SEAL_FILE})
 
 
 def newest_complete(checkpoints: Path, processes: Processes) -> Path | None:
@@ -86,8 +84,8 @@ def _newest_complete(checkpoints: Path) -> Path | None:
 def _is_complete(folder: Path) -> bool:
     """Return whether a checkpoint was sealed, and its files are as they were then."""
     try:
-        sealed: dict[str, str] = json.loads((folder / COMPLETE).read_text())
+        sealed: dict[str, str] = json.loads((folder / SEAL_FILE).read_text())
         digests = Digests()
-        return all(digests.file(folder / name) == digest for name, digest in sealed.items())
+        return bool(sealed) and all(digests.file(folder / name) == digest for name, digest in sealed.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -25,8 +25,6 @@ from sqft.utils.distributed import Processes
 from sqft.utils.progress import silent
 
 BEST = "best.safetensors"
-
-
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 

@@ -41,7 +41,7 @@ def test_ranks_are_set_for_every_layer(adapted_model: Make) -> None:
 @pytest.mark.parametrize(("merger", "count"), [(SparsePEFT(), 2), (Unmerged(), 0)], ids=["merged", "side path"])
 def test_which_layers_have_an_effective_weight(adapted_model: Make, merger: Merger, count: int) -> None:
     adapted = adapted_model(merger)
-    assert len(adapted.layers) == 2 and len(adapted.merged) == count
+    assert len(adapted.layers) == 2 and len(adapted.mergeable) == count
     assert all((layer.effective() is None) == (not count) for layer in adapted.layers.values())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from sqft.modeling.training.checkpoints import COMPLETE, CheckpointSealer, newest_complete, resume, seal
+from sqft.modeling.training.checkpoints import SEAL_FILE, CheckpointSealer, newest_complete, resume, seal
 from sqft.utils.distributed import Processes
 
 
@@ -36,7 +36,7 @@ def lose(folder: Path) -> None:
 
 
 def cut_off(folder: Path) -> None:
-    (folder / COMPLETE).write_text('{"model.')
+    (folder / SEAL_FILE).write_text('{"model.')
 
 
 def test_the_newest_by_number(tmp_path: Path) -> None:
