@@ -98,9 +98,7 @@ def _take_out(raw: Any, place: Place, mistake: str) -> bool:
     here = raw
     for part in parents:
         inner = here.get(part) if isinstance(here, dict) else here[part] if part in range(len(here)) else None
-        if not isinstance(
-            inner, dict | list
-        ):  # the short form "wanda" of {"name": "wanda"}: the text itself is invalid
+        if not isinstance(inner, dict | list):  # a short form, as "wanda" for {"name": "wanda"}: the text is invalid
             last = part
             break
         here = inner
