@@ -57,7 +57,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
     if on_codes:
         masks = base.masks(folders) if merger.merges else None
-        weights = _codes(layers, masks, merger.merges and section.mask == "codes")
+        weights = _codes(layers, masks, section.mask == "codes")
     elif base.quantized:
         weights = _floats_before_quantization(plan, folders, layers, masked)
     else:

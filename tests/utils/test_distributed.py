@@ -11,10 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 import sqft.utils.distributed
-from sqft.data.collators import Collator, PackingCollator
-from sqft.data.encoding import IGNORED, Example
 from sqft.errors import DeviceError
-from sqft.modeling.training.trainer import RankShardCollator
 from sqft.utils.distributed import Processes, mute_unless_main, processes
 
 
@@ -56,26 +53,6 @@ def test_the_first_to_fail_reports_and_the_others_do_not_wait_for_it(monkeypatch
     assert second.should_report() and not first.should_report()
     with pytest.raises(DeviceError, match="another process failed"):
         second.receive()
-
-
-@pytest.mark.parametrize(("count", "examples"), [(2, 5), (3, 2), (1, 4)])
-def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -> None:
-    rows = [Example((n, n), (IGNORED, n)) for n in range(examples)]
-    seen: list[int] = []
-    for rank in range(count):
-        batch = RankShardCollator(Collator(0), Processes(rank, count))(rows)
-        seen += batch["labels"][:, 1].tolist()
-    assert sorted(n for n in seen if n != IGNORED) == list(range(examples))
-
-
-def test_each_packed_row_belongs_to_one_process() -> None:
-    rows = [[Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))] for n in (7, 8)]
-    batches = [RankShardCollator(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
-    assert [batch["labels"].tolist() for batch in batches] == [
-        [[IGNORED, 7, IGNORED, 7]],
-        [[IGNORED, 8, IGNORED, 8]],
-        [[IGNORED] * 4],  # it takes part, and learns nothing
-    ]
 
 
 @pytest.mark.parametrize(("rank", "count", "muted"), [("0", "2", False), ("1", "2", True), (None, "2", False)])

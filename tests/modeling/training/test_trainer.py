@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.errors import DeviceError
-from sqft.modeling.training.trainer import EarlyStopping
+from sqft.data.collators import Collator, PackingCollator
+from sqft.data.encoding import IGNORED, Example
+from sqft.errors import DeviceError, StageError
+from sqft.modeling.training.trainer import EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
 from sqft.stages.finetune import RankSampler
 from sqft.utils.distributed import Processes
 
@@ -112,6 +114,48 @@ def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:
     assert again.stops and control.should_training_stop
     again.restore()
     assert torch.equal(again.model.weight, model.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("count", "examples"), [(2, 5), (3, 2), (1, 4)])
+def test_each_row_of_a_batch_belongs_to_one_process(count: int, examples: int) -> None:
+    rows = [Example((n, n), (IGNORED, n)) for n in range(examples)]
+    seen: list[int] = []
+    for rank in range(count):
+        batch = RankShardCollator(Collator(0), Processes(rank, count))(rows)
+        seen += batch["labels"][:, 1].tolist()
+    assert sorted(n for n in seen if n != IGNORED) == list(range(examples))
+
+
+def test_each_packed_row_belongs_to_one_process() -> None:
+    rows = [[Example((n, n), (IGNORED, n)), Example((n, n), (IGNORED, n))] for n in (7, 8)]
+    batches = [RankShardCollator(PackingCollator(0), Processes(rank, 3))(rows) for rank in range(3)]
+    assert [batch["labels"].tolist() for batch in batches] == [
+        [[IGNORED, 7, IGNORED, 7]],
+        [[IGNORED, 8, IGNORED, 8]],
+        [[IGNORED] * 4],  # it takes part, and learns nothing
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    """At the step that logs it, before its checkpoint; lines that log something else pass."""
+    stop, state, control = StopOnNonFiniteLoss(), TrainerState(global_step=7), TrainerControl()
+    for logs in (None, {}, {"loss": 0.5}, {"eval_loss": math.nan}):
+        stop.on_log(None, state, control, logs=logs)
+    with pytest.raises(StageError, match=r"the loss is not finite at step 7; lower finetune\.learning_rate"):
+        stop.on_log(None, state, control, logs={"loss": math.inf})
+
+
+@pytest.mark.parametrize(("patience", "stops"), [(None, False), (2, True), (3, False)])
+def test_patience_counts_evaluations_without_a_lower_loss(patience: int | None, stops: bool) -> None:
+    model: Any = torch.nn.Linear(1, 1, bias=False)
+    best, control = EarlyStopping(model, patience, Processes()), TrainerControl()
+    for step, loss in enumerate((3.0, 1.0, 1.0, 2.0)):
+        model.weight.data.fill_(step)
+        best.on_evaluate(None, TrainerState(global_step=step), control, metrics={"eval_loss": loss})
+    assert (best.loss, best.step, best.waited) == (1.0, 1, 2)
+    assert best.stops == control.should_training_stop == stops
+    best.restore()
+    assert model.weight.item() == (3 if patience is None else 1)  # without patience the last deltas stay
 
 
 def test_a_chunk_at_a_time_trains_the_same(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
