@@ -173,7 +173,7 @@ def lm_eval_tasks(
         where = f", nor in {include_path}" if include_path else "; give your own with evaluate.include_path"
         raise StageError(f"lm-eval has no task '{unknown[0]}'{where}")
     with eval_mode(model), _finite(model), _greedy(model, tokenizer), _undisturbed(model):
-        found = lm_eval.simple_evaluate(
+        measured = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=tasks,
             task_manager=manager,
@@ -181,7 +181,7 @@ def lm_eval_tasks(
             log_samples=False,
             bootstrap_iters=BOOTSTRAP,
         )
-    return {task: _metrics(entries) for task, entries in found["results"].items()}
+    return {task: _metrics(entries) for task, entries in measured["results"].items()}
 
 
 def _metrics(entries: dict[str, Any]) -> dict[str, float]:
@@ -189,13 +189,13 @@ def _metrics(entries: dict[str, Any]) -> dict[str, float]:
 
     "acc_stderr,none" becomes "acc_stderr", and "exact_match_stderr,strict" "exact_match,strict_stderr".
     """
-    found = {}
+    metrics = {}
     for key, value in entries.items():
         name, comma, kind = key.partition(",")
         if comma and isinstance(value, Real):  # an error that lm-eval cannot compute is "N/A"
             metric = name.removesuffix("_stderr")
-            found[(metric if kind == "none" else f"{metric},{kind}") + name[len(metric) :]] = float(value)
-    return found
+            metrics[(metric if kind == "none" else f"{metric},{kind}") + name[len(metric) :]] = float(value)
+    return metrics
 
 
 @contextmanager
