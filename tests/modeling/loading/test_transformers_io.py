@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from sqft.checkpoints.model_spec import ModelSpec
@@ -128,6 +128,23 @@ def test_older_transformers_read_what_is_saved(model_folder: Path, tmp_path: Pat
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("m/model.gguf", {"pretrained_model_name_or_path": Path("m"), "gguf_file": "model.gguf"}),
+        ("m", {"pretrained_model_name_or_path": Path("m")}),
+    ],
+)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_transformers_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, path: str, given: dict[str, Any], trusted: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda **words: asked.append(words) or tokenizer)
+    assert load_tokenizer(ModelSpec(Path(path), trust_remote_code=trusted)) is tokenizer
+    assert asked == [given | {"trust_remote_code": trusted}]
 
 
 @pytest.mark.parametrize("bars", [False, True])
