@@ -28,6 +28,7 @@ def sqft_scorers() -> Iterable[type[Scorer]]:
         ```python
         from sqft.api import Scorer, hookimpl
 
+
         class Magnitude(Scorer):
             "Weight magnitude: |W_ij|."
 
@@ -36,6 +37,7 @@ def sqft_scorers() -> Iterable[type[Scorer]]:
 
             def score(self, weight, stats):
                 return weight.abs()
+
 
         @hookimpl
         def sqft_scorers():
@@ -56,6 +58,7 @@ def sqft_allocators() -> Iterable[type[Allocator]]:
         ```python
         from sqft.api import Allocator, hookimpl
 
+
         class Same(Allocator):
             "Every layer gets the sparsity that the recipe asks for."
 
@@ -63,6 +66,7 @@ def sqft_allocators() -> Iterable[type[Allocator]]:
 
             def allocate(self, linears, sparsity, measured):
                 return {linear.name: sparsity for linear in linears}
+
 
         @hookimpl
         def sqft_allocators():
@@ -80,6 +84,7 @@ def sqft_quantizers() -> Iterable[type[Quantizer]]:
         ```python
         from sqft.api import Grid, Quantized, Quantizer, hookimpl
 
+
         class FourBits(Quantizer):
             "Round to nearest on one 4-bit grid for each row."
 
@@ -92,6 +97,7 @@ def sqft_quantizers() -> Iterable[type[Quantizer]]:
                 scale, zero = fit_grid(weight[:, None], 4, True)  # one group of all inputs in each row
                 grid = Grid(scale.half(), zero, group_size=-1, bits=4)
                 return Quantized(quantize(weight, grid), grid)
+
 
         @hookimpl
         def sqft_quantizers():
@@ -108,6 +114,7 @@ def sqft_adapters() -> Iterable[type[Adapter]]:
     Example:
         ```python
         from sqft.api import Adapter, RankConfig, RankGroup, SearchSpace, hookimpl
+
 
         class RankOne(Adapter):
             "B [out, 1] zeros and A [1, in] drawn, for every layer."
@@ -137,6 +144,7 @@ def sqft_adapters() -> Iterable[type[Adapter]]:
 
                 return Delta()
 
+
         @hookimpl
         def sqft_adapters():
             yield RankOne
@@ -153,6 +161,7 @@ def sqft_searchers() -> Iterable[type[Searcher]]:
         ```python
         from sqft.api import Searcher, hookimpl
 
+
         class Better(Searcher):
             "The better of the largest and the smallest ranks."
 
@@ -162,6 +171,7 @@ def sqft_searchers() -> Iterable[type[Searcher]]:
                 largest = space.choice([0 for _ in space.groups])
                 smallest = space.choice([-1 for _ in space.groups])
                 return max(largest, smallest, key=evaluate)
+
 
         @hookimpl
         def sqft_searchers():
@@ -179,6 +189,7 @@ def sqft_mergers() -> Iterable[type[Merger]]:
         ```python
         from sqft.api import BaseKind, Merger, hookimpl
 
+
         class Masked(Merger):
             "The delta acts only where the base kept a weight."
 
@@ -187,6 +198,7 @@ def sqft_mergers() -> Iterable[type[Merger]]:
 
             def combine(self, base, delta):
                 return base.weight + (delta if base.mask is None else delta * base.mask)
+
 
         @hookimpl
         def sqft_mergers():
@@ -204,6 +216,7 @@ def sqft_exporters() -> Iterable[type[Exporter]]:
         ```python
         from sqft.api import Exporter, hookimpl, write_shards
 
+
         class Floats(Exporter):
             "A Hugging Face folder of floats."
 
@@ -212,6 +225,7 @@ def sqft_exporters() -> Iterable[type[Exporter]]:
             def export(self, model, folder):
                 model.copy_settings(folder)
                 write_shards(((name, model.tensor(name)) for name in model.names()), folder, "5GB")
+
 
         @hookimpl
         def sqft_exporters():
@@ -232,6 +246,7 @@ def sqft_stage_started(step: StepInfo) -> None:
         ```python
         from sqft.api import hookimpl
 
+
         @hookimpl
         def sqft_stage_started(step):
             print(step.name, "started")
@@ -250,6 +265,7 @@ def sqft_stage_finished(step: StepInfo, artifact: ArtifactInfo) -> None:
     Example:
         ```python
         from sqft.api import hookimpl
+
 
         @hookimpl
         def sqft_stage_finished(step, artifact):
