@@ -85,7 +85,7 @@ class Orchestrator:
             for step in steps_from(plan, fresh):
                 self.store.discard(step.stage, step.fingerprint)
         missing = [step for step in steps if not self.store.is_complete(step.stage, step.fingerprint)]
-        self._check(plan, steps, missing)
+        preflight.check_run(plan, steps, missing, self.store, self.device, self.processes)
         self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = make_run_folder(self.store, plan)
         if self.processes.is_main:
@@ -108,15 +108,6 @@ class Orchestrator:
             if self.processes.is_main:
                 write_report(self.store, folder, report, outcomes, started)
         return Run(plan, folder, outcomes, report)
-
-    def _check(self, plan: Plan, steps: Sequence[Step], missing: Sequence[Step]) -> None:
-        """Check that the steps can be run here, of which `missing` are not done, before anything is made."""
-        if self.processes.is_main:
-            preflight.check_disk(self.store, steps)
-            if missing:
-                preflight.check_model(plan)
-        preflight.check_device(self.device)
-        preflight.check_training(missing, self.device, self.processes.count)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
         """Return the step's artifact, made if need be; until `used` is closed, no other run can delete it."""

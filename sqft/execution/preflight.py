@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sqft.errors import DeviceError, StoreError
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Finetune
 from sqft.store.artifacts import Store
+from sqft.utils.distributed import Processes
 from sqft.utils.files import existing_parent
 from sqft.utils.text import human_size
+
+
+def check_run(
+    plan: Plan, steps: Sequence[Step], missing: Sequence[Step], store: Store, device: str, processes: Processes
+) -> None:
+    """Check that steps of a plan can be run here, before anything is made.
+
+    Args:
+        plan: the whole plan.
+        steps: those of its steps that are to be run.
+        missing: those of them that the store does not have.
+        store: where artifacts go.
+        device: the torch device to work on.
+        processes: the processes of the run; the first one checks the disk and the model for all.
+
+    Raises:
+        SqftError: when the disk, the device, the training settings or the model do not allow it.
+    """
+    if processes.is_main:
+        check_disk(store, steps)
+        if missing:
+            check_model(plan)
+    check_device(device)
+    check_training(missing, device, processes.count)
 
 
 def check_disk(store: Store, steps: Iterable[Step]) -> None:

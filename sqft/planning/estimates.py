@@ -155,9 +155,11 @@ def estimate_merge(model: ModelSource, dtype: str, stored: int, base: int, quant
         base: bytes of the base in memory.
         quantized: whether the base holds codes.
     """
-    # The adapted, effective, base and merged weights, and codes of the last three.
-    codes = 3 * model.parameters if quantized else 0
-    return Estimate(model.parameters, stored, base + 3 * model_bytes(model, dtype) + codes + RUNTIME_OVERHEAD)
+    # The adapted and the effective weights, and the base that they are written into. Of codes also copies to be stored,
+    # and the codes of the base, of the merged model and of the start of training.
+    size = model_bytes(model, dtype)
+    copies = size + 3 * model.parameters if quantized else 0
+    return Estimate(model.parameters, stored, base + 2 * size + copies + RUNTIME_OVERHEAD)
 
 
 def estimate_export(model: ModelSource, dtype: str) -> Estimate:

@@ -82,6 +82,7 @@ WITHOUT_EFFECT = {
     "components/registration": "digests of components' code, which enter the fingerprint themselves",
     "errors": "exceptions",
     "planning/estimates": "expectations before a run",
+    "planning/table": "a plan for people",
     "recipe": "settings, whose values enter the fingerprint themselves",
     "utils/code_digest": "digests",
     "utils/digests": "digests",

@@ -17,9 +17,9 @@ from sqft.components.kinds import Component
 from sqft.components.registration import Registration
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.estimates import Estimate
+from sqft.planning.table import plan_table
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
-from sqft.utils.text import human_size
 
 C = TypeVar("C", bound=Component)
 K = TypeVar("K", bound=Component, covariant=True)
@@ -106,20 +106,8 @@ class Plan:
         return next(step for step in self.steps if step.name == name)
 
     def __str__(self) -> str:
-        rows = [("STEP", "", "COMPONENTS", "PARAMETERS", "STORAGE", "MEMORY")]
-        for step in self.steps:
-            rows.append(
-                (
-                    step.name,
-                    "reuse" if step.name in self.reused else "run",
-                    ", ".join(
-                        f"{p.registration.component.name} ({p.registration.provider.source})"
-                        for p in step.components.values()
-                    ),
-                    f"{step.estimate.parameters:,}",
-                    human_size(step.estimate.storage),
-                    human_size(step.estimate.memory),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        def components(step: Step) -> list[str]:
+            offered = [component.registration for component in step.components.values()]
+            return [f"{one.component.name} ({one.provider.source})" for one in offered]
+
+        return plan_table((step.name, step.name in self.reused, components(step), step.estimate) for step in self.steps)

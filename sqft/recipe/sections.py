@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -112,6 +112,13 @@ class Sparsify(Section):
                 f'set "sparsity": {pattern.sparsity:g}, or leave it out'
             )
         return pattern
+
+    @model_validator(mode="after")
+    def _derived_sparsity_is_not_stored(self) -> Self:
+        """Count a sparsity that the pattern gives as left out: a stored recipe may be given another pattern."""
+        if self.pattern.sparsity is not None:
+            self.model_fields_set.discard("sparsity")
+        return self
 
 
 class Quantize(Section):

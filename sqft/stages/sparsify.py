@@ -42,11 +42,7 @@ class SparsifyStage:
         scratch = self.inputs.scratch
         model, tokenizer = load_model(self.inputs.plan.model_spec)
         layers = chosen_layers(model, "sparsify", self.section)
-        self.parameters = {
-            name: sha256(parameter)
-            for name, parameter in model.named_parameters()
-            if name.removesuffix(".weight") not in layers
-        }
+        self.parameters = {name: sha256(parameter) for name, parameter in model.named_parameters()}
         allocation = self._allocation(model, tokenizer, layers)
         masks: dict[str, Tensor] = {}
         sparsity: dict[str, float] = {}
@@ -91,7 +87,13 @@ class SparsifyStage:
                 raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
 
     def _prune(self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float) -> Tensor:
-        """Prune one layer in place, and return its mask [out, in]."""
+        """Prune one layer in place, and return its mask [out, in].
+
+        Raises:
+            ContractError: when its weight is not what was loaded: a component edited it out of turn.
+        """
+        if sha256(linear.weight) != self.parameters[f"{name}.weight"]:
+            raise ContractError(f"{name} changed before it was pruned: {self.label}, or the allocator, edited it")
         select = Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
         with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "sparsify")) as given:
             weight, seeded = given[0][name], given[1][name]

@@ -8,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from sqft.recipe.data import TrainingData
+from sqft.recipe.recipe import Recipe
+from sqft.recipe.rerun import with_absolute_paths
 from sqft.recipe.sections import ComponentRef, Evaluate, Finetune, Model, Sparsify
 from sqft.types import Pattern
 
@@ -80,3 +82,11 @@ def test_sections_are_frozen_and_know_their_keys() -> None:
         model.path = "other"
     with pytest.raises(ValidationError, match="Extra inputs"):
         Model.model_validate({"path": "m", "pth": "m"})
+
+
+def test_a_sparsity_that_the_pattern_gives_is_not_stored(raw: dict[str, Any]) -> None:
+    raw["sparsify"] = {"scorer": "magnitude", "pattern": "2:4"}
+    stored = with_absolute_paths(Recipe.parse(raw))
+    assert stored["sparsify"]["pattern"] == "2:4" and "sparsity" not in stored["sparsify"]
+    changed = Recipe.changed(stored, ["sparsify.pattern=1:4"])
+    assert changed.sparsify is not None and changed.sparsify.sparsity == 0.75

@@ -97,6 +97,23 @@ def test_what_is_on_disk_is_proved(
         stage.verify()
 
 
+def test_a_layer_that_changed_before_its_turn(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, layers = sparsify(raw, registry, tmp_path), []
+
+    def prune(name: str, linear: Any, *rest: Any) -> Tensor:
+        layers.append(linear)
+        if len(layers) == 2:  # while the first one's work is done, the second one's weight is edited
+            linear.weight.data[0, 0] += 1
+        return original(name, linear, *rest)
+
+    original = stage._prune
+    monkeypatch.setattr(stage, "_prune", prune)
+    with pytest.raises(ContractError, match="k_proj changed before it was pruned"):
+        stage.run()
+
+
 def test_no_layer_at_all(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     stage = sparsify(raw, registry, tmp_path)
     stage.section = stage.section.model_copy(update={"include": ("nothing",)})
