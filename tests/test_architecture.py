@@ -38,7 +38,7 @@ WITHOUT_TORCH = ("utils", "components", "checkpoints", "data", "recipe", "planni
 """Rooms that can be imported whole without torch, transformers or peft; `NEEDS_TORCH` in them is imported lazily."""
 NEEDS_TORCH = {"sqft.data.collators", "sqft.data.windows"}
 
-LARGEST_CLASS = 250
+LARGEST_CLASS, LARGEST_MODULE = 250, 400
 NEEDS_A_TEST = 60
 """A module of so many lines has a test file of its own: `sqft/data/hub.py` has `tests/data/test_hub.py`."""
 
@@ -120,6 +120,11 @@ def test_a_plugin_imports_the_public_names_only(file: Path) -> None:
 def test_a_module_has_its_test_at_its_path(module: str) -> None:
     *rooms, name = MODULES[module].relative_to(CORE).with_suffix("").parts
     assert ROOT.joinpath("tests", *rooms, f"test_{name}.py").is_file()
+
+
+def test_no_module_is_too_large() -> None:
+    for file in [*MODULES.values(), *ROOT.glob("plugins/**/*.py")]:
+        assert len(file.read_text().splitlines()) <= LARGEST_MODULE, file
 
 
 def test_no_class_is_too_large() -> None:

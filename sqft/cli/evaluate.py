@@ -40,6 +40,7 @@ def evaluate(
     RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, or a GGUF file.
     STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; a step that is missing for it is run.
     """
+    from sqft.execution.earlier_runs import remade_note
     from sqft.recipe.reading import read_json
     from sqft.recipe.recipe import Recipe
     from sqft.recipe.rerun import completed_steps, evaluation_overrides, recipe_of_model
@@ -57,6 +58,11 @@ def evaluate(
     screen, orchestrator = open_orchestrator(store, device, disable)
     of = of or tuple(completed_steps(raw, lambda recipe: orchestrator.plan(recipe).reused))
     if not of:
-        raise SqftError(f"no step of {subject} that could be measured is done; run its recipe, or name one with --of")
+        plan = orchestrator.plan(Recipe.parse({**raw, "evaluate": None, "export": []}, source=source))
+        note = remade_note(orchestrator.store, plan.recipe, plan.steps)
+        raise SqftError(
+            f"no step of {subject} that could be measured is done; run its recipe, or name one with --of"
+            + (f"\n  Its steps are {note}" if note else "")
+        )
     recipe = Recipe.changed(raw, [*evaluation_overrides(raw, of, measures), *changes], source=source)
     print_report(screen, orchestrator.run(orchestrator.plan(recipe)))

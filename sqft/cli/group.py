@@ -18,14 +18,12 @@ from sqft.cli.run import run
 from sqft.cli.schema import schema
 from sqft.cli.show import show
 from sqft.cli.status import status
-from sqft.utils.distributed import mute_unless_main
 
 
 @click.group()
 @click.version_option(sqft.__version__, prog_name="sqft")
 def main() -> None:
     """One small, fast model out of a large one: sparse, low-precision, fine-tuned, merged."""
-    mute_unless_main()
 
 
 main.add_command(bench)

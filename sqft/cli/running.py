@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.cli.output import console, show_table
 from sqft.errors import SqftError
-from sqft.utils.distributed import processes
+from sqft.utils.distributed import mute_unless_main, processes
 
 if TYPE_CHECKING:
     from sqft.execution.orchestrator import Orchestrator
@@ -23,6 +23,7 @@ def open_orchestrator(store: Path, device: str, disable: tuple[str, ...]) -> tup
     from sqft.utils.devices import expose_one_gpu
     from sqft.utils.progress import tracker
 
+    mute_unless_main()
     screen = console()
     log_to_screen(lambda line: screen.print(line, highlight=False, markup=False))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

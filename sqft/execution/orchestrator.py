@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqft.components.attribution import blaming
 from sqft.components.registry import Registry
-from sqft.errors import Problem, RecipeError, StoreError
+from sqft.errors import Problem, RecipeError, StageError, StoreError
 from sqft.execution import preflight
 from sqft.execution.earlier_runs import remade_note
 from sqft.execution.log import log_to_file
@@ -149,7 +149,7 @@ class Orchestrator:
             "device": self.device,
             "processes": self.processes.count if shared else 1,
             "seconds": seconds,
-            "proof_seconds": time.monotonic() - start - seconds,
+            "verify_seconds": time.monotonic() - start - seconds,
             "peak_memory": peak[0],
             "report": report,
         }
@@ -213,7 +213,7 @@ def steps_until(plan: Plan, stage: str | None) -> list[Step]:
     """Return a plan's steps up to the last one of a stage, or to the step of that name; all without one.
 
     Raises:
-        RecipeError: when the plan has no such stage or step.
+        StageError: when the plan has no such stage or step.
     """
     if stage is None:
         return list(plan.steps)
@@ -226,7 +226,7 @@ def steps_from(plan: Plan, stage: str) -> list[Step]:
     """Return the steps of a stage, or the step of that name, and every step that depends on them.
 
     Raises:
-        RecipeError: when the plan has no such stage or step.
+        StageError: when the plan has no such stage or step.
     """
     _check_stage(plan, stage)
     names: set[str] = set()
@@ -239,5 +239,4 @@ def steps_from(plan: Plan, stage: str) -> list[Step]:
 def _check_stage(plan: Plan, name: str) -> None:
     known = {step.stage for step in plan.steps} | {step.name for step in plan.steps}
     if name not in known:
-        message = f"this recipe has no stage '{name}'; it has {', '.join(sorted(known))}"
-        raise RecipeError([Problem("", message)], plan.recipe.name)
+        raise StageError(f"this recipe has no stage '{name}'; it has {', '.join(sorted(known))}")

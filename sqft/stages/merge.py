@@ -26,6 +26,7 @@ from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.types import Quantized
+from sqft.utils.digests import Digests
 
 log = logging.getLogger("sqft")
 
@@ -46,6 +47,7 @@ class MergeStage:
         # What is to be read back: the digest of every tensor, and the codes of every layer that has some.
         self.digests: dict[str, str] = {}
         self.quantized: dict[str, Quantized] = {}
+        self.files = ""  # digest of the folder that `stored` was opened from
 
     @cached_property
     def adapted(self) -> AdaptedModel:
@@ -58,6 +60,7 @@ class MergeStage:
     @cached_property
     def stored(self) -> PreTrainedModel:
         """The merged model as read back from disk: opened once, to compare logits and to verify."""
+        self.files = Digests().path(self.folder)
         return load_model(self.inputs.plan.spec(self.folder))[0]
 
     def run(self) -> Report:
@@ -69,6 +72,9 @@ class MergeStage:
     def verify(self) -> None:
         """Check that every tensor as stored is the one trained through, or the base's, bit for bit, and that the zeros
         that the merger promises to keep are zero."""
+        stored_tensors = _tensors(self.stored)
+        if Digests().path(self.folder) != self.files:
+            raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
         if self.quantized:
             stored = read_quantized(self.folder)
             for name in stored.keys() | self.quantized.keys():
@@ -77,7 +83,7 @@ class MergeStage:
                     raise ArtifactError(
                         f"merge ({self.label}): codes or grid of {name} as stored are not those that training used"
                     )
-        for name, tensor in _tensors(self.stored).items():
+        for name, tensor in stored_tensors.items():
             if not tensor.isfinite().all():
                 raise ArtifactError(f"merge ({self.label}): {name} as stored holds values that are not finite")
             if sha256(tensor) != self.digests[name]:

@@ -49,6 +49,7 @@ class QuantizeStage:
             for name, tensor in as_stored(model, fused=False).items()
             if name.removesuffix(".weight") not in layers
         }
+        self.masks = {name: sha256(pack_mask(linear.weight != 0)) for name, linear in layers.items()}
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
         errors: dict[str, dict[str, float]] = {}
@@ -61,7 +62,6 @@ class QuantizeStage:
         needs = self.quantizer.needs
         run_calibration(self.inputs, model, tokenizer, layers, needs, quantize, "quantizing", sequential=True)
         self.codes = {name: _digest(layer) for name, layer in quantized.items()}
-        self.masks = {name: sha256(mask) for name, mask in masks.items()}
         save_quantized(model, tokenizer, quantized, scratch / "model")
         save_file(masks, scratch / "masks.safetensors")
         weights = sum(linear.weight.numel() for linear in layers.values())

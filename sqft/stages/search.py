@@ -20,7 +20,7 @@ from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.modeling.adapters.saving import adapter_tensors, read_ranks, store_adapter, store_ranks
+from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks, tensor_name
 from sqft.modeling.evaluation import exact_match, mean_loss
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model, load_deltas
@@ -75,9 +75,18 @@ class SearchStage:
         checks.check_choice(self.label, self.adapted.space, config)
         (file,) = (self.inputs.scratch / "adapter").glob("*.safetensors")
         stored = load_file(file)
-        for key, tensor in adapter_tensors(self.adapted, config).items():
-            if key not in stored or not stored[key].equal(tensor.cpu()):
-                raise ArtifactError(f"search: {key} as stored is not the trained one")
+        ranks = self.adapted.space.ranks_by_linear(config)
+        for name, layer in self.adapted.layers.items():
+            B, A, _ = layer.delta.factors(ranks[name])
+            parts = {"lora_A": A, "lora_B": B, "scale_multiplier": layer.scale_multiplier}
+            for part, tensor in parts.items():
+                if tensor is None:
+                    continue
+                found = stored.pop(tensor_name(self.adapted, name, part), None)
+                if found is None or not found.equal(tensor.detach().cpu()):
+                    raise ArtifactError(f"search: {part} of {name} as stored is not the trained one")
+        if stored:
+            raise ArtifactError(f"search: {min(stored)} is stored and is no part of the sub-adapter")
 
     def _records(self) -> list[Record]:
         """Return the records to evaluate on, in one seeded order; none for a searcher that does not evaluate."""

@@ -71,8 +71,8 @@ class SparsifyStage:
         }
 
     def verify(self) -> None:
-        """Check that the model as stored opens, that every parameter is as it was loaded, or in the pruned layers as
-        the scorer gave it, bit for bit, and that what a stored mask lets go of is zero."""
+        """Check that the model as stored opens, and that every parameter is as it was loaded, bit for bit: in pruned
+        layers with the mask applied, or as a scorer that updates weights gave it. What a stored mask prunes is zero."""
         stored, _ = load_model(self.inputs.plan.spec(self.inputs.scratch / "model"))
         masks = load_file(self.inputs.scratch / "masks.safetensors")
         parameters = dict(stored.named_parameters())
@@ -81,7 +81,8 @@ class SparsifyStage:
         for name, digest in self.parameters.items():
             layer = name.removesuffix(".weight")
             if name not in parameters or sha256(parameters[name]) != digest:
-                expected = "what the scorer gave" if layer in masks else "the original"
+                updated = layer in masks and type(self.scorer).prune is not Scorer.prune
+                expected = "what the scorer gave" if updated else "the original under its mask"
                 raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {expected}")
             if layer in masks and (parameters[name][~unpack_mask(masks[layer], parameters[name].shape)] != 0).any():
                 raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
@@ -99,8 +100,11 @@ class SparsifyStage:
             weight, seeded = given[0][name], given[1][name]
             pruned = self.scorer.prune(weight, seeded, select)
         value, mask = checks.check_pruned(self.label, name, weight, pruned, select.pruned_fraction())
+        # The kept weights of a scorer that only scores are the loaded ones; another scorer's are what it gave.
+        only_scores = type(self.scorer).prune is Scorer.prune
+        digest = sha256(linear.weight.detach().masked_fill(~mask, 0)) if only_scores else ""
         assign_weight(self.label, name, linear, value)
-        self.parameters[f"{name}.weight"] = sha256(linear.weight)
+        self.parameters[f"{name}.weight"] = digest or sha256(linear.weight)
         return mask
 
     def _allocation(

@@ -29,7 +29,7 @@ class ArtifactStatus:
     stage: str
     fingerprint: str
     """Of full length where the manifest says it, or the 12 digits of the folder's name."""
-    state: Literal["whole", "damaged", "unfinished"]
+    state: Literal["complete", "damaged", "unfinished"]
     problem: str
     size: int
     """Bytes on disk."""
@@ -83,7 +83,7 @@ class StoreStatus:
 
     def completed_steps(self, run: RunState) -> dict[str, bool]:
         """Return each step of a run, and whether its artifact exists and is undamaged."""
-        complete = {artifact.name for artifact in self.artifacts if artifact.state == "whole"}
+        complete = {artifact.name for artifact in self.artifacts if artifact.state == "complete"}
         return {step: name in complete for step, name in run.steps.items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class StoreStatus:
         return {
             "store": str(self.root),
             "size": self.size,
-            "runs": [asdict(run) | {"standing": self.completed_steps(run)} for run in self.runs],
+            "runs": [asdict(run) | {"completed": self.completed_steps(run)} for run in self.runs],
             "artifacts": [
                 {**asdict(one), "folder": str(one.folder), "prunable": one.prunable, "kept": one.kept}
                 for one in self.artifacts
@@ -185,9 +185,9 @@ def _artifact_status(store: Store, folder: Path, users: Mapping[str, Sequence[st
     if match is None:
         return None
     stage, fingerprint, problem = match[1], match[2], ""
-    state: Literal["whole", "damaged", "unfinished"] = "whole" if name == folder.name else "unfinished"
+    state: Literal["complete", "damaged", "unfinished"] = "complete" if name == folder.name else "unfinished"
     changed = folder
-    if state == "whole":
+    if state == "complete":
         changed = folder / MANIFEST
         fingerprint = _full_fingerprint(changed, fingerprint)
         try:

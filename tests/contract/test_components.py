@@ -24,6 +24,23 @@ def test_ours_keep_the_contract(entry: Any) -> None:
     check(entry.component())
 
 
+NAMES = {
+    "scorer": {"magnitude", "random", "sparsegpt", "wanda"},
+    "allocator": {"explicit", "owl", "uniform"},
+    "quantizer": {"gptq", "rtn"},
+    "adapter": {"lora", "nls"},
+    "searcher": {"heuristic", "hill-climbing", "maximal", "minimal", "random"},
+    "merger": {"qa-sparsepeft", "sparsepeft", "unmerged"},
+    "exporter": {"compressed-tensors", "gptq", "hf"},
+}
+"""The components that recipes may count on."""
+
+
+def test_no_component_is_lost() -> None:
+    offered = {kind: {entry.component.name for entry in ENTRIES if entry.component.kind == kind} for kind in KINDS}
+    assert offered == NAMES
+
+
 def test_every_folder_of_plugins_is_installed() -> None:
     folders = {folder.name for folder in (Path(__file__).parents[2] / "plugins").glob("sqft_*")}
     assert {entry.component.__module__.partition(".")[0] for entry in ENTRIES} == folders

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.errors import ArtifactError, RecipeError, SqftError, StageError
+from sqft.errors import ArtifactError, SqftError, StageError
 
 NO_SQFT = "import sys; sys.modules['sqft'] = None\n"
 
@@ -134,7 +134,7 @@ def test_fresh_and_until(raw: dict[str, Any], registry: Registry, tmp_path: Path
     again = run(raw, registry, tmp_path, until="finetune", fresh="finetune")
     assert again["sparsify"].artifact.manifest["seconds"] == sparse
     assert again["finetune"].artifact.manifest["seconds"] != tuned
-    with pytest.raises(RecipeError, match="no stage 'mergee'"):
+    with pytest.raises(StageError, match="no stage 'mergee'"):
         run(raw, registry, tmp_path, until="mergee")
 
 

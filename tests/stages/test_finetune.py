@@ -114,8 +114,8 @@ def layer(weight: torch.Tensor) -> Any:
 def test_a_layer_that_keeps_nothing_cannot_train() -> None:
     layers = {"full": layer(torch.ones(8, 8)), "empty": layer(torch.zeros(8, 8))}
     with pytest.raises(StageError, match=r"finetune\.targets: empty keeps none of its weights"):
-        check_first_combine(SimpleNamespace(merged=layers), SparsePEFT(), "merger")  # type: ignore[arg-type]
-    check_first_combine(SimpleNamespace(merged={"full": layers["full"]}), SparsePEFT(), "merger")  # type: ignore[arg-type]
+        check_first_combine(SimpleNamespace(mergeable=layers), SparsePEFT(), "merger")  # type: ignore[arg-type]
+    check_first_combine(SimpleNamespace(mergeable={"full": layers["full"]}), SparsePEFT(), "merger")  # type: ignore[arg-type]
 
 
 def test_ranks_are_a_pure_function_of_the_step() -> None:

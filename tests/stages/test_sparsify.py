@@ -15,6 +15,7 @@ from torch import Tensor
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import unpack_mask
+from sqft.stages import sparsify as sparsify_module
 from sqft.stages.inputs import StageInputs
 from sqft.stages.sparsify import Selection, SparsifyStage
 from sqft.types import Pattern
@@ -94,6 +95,18 @@ def test_what_is_on_disk_is_proved(
     stage.verify()
     edit(tmp_path / "scratch" / file, name, change)
     with pytest.raises(ArtifactError, match=re.escape(message)):
+        stage.verify()
+
+
+def test_a_kept_weight_that_changes_on_its_way(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is proved is the original under its mask, not whatever the stage wrote."""
+    stage = sparsify(raw, registry, tmp_path)
+    original = sparsify_module.assign_weight
+    monkeypatch.setattr(sparsify_module, "assign_weight", lambda *args: original(*args[:3], args[3] * 1.01))
+    stage.run()
+    with pytest.raises(ArtifactError, match="as stored is not the original"):
         stage.verify()
 
 

@@ -150,7 +150,7 @@ def test_a_manifest_that_is_not_right_is_refused_with_a_remedy(store: Store, cha
     assert str(caught.value).endswith("; delete that folder, or run with --fresh merge")
 
 
-def test_a_manifest_that_was_edited_is_damage_and_one_without_amanifest_checksum_is_of_old(store: Store) -> None:
+def test_a_manifest_that_was_edited_is_damage_and_one_without_a_checksum_is_an_old_one(store: Store) -> None:
     path = make(store).folder / "manifest.json"
     path.write_text(path.read_text().replace('"sparsity": 0.5', '"sparsity": 0.7'))
     with pytest.raises(ArtifactError, match=r"manifest\.json has changed since it was stored .*--fresh merge"):

@@ -74,11 +74,11 @@ def test_shown(store: Store) -> None:
     put(store, users=("one", "two"))
     (store.runs / "two" / "run.json").write_text(json.dumps({"started": "2026-01-01", "finished": "2026-01-02"}))
     said = shown(store)
-    assert "| merge | 0123456789ab | whole |" in said and "| one, two |" in said
+    assert "| merge | 0123456789ab | complete |" in said and "| one, two |" in said
     assert "| two | 2026-01-01 | 2026-01-02 |" in said
     content = json.loads(shown(store, "--json"))
     assert content["artifacts"][0]["fingerprint"] == PRINT and content["artifacts"][0]["runs"] == ["one", "two"]
-    assert content["runs"][0]["standing"] == {"merge": True} and content["runs"][0]["finished"] is None
+    assert content["runs"][0]["completed"] == {"merge": True} and content["runs"][0]["finished"] is None
     assert age(30) == "30 s" and age(7300) == "2 h" and age(200000) == "2 d"
 
 
@@ -108,7 +108,7 @@ def test_what_a_run_that_goes_on_builds_on(store: Store) -> None:
     with store.using("merge", PRINT):
         held = next(one for one in scan_store(store).artifacts if one.stage == "merge")
         assert held.in_use and not held.in_work and not held.prunable
-        assert "| whole, in use |" in shown(store)
+        assert "| complete, in use |" in shown(store)
         said = shown(store, "--prune", "--yes")
         assert "deleted 0 folders" in said and folder.is_dir()
         assert f"kept {folder}: in use at this moment" in said and f"kept {other}: needed by run" in said
@@ -177,7 +177,7 @@ def test_a_deletion_that_was_killed_is_finished(store: Store) -> None:
     held = only(store)
     assert held.state == "unfinished" and held.problem == "deleted in part"
     put(store)
-    assert prune(store, [held]) == [held] and only(store).state == "whole"
+    assert prune(store, [held]) == [held] and only(store).state == "complete"
 
 
 def test_what_is_not_the_stores_is_left_alone(store: Store) -> None:

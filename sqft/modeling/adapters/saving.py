@@ -64,14 +64,18 @@ def adapter_tensors(adapted: AdaptedModel, config: RankConfig) -> dict[str, Tens
     """Return the tensors of a configuration's sub-adapter under the names that its file has: PEFT's for an adapter that
     stays beside its base, else our own."""
     ranks = adapted.space.ranks_by_linear(config)
-    pattern = "{}.{}" if adapted.mergeable else "base_model.model.{}.{}.weight"
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.layers.items():
         B, A, _ = layer.delta.factors(ranks[name])
-        tensors[pattern.format(name, "lora_A")], tensors[pattern.format(name, "lora_B")] = A, B
+        tensors[tensor_name(adapted, name, "lora_A")], tensors[tensor_name(adapted, name, "lora_B")] = A, B
         if layer.scale_multiplier is not None:
-            tensors[pattern.format(name, "scale_multiplier")] = layer.scale_multiplier
+            tensors[tensor_name(adapted, name, "scale_multiplier")] = layer.scale_multiplier
     return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def tensor_name(adapted: AdaptedModel, layer: str, part: str) -> str:
+    """Return the name that an adapter's file has for a part of a layer's adapter: "lora_A", "lora_B", …"""
+    return f"{layer}.{part}" if adapted.mergeable else f"base_model.model.{layer}.{part}.weight"
 
 
 def _write_peft_config(
