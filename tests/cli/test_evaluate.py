@@ -18,13 +18,14 @@ class Recorder:
     """An orchestrator that runs nothing: it keeps the recipe, and finds what `made` names."""
 
     made: tuple[str, ...] = ()
+    store = None
 
     def __init__(self) -> None:
         self.recipes: list[Recipe] = []
 
     def plan(self, recipe: Recipe) -> Any:
         self.recipes.append(recipe)
-        return SimpleNamespace(reused=self.made)
+        return SimpleNamespace(reused=self.made, recipe=recipe, steps=())
 
     def run(self, plan: Any) -> None: ...
 

@@ -22,12 +22,13 @@ def test_every_command_of_the_folder_is_registered() -> None:
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
 
 
-def test_only_the_first_process_of_a_launcher_prints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_runs_no_recipe_prints_in_every_process(tmp_path: Path, rank: str) -> None:
+    """Some launchers set these variables for whatever runs in their containers."""
+    environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
     words = [sys.executable, "-m", "sqft", "plugins"]
-    for rank, printed in (("0", True), ("1", False)):
-        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0 and bool(done.stdout) == printed, done.stderr
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and "wanda" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sqft.cli.running import check_output, print_result
+from sqft.cli.running import check_output, open_orchestrator, print_result
 from sqft.errors import SqftError
 
 
@@ -69,3 +69,14 @@ def test_an_output_that_cannot_be_written_leaves_the_result(tmp_path: Path, scre
     (tmp_path / "file").write_text("")
     with pytest.raises(SqftError, match=r"cannot be written: .*; the result stays in .*result$"):
         print_result(screen, finished(tmp_path, tmp_path / "result"), tmp_path / "file" / "out")
+
+
+def test_processes_besides_the_first_are_muted_before_a_recipe_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("sqft.cli.running.mute_unless_main", lambda: calls.append("muted"))
+    monkeypatch.setattr("sqft.cli.running.console", lambda: calls.append("console") or Console())
+    monkeypatch.setattr("sqft.execution.log.log_to_screen", lambda echo: None)
+    open_orchestrator(tmp_path / "store", "cpu", ())
+    assert calls[:2] == ["muted", "console"]

@@ -75,3 +75,22 @@ def test_other_changes_are_not_blamed_on_the_code(
     edit_code(monkeypatch)
     (folder, _) = run(registry, tmp_path / "store", sparse)  # the recipe
     assert len(list(folder.parent.iterdir())) == 3 and "made again" not in caplog.text
+
+
+def test_later_sections_and_other_runs_do_not_hide_it(
+    registry: Registry, sparse: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse["sparsify"] = {"scorer": "magnitude", "pattern": "2:4"}
+    old_run, _ = run(registry, tmp_path / "store", sparse)
+    edit_code(monkeypatch)
+    damaged = tmp_path / "store" / "runs" / "tiny-ffffffff"
+    damaged.mkdir()
+    (damaged / "recipe.json").write_text((old_run / "recipe.json").read_text())
+    (damaged / "plan.json").write_text('["a", {"name": "sparsify", "fingerprint": 1}]')
+    note = f"made again, since sqft's code has changed since run {old_run.name}: sparsify."
+    shown = CliRunner().invoke(main, ["eval", str(old_run)])
+    assert shown.exit_code == 2 and note in shown.output
+    sparse["evaluate"] = {"of": ["sparsify"], "perplexity": {"text": str(tmp_path / "text.txt"), "length": 32}}
+    (tmp_path / "text.txt").write_text("a line of some text " * 20)
+    new_run, _ = run(registry, tmp_path / "store", sparse)
+    assert (new_run / "run.log").read_text().count(note) == 1

@@ -145,7 +145,7 @@ def test_steps_until_a_stage_or_a_step(plan: Plan) -> None:
     whole = [step.name for step in plan.steps]
     assert names(None) == names("evaluate") == whole
     assert names("finetune") == NAMES[:2] and names("evaluate:model") == [*NAMES, "evaluate:model"]
-    with pytest.raises(RecipeError, match=r"this recipe has no stage 'mrge'; it has evaluate, .*merge"):
+    with pytest.raises(StageError, match=r"this recipe has no stage 'mrge'; it has evaluate, .*merge"):
         steps_until(plan, "mrge")
 
 
@@ -156,7 +156,7 @@ def test_steps_that_depend_on_a_stage(plan: Plan) -> None:
     assert names("sparsify") == [step.name for step in plan.steps if step.name != "evaluate:model"]
     assert names("merge") == ["merge", "evaluate:merge"] and names("evaluate:model") == ["evaluate:model"]
     assert names("evaluate") == [step.name for step in plan.steps if step.stage == "evaluate"]
-    with pytest.raises(RecipeError, match="has no stage 'nothing'"):
+    with pytest.raises(StageError, match="has no stage 'nothing'"):
         steps_from(plan, "nothing")
 
 
