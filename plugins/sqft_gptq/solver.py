@@ -56,7 +56,15 @@ class GroupOrder:
         return torch.zeros(out, count, device=device), torch.zeros(out, count, dtype=torch.int32, device=device)
 
     def in_input_order(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Quantized:
-        """Return codes [out, in], scales and zero points [out, groups] of all turns in the order of the inputs."""
+        """Return codes [out, in], scales and zero points [out, groups] of all turns in the order of the inputs.
+
+        Args:
+            codes: in the order of the turns, [out, in].
+            scale: of each turn's group, [out, groups].
+            zero: of each turn's group, [out, groups].
+            bits: of a code.
+            group_size: inputs that share a scale; -1 for all.
+        """
         back, index = self.order.argsort(), None
         if self.static_grid is None and self.contiguous:  # the groups were reordered, but each still has its own inputs
             turn = (self.order[:: self.size] // self.size).argsort()

@@ -39,7 +39,15 @@ def check_scores(label: str, place: str, weight: Tensor, scores: object) -> Tens
 
 def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsity: float) -> tuple[Tensor, Tensor]:
     """Check that a new weight and its mask have the weight's shape, that it is finite and 0 where the mask is false,
-    and that the mask lets go of the fraction that `select` did."""
+    and that the mask prunes the fraction that `select` did.
+
+    Args:
+        label: the component, as messages name it.
+        place: the layer's name.
+        weight: the layer's weight [out, in].
+        pruned: what the component returned: the new weight and the bool mask, both [out, in].
+        sparsity: the fraction that `select` pruned.
+    """
     if not isinstance(pruned, tuple) or len(pruned) != 2:
         raise ContractError(f"{label} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
     new = _check_tensor(label, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
@@ -66,7 +74,15 @@ def check_measured(label: str, names: Sequence[str], measured: object) -> None:
 
 
 def check_unchanged(label: str, place: str, before: Tensor, after: Tensor, what: str = "the weight") -> None:
-    """Check that the component did not edit its argument."""
+    """Check that the component did not edit its argument.
+
+    Args:
+        label: the component, as messages name it.
+        place: the layer's name.
+        before: a copy of the argument from before the call.
+        after: the argument after it.
+        what: the argument, as the message names it.
+    """
     if before.shape != after.shape or not before.equal(after):
         raise ContractError(f"{label} edited {what} of {place} in place; it must return a new tensor")
 
@@ -112,7 +128,15 @@ def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float
 
 
 def check_quantized(label: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:
-    """Check that codes [out, in] lie on a grid as `sqft.types.Grid` describes it, and pruned entries are exactly 0."""
+    """Check that codes [out, in] lie on a grid as `sqft.types.Grid` describes it, and pruned entries are exactly 0.
+
+    Args:
+        label: the component, as messages name it.
+        place: the layer's name.
+        quantized: what the component returned.
+        weight: the layer's weight [out, in].
+        mask: bool [out, in], false where the weight is pruned; None when nothing is.
+    """
     if not isinstance(quantized, Quantized) or not isinstance(quantized.grid, Grid):
         raise ContractError(f"{label} returned {type(quantized).__name__} for {place}, expected Quantized with a Grid")
     grid, index = quantized.grid, quantized.grid.group_index
@@ -214,7 +238,15 @@ def check_dropout(label: str, dropout: object) -> float:
 
 
 def check_effective(label: str, place: str, base: BaseWeight, result: object, keeps_mask: bool) -> None:
-    """Check that an effective weight fits its base, is finite and keeps the zeros that it promised to keep."""
+    """Check that an effective weight fits its base, is finite and keeps the zeros that it promised to keep.
+
+    Args:
+        label: the merger, as messages name it.
+        place: the layer's name.
+        base: the base's weight and mask [out, in].
+        result: what `combine` returned.
+        keeps_mask: whether the merger promises to keep the base's zeros.
+    """
     weight = base.weight
     tensor = _check_tensor(label, place, "an effective weight", result, tuple(weight.shape), weight.device)
     if keeps_mask and base.mask is not None and (lost := int((tensor[~base.mask] != 0).sum())):

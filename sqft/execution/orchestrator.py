@@ -110,7 +110,10 @@ class Orchestrator:
         return Run(plan, folder, outcomes, report)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
-        """Return the step's artifact, made if need be; until `used` is closed, no other run can delete it."""
+        """Return the step's artifact, made if need be; until `used` is closed, no other run can delete it.
+
+        `inputs` are the folders of earlier artifacts by role, `label` is the step as the log shows it.
+        """
         if not self.processes.is_main:
             return self._follow(plan, step, inputs)
         with self.store.begin(step.stage, step.fingerprint) as scratch:

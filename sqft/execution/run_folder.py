@@ -51,6 +51,13 @@ def write_report(
 ) -> None:
     """Write report, times, versions, and links to the artifacts into a run's folder.
 
+    Args:
+        store: the store that the folder belongs to.
+        folder: the run's folder.
+        report: what `make_report` returned.
+        outcomes: the artifacts of the run's steps, by step.
+        started: when the run started, in ISO 8601.
+
     Raises:
         StoreError: when it cannot be written.
     """

@@ -122,7 +122,7 @@ def _generate(
 
 
 def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track) -> float:
-    """Compute the mean cross-entropy of a labelled token."""
+    """Compute the mean cross-entropy of a labelled token. See `summed_loss` for the arguments."""
     total, labels = summed_loss(CompletionLoss(model), examples, batch_size, pad_id, track)
     return total / labels
 
@@ -131,7 +131,15 @@ def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: i
 def summed_loss(
     loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
 ) -> tuple[float, int]:
-    """Compute the sum of the cross-entropies of all labelled tokens, and count them."""
+    """Compute the sum of the cross-entropies of all labelled tokens, and count them.
+
+    Args:
+        loss: the model with its loss.
+        examples: token sequences with labels.
+        batch_size: examples in a batch.
+        pad_id: the token that fills shorter examples.
+        track: the progress display.
+    """
     collate, device = Collator(pad_id), next(loss.parameters()).device
     total, labels = 0.0, 0
     starts = range(0, len(examples), batch_size)

@@ -126,7 +126,15 @@ class SparsifyStage:
         tokenizer: PreTrainedTokenizerBase,
         layers: Mapping[str, nn.Linear],
     ) -> dict[str, float]:
-        """Return what the allocator measures of the dense layers, block by block."""
+        """Return what the allocator measures of the dense layers, block by block.
+
+        Args:
+            allocator: measures the layers of one block at a time.
+            label: the allocator, as messages name it.
+            model: the dense model.
+            tokenizer: encodes the calibration text.
+            layers: the linear layers to prune, by name.
+        """
         measured: dict[str, float] = {}
         blocks = [[name for name in layers if name.startswith(f"{block}.")] for block in decoder_blocks(model)]
         of_block = {name: names for names in blocks for name in names}

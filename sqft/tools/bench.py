@@ -135,7 +135,14 @@ def _bits(run: Run) -> int:
 
 
 def _in_new_process(task: str, recipe: Path, changes: Sequence[str], store: Path, steps: int) -> dict[str, float]:
-    """Take one measurement, "train" or "serve", in a new process.
+    """Take one measurement in a new process.
+
+    Args:
+        task: "train" or "serve".
+        recipe: the recipe's file.
+        changes: to the recipe, as `--set` takes them.
+        store: the folder of the store.
+        steps: training steps to take.
 
     Raises:
         SqftError: when the process fails.
