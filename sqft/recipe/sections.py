@@ -278,7 +278,8 @@ class ExactMatch(Section):
 class Evaluate(Section):
     """What is measured, and for which configurations."""
 
-    of: Annotated[tuple[str, ...], NoEffect()] = Field(  # each entry is a step of its own
+    # NoEffect: each entry is a step of its own, whose fingerprint must not depend on the other entries.
+    of: Annotated[tuple[str, ...], NoEffect()] = Field(
         ("merge",),
         min_length=1,
         description='what to measure: "model", "sparsify", "quantize", "finetune:NAME" (NAME is a searcher that '

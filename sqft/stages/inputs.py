@@ -91,7 +91,7 @@ class StepData:
         data, sets = self.of("finetune"), {}
         section = section_of(data.step, Finetune)
         for role, how in section.data_sets.items():
-            # The recipe's seed, not a step's own: search and merge ask for the same records.
+            # The recipe's seed, not the section's own: search and merge must get the same records.
             seed = self.plan.recipe.seed
             try:
                 kept, held = split_off(data.records(role, how), section.holdout, seed)

@@ -1,7 +1,8 @@
 """The effective weight of a linear layer: base, delta and merger become one weight, its codes and its gradients.
 
-`combine_rows` is the only caller of a merger's `combine` in sqft. Training's forward and backward, the merge and the
-check before training take what it returns, so "merging loses nothing" holds by construction.
+In a run, `combine_rows` is the only caller of a merger's `combine`; the contract tests call it too. Training's
+forward and backward, the merge and the check before training take what it returns, so "merging loses nothing" holds by
+construction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sqft.types import BaseWeight, Grid, Quantized
 
 
 class Factors(NamedTuple):
-    """A delta of one layer: scale · B A, and what the scales of the base's grid are multiplied by, where they train."""
+    """A delta of one layer: scale · B A, and factors for the scales of the base's grid, where the scales train too."""
 
     B: Tensor  # [out, r]
     A: Tensor  # [r, in]
