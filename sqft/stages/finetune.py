@@ -74,7 +74,10 @@ class FinetuneStage:
             model.check_head(torch.tensor([training.examples[0].input_ids[:64]], device=adapted.model.device))
         frozen = _checksums(adapted)
         progress = Progress(self.inputs.track)
-        newest, state, best = self._train(model, rows, collator, validation, progress)
+        with self.inputs.processes.process_group(self.inputs.device):
+            # The trainer is freed inside. After the group is gone, its DDP wrapper would hold Python's lock while it
+            # waits for a thread of the group that needs that lock.
+            newest, state, best = self._train(model, rows, collator, validation, progress)
         after = _checksums(adapted)
         if changed := [name for name in frozen if after[name] != frozen[name]]:
             raise ContractError(f"{self.merger_label} edited the frozen weight of {changed[0]} in place while training")
@@ -172,21 +175,20 @@ class FinetuneStage:
         best = EarlyStopping(model, section.patience, processes)
         sampler = RankSampler(adapted, self.adapter, self.adapter_label, self.inputs.seed_for)
         logs = self.inputs.plan.recipe.resolve(section.logging_dir) if section.logging_dir else scratch / "logs"
-        with processes.process_group(self.inputs.device):
-            trainer = DeltaTrainer(
-                adapted,
-                processes,
-                logs,
-                model=model,
-                args=training_arguments(section, scratch / CHECKPOINTS, self.inputs.data.seed, self.inputs.device),
-                train_dataset=rows,
-                eval_dataset=validation,
-                data_collator=RankShardCollator(collator, processes),
-                callbacks=[sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
-            )
-            newest = newest_complete(scratch / CHECKPOINTS, processes)
-            state = resume(trainer, best, newest)
-            best.restore()
+        trainer = DeltaTrainer(
+            adapted,
+            processes,
+            logs,
+            model=model,
+            args=training_arguments(section, scratch / CHECKPOINTS, self.inputs.data.seed, self.inputs.device),
+            train_dataset=rows,
+            eval_dataset=validation,
+            data_collator=RankShardCollator(collator, processes),
+            callbacks=[sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
+        )
+        newest = newest_complete(scratch / CHECKPOINTS, processes)
+        state = resume(trainer, best, newest)
+        best.restore()
         return newest, state, best
 
 

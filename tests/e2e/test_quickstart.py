@@ -91,10 +91,11 @@ def test_logits_without_sqft_equal_the_two_path_oracle(run: Run, tmp_path: Path)
 
 
 def test_wandas_masks_on_the_first_block(run: Run) -> None:
-    """Against float64 brute force; see test_calibrate for the loop."""
+    """Against float64 brute force; see tests/modeling/calibration/test_walk.py for the loop."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("oracle", ROOT / "tests" / "modeling" / "test_calibrate.py")
+    place = ROOT / "tests" / "modeling" / "calibration" / "test_walk.py"
+    spec = importlib.util.spec_from_file_location("oracle", place)
     assert spec and spec.loader
     oracle = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(oracle)
