@@ -33,6 +33,7 @@ class SparsifyStage:
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs, self.section = inputs, inputs.section(Sparsify)
         self.scorer, self.label = inputs.step.component(Scorer), inputs.step.label(Scorer)
+        self.updates_weights = type(self.scorer).prune is not Scorer.prune
         # Digests of what is to be read back: every parameter as it was loaded or as the scorer gave it, and the masks.
         self.parameters: dict[str, str] = {}
         self.masks: dict[str, str] = {}
@@ -81,7 +82,7 @@ class SparsifyStage:
         for name, digest in self.parameters.items():
             layer = name.removesuffix(".weight")
             if name not in parameters or sha256(parameters[name]) != digest:
-                updated = layer in masks and type(self.scorer).prune is not Scorer.prune
+                updated = layer in masks and self.updates_weights
                 expected = "what the scorer gave" if updated else "the original under its mask"
                 raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {expected}")
             if layer in masks and (parameters[name][~unpack_mask(masks[layer], parameters[name].shape)] != 0).any():
@@ -101,8 +102,7 @@ class SparsifyStage:
             pruned = self.scorer.prune(weight, seeded, select)
         value, mask = checks.check_pruned(self.label, name, weight, pruned, select.pruned_fraction())
         # The kept weights of a scorer that only scores are the loaded ones; another scorer's are what it gave.
-        only_scores = type(self.scorer).prune is Scorer.prune
-        digest = sha256(linear.weight.detach().masked_fill(~mask, 0)) if only_scores else ""
+        digest = "" if self.updates_weights else sha256(linear.weight.detach().masked_fill(~mask, 0))
         assign_weight(self.label, name, linear, value)
         self.parameters[f"{name}.weight"] = digest or sha256(linear.weight)
         return mask
