@@ -25,6 +25,8 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
     orchestrator = Orchestrator(Registry.discover(disable), store)
     planned = orchestrator.load(recipe, changes)
     click.echo(str(planned))
+    for note in planned.notes:
+        click.echo(f"note: {note}")
     missing = [step for step in planned.steps if step.name not in planned.reused]
     if note := remade_note(orchestrator.store, planned.recipe, missing):
         click.echo(note)

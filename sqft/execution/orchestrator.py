@@ -97,6 +97,8 @@ class Orchestrator:
             started = now()
             if note := remade_note(self.store, plan.recipe, missing):
                 log.info(note)
+            for note in plan.notes:
+                log.info("note: %s", note)
             for number, step in enumerate(steps, 1):
                 inputs = {role: outcomes[name].folder for role, name in step.inputs.items()}
                 label = f"[{number}/{len(steps)}] {step.name}"

@@ -85,6 +85,8 @@ class Plan:
     """What lies under the adapters, or would if the recipe trained any."""
     steps: tuple[Step, ...]
     reused: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    """What the user should know before the run, though it hinders none: each begins with a place in the recipe."""
 
     @property
     def fingerprint(self) -> str:

@@ -41,7 +41,8 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
     if resolver.problems:
         broken = [Problem("", line.strip()) for line in resolver.broken]
         raise RecipeError([*resolver.problems, *broken], recipe.source)
-    return Plan(recipe, resolver.model, base, with_fingerprints(steps, recipe, resolver.model.digest, digests))
+    steps_done = with_fingerprints(steps, recipe, resolver.model.digest, digests)
+    return Plan(recipe, resolver.model, base, steps_done, notes=tuple(resolver.notes))
 
 
 def adapter_base(resolver: Resolver) -> AdapterBase:

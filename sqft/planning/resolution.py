@@ -42,6 +42,8 @@ class Resolver:
     def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
         self.recipe, self.registry = recipe, registry
         self.problems: list[Problem] = []
+        self.notes: dict[str, None] = {}
+        """What the plan tells the user, in order, each once."""
         self.broken: dict[str, None] = {}
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
         self.model = NO_MODEL
@@ -66,6 +68,10 @@ class Resolver:
     def collect(self, problems: Iterable[Problem]) -> None:
         """Collect the problems that a check yields, each once."""
         self.problems += [problem for problem in problems if problem not in self.problems]
+
+    def note(self, place: str, message: str) -> None:
+        """Collect something that the user should know and that hinders nothing, once."""
+        self.notes[str(Problem(place, message))] = None
 
     def component(self, kind: type[C], ref: ComponentRef, place: str) -> ResolvedComponent[C] | None:
         """Return the component that a recipe names, with its options validated against its own fields."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,13 @@ def test_problems_near_known_ones_are_not_repeated(recipe: Recipe) -> None:
     more = more_problems(RecipeError(known, "r.json", recipe), plan)
     assert [problem.place for problem in more] == ["sparsifyx", "finetune.data", ""]
     assert more_problems(RecipeError(known, "r.json", None), plan) == []
+
+
+def test_what_the_plan_notes_is_said_before_the_first_step(
+    stages: type[OneFile], orchestrator: Orchestrator, recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = dataclasses.replace(orchestrator.plan(recipe), notes=("model: a tower is left out",))
+    caplog.set_level("INFO", "sqft")
+    orchestrator.run(plan)
+    first = next(index for index, line in enumerate(caplog.messages) if line.startswith("[1/"))
+    assert "note: model: a tower is left out" in caplog.messages[:first]

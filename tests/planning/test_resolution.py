@@ -175,3 +175,11 @@ def test_slices_of_one_file_train_and_validate(raw: dict[str, Any], tmp_path: Pa
     }
     shown = {preview.place: preview.facts["records"] for preview in previews(planned(raw, tmp_path), 1, ["finetune"])}
     assert shown == {"finetune.data": "48", "finetune.validation": "16"}
+
+
+def test_a_note_is_kept_once_and_is_no_problem(resolver: Resolver) -> None:
+    for _ in range(2):
+        resolver.note("evaluate.tasks", "are scored without the template")
+    resolver.note("", "a tower is left out")
+    assert list(resolver.notes) == ["evaluate.tasks: are scored without the template", "a tower is left out"]
+    assert not resolver.problems
