@@ -1,4 +1,4 @@
-"""A causal language model as a list of decoder blocks and the linear layers in them.
+"""A model's text model as a list of decoder blocks and the linear layers in them.
 
 `sqft.checkpoints.families` says the same of a checkpoint's headers, without torch, for the plan.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sqft.checkpoints.families import ROUTER
 from sqft.errors import ModelError
@@ -14,26 +15,76 @@ from sqft.types import LinearShape
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's decoder blocks by full name, in order: its longest list of modules that is in no other list.
+    """Return the decoder blocks of a model's text model by full name, in order.
 
-    Hybrid models have blocks of several kinds in one list.
+    They are the list of modules in its decoder that has as many as the text config has layers; where none has, the
+    longest list in the model. A list inside a list, of experts, does not count. Hybrid models have blocks of several
+    kinds in one list.
 
     Raises:
         ModelError: when the model has no such list.
     """
-    longest: tuple[str, nn.ModuleList] | None = None
+    lists = _outer_lists(model)
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks that calibration can run one by one")
+    decoder = text_model(model)
+    inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    count = _layers_by_config(model)
+    fitting = [name for name, blocks in lists.items() if id(blocks) in inside and len(blocks) == count]
+    chosen = fitting[0] if fitting else max(lists, key=lambda name: len(lists[name]))
+    return {f"{chosen}.{index}": block for index, block in enumerate(lists[chosen])}
+
+
+def text_model(model: nn.Module) -> nn.Module | None:
+    """Return the part of a model that reads text, without its head: the model in which its towers are none; None where
+    transformers does not say."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        decoder: nn.Module = model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return None
+    return decoder
+
+
+def towers(model: PreTrainedModel) -> dict[str, int]:
+    """Return what lies outside the text model and its head (towers for images, video and sound, and what joins them to
+    the text model), each by full name with its number of weights."""
+    decoder, head = text_model(model), model.get_output_embeddings()
+    if decoder is None or not {id(block) for block in decoder_blocks(model).values()} <= set(
+        map(id, decoder.modules())
+    ):
+        return {}
+    kept = {id(module) for part in (decoder, head) if part is not None for module in part.modules()}
+    around = {
+        name: module for name, module in model.named_modules() if any(id(inner) in kept for inner in module.modules())
+    }
+    found: dict[str, int] = {}
+    for name, module in around.items():
+        if id(module) in kept:
+            continue
+        inner = {f"{name}.{child}".strip("."): part for child, part in module.named_children()}
+        outside = {child: part for child, part in inner.items() if child not in around}
+        sizes = {child: sum(p.numel() for p in part.parameters()) for child, part in outside.items()}
+        own = {f"{name}.{one}".strip("."): p.numel() for one, p in module.named_parameters(recurse=False)}
+        found |= {part: size for part, size in (sizes | own).items() if size}
+    return found
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of modules that are in no other list and not empty, by full name, in order."""
+    lists: dict[str, nn.ModuleList] = {}
     outer = "\0"
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        if name.startswith(f"{outer}."):  # a block's own list, of experts
-            continue
-        outer = name
-        if longest is None or len(module) > len(longest[1]):
-            longest = (name, module)
-    if longest is None:
-        raise ModelError(f"{type(model).__name__} has no list of decoder blocks that calibration can run one by one")
-    return {f"{longest[0]}.{index}": block for index, block in enumerate(longest[1])}
+        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(f"{outer}."):
+            lists[name], outer = module, name
+    return lists
+
+
+def _layers_by_config(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if isinstance(config, PretrainedConfig) else None
+    return getattr(text, "num_hidden_layers", None)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

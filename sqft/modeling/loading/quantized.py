@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_config, gptq_settings, write_gptq_config
 from sqft.checkpoints.model_spec import ModelSpec
@@ -22,7 +22,7 @@ from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.transformers_io import quiet_transformers, save_settings
+from sqft.modeling.loading.transformers_io import quiet_transformers, save_settings, stock_class
 from sqft.types import Grid, Quantized
 
 
@@ -149,7 +149,7 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     with quiet_transformers(), init_empty_weights():  # no memory for floats that are not stored
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         del config.quantization_config
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+        made = stock_class(config).from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
         model: PreTrainedModel = as_linears(made)
     _check_head(model, stored)
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from sqft.checkpoints.model_spec import ModelSpec
@@ -52,14 +62,34 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
     """
     try:
         with silent_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(**_where(spec), trust_remote_code=spec.trust_remote_code)
+            config = _config(spec)
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
-            return as_linears(AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code))
+            made = stock_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
+            return as_linears(made)
     except Exception as error:  # transformers' own checks of a config raise anything
         raise ModelError(
             f"transformers cannot make a causal language model of {spec.path}: {_first_sentence(error)}"
         ) from error
+
+
+def stock_class(config: PretrainedConfig) -> Any:
+    """Return the auto class of transformers that makes the model which a config's `architectures` name.
+
+    That is the class with its towers for images, video or sound where the folder has such a model, and otherwise the
+    causal language model.
+    """
+    kind, causal = type(config), AutoModelForCausalLM
+    if config.is_encoder_decoder or kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return causal
+    # A folder that names neither class is loaded as it would be without towers, where there is such a class.
+    named = MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__ in (config.architectures or ())
+    return AutoModelForMultimodalLM if named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else causal
+
+
+def _config(spec: ModelSpec) -> PretrainedConfig:
+    config: PretrainedConfig = AutoConfig.from_pretrained(**_where(spec), trust_remote_code=spec.trust_remote_code)
+    return config
 
 
 def _where(spec: ModelSpec) -> dict[str, Any]:
@@ -89,7 +119,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         with silent_transformers():
             tokenizer = _tokenizer(spec)
             what = str(path)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = stock_class(_config(spec)).from_pretrained(
                 **_where(spec),
                 dtype=getattr(torch, spec.dtype) if spec.dtype else "auto",
                 trust_remote_code=spec.trust_remote_code,

@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from multimodal_models import FAMILIES, gemma4
 from torch import nn
-from transformers import AutoModelForCausalLM, JambaConfig, JetMoeConfig, MixtralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    JambaConfig,
+    JetMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
 from sqft.errors import ModelError
 from sqft.kernels.grids import fit_grid
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
-from sqft.modeling.architecture.blocks import all_linears, decoder_blocks, linears, shape_of
+from sqft.modeling.architecture.blocks import all_linears, decoder_blocks, linears, shape_of, text_model, towers
 from sqft.modeling.architecture.linears import as_linears
 from sqft.types import Grid, LinearShape, Quantized
 
@@ -72,3 +81,34 @@ def test_layers_of_codes_are_linear_layers_too() -> None:
     model = nn.ModuleDict({"h": nn.ModuleList([block])})
     assert set(all_linears(model)) == {"h.0.floats", "h.0.codes"} and set(linears(model)) == {"h.0.floats"}
     assert shape_of("x", block.codes) == LinearShape("x", 8, 16)
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)
+    return model
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Gemma3n"])
+def test_blocks_of_the_text_model_in_a_wrapper(family: str) -> None:
+    model = skeleton(FAMILIES[family]())
+    blocks, text = decoder_blocks(model), text_model(model)
+    assert text is not None and set(blocks.values()) <= set(text.modules())
+    assert len(blocks) == model.config.get_text_config().num_hidden_layers == 2
+    outside, everything = towers(model), sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    inner = {id(p): p.numel() for part in (text, head) for p in part.parameters()}
+    assert sum(outside.values()) == everything - sum(inner.values()) > 0
+    assert all(not name.startswith(tower) for name in linears(model) for tower in outside)
+
+
+def test_what_is_outside_the_text_model() -> None:
+    assert towers(skeleton(FAMILIES["Gemma3"]())) == {"model.vision_tower": 18400, "model.multi_modal_projector": 528}
+    assert towers(make(LlamaConfig(vocab_size=99, num_hidden_layers=2, **SIZES))) == {}
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5])
+def test_towers_deeper_than_the_text_model_are_no_decoder(layers: int) -> None:
+    model = skeleton(gemma4(layers))
+    assert len(model.model.vision_tower.encoder.layers) == 3
+    assert list(decoder_blocks(model)) == [f"model.language_model.layers.{index}" for index in range(layers)]

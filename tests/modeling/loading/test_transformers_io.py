@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from multimodal_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import Transposed
 from sqft.modeling.loading import load_model, load_skeleton, load_tokenizer
-from sqft.modeling.loading.transformers_io import quiet_transformers, save_model, silent_transformers
+from sqft.modeling.loading.transformers_io import quiet_transformers, save_model, silent_transformers, stock_class
 
 
 @pytest.fixture
@@ -168,3 +170,20 @@ def test_silence_takes_standard_error_too(capsys: pytest.CaptureFixture[str]) ->
         print("a bar", file=sys.stderr)
     print("a message", file=sys.stderr)
     assert capsys.readouterr().err == "a message\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_class_with_towers_where_the_folder_names_it(family: str) -> None:
+    config = FAMILIES[family]()
+    config.architectures = [f"{family}ForConditionalGeneration"]
+    assert stock_class(config)._model_mapping[type(config)].__name__ == f"{family}ForConditionalGeneration"
+
+
+def test_the_causal_class_elsewhere() -> None:
+    config = FAMILIES["Qwen3_5"]()
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    assert stock_class(config)._model_mapping[type(config)].__name__ == "Qwen3_5ForCausalLM"
+    for causal in (transformers.LlamaConfig(), transformers.Gemma3TextConfig(), transformers.T5Config()):
+        assert stock_class(causal) is transformers.AutoModelForCausalLM
+    no_causal_class = FAMILIES["Qwen3VL"]()
+    assert stock_class(no_causal_class) is transformers.AutoModelForMultimodalLM
