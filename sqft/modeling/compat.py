@@ -5,13 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
@@ -43,3 +51,36 @@ def gate_of(fused: Any) -> Callable[[Tensor], Tensor]:
     """Return what a mixture's experts do with the outputs of gate and up, [tokens, 2 · inner] → [tokens, inner]."""
     gate: Callable[[Tensor], Tensor] = fused._apply_gate
     return gate
+
+
+def weight_conversions(model: PreTrainedModel) -> list[Any]:
+    """Return how transformers turns the tensors of this model's checkpoints into those of its modules, in order."""
+    conversions: list[Any] = get_model_conversion_mapping(model)
+    return conversions
+
+
+def keep_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
+    """Make `reverted`, and transformers' `save_pretrained`, undo these conversions of a model."""
+    model._weight_conversions = conversions
+
+
+def converted_name(model: PreTrainedModel, conversions: list[Any], name: str, state: Mapping[str, Tensor]) -> str:
+    """Return the name of the module's tensor that a checkpoint's tensor becomes, or part of.
+
+    Args:
+        model: gives the prefix that checkpoints may leave out.
+        conversions: those that match are marked as used.
+        name: in the checkpoint.
+        state: the model's tensors as transformers names them.
+    """
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    prefix = model.base_model_prefix
+    renamed: str = rename_source_key(name, renamings, converters, prefix, state)[0]
+    return rename_source_key(name, [], [], prefix, state)[0] if renamed not in state and name in state else renamed
+
+
+def reverted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a model's modules as transformers would store them: named, split and laid out as on disk."""
+    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return stored

@@ -10,6 +10,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sqft.modeling import compat
 
 
+def tiny_mixtral() -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+
+
 def test_fake_tensors_run_without_values() -> None:
     """When this fails: torch moved FakeTensorMode. Look for `fake_tensor` in torch's sources, and correct the import in
     `sqft.modeling.compat`; without it, let `fake_tensors` raise, and the dry run of calibration is passed over."""
@@ -50,11 +57,7 @@ def test_ddp_leaves_alone_what_it_is_told() -> None:
 def test_the_gate_of_fused_experts() -> None:
     """When this fails: transformers renamed `_apply_gate` of its fused experts (integrations/moe.py). Correct
     `gate_of`; what is expected is act(gate) · up of the two halves."""
-    config = MixtralConfig(
-        vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    (fused,) = (m for m in MixtralForCausalLM(config).modules() if type(m).__name__ == "MixtralExperts")
+    (fused,) = (m for m in MixtralForCausalLM(tiny_mixtral()).modules() if type(m).__name__ == "MixtralExperts")
     both = torch.randn(5, 12)
     gate, up = both.chunk(2, -1)
     torch.testing.assert_close(compat.gate_of(fused)(both), F.silu(gate) * up)
@@ -70,3 +73,20 @@ def test_only_compat_names_them() -> None:
     for file in sorted(Path(sqft.modeling.__path__[0]).rglob("*.py")):
         if file.name != "compat.py":
             assert not [name for name in private if name in file.read_text("utf-8")], file
+
+
+def test_conversions_of_a_checkpoint_go_both_ways() -> None:
+    """When this fails: transformers moved how it renames tensors (conversion_mapping.py and core_model_loading.py).
+    Correct `weight_conversions`, `converted_name`, `keep_conversions` and `reverted`: what `from_pretrained` does to
+    the names of a checkpoint, and `save_pretrained` undoes. Without them sqft can compare no header with modules."""
+    with torch.device("meta"):
+        model = MixtralForCausalLM(tiny_mixtral())
+    conversions, state = compat.weight_conversions(model), model.state_dict()
+    stored = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+    assert compat.converted_name(model, conversions, stored, state) == "model.layers.0.mlp.experts.gate_up_proj"
+    assert compat.converted_name(model, conversions, "norm.weight", state) == "model.norm.weight"
+    assert any(one.was_used() for one in conversions)
+    fused = {"model.layers.0.mlp.experts.gate_up_proj": torch.arange(24.0).reshape(2, 6, 2)}
+    assert compat.reverted(model, fused)[stored].equal(fused["model.layers.0.mlp.experts.gate_up_proj"][1, 3:])
+    compat.keep_conversions(model, [])
+    assert compat.reverted(model, fused) == fused

@@ -7,7 +7,7 @@ headers: `TRANSPOSED` there faces `Transposed` here, and `_is_plain_mixture` its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -84,14 +84,14 @@ def as_linears(model: M) -> M:
     return model
 
 
-def as_stored(model: nn.Module, fused: bool = True) -> dict[str, Tensor]:
-    """Return the state dict of a model as transformers has its layers; unless `fused`, experts stay apart, as
-    checkpoints of codes have them."""
-    state: dict[str, Tensor] = model.state_dict()
+def as_stored(model: nn.Module, fused: bool = True, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the state dict of a model, or `state` (part of one) in its place, as transformers has its layers; unless
+    `fused`, experts stay apart, as checkpoints of codes have them."""
+    state = dict(model.state_dict() if state is None else state)
     for name, module in model.named_modules():
-        if isinstance(module, Transposed):
+        if isinstance(module, Transposed) and f"{name}.weight" in state:
             state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
-        elif isinstance(module, Experts) and fused:
+        elif isinstance(module, Experts) and fused and f"{name}.0.down_proj.weight" in state:
             for tensor, layers in LAYERS_IN_FUSED.items():
                 parts = [
                     [state.pop(f"{name}.{index}.{layer}.weight") for layer in layers] for index in range(len(module))
