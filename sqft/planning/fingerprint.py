@@ -51,7 +51,9 @@ EVERY_STAGE = (
 
 COMPRESS = (
     "components/checks",
+    "modeling/calibration/block_runs",
     "modeling/calibration/capture",
+    "modeling/calibration/dry_run",
     "modeling/calibration/statistics",
     "modeling/calibration/walk",
     "stages/compress",

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.components import checks
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.calibration.dry_run import how_to_walk
 from sqft.modeling.calibration.walk import walk
+from sqft.modeling.loading import load_skeleton
 from sqft.recipe.sections import Quantize, Sparsify
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
@@ -98,5 +100,6 @@ def run_calibration(
             compress(name, linear, LinearStats(tokens=0))
         return 0
     windows = inputs.data.calibration(tokenizer)
-    walk(model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential)
+    way = how_to_walk(load_skeleton(inputs.data.plan.model_spec)).way
+    walk(model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
     return windows.numel()

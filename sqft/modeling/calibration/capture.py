@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,19 +74,32 @@ def _probe(
     """
     outputs: list[Any] = []
     inputs: list[Call] = []
+    states: list[list[Tensor]] = []  # the tensors in a call, when it begins
+    kind = type(model).__name__
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args, kwargs))
+        states.append(tensors_in([args, kwargs]))
+
+    def end(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
+        outputs.append(output)
+        after = tensors_in(list(inputs[-1]))
+        if len(after) != len(states[-1]) or any(map(operator.is_not, after, states[-1])):
+            raise ModelError(
+                f"{kind}'s blocks leave tensors for later ones in what they are given, so calibration cannot run them "
+                "one by one"
+            )
+
     # 1. Record the real arguments and outputs of every block.
     hooks = []
     for block in blocks.values():
-        hooks.append(
-            block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
-        )
-        hooks.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
+        hooks.append(block.register_forward_pre_hook(begin, with_kwargs=True))
+        hooks.append(block.register_forward_hook(end, with_kwargs=True))
     try:
         forward(model, window)
     finally:
         for hook in hooks:
             hook.remove()
-    kind = type(model).__name__
     # 2. The hidden states are the argument that is the output of the block before, in every block.
     if len(outputs) != len(blocks):
         raise ModelError(
@@ -110,10 +124,10 @@ def _probe(
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return [tensor for each in inner for tensor in tensors_in(each)]
 
 

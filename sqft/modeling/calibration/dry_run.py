@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqft.errors import ModelError, StageError
-from sqft.modeling.architecture.blocks import decoder_blocks
+from sqft.errors import StageError
+from sqft.modeling.architecture.blocks import decoder_blocks, linears
 from sqft.modeling.architecture.linears import Expert, Experts, unsplittable_mixtures
 from sqft.modeling.calibration.capture import capture, forward, run_block
 from sqft.modeling.compat import fake_tensors
@@ -24,32 +26,49 @@ SHOWN = 5
 """Layers that a message names."""
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How calibration runs a model: `way` is "blocks" (each by itself) or "model" (the whole model for each block);
+    `reason` says why the second. `unseen` are linear layers of the blocks that it does not see, as they are not
+    called."""
+
+    way: str
+    reason: str = ""
+    unseen: tuple[str, ...] = ()
+
+
+def how_to_walk(model: PreTrainedModel) -> Walk:
+    """Return how calibration runs a model on the meta device, and what it would not see.
+
+    A model that runs only with values (an operation's shape depends on them) is run as a whole, and all of its layers
+    count as seen, as nothing can be known about it.
+    """
+    names = linears(model)
+    experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
+    with _fake_values(model) as windows:
+        way, reason = "blocks", ""
+        try:
+            seen = _seen_in_blocks(model, windows)
+        except Exception as error:
+            way, reason = "model", str(error).partition("\n")[0]
+            try:
+                seen = _run_in(model, lambda: forward(model, windows))
+            except Exception:  # an operation whose result's shape depends on values
+                return Walk("model", "what its blocks compute depends on numbers, so a dry run cannot follow it")
+    return Walk(
+        way, reason, tuple(name for name in names if name not in seen and name.rpartition(".")[0] not in experts)
+    )
+
+
 def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
     """Check that calibration would see every chosen layer of a model on the meta device.
 
-    `chosen` maps names of layers to the path in the recipe that chooses them. A model that runs only with values (an
-    operation's shape depends on them) passes, as nothing can be known about it. The model must not be used afterwards:
-    hooks stay registered.
+    `chosen` maps names of layers to the path in the recipe that chooses them.
 
     Raises:
-        ModelError: saying why the blocks cannot be walked.
         StageError: naming layers that the walk would not see.
     """
-    with _fake_values(model) as windows:
-        try:
-            seen = _seen(model, windows)
-        except ModelError:
-            raise
-        except Exception as error:
-            try:
-                forward(model, windows)
-            except Exception:  # an operation whose result's shape depends on values: the model as such cannot be run
-                return
-            reason = str(error).partition("\n")[0]
-            raise ModelError(f"{type(model).__name__}'s blocks cannot be run one by one: {reason}") from error
-    experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
-    unseen = [name for name in chosen if name not in seen and name.rpartition(".")[0] not in experts]
-    if unseen:
+    if unseen := [name for name in how_to_walk(model).unseen if name in chosen]:
         head = (
             "calibration measures what a layer is given; these are not called, as their blocks read the weight itself:"
         )
@@ -63,24 +82,22 @@ def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
 
     For a model that runs only with values, return none, as nothing can be known about it.
     """
-    ran = set[str]()
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name in names]
     try:
         with _fake_values(model) as windows:
-            forward(model, windows)
+            ran = _run_in(model, lambda: forward(model, windows))
     except Exception:  # an operation whose result's shape depends on values
         return []
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [name for name in names if name not in ran]
 
 
-def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
+def _seen_in_blocks(model: PreTrainedModel, windows: Tensor) -> set[str]:
     """Return the names of the layers that run when each block is replayed by itself.
 
     Blocks of one class with the same parameters are alike: two of them run, one is replayed, and the answer holds for
     all.
+
+    Raises:
+        ModelError: when the blocks cannot be replayed.
     """
     blocks = decoder_blocks(model)
     # 1. Group blocks that are alike; from the third on, a block gives back what the first gave.
@@ -88,33 +105,51 @@ def _seen(model: PreTrainedModel, windows: Tensor) -> set[str]:
     for name, block in blocks.items():
         shapes = tuple((inner, tuple(parameter.shape)) for inner, parameter in block.named_parameters())
         kinds.setdefault((type(block), shapes), []).append(name)
-    for first, _, *others in (names for names in kinds.values() if len(names) > 2):
-        for name in others:
-            blocks[name].forward = _ReplayedBlock(blocks[first])
+    seen, hooks = set[str](), []
+    try:
+        for first, _, *others in (names for names in kinds.values() if len(names) > 2):
+            output = _Output()
+            hooks.append(blocks[first].register_forward_hook(output.keep))
+            for name in others:
+                blocks[name].forward = output
+        calls, (state,), slot = capture(model, blocks, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block in blocks.values():
+            vars(block).pop("forward", None)
     # 2. Replay the first block of each kind, and note what runs in it.
-    calls, (state,), slot = capture(model, blocks, windows)
-    seen: set[str] = set()
     for names in kinds.values():
-        block, ran = blocks[names[0]], set[nn.Module]()
-        for module in block.modules():
-            module.register_forward_pre_hook(lambda module, _, ran=ran: ran.add(module))
-        run_block(block, calls[names[0]][0], slot, state, "meta")
-        inside = [inner for inner, module in block.named_modules() if module in ran]
+        block, (call, *_) = blocks[names[0]], calls[names[0]]
+        inside = _run_in(block, partial(run_block, block, call, slot, state, "meta"))
         seen |= {f"{name}.{inner}" for name in names for inner in inside}
     return seen
 
 
-class _ReplayedBlock:
-    """A block's forward that gives back the output of another block that is alike, as new hidden states."""
+def _run_in(module: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Return the names of the modules inside a module that run when `run` is called."""
+    ran: set[nn.Module] = set()
+    hooks = [inner.register_forward_pre_hook(lambda inner, _: ran.add(inner)) for inner in module.modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, inner in module.named_modules(remove_duplicate=False) if inner in ran}
 
-    def __init__(self, block: nn.Module) -> None:
-        self.output: Any = None
-        block.register_forward_hook(lambda _, __, output: setattr(self, "output", output))
+
+class _Output:
+    """What a block gave, and the forward of blocks that are alike: it gives that again, as new hidden states."""
+
+    kept: Any = None
+
+    def keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.kept = output
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        if isinstance(self.output, tuple):
-            return (torch.empty_like(self.output[0]), *self.output[1:])
-        return torch.empty_like(self.output)
+        if isinstance(self.kept, tuple):
+            return (torch.empty_like(self.kept[0]), *self.kept[1:])
+        return torch.empty_like(self.kept)
 
 
 @contextmanager

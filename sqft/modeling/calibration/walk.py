@@ -1,9 +1,11 @@
 """The calibration walk: block after block, each seeing the outputs of the already compressed ones.
 
-A block's call is captured complete, (args, kwargs), and replayed; no argument is named. One real
-forward shows which of them carries the hidden states: the one that *is* the output of the block before.
-On an accelerator one block at a time lives there, with one window's activations; the captured
-hidden states of all windows stay on the CPU, in the model's precision.
+There are two ways to run a block, and both give its layers the same inputs (`dry_run.how_to_walk` chooses):
+
+- "blocks": each block by itself (`block_runs.replayed`). Each window is computed about twice, and an accelerator holds
+  one block at a time.
+- "model": the model from its start up to the block (`block_runs.in_model`). It works for any model, costs about half as
+  many passes as the model has blocks, and an accelerator must hold the model as a whole.
 """
 
 from __future__ import annotations
@@ -11,17 +13,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import Expert, route_all_tokens
-from sqft.modeling.calibration.capture import Call, Slot, capture, run_block
+from sqft.modeling.calibration.block_runs import RUNS, BlockRun
 from sqft.modeling.calibration.statistics import InputStatistics
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic
 from sqft.utils.progress import Track
@@ -38,90 +38,60 @@ def walk(
     device: str,
     track: Track,
     sequential: bool = False,
+    way: str = "blocks",
 ) -> None:
     """Feed windows of text through the model, and call `compress` for each chosen linear layer.
 
-    After `compress` has changed a block's weights, the block is run again, so that later blocks see its new outputs.
+    After `compress` has changed a block's weights, later blocks see what comes of them.
 
     Args:
-        model: on the CPU, and it stays there.
+        model: on the CPU, where it also ends.
         windows: token ids [samples, length].
         chosen: full names of linear layers.
         needs: the statistics that `compress` gets of each layer's inputs.
         compress: called with a layer's name, the layer, and its statistics; it may change the weight in place.
-        device: where one block at a time is run.
+        device: where one block at a time is run, or the model as a whole.
         track: shows progress.
         sequential: later layers of the same block see new outputs too: the block is run again for each set of layers
             that share an input. The experts of a mixture count as one layer in this.
+        way: "blocks" or "model", as `how_to_walk` says of the model.
 
     Raises:
-        ModelError: when the blocks cannot be replayed.
-        StageError: when an activation is not finite.
+        ModelError: when the way is "blocks" and the blocks cannot be replayed.
+        StageError: when an activation is not finite, or no token reaches a layer.
     """
     blocks = decoder_blocks(model)
-    calls, hidden, slot = capture(model, blocks, windows)
-    for name, block in track(blocks.items(), "calibrating", len(blocks)):
-        block.to(device)
-        replay = BlockReplay(block, calls.pop(name), hidden, slot, device)
+    for name, run in track(RUNS[way](model, blocks, windows, device), "calibrating", len(blocks)):
         layers = {
             f"{name}.{inner}": module
-            for inner, module in block.named_modules()
+            for inner, module in run.block.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen
         }
         groups = [layers] if layers else []
         if sequential and layers:
-            experts = {f"{name}.{inner}" for inner, module in block.named_modules() if isinstance(module, Expert)}
-            groups = list(_within(HESSIAN_BYTES, _by_input(layers, experts, partial(replay.window, 0))))
+            experts = {f"{name}.{inner}" for inner, module in run.block.named_modules() if isinstance(module, Expert)}
+            groups = list(_within(HESSIAN_BYTES, _by_input(layers, experts, partial(run, 0))))
         for group in groups:
-            observed = replay.observe(group, needs)
+            observed = _observe(run, group, needs)
             if unreached := {layer: linear for layer, linear in group.items() if not observed[layer].tokens}:
-                with route_all_tokens(block):
-                    observed |= replay.observe(unreached, needs)
+                with route_all_tokens(run.block):
+                    observed |= _observe(run, unreached, needs)
                 log.warning("no token is routed to %s; measured on every token instead", ", ".join(unreached))
             for layer, linear in group.items():
                 compress(layer, linear, replace(observed[layer].result(layer), unreached=layer in unreached))
-        replay.advance()
-        block.to("cpu")
 
 
-@dataclass(frozen=True)
-class BlockReplay:
-    """One block, and how each window of text enters it: its calls, and the hidden states to put into their slot."""
+def _observe(run: BlockRun, layers: Mapping[str, nn.Linear], needs: frozenset[Statistic]) -> dict[str, InputStatistics]:
+    """Run a block on all windows; return the statistics of what these layers are given."""
+    observed = {name: InputStatistics(needs) for name in layers}
 
-    block: nn.Module
-    calls: list[Call]
-    hidden: list[Tensor]  # each [1, length, hidden size], on the CPU
-    slot: Slot
-    device: str
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args: observed[name].add(args[0])
 
-    @torch.no_grad()
-    def window(self, index: int) -> Tensor:
-        """Run the block on one window; return its output, on the CPU.
-
-        Raises:
-            StageError: when the output is not finite.
-        """
-        result = run_block(self.block, self.calls[index], self.slot, self.hidden[index], self.device).to("cpu")
-        if not result.isfinite().all():
-            raise StageError("calibration met activations that are not finite; use float32 or other calibration text")
-        return result
-
-    def observe(self, layers: Mapping[str, nn.Linear], needs: frozenset[Statistic]) -> dict[str, InputStatistics]:
-        """Run the block on all windows; return the statistics of what these layers are given."""
-        observed = {name: InputStatistics(needs) for name in layers}
-
-        def hook(name: str) -> Callable[..., None]:
-            return lambda _, args: observed[name].add(args[0])
-
-        with _hooked(layers, hook):
-            for index in range(len(self.calls)):
-                self.window(index)
-        return observed
-
-    def advance(self) -> None:
-        """Replace the hidden states by the block's outputs, one window at a time: they enter the next block."""
-        for index in range(len(self.calls)):
-            self.hidden[index] = self.window(index)
+    with _hooked(layers, hook):
+        for index in range(run.windows):
+            run(index)
+    return observed
 
 
 def _by_input(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sqft.errors import ModelError, StageError
 from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.calibration.dry_run import check_walk
+from sqft.modeling.calibration.dry_run import check_walk, how_to_walk
 from sqft.modeling.calibration.walk import walk
 from sqft.types import Statistic
 from sqft.utils.progress import silent
@@ -61,14 +61,20 @@ def only_hidden(x: Tensor, _: Tensor) -> tuple[Any, ...]:
         (only_hidden, 2, "runs its 3 blocks 6 times"),
     ],
 )
-def test_why_blocks_cannot_be_walked(between: Any, times: int, words: str) -> None:
+def test_blocks_that_cannot_be_walked_one_by_one(between: Any, times: int, words: str) -> None:
+    """The dry run says why, calibration would say the same, and the model is walked as a whole."""
     with torch.device("meta"):
-        model: Any = Model(between, times)
+        found = how_to_walk(Model(between, times))  # type: ignore[arg-type]
+    assert found.way == "model" and words in found.reason
+    assert found.unseen == ("layers.0.other", "layers.1.other", "layers.2.other")
+    model: Any = Model(between, times)
+    windows, seen = torch.arange(8)[None], list[str]()
     with pytest.raises(ModelError, match=words):
-        check_walk(model, {})
-    model = Model(between, times)  # and calibration says the same
-    with pytest.raises(ModelError, match=words):
-        walk(model, torch.zeros(1, 8, dtype=torch.long), set(), frozenset(), lambda *_: None, "cpu", silent)
+        walk(model, windows, set(), frozenset(), lambda *_: None, "cpu", silent)
+    ones = {f"layers.{index}.one" for index in range(3)}
+    norm = frozenset({Statistic.INPUT_NORM})
+    walk(model, windows, ones, norm, lambda name, *_: seen.append(name), "cpu", silent, way=found.way)
+    assert seen == sorted(ones)
 
 
 def test_a_layer_whose_weight_is_read_is_named_with_its_place() -> None:
@@ -79,10 +85,21 @@ def test_a_layer_whose_weight_is_read_is_named_with_its_place() -> None:
         check_walk(model, dict.fromkeys(linears(model), "quantize.include"))
 
 
-def test_what_hangs_on_numbers_is_left_to_the_run() -> None:
+def test_what_hangs_on_numbers_is_run_as_a_whole() -> None:
     with torch.device("meta"):
         model: Any = Model(lambda x, _: (x[x > 0][None, :4],))
+    found = how_to_walk(model)
+    assert found.way == "model" and "depends on numbers" in found.reason and not found.unseen
     check_walk(model, {"layers.0.other": "sparsify.include"})
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    with torch.device("meta"):
+        model: Any = Model(only_hidden)
+    for _ in range(2):
+        assert how_to_walk(model).way == "blocks"
+    for module in model.modules():
+        assert "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def test_blocks_that_give_more_than_hidden_states_are_walked() -> None:

@@ -25,6 +25,7 @@ from sqft.data.windows import calibration_windows
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, linears
 from sqft.modeling.architecture.linears import as_linears
+from sqft.modeling.calibration import block_runs
 from sqft.modeling.calibration import walk as calibrate
 from sqft.modeling.calibration.walk import walk
 from sqft.types import Statistic
@@ -89,9 +90,9 @@ def mixture(experts: int) -> Any:
 
 def test_a_mixture_is_run_as_often_whatever_the_number_of_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values; output; gate and up; down; and once to see their sets, once for what comes out."""
-    run, windows = calibrate.run_block, torch.randint(2, 90, (3, 64))
+    run, windows = block_runs.run_block, torch.randint(2, 90, (3, 64))
     runs: list[nn.Module] = []
-    monkeypatch.setattr(calibrate, "run_block", lambda block, *given: runs.append(block) or run(block, *given))
+    monkeypatch.setattr(block_runs, "run_block", lambda block, *given: runs.append(block) or run(block, *given))
     for experts in (3, 8):
         runs.clear()
         halved(mixture(experts), windows, sequential=True)
