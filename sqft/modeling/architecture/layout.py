@@ -7,6 +7,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
 from sqft.modeling.architecture.linears import Expert, unsplittable_mixtures
 from sqft.modeling.architecture.names import CheckpointNames
+from sqft.modeling.calibration.dry_run import how_to_walk, uncalled
 from sqft.modeling.loading import load_skeleton
 
 
@@ -17,16 +18,21 @@ def describe(spec: ModelSpec) -> ModelLayout:
         ModelError: when transformers cannot make a model of its config, or it has no decoder blocks.
     """
     model = load_skeleton(spec)
-    layers, names = linears(model), CheckpointNames(model)
+    layers, names, walk = linears(model), CheckpointNames(model), how_to_walk(model)
+    experts = tuple(name for name, module in model.named_modules() if isinstance(module, Expert))
     return ModelLayout(
         architecture=type(model).__name__,
         linears=tuple(shape_of(name, layer) for name, layer in layers.items()),
         blocks=tuple(decoder_blocks(model)),
-        experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
+        experts=experts,
         left_out=tuple(
             LeftOut(name, weights, "a mixture of experts that cannot be split")
             for name, weights in unsplittable_mixtures(model).items()
         ),
+        walk=walk.way,
+        walk_reason=walk.reason,
+        unseen=walk.unseen,
+        uncalled=tuple(uncalled(model, [name for name in layers if name.rpartition(".")[0] not in experts])),
         checkpoint_names={n: names.layers[n] for n in layers if names.layers.get(n, n) != n},
         unnamed={n: why for n, why in names.unnamed.items() if n in layers},
     )

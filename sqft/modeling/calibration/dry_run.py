@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,16 @@ SHOWN = 5
 """Layers that a message names."""
 
 
+Way = Literal["blocks", "model"]
+
+
 @dataclass(frozen=True)
 class Walk:
     """How calibration runs a model: `way` is "blocks" (each by itself) or "model" (the whole model for each block);
     `reason` says why the second. `unseen` are linear layers of the blocks that it does not see, as they are not
     called."""
 
-    way: str
+    way: Way
     reason: str = ""
     unseen: tuple[str, ...] = ()
 
@@ -45,19 +48,23 @@ def how_to_walk(model: PreTrainedModel) -> Walk:
     """
     names = linears(model)
     experts = {name for name, module in model.named_modules() if isinstance(module, Expert)}
+    way: Way = "blocks"
+    reason = ""
     with _fake_values(model) as windows:
-        way, reason = "blocks", ""
         try:
             seen = _seen_in_blocks(model, windows)
         except Exception as error:
-            way, reason = "model", str(error).partition("\n")[0]
+            way, reason = "model", _first_line(error)
             try:
                 seen = _run_in(model, lambda: forward(model, windows))
-            except Exception:  # an operation whose result's shape depends on values
-                return Walk("model", "what its blocks compute depends on numbers, so a dry run cannot follow it")
-    return Walk(
-        way, reason, tuple(name for name in names if name not in seen and name.rpartition(".")[0] not in experts)
-    )
+            except Exception as error:  # an operation whose result's shape depends on values
+                return Walk(way, f"it cannot be run without numbers: {_first_line(error)}")
+    unseen = (name for name in names if name not in seen and name.rpartition(".")[0] not in experts)
+    return Walk(way, reason, tuple(unseen))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
