@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,10 +48,34 @@ def keep_out_of_ddp(module: nn.Module, names: Iterable[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
-def gate_of(fused: Any) -> Callable[[Tensor], Tensor]:
-    """Return what a mixture's experts do with the outputs of gate and up, [tokens, 2 · inner] → [tokens, inner]."""
-    gate: Callable[[Tensor], Tensor] = fused._apply_gate
-    return gate
+@dataclass(frozen=True)
+class ExpertTraits:
+    """What transformers says of a mixture that keeps the weights of all experts in one tensor.
+
+    Args:
+        gated: whether experts have a gate, in one tensor with "up".
+        transposed: whether weights are [experts, in, out] instead of [experts, out, in].
+        interleaved: whether the outputs of gate and up alternate.
+        biased: whether experts have biases.
+    """
+
+    gated: bool
+    transposed: bool
+    interleaved: bool
+    biased: bool
+
+
+def traits_of_experts(fused: Any) -> ExpertTraits | None:
+    """Return what transformers says of a mixture's form; None when it says nothing."""
+    if not hasattr(fused, "has_gate"):
+        return None
+    return ExpertTraits(fused.has_gate, fused.is_transposed, not fused.is_concatenated, fused.has_bias)
+
+
+def apply_gate_of(fused: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what a mixture's experts do with the outputs of gate and up, [tokens, 2 · inner] → [tokens, inner]; None
+    when the mixture does not say."""
+    return getattr(fused, "_apply_gate", None)
 
 
 def weight_conversions(model: PreTrainedModel) -> list[Any]:

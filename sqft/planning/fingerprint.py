@@ -36,6 +36,7 @@ EVERY_STAGE = (
     "modeling/adapters/frozen_weight",
     "modeling/architecture/__init__",
     "modeling/architecture/blocks",
+    "modeling/architecture/experts",
     "modeling/architecture/linears",
     "modeling/compat",
     "modeling/loading/__init__",

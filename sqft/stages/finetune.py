@@ -25,7 +25,7 @@ from sqft.kernels.checksums import bit_sum
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.effective_weight import combine_rows
 from sqft.modeling.adapters.saving import store_deltas
-from sqft.modeling.architecture.linears import Expert
+from sqft.modeling.architecture.experts import Expert
 from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete, resume
 from sqft.modeling.training.loss import CompletionLoss, sees_across
 from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from sqft.components.kinds import Allocator, Merger, Quantizer, Scorer
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears, shape_of
-from sqft.modeling.architecture.linears import Expert, unsplittable_mixtures
+from sqft.modeling.architecture.experts import Expert
+from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.calibration.dry_run import check_walk, uncalled
 from sqft.modeling.loading import load_skeleton, load_tokenizer
 from sqft.modeling.loading.transformers_io import check_vocabulary, quiet_transformers

@@ -46,7 +46,7 @@ class QuantizeStage:
         layers = chosen_layers(model, "quantize", self.inputs.section(Quantize))
         self.others = {
             name: sha256(tensor)
-            for name, tensor in as_stored(model, fused=False).items()
+            for name, tensor in as_stored(model, codes=layers).items()
             if name.removesuffix(".weight") not in layers
         }
         self.masks = {name: sha256(pack_mask(linear.weight != 0)) for name, linear in layers.items()}

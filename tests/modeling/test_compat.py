@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from sqft.modeling import compat
 
@@ -54,13 +56,20 @@ def test_ddp_leaves_alone_what_it_is_told() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_the_gate_of_fused_experts() -> None:
-    """When this fails: transformers renamed `_apply_gate` of its fused experts (integrations/moe.py). Correct
-    `gate_of`; what is expected is act(gate) · up of the two halves."""
-    (fused,) = (m for m in MixtralForCausalLM(tiny_mixtral()).modules() if type(m).__name__ == "MixtralExperts")
-    both = torch.randn(5, 12)
+def test_what_a_mixture_says_of_itself() -> None:
+    """When this fails: transformers renamed what `use_experts_implementation` (integrations/moe.py) gives its fused
+    experts: `_apply_gate`, `has_gate`, `is_transposed`, `is_concatenated`, `has_bias`. Correct `apply_gate_of` and
+    `traits_of_experts`; the gate is to be act(gate) · up of the two halves."""
+    sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_local_experts": 2}
+    fused = MixtralExperts(MixtralConfig(**sizes))
+    assert compat.traits_of_experts(fused) == compat.ExpertTraits(True, False, False, False)
+    apply_gate, both = compat.apply_gate_of(fused), torch.randn(5, 12)
+    assert apply_gate is not None
     gate, up = both.chunk(2, -1)
-    torch.testing.assert_close(compat.gate_of(fused)(both), F.silu(gate) * up)
+    torch.testing.assert_close(apply_gate(both), F.silu(gate) * up)
+    gpt_oss = GptOssExperts(GptOssConfig(**sizes))
+    assert compat.traits_of_experts(gpt_oss) == compat.ExpertTraits(True, True, True, True)
+    assert compat.traits_of_experts(nn.Linear(2, 2)) is None and compat.apply_gate_of(nn.Linear(2, 2)) is None
 
 
 def test_only_compat_names_them() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
-from sqft.modeling.architecture.linears import Expert, unsplittable_mixtures
+from sqft.modeling.architecture.experts import Expert
+from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.calibration.dry_run import how_to_walk, uncalled
 from sqft.modeling.loading import load_skeleton

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import decoder_blocks, linears
-from sqft.modeling.architecture.linears import Expert, Experts, unsplittable_mixtures
+from sqft.modeling.architecture.experts import Expert, Experts
+from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.calibration.capture import capture, forward, run_block
 from sqft.modeling.compat import fake_tensors
 

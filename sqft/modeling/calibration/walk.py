@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.architecture.linears import Expert, route_all_tokens
+from sqft.modeling.architecture.experts import Expert, route_all_tokens
 from sqft.modeling.calibration.block_runs import RUNS, BlockRun
 from sqft.modeling.calibration.statistics import InputStatistics
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic

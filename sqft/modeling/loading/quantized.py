@@ -20,7 +20,7 @@ from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored
+from sqft.modeling.architecture.linears import as_linears, as_stored, from_stored
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.transformers_io import quiet_transformers, save_settings, stock_class
 from sqft.types import Grid, Quantized
@@ -45,7 +45,7 @@ def save_quantized(
     """
     tensors: dict[str, Tensor] = {
         name: tensor
-        for name, tensor in as_stored(model, fused=False).items()
+        for name, tensor in as_stored(model, codes=layers).items()
         if name.removesuffix(".weight") not in layers
     }
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # tied ones get their own
@@ -152,11 +152,9 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
         made = stock_class(config).from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
         model: PreTrainedModel = as_linears(made)
     _check_head(model, stored)
+    from_stored(model, state)  # before the codes, which are [out, in] in every family
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
         _put_layer(model, name, stored, state, dtype, packed)
-    for name, module in model.named_modules():
-        if isinstance(module, Transposed) and name not in stored.layers:  # codes are [out, in] in every family
-            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     _load_state(model, state, spec.path)
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel
 
-from sqft.modeling.architecture.linears import Experts, Transposed, as_linears, as_stored, route_all_tokens
+from sqft.modeling.architecture.experts import Experts, route_all_tokens
+from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored
 
 
 def gpt2() -> GPT2Config:
@@ -50,7 +51,7 @@ def test_no_weight_is_copied() -> None:
     model = make(mixtral())
     fused = model.model.layers[0].mlp.experts.gate_up_proj
     place = fused.untyped_storage().data_ptr()
-    expert = as_linears(model).model.layers[0].mlp.experts[3]
+    expert: Any = as_linears(model).get_submodule("model.layers.0.mlp.experts.3")
     assert expert.up_proj.weight.untyped_storage().data_ptr() == place
     assert torch.equal(expert.up_proj.weight, fused[3, 24:])
 
