@@ -308,18 +308,22 @@ def test_an_expert_that_no_token_reaches(
 def test_experts_that_cannot_be_taken_apart_stay_and_are_named(
     registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind = {"head_dim": 8, "num_local_experts": 4, "sliding_window": 16}
     common = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
-    config = transformers.GptOssConfig(**common, **SIZES, **MIXTURE, **kind, pad_token_id=1)
+    attention = {"num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 8}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 16}
+    sizes = {"hidden_size": 32, "ffn_hidden_size": 64, "num_layers": 2, **attention, **heads, **experts}
+    config = transformers.LongcatFlashConfig(**common, **sizes, pad_token_id=1)
     folder = save(config, tokenizer, tmp_path / "model")
     before = load_file(folder / "model.safetensors")
-    finished = run(recipe_of(folder, data, ["q_proj"]), registry, tmp_path / "store")
-    assert "model.layers.1.mlp.experts is left unchanged: its experts (16384 weights)" in caplog.text.replace(
-        str(4 * 32 * 128 + 4 * 64 * 32), "16384"
-    )
+    raw = recipe_of(folder, data, ["o_proj"])
+    raw["sparsify"]["exclude"] = ["*.experts.*"]
+    finished = run(raw, registry, tmp_path / "store")
+    assert f"model.layers.1.mlp.experts is left unchanged: its experts ({(6 * 2 + 4) * 16 * 32} weights)" in caplog.text
     after = load_file(finished["merge"].folder / "model" / "model.safetensors")
-    assert torch.equal(before["model.layers.0.mlp.experts.down_proj"], after["model.layers.0.mlp.experts.down_proj"])
-    assert (after["model.layers.0.self_attn.q_proj.weight"] == 0).float().mean() == 0.5
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert torch.equal(before[name], after[name])
+    assert (after["model.layers.0.self_attn.0.o_proj.weight"] == 0).float().mean() == 0.5
 
 
 @pytest.mark.parametrize(
