@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
-from sqft.utils.text import human_size, markdown_table
+from sqft.utils.text import escaped, human_size, markdown_table
 
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def _row(configuration: str, artifact: Artifact, artifacts: Mapping[str, Artifac
         "stderr": match.get("stderr"),
         "perplexity": measured.get("perplexity", {}).get("perplexity"),
         "tasks": measured.get("tasks", {}),
+        "lm_eval": measured.get("lm_eval"),
+        "answers": [f"{artifact.folder.name}/{name}" for name in artifact.manifest["files"] if name.endswith(".jsonl")],
         "sparsity": measured["sparsity"],
         "trainable": measured.get("trainable"),
         "storage": made.size if made else None,
@@ -84,8 +87,32 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """Return the table as Markdown."""
-    return markdown_table(title(report), *table(report))
+    """Return the table as Markdown, what its numbers hang on, and where the answers are."""
+    lines = settings_of_tasks(report)
+    lines += [
+        f"answers of {row['configuration']}: ../../artifacts/{file}"
+        for row in report["rows"]
+        for file in row["answers"]
+    ]
+    remarks = "".join(f"- {escaped(line)}\n" for line in lines)
+    return markdown_table(title(report), *table(report)) + (f"\n{remarks}" if remarks else "")
+
+
+def settings_of_tasks(report: Mapping[str, Any]) -> list[str]:
+    """Return lines that say how lm-eval was asked, the same for every row: its settings, then each task."""
+    asked = next((row["lm_eval"] for row in report["rows"] if row["lm_eval"]), None)
+    if asked is None:
+        return []
+    given = [
+        f"{name} {json.dumps(value, ensure_ascii=False)}"
+        for name, value in asked.items()
+        if name not in ("lm_eval", "tasks") and value not in (None, {})
+    ]
+    return [f"lm-eval {asked['lm_eval']}: {', '.join(given)}"] + [
+        f"{task}: version {facts['version']}, {facts['num_fewshot']}-shot, {facts['documents']:,} of {facts['of']:,} "
+        "documents"
+        for task, facts in asked["tasks"].items()
+    ]
 
 
 def _text(value: float | None, form: str) -> str:
@@ -96,9 +123,7 @@ def _task(metrics: Mapping[str, float]) -> str:
     """Return a task's metrics by name, each with its standard error if it has one."""
     shown = []
     for name, value in metrics.items():
-        metric, _, way = name.partition(",")  # lm-eval's filter, as in "exact_match,strict-match"
-        if metric.endswith("_stderr"):
-            continue
-        error = metrics.get(f"{metric}_stderr,{way}" if way else f"{metric}_stderr")
-        shown.append(f"{name} {value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+        if not name.endswith("_stderr"):
+            error = metrics.get(f"{name}_stderr")
+            shown.append(f"{name} {value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     return ", ".join(shown) or "–"

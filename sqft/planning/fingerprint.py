@@ -63,7 +63,16 @@ COMPRESS = (
 
 ADAPT = ("components/checks", "modeling/adapters", "stages/adapted", "utils/globs")
 
-MEASURE = ("data/answers", "data/collators", "modeling/evaluation", "modeling/training/loss")
+MEASURE = (
+    "data/answers",
+    "data/collators",
+    "modeling/evaluation/__init__",
+    "modeling/evaluation/generation",
+    "modeling/evaluation/measures",
+    "modeling/training/loss",
+)
+
+TASKS = ("modeling/evaluation/harness", "modeling/evaluation/harness_model")
 
 TRAIN = ("modeling/training/checkpoints", "modeling/training/trainer", "stages/training_arguments")
 
@@ -74,7 +83,7 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
     "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),
     "merge": (*EVERY_STAGE, *ADAPT, "stages/merge"),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
-    "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/evaluate"),
+    "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),
 }
 """The modules and packages of the core that a stage's result depends on: an edit there makes its artifacts anew.
 

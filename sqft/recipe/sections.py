@@ -287,7 +287,7 @@ class Evaluate(Section):
     )
     perplexity: Perplexity | None = Field(None, description="measure how well a text is predicted")
     exact_match: ExactMatch | None = Field(None, description="measure how often the answer is right")
-    tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks")
+    tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks; the fields below are for all of them")
 
     @field_validator("tasks")
     @classmethod
@@ -300,4 +300,31 @@ class Evaluate(Section):
         None, description="folder with task files for lm-eval"
     )
     limit: Count | None = Field(None, description="use only this many documents of each lm-eval task")
-    batch_size: Count = Field(8, description="lm-eval's batch size")
+    batch_size: Count | Literal["auto"] = Field(
+        8, description="lm-eval's batch size; \"auto\": as large as an accelerator's memory allows, 8 on a CPU"
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="examples before each question; null: as many as the task's file says. A task whose file says 0 "
+        "has none",
+    )
+    apply_chat_template: bool | str = Field(
+        False, description="ask through the model's chat template, or through the one of this name if it has several"
+    )
+    fewshot_as_multiturn: bool = Field(
+        True, description="under a chat template, make each example a turn of its own; false: all are in one turn"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description='further arguments of the chat template, such as {"enable_thinking": false}'
+    )
+    system_instruction: str | None = Field(None, description="system turn, or text, that stands before everything else")
+    gen_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of generation that replace those of the task's file, with lm-eval's names: "
+        '{"max_gen_toks": 512}',
+    )
+    add_bos_token: bool | None = Field(
+        None,
+        description="begin each text with the tokenizer's special tokens; null: as the tokenizer does by itself",
+    )
+    log_samples: bool = Field(False, description="store what was asked and answered: samples/TASK.jsonl")

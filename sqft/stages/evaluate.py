@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,13 +19,16 @@ from sqft.errors import StageError
 from sqft.modeling.adapters.adapted_linear import acting_weight, cached_effective_weights
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.evaluation import exact_match, lm_eval_tasks, perplexity
+from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.loading import load_model
-from sqft.recipe.sections import Evaluate
+from sqft.recipe.sections import Evaluate, ExactMatch, Perplexity
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig, SearchSpace
 from sqft.utils.files import write_json
+
+PREDICTIONS, SAMPLES = "predictions.jsonl", "samples"
+"""Names, in the artifact, of a file and a folder of JSON Lines."""
 
 
 class EvaluateStage:
@@ -32,26 +38,48 @@ class EvaluateStage:
         self.inputs, self.section = inputs, inputs.section(Evaluate)
 
     def run(self) -> Report:
-        """Write `results.json`: every measurement, with the outcome of each item."""
-        section, data, track = self.section, self.inputs.data, self.inputs.track
-        results: dict[str, Any] = {}
+        """Write `results.json`: every measurement. What an earlier attempt measured before it failed is kept.
+
+        `predictions.jsonl` has each answer of `exact_match`, and `samples/TASK.jsonl` those of an lm-eval task, where
+        the recipe asks for them.
+        """
+        file = self.inputs.scratch / "results.json"
+        results: Report = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        measures = {"perplexity": self._perplexity, "exact_match": self._exact_match, "tasks": self._tasks}
         with self._subject() as (model, tokenizer, facts):
-            if text := section.perplexity:
-                with data.reading("perplexity.text") as file:
-                    windows = text_windows(file, tokenizer, text.tokens, text.length)
-                results["perplexity"] = perplexity(model, windows, track)
-            if match := section.exact_match:
-                records = data.records("exact_match.data", match.data)
-                results["exact_match"] = exact_match(
-                    model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, track
-                )
-            if section.tasks:
-                folder = data.file("include_path") if section.include_path else None  # lm-eval reads it at once
-                tasks = list(section.tasks)
-                results["tasks"] = lm_eval_tasks(model, tokenizer, tasks, folder, section.limit, section.batch_size)
-        write_json(self.inputs.scratch / "results.json", results)
-        summary = {name: {k: v for k, v in result.items() if k != "outcomes"} for name, result in results.items()}
-        return {**summary, **facts}
+            for name, measure in measures.items():
+                if getattr(self.section, name) and name not in results:
+                    results |= measure(model, tokenizer)
+                    write_json(file, results)
+        return {**results, **facts}
+
+    def _perplexity(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
+        text = cast(Perplexity, self.section.perplexity)
+        with self.inputs.data.reading("perplexity.text") as file:
+            windows = text_windows(file, tokenizer, text.tokens, text.length)
+        return {"perplexity": perplexity(model, windows, self.inputs.track)}
+
+    def _exact_match(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
+        match = cast(ExactMatch, self.section.exact_match)
+        records = self.inputs.data.records("exact_match.data", match.data)
+        found = exact_match(
+            model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, self.inputs.track
+        )
+        write_lines(self.inputs.scratch / PREDICTIONS, found.pop("predictions"))
+        return {"exact_match": found}
+
+    def _tasks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
+        from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks
+
+        section = self.section
+        folder = self.inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
+        settings = TaskSettings(**{field.name: getattr(section, field.name) for field in fields(TaskSettings)})
+        found = lm_eval_tasks(model, tokenizer, section.tasks, folder, settings, self.inputs.track)
+        for task, samples in found["samples"].items():
+            file = self.inputs.scratch / SAMPLES / f"{task.replace('/', '_')}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            write_lines(file, samples)
+        return {"tasks": found["metrics"], "lm_eval": found["settings"] | {"tasks": found["tasks"]}}
 
     def verify(self) -> None:
         """Check nothing: measurements promise nothing of a model, and `run` refuses a perplexity that is not finite."""
@@ -93,6 +121,12 @@ def count_zeros(model: PreTrainedModel) -> Report:
                 zeros += int((weight == 0).sum())
                 total += weight.numel()
     return {"sparsity": zeros / total, "zeros": zeros, "weights": total}
+
+
+def write_lines(file: Path, items: Iterable[Any]) -> None:
+    """Write JSON Lines; what JSON does not know (arrays, sets) as text."""
+    with file.open("w", encoding="utf-8", errors="backslashreplace") as stream:  # half a pair, as JSON spells it
+        stream.writelines(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
 
 
 def _no_evaluation(choice: RankConfig, samples: int | None = None) -> float:

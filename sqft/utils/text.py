@@ -28,4 +28,9 @@ def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(re.sub(r"([\\|`*<\[])", r"\\\1", " ".join(cell.split())) for cell in cells) + " |"
+    return f"| {' | '.join(map(escaped, cells))} |"
+
+
+def escaped(text: str) -> str:
+    """Return a text on one line, Markdown's own characters escaped."""
+    return re.sub(r"([\\|`*<\[])", r"\\\1", " ".join(text.split()))

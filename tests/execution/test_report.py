@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.execution.report import make_report, report_markdown, table
+from sqft.execution.report import make_report, report_markdown, settings_of_tasks, table
 from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
 
@@ -78,7 +78,7 @@ def test_tasks_with_differing_metrics(plan: Plan) -> None:
         "wikitext": {"word_perplexity": 12.3456},
     }
     other = {
-        "gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.0625},
+        "gsm8k": {"exact_match,strict-match": 0.5, "exact_match,strict-match_stderr": 0.0625},
         "group": {},
     }
     found = rows(
@@ -104,6 +104,23 @@ def test_markdown(plan: Plan) -> None:
         "|---|---|---|---|---|---|---|---|---|---|\n"
         "| model | – | – | acc 0.500 | 50.00% | – | – | – | – | 3 s |\n"
     )
+
+
+def test_what_the_numbers_of_tasks_hang_on(plan: Plan) -> None:
+    """Settings as they were used, then each task; and the files with the answers, as seen from the run's folder."""
+    asked = {"lm_eval": "0.4.13", "apply_chat_template": True, "system_instruction": None, "gen_kwargs": {"top_p": 0.5}}
+    tasks = {"arc": {"version": 1.0, "num_fewshot": 25, "documents": 1000, "of": 2376}}
+    measured = artifact("evaluate", FACTS | {"tasks": {"arc": {"acc": 0.5}}, "lm_eval": asked | {"tasks": tasks}})
+    measured.manifest["files"]["samples/arc.jsonl"] = {"size": 1}
+    report = make_report(plan, {"evaluate:model": measured})
+    lines = [
+        'lm-eval 0.4.13: apply_chat_template true, gen_kwargs {"top_p": 0.5}',
+        "arc: version 1.0, 25-shot, 1,000 of 2,376 documents",
+    ]
+    assert settings_of_tasks(report) == lines
+    answers = "answers of model: ../../artifacts/evaluate-0123/samples/arc.jsonl"
+    assert report_markdown(report).endswith("|\n\n" + "".join(f"- {line}\n" for line in [*lines, answers]))
+    assert settings_of_tasks(make_report(plan, {"evaluate:model": artifact("evaluate", FACTS)})) == []
 
 
 def test_markdown_in_names_stands_for_itself(plan: Plan) -> None:

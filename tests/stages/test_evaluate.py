@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
 from sqft.stages.evaluate import EvaluateStage, count_zeros
 from sqft.stages.inputs import StageInputs
@@ -23,16 +26,62 @@ def test_zeros_of_the_linear_layers_in_decoder_blocks(model: Any) -> None:
     assert count_zeros(model)["zeros"] == 3 * 32 and count_zeros(model)["sparsity"] == 96 / weights
 
 
-def test_a_model_is_measured_and_every_item_written_down(
+def stage_of(raw: dict[str, Any], registry: Registry, folder: Path, **evaluate: Any) -> EvaluateStage:
+    raw = {key: raw[key] for key in ("schema", "name", "model")} | {"evaluate": {"of": ["model"], **evaluate}}
+    plan = Orchestrator(registry, folder / "store").plan(Recipe.parse(raw))
+    return EvaluateStage(StageInputs(plan, plan.step("evaluate:model"), {}, folder, "cpu"))
+
+
+def test_a_model_is_measured_and_every_answer_written_down(
     raw: dict[str, Any], registry: Registry, tmp_path: Path
 ) -> None:
-    raw = {key: raw[key] for key in ("schema", "name", "model", "evaluate")}
-    raw["evaluate"]["of"] = ["model"]
-    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
-    stage = EvaluateStage(StageInputs(plan, plan.step("evaluate:model"), {}, tmp_path, "cpu"))
+    measures = {name: raw["evaluate"][name] for name in ("perplexity", "exact_match")}
+    stage = stage_of(raw, registry, tmp_path, **measures)
     report = stage.run()
     stage.verify()
     written = json.loads((tmp_path / "results.json").read_text())
     assert math.isfinite(report["perplexity"]["perplexity"]) and report["sparsity"] == 0
-    assert len(written["exact_match"]["outcomes"]) == 10 and "outcomes" not in report["exact_match"]
-    assert {k: v for k, v in written["exact_match"].items() if k != "outcomes"} == report["exact_match"]
+    assert written == {name: report[name] for name in measures}
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in Path(raw["evaluate"]["exact_match"]["data"]).read_text().splitlines()]
+    assert [one["prompt"] for one in predictions] == [record["prompt"] for record in records]
+    assert [one["expected"] for one in predictions] == [record["completion"] for record in records]
+    assert sum(one["right"] for one in predictions) == written["exact_match"]["correct"]
+    assert [one["record"] for one in predictions] == list(range(1, 11))
+
+
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{completion}}"
+generation_kwargs: {until: ["x"], max_gen_toks: 3}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_task_that_fails_loses_nothing_that_was_measured(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data come later: the next attempt measures only what is missing, and writes down what was asked."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text(TASK.replace("DATA", str(tmp_path / "late.jsonl")))
+    options = {"tasks": ["sums"], "include_path": str(tmp_path / "tasks"), "num_fewshot": 2, "log_samples": True}
+    options |= {"perplexity": raw["evaluate"]["perplexity"], "limit": 5}
+    with pytest.raises(StageError, match=r"'sums' \(data set json\) cannot be loaded"):
+        stage_of(raw, registry, tmp_path, **options).run()
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == {"perplexity"}
+    (tmp_path / "late.jsonl").write_text(Path(raw["evaluate"]["exact_match"]["data"]).read_text())
+    monkeypatch.setattr("sqft.stages.evaluate.perplexity", None)
+    report = stage_of(raw, registry, tmp_path, **options).run()
+    assert report["perplexity"]["tokens"] > 0 and report["tasks"]["sums"].keys() == {
+        "exact_match",
+        "exact_match_stderr",
+    }
+    facts = {"version": None, "num_fewshot": 2, "documents": 5, "of": 10}
+    assert report["lm_eval"]["tasks"] == {"sums": facts | {"version": report["lm_eval"]["tasks"]["sums"]["version"]}}
+    assert report["lm_eval"]["add_bos_token"] is False and report["lm_eval"]["batch_size"] == 8
+    samples = [json.loads(line) for line in (tmp_path / "samples" / "sums.jsonl").read_text().splitlines()]
+    assert len(samples) == 5 and samples[0]["arguments"][0][0].count("\n\n") == 2

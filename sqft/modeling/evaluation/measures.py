@@ -1,0 +1,146 @@
+"""Perplexity, exact match by generation, and the loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sqft.data.answers import Answer, extract_answer
+from sqft.data.collators import Collator
+from sqft.data.encoding import IGNORED, Example, Prompt, encode_prompts, truncate_prompts
+from sqft.errors import StageError
+from sqft.modeling.evaluation.generation import eval_mode, finite, generate, greedy, padding_matters
+from sqft.modeling.training.loss import CompletionLoss
+from sqft.utils.progress import Track
+
+log = logging.getLogger("sqft")
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], track: Track) -> dict[str, float]:
+    """Compute exp of the mean negative log-likelihood of every token but each window's first."""
+    total, tokens = 0.0, 0
+    with eval_mode(model):
+        for window in track(windows, "perplexity", len(windows)):
+            ids = window[None].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            total += F.cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().item()
+            tokens += len(window) - 1
+    nll = total / tokens
+    if not nll < math.log(sys.float_info.max):
+        raise StageError("the perplexity is not finite; the model's precision may be too low")
+    return {"perplexity": math.exp(nll), "nll": nll, "tokens": tokens}
+
+
+@torch.inference_mode()
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    answer: Answer,
+    max_new_tokens: int,
+    batch_size: int,
+    track: Track,
+) -> dict[str, Any]:
+    """Generate greedily from every prompt, and compare the answer with that of its completion.
+
+    A prompt that leaves no room for `max_new_tokens` in the model's window is cut at the left, as in training.
+
+    Returns the accuracy with its standard error, and `predictions`: for each record the prompt that the model was
+    given, what it generated, the answer in that, the expected answer, and whether they are equal.
+
+    Args:
+        model: on the device that generates.
+        tokenizer: the model's.
+        records: with a prompt and a completion each.
+        answer: how an answer is found in a text.
+        max_new_tokens: tokens to generate at most.
+        batch_size: prompts at a time, those of about the same length together, padded at the left; where padding
+            would change an answer, only prompts of equal length.
+        track: shows progress.
+
+    Raises:
+        DataError: naming a record that has no prompt or no completion.
+        StageError: when no prompt would leave room, or logits are not finite.
+    """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    prompts, long = truncate_prompts(encode_prompts(records, tokenizer), window, max_new_tokens)
+    if long:
+        log.warning(
+            "%d of %d prompts were cut at the left to %d tokens: the window is %d",
+            long,
+            len(prompts),
+            window - max_new_tokens,
+            window,
+        )
+    predictions: list[dict[str, Any]] = [{} for _ in prompts]
+    with eval_mode(model), finite(model), greedy(model, tokenizer) as settings:
+        settings.max_new_tokens = max_new_tokens
+        equal = padding_matters(model, settings.pad_token_id, [ids for ids, _ in prompts])
+        batches = _batches(prompts, batch_size, equal)
+        for batch in track(batches, "generating", len(batches)):
+            texts = generate(model, tokenizer, [prompts[index][0] for index in batch], settings)
+            for index, text in zip(batch, texts, strict=True):
+                found, wanted = (extract_answer(part, answer) for part in (text, prompts[index][1]))
+                predictions[index] = {
+                    "record": index + 1,
+                    "prompt": tokenizer.decode(prompts[index][0]),
+                    "generated": text,
+                    "answer": found,
+                    "expected": wanted,
+                    "right": wanted != "" and found == wanted,
+                }
+    n, correct = len(predictions), sum(prediction["right"] for prediction in predictions)
+    p = correct / n
+    error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
+    return {"accuracy": p, "stderr": error, "correct": correct, "samples": n, "predictions": predictions}
+
+
+def _batches(prompts: Sequence[Prompt], batch_size: int, equal: bool) -> list[list[int]]:
+    """Return the indices of prompts in batches, by length; each of a single length where `equal`."""
+
+    def length(index: int) -> int:
+        return len(prompts[index][0])
+
+    order = sorted(range(len(prompts)), key=length)
+    groups = [list(group) for _, group in groupby(order, length)] if equal else [order]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+
+def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track) -> float:
+    """Compute the mean cross-entropy of a labelled token. See `summed_loss` for the arguments."""
+    total, labels = summed_loss(CompletionLoss(model), examples, batch_size, pad_id, track)
+    return total / labels
+
+
+@torch.no_grad()
+def summed_loss(
+    loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
+) -> tuple[float, int]:
+    """Compute the sum of the cross-entropies of all labelled tokens, and count them.
+
+    Args:
+        loss: the model with its loss.
+        examples: token sequences with labels.
+        batch_size: examples in a batch.
+        pad_id: the token that fills shorter examples.
+        track: the progress display.
+    """
+    collate, device = Collator(pad_id), next(loss.parameters()).device
+    total, labels = 0.0, 0
+    starts = range(0, len(examples), batch_size)
+    with eval_mode(loss):
+        for start in track(starts, "loss", len(starts)):
+            batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
+            total += loss(**batch, num_items_in_batch=1)["loss"].item()
+            labels += int((batch["labels"] != IGNORED).sum())
+    return total, labels
