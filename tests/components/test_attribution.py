@@ -92,9 +92,8 @@ def test_an_error_of_ours_keeps_its_traceback(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw["search"]["searcher"] = "asking"
-    monkeypatch.setattr(
-        "sqft.modeling.evaluation.measures.Collator", None
-    )  # a bug of ours, below the searcher's question
+    # A bug of ours, below the searcher's question.
+    monkeypatch.setattr("sqft.modeling.evaluation.measures.Collator", None)
     orchestrator = Orchestrator(registry, tmp_path)
     with pytest.raises(TypeError, match="not callable"):
         orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
