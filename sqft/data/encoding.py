@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
+from sqft.data.chat_template import is_marked, rejection, variables_of
+from sqft.data.chats import NO_TEMPLATE, Chat, Messages, Turn, last_answer
 from sqft.data.records import locate_errors
 from sqft.errors import DataError
 
@@ -17,28 +18,91 @@ IGNORED = -100
 LossOn = Literal["completion", "all"]
 """Which tokens contribute to the loss; of a {text} record, always all."""
 
-Prompt = tuple[list[int], str]
-"""The tokens that generation starts from, and the completion that the generated text is compared with."""
+
+class Prompt(NamedTuple):
+    """The tokens that generation starts from, the text that is compared with what it adds, and the token that ends that
+    (None: the tokenizer's end of sequence)."""
+
+    ids: list[int]
+    completion: str
+    end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids and their labels: a label is the token itself, or `IGNORED`."""
+    """Token ids and their labels: a label is the token itself, or `IGNORED`.
+
+    `answers` of it are learnt, `ends` of them with the token that ends them; `cut` tokens were left out.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    answers: int = 0
+    ends: int = 0
+    cut: int = 0
+
+
+class _Answer(NamedTuple):
+    """Where an answer lies in a sequence, and whether its last token ends it."""
+
+    begin: int
+    end: int
+    ended: bool
+
+
+class _Sequence(NamedTuple):
+    """Token ids, their labels, and the answers among them, before anything is cut."""
+
+    ids: list[int]
+    labels: list[int]
+    answers: list[_Answer]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A data set as examples; how many of them were truncated, and by how many tokens in all."""
+    """A data set as examples, of how many records; `rewritten` of them are several examples, since the chat template
+    writes a turn in another way once more turns follow."""
 
     examples: list[Example]
-    truncated: int
-    tokens_cut: int
+    records: int
+    rewritten: int
+
+    @property
+    def truncated(self) -> int:
+        """How many examples were cut."""
+        return sum(example.cut > 0 for example in self.examples)
+
+    @property
+    def tokens_cut(self) -> int:
+        return sum(example.cut for example in self.examples)
+
+    @property
+    def answers(self) -> int:
+        """How many completions and assistant's turns are learnt."""
+        return sum(example.answers for example in self.examples)
+
+    @property
+    def ends(self) -> int:
+        """How many answers are learnt with the token that ends them."""
+        return sum(example.ends for example in self.examples)
+
+    def notes(self) -> list[str]:
+        """Return what a user should know before training on it."""
+        notes = []
+        if self.rewritten:
+            notes.append(
+                f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
+                "template rewrites earlier turns"
+            )
+        if endless := sum(example.answers > 0 and not example.ends for example in self.examples):
+            notes.append(
+                f"{endless} of {len(self.examples)} examples hold no end of turn to learn, so that the model will not "
+                "learn to stop: the answer was cut to max_length, or no special token ends it"
+            )
+        return notes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tokenization:
     """How records become examples: the tokenizer, the length of the longest example, and which tokens carry loss."""
 
@@ -46,58 +110,126 @@ class Tokenization:
     max_length: int
     loss_on: LossOn
 
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's chat template."""
+        return chat_of(self.tokenizer)
+
     def encode(self, records: Sequence[dict[str, Any]]) -> Encoded:
         """Encode every record.
 
         Raises:
             DataError: naming a record that has no token to learn from, or that the chat template rejects.
         """
-        examples, truncated, tokens_cut = [], 0, 0
+        examples, rewritten = [], 0
         for number, record in enumerate(records, 1):
             with locate_errors(record, number):
-                pieces, cut = self.encode_record(record)
+                pieces = self.encode_record(record)
                 if not any(label != IGNORED for piece in pieces for label in piece.labels[1:]):
                     raise DataError("there is no token to learn from (is the completion empty?)")
             examples += pieces
-            truncated += cut > 0
-            tokens_cut += cut
-        return Encoded(examples, truncated, tokens_cut)
+            rewritten += len(pieces) > 1 and "messages" in record
+        return Encoded(examples, len(records), rewritten)
 
-    def encode_record(self, record: dict[str, Any]) -> tuple[list[Example], int]:
-        """Encode one record; return its examples and the number of tokens that were cut.
+    def encode_record(self, record: dict[str, Any]) -> list[Example]:
+        """Encode one record.
 
         A {text} record is split into as many examples as it takes: only the last one ends in an end-of-sequence
-        token, and nothing is cut. Any other record is one example. Its prompt and completion are tokenized
-        separately, so that the prompt of evaluation is the prefix of the training example. A long example is cut
-        at the left. Where only completions carry loss, a last completion that is longer than `max_length` keeps
-        its beginning, and the token that predicts it.
+        token, and nothing is cut. A {prompt, completion} record is one example. Its parts are tokenized separately, so
+        that the prompt of evaluation is the prefix of the training example. A conversation is one example as long as
+        the chat template writes each turn's history as inference sees it, else a new example begins with that turn.
+
+        A long example is cut at the left. Where only completions carry loss, a last completion that is longer than
+        `max_length` keeps its beginning, and the token that predicts it.
 
         Raises:
-            DataError: when the chat template rejects the conversation or hides where a turn begins.
+            DataError: when the chat template rejects the conversation, or a finished turn does not fit its prompt.
         """
-        tokenizer, max_length = self.tokenizer, self.max_length
         if "messages" in record:
-            ids = _apply_chat_template(record["messages"], tokenizer, False)
-            labels = ids if self.loss_on == "all" else _label_turns(record["messages"], ids, tokenizer)
-        elif "prompt" in record:
-            prompt = _tokenize_prompt(record["prompt"], tokenizer)
-            completion = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
-            # An empty completion stays empty: an end-of-sequence token alone would teach to answer nothing.
-            completion = _with_end(completion, tokenizer) if completion else []
-            ids = prompt + completion
-            labels = ids if self.loss_on == "all" else [IGNORED] * len(prompt) + completion
-        else:
-            ids = _with_end(_tokenize_start(record["text"], tokenizer), tokenizer)
-            pieces = [tuple(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
-            if len(pieces) > 1 and len(pieces[-1]) == 1:  # no token before it predicts it
-                pieces.pop()
-            return [Example(piece, piece) for piece in pieces], 0
-        cut = max(0, len(ids) - max_length)
+            chats = [self._whole(record)] if self.loss_on == "all" else self._turns(record)
+            return [self._cut(chat) for chat in chats]
+        if "prompt" in record:
+            return [self._cut(self._completion(record))]
+        ids = _with_end(_tokenize_start(record["text"], self.tokenizer), self.tokenizer)
+        pieces = [tuple(ids[start : start + self.max_length]) for start in range(0, len(ids), self.max_length)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # no token before it predicts it
+            pieces.pop()
+        return [Example(piece, piece) for piece in pieces]
+
+    def _completion(self, record: dict[str, Any]) -> _Sequence:
+        prompt = _tokenize_prompt(record["prompt"], self.tokenizer)
+        completion = self.tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
+        # An empty completion stays empty: an end-of-sequence token alone would teach to answer nothing.
+        completion = _with_end(completion, self.tokenizer) if completion else []
+        ids = prompt + completion
+        labels = ids if self.loss_on == "all" else [IGNORED] * len(prompt) + completion
+        ended = bool(completion) and completion[-1] == self.tokenizer.eos_token_id
+        return _Sequence(ids, labels, [_Answer(len(prompt), len(ids), ended)])
+
+    def _turns(self, record: dict[str, Any]) -> list[_Sequence]:
+        """Return the turns of a conversation that are learnt, those with the same history in one sequence."""
+        done: list[_Sequence] = []
+        for turn in self.chat.turns(record):
+            prompt, answer, labels = self._turn(turn, record)
+            if not done or prompt[: len(done[-1].ids)] != done[-1].ids:
+                done.append(_Sequence([], [], []))
+            last = done[-1]
+            between = [IGNORED] * (len(prompt) - len(last.ids))
+            learnt = _Answer(len(prompt), len(prompt) + len(answer), turn.end is not None)
+            done[-1] = _Sequence(prompt + answer, [*last.labels, *between, *labels], [*last.answers, learnt])
+        return done
+
+    def _turn(self, turn: Turn, record: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+        """Return the tokens of a turn's prompt and answer, and the answer's labels.
+
+        They are the tokens of the text as a whole, or, where no token ends with the prompt, of its two parts.
+        """
+        prompt, both = self._tokens(turn.prompt), self._tokens(turn.text)
+        split = both[: len(prompt)] != prompt
+        answer = self._tokens(turn.answer) if split else both[len(prompt) :]
+        marked = _marked_characters(self.tokenizer, record, turn)
+        if marked is None:
+            return prompt, answer, answer
+        text, before = (turn.answer, 0) if split else (turn.text, len(turn.prompt))
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        # Places in the part of the answer that the template wrote; what closes a block of reasoning is before it.
+        places = [begin - before - turn.closes for begin, _ in offsets[-len(answer) :]]
+        learnt = [index for index, place in enumerate(places) if place < 0 or turn.start + place in marked]
+        # The end is learnt too where the mark leaves it out.
+        stop = len(answer) if learnt and turn.end else 0
+        learnt += range(learnt[-1], stop) if learnt else ()
+        return prompt, answer, [token if index in set(learnt) else IGNORED for index, token in enumerate(answer)]
+
+    def _whole(self, record: dict[str, Any]) -> _Sequence:
+        """Return a whole conversation, all of which is learnt but the turns that are switched off."""
+        text = self.chat.whole(record)
+        ids = self._tokens(text)
+        labels = list(ids)
+        for index in record.get("not_learnt", ()):
+            turn = self.chat.turn(record, index)
+            if not text.startswith(turn.text):
+                raise DataError(
+                    "the chat template rewrites earlier turns, so the tokens of a turn that is not to be learnt cannot "
+                    "be found; set finetune.loss_on to 'completion'"
+                )
+            begin, end = len(self._tokens(turn.prompt)), len(self._tokens(turn.text))
+            labels[begin:end] = [IGNORED] * (end - begin)
+        return _Sequence(ids, labels, [_Answer(0, len(ids), bool(self.chat.ends_of(text)))])
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _cut(self, sequence: _Sequence) -> Example:
+        """Return a sequence as an example of at most `max_length` tokens."""
+        ids, labels, length = sequence.ids, sequence.labels, self.max_length
+        start = cut = max(0, len(ids) - length)
         if cut:
             begins = [i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
             start = min(cut, begins[-1] - 1) if begins else cut
-            ids, labels = ids[start : start + max_length], labels[start : start + max_length]
-        return [Example(tuple(ids), tuple(labels))], cut
+        stop = start + length
+        answers = [a for a in sequence.answers if a.begin < a.end and a.begin < stop and a.end > start + 1]
+        ends = [answer for answer in answers if answer.ended and answer.end <= stop]
+        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(answers), len(ends), cut)
 
 
 def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Prompt]:
@@ -106,26 +238,39 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Pr
     Raises:
         DataError: naming a record that has no prompt or no completion.
     """
-    prompts = []
+    prompts, chat = [], chat_of(tokenizer)
     for number, record in enumerate(records, 1):
         with locate_errors(record, number):
-            prompts.append(encode_prompt(record, tokenizer))
+            prompts.append(encode_prompt(record, tokenizer, chat))
     return prompts
 
 
-def encode_prompt(record: dict[str, Any], tokenizer: Any) -> Prompt:
+def encode_prompt(record: dict[str, Any], tokenizer: Any, chat: Chat | None = None) -> Prompt:
     """Return the tokens that generation starts from, at least one, and the completion to compare with.
+
+    Of a conversation that is its last assistant turn, as the chat template writes it, without special tokens.
 
     Raises:
         DataError: for a {text} record, which has no completion, or a conversation without a prompt.
     """
     if "messages" in record:
-        messages = record["messages"]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return _apply_chat_template(messages[:last], tokenizer, True), messages[last]["content"]
+        return _encode_last_turn(record, tokenizer, chat or chat_of(tokenizer))
     if "prompt" not in record:
         raise DataError("a {text} record has no completion to compare with; use {prompt, completion} or {messages}")
-    return _tokenize_prompt(record["prompt"], tokenizer), record["completion"].removesuffix(tokenizer.eos_token or "")
+    ids = _tokenize_prompt(record["prompt"], tokenizer)
+    return Prompt(ids, record["completion"].removesuffix(tokenizer.eos_token or ""))
+
+
+def _encode_last_turn(record: dict[str, Any], tokenizer: Any, chat: Chat) -> Prompt:
+    index = last_answer(record)
+    ids = tokenizer(chat.prompt(record, index), add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        turn = chat.turn(record, index)
+    except DataError:  # it could not be trained on, but it can be asked
+        return Prompt(list(ids), record["messages"][index].get("content") or "")
+    answer = tokenizer(turn.answer, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Prompt(list(ids), text, tokenizer.convert_tokens_to_ids(turn.end) if turn.end else None)
 
 
 def truncate_prompts(prompts: Sequence[Prompt], window: int, max_new_tokens: int) -> tuple[list[Prompt], int]:
@@ -141,8 +286,8 @@ def truncate_prompts(prompts: Sequence[Prompt], window: int, max_new_tokens: int
             f"max_new_tokens {max_new_tokens} leaves no room for a prompt: the model's window is {window} tokens; "
             "lower max_new_tokens"
         )
-    cut = sum(len(ids) > room for ids, _ in prompts)
-    return [(ids[-room:], completion) for ids, completion in prompts], cut
+    cut = sum(len(prompt.ids) > room for prompt in prompts)
+    return [prompt._replace(ids=prompt.ids[-room:]) for prompt in prompts], cut
 
 
 def _tokenize_start(text: str, tokenizer: Any) -> list[int]:
@@ -168,31 +313,41 @@ def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def _apply_chat_template(messages: Sequence[dict[str, str]], tokenizer: Any, generation: bool) -> list[int]:
-    if not tokenizer.chat_template:
-        raise DataError("the model's tokenizer has no chat template; use {prompt, completion} records")
-    if not messages:
-        raise DataError("the conversation begins with an assistant turn, so it has no prompt; add a user turn before")
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False
-        )
-    except TemplateError as error:
-        raise DataError(f"the chat template rejects the conversation: {error}") from None
-    return ids
+def chat_of(tokenizer: Any) -> Chat:
+    """Return a tokenizer's chat template."""
 
-
-def _label_turns(messages: Sequence[dict[str, str]], ids: list[int], tokenizer: Any) -> list[int]:
-    """Label the tokens of the assistant's turns: those that a turn adds to the conversation before it."""
-    labels = [IGNORED] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _apply_chat_template(messages[:index], tokenizer, True)
-            after = _apply_chat_template(messages[: index + 1], tokenizer, False)
-            if after[: len(before)] != before or ids[: len(after)] != after:
-                raise DataError(
-                    "the chat template rewrites earlier turns, so the tokens of the assistant's turns cannot be "
-                    "identified; set finetune.loss_on to 'all'"
+    def render(messages: Messages, generation: bool, tools: Any, arguments: Mapping[str, Any]) -> str:
+        if not source:
+            raise DataError(NO_TEMPLATE)
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, **arguments
                 )
-            labels[len(before) : len(after)] = after[len(before) :]
-    return labels
+            )
+        except Exception as error:  # a template's expressions can raise anything
+            raise rejection(error) from None
+
+    source = tokenizer.chat_template
+    sources = source.values() if isinstance(source, dict) else [source or ""]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    variables = sorted({name for text in sources for name in variables_of(text)})
+    return Chat(render, [*added, *tokenizer.all_special_tokens], tokenizer.eos_token, tokenizer.bos_token, variables)
+
+
+def _marked_characters(tokenizer: Any, record: dict[str, Any], turn: Turn) -> set[int] | None:
+    """Return the characters of a finished turn's conversation that the template marks as the assistant's; None when it
+    marks none."""
+    tools, arguments = record.get("tools"), record.get("chat_template_kwargs") or {}
+    if not is_marked(tokenizer.get_chat_template(tools=tools)):
+        return None
+    encoded = tokenizer.apply_chat_template(
+        turn.messages,
+        tools=tools,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+        **arguments,
+    )
+    offsets = tokenizer(turn.finished, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    pairs = zip(offsets, encoded["assistant_masks"], strict=True)
+    return {place for (begin, end), marked in pairs if marked for place in range(begin, end)}

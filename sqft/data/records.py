@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from sqft.data.conversations import conversation_in, texts_in
 from sqft.data.readers import is_sliced, read_rows
 from sqft.data.templates import INSTRUCTION, Template, render
 from sqft.errors import DataError
@@ -41,11 +42,21 @@ class ReadOptions(Protocol):
     def config(self) -> str | None: ...
     @property
     def split(self) -> str: ...
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
 
 
-def records_of(path: Path, options: ReadOptions) -> list[Record]:
-    """Read the records of a data set with a recipe's options. See `read_records`."""
-    return read_records(path, options.limit, options.prompt, options.config, options.split)
+def records_of(path: Path, options: ReadOptions, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[Record]:
+    """Read the records of a data set with a recipe's options. See `read_records`.
+
+    `chat_template_kwargs` are the model's; the data set's own come before them, and a record's own before both.
+    """
+    records = read_records(path, options.limit, options.prompt, options.config, options.split)
+    for record in records:
+        own = record.get("chat_template_kwargs") or {}
+        if "messages" in record and (given := {**(chat_template_kwargs or {}), **options.chat_template_kwargs, **own}):
+            record["chat_template_kwargs"] = given
+    return records
 
 
 def read_records(
@@ -134,8 +145,10 @@ def locate_errors(record: dict[str, Any], number: int) -> Iterator[None]:
 def _record(row: Any, location: str, template: Template | None) -> Record:
     if isinstance(row, DataError):
         raise row
-    if isinstance(row, dict) and template is None and "instruction" in row and not row.keys() & {"prompt", "messages"}:
-        template = INSTRUCTION
+    if isinstance(row, dict) and template is None:
+        row = conversation_in(row) or row
+        if "instruction" in row and not row.keys() & {"prompt", "messages"}:
+            template = INSTRUCTION
     if isinstance(row, dict) and template is not None:
         row = render(template, row)
     if mistake := _mistake(row):
@@ -150,13 +163,8 @@ def _mistake(record: Any) -> str | None:
     if not isinstance(record, dict):
         return f"expected a JSON object with {SHAPES}, found {type(record).__name__}"
     if "messages" in record:
-        messages = record["messages"]
-        valid = isinstance(messages, list) and all(
-            isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
-        )
-        if not valid or not any(m["role"] == "assistant" for m in messages):
-            return "'messages' must be a list of {role, content} with at least one assistant turn"
-        return None
+        broken = any(SURROGATE.search(text) for text in texts_in([record["messages"], record.get("tools")]))
+        return "'messages' holds half of a surrogate pair, which no tokenizer can encode" if broken else None
     keys = ("prompt", "completion") if "prompt" in record or "completion" in record else ("text",)
     for key in keys:
         if not _is_text(record.get(key)):

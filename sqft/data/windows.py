@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from sqft.data.records import locate_errors, read_records
 from sqft.errors import DataError
 
 
-def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
+def calibration_windows(
+    path: Path,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Draw windows of a file's tokens that do not overlap.
 
     Args:
@@ -25,6 +33,7 @@ def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, s
         samples: The number of windows.
         length: Tokens in a window.
         seed: Decides which windows are drawn; the global generator is not used.
+        chat_template_kwargs: Arguments for the chat template, if the records are conversations.
 
     Returns:
         Token ids, int64 [samples, length].
@@ -32,7 +41,7 @@ def calibration_windows(path: Path, tokenizer: Any, samples: int, length: int, s
     Raises:
         DataError: when the file is too short, saying how many windows it holds.
     """
-    stream = torch.tensor(_stream(path, tokenizer))
+    stream = torch.tensor(_stream(path, tokenizer, chat_template_kwargs))
     available = len(stream) // length
     if available < samples:
         raise DataError(
@@ -59,13 +68,15 @@ def text_windows(path: Path, tokenizer: Any, tokens: int | None, length: int) ->
     return windows
 
 
-def _stream(path: Path, tokenizer: Any) -> list[int]:
+def _stream(path: Path, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> list[int]:
     if suffix_of(path) in SUFFIXES and suffix_of(path) != ".txt":
         tokenization = Tokenization(tokenizer, sys.maxsize, "all")
         stream: list[int] = []
         for number, record in enumerate(read_records(path), 1):
             with locate_errors(record, number):
-                for piece in tokenization.encode_record(record)[0]:
+                if arguments and "messages" in record:
+                    record["chat_template_kwargs"] = {**arguments, **record.get("chat_template_kwargs", {})}
+                for piece in tokenization.encode_record(record):
                     stream += piece.input_ids
         return stream
     return list(tokenizer(read_text(path), verbose=False)["input_ids"])

@@ -27,6 +27,9 @@ EVERY_STAGE = (
     "checkpoints/model_spec",
     "checkpoints/safetensors",
     "components/kinds",
+    "data/chat_template",
+    "data/chats",
+    "data/conversations",
     "data/encoding",
     "data/readers",
     "data/records",
@@ -117,6 +120,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         model: digest of the recipe's own model.
         before: the steps that it reads, with their fingerprints, by name.
     """
+    reads_text = bool(step.files) or step.stage == "evaluate"  # lm-eval's tasks are no files
     content: dict[str, Any] = {
         "stage": step.stage,
         "settings": settings_of(step.section),
@@ -125,6 +129,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "inputs": {role: before[name].fingerprint for role, name in step.inputs.items()},
         "files": dict(step.digests),
         "model": [model, recipe.model.dtype, recipe.model.trust_remote_code],
+        "chat_template_kwargs": recipe.model.chat_template_kwargs if reads_text else {},
         "seed": recipe.seed,
     }
     if "calibration" in step.files and recipe.calibration:

@@ -147,7 +147,7 @@ class Resolver:
         if len(self.problems) > known:
             return path
         try:
-            for record in records_of(path, data):
+            for record in records_of(path, data, self.recipe.model.chat_template_kwargs):
                 if answer and not extract_answer(completion_of(record), answer):
                     what = "completion" if answer == "text" else "number in the completion"
                     raise DataError(f"{record.location}: there is no {what} to compare with")

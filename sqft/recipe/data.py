@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator
 
+from sqft.data.chat_template import RESERVED
 from sqft.data.templates import TEMPLATES, mistake_in
 from sqft.recipe.fields import Count, InputPath, Section, ShortForm
 
@@ -37,6 +38,16 @@ def _by_name(value: Any) -> Any:
 NamedPrompt = Annotated[Prompt, BeforeValidator(_by_name, json_schema_input_type=str | Prompt)]
 
 
+def _no_argument_of_ours(arguments: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(arguments.keys() & RESERVED):
+        raise ValueError(f"'{taken[0]}' is no argument of a chat template; sqft sets it itself, so remove it")
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_no_argument_of_ours)]
+"""Arguments for the model's chat template, such as {"enable_thinking": false}."""
+
+
 class Data(Section):
     """Records of {prompt, completion}, {messages}, {instruction, input, output} or {text}, or of other fields with a
     prompt template."""
@@ -58,6 +69,10 @@ class Data(Section):
         '"train[90%:]", "train+test"',
     )
     revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
+    chat_template_kwargs: TemplateArguments = Field(
+        default_factory=dict,
+        description="arguments for the model's chat template, for these conversations; they replace the model's own",
+    )
 
 
 class TrainingData(Data):

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sqft.recipe.data import DataRef, DataRefs, TrainingData
+from sqft.recipe.data import DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, InputPath, NoEffect, OutputPath, Section, ShortForm
 from sqft.types import Pattern
 
@@ -43,6 +43,10 @@ class Model(Section):
     dtype: DTYPES = Field("float32", description="precision in which weights are loaded and stored")
     revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
     trust_remote_code: bool = Field(False, description="allow Python code from the model's folder to run")
+    chat_template_kwargs: TemplateArguments = Field(
+        default_factory=dict,
+        description='arguments for the chat template wherever it is used, such as {"enable_thinking": false}',
+    )
 
 
 class Calibration(Section):
@@ -314,8 +318,9 @@ class Evaluate(Section):
     fewshot_as_multiturn: bool = Field(
         True, description="under a chat template, make each example a turn of its own; false: all are in one turn"
     )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description='further arguments of the chat template, such as {"enable_thinking": false}'
+    chat_template_kwargs: TemplateArguments = Field(
+        default_factory=dict,
+        description="arguments for the chat template in lm-eval's tasks; they replace the model's own",
     )
     system_instruction: str | None = Field(None, description="system turn, or text, that stands before everything else")
     gen_kwargs: dict[str, Any] = Field(

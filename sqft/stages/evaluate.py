@@ -73,7 +73,11 @@ class EvaluateStage:
 
         section = self.section
         folder = self.inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
-        settings = TaskSettings(**{field.name: getattr(section, field.name) for field in fields(TaskSettings)})
+        given = {field.name: getattr(section, field.name) for field in fields(TaskSettings)}
+        given["chat_template_kwargs"] = (
+            self.inputs.plan.recipe.model.chat_template_kwargs | section.chat_template_kwargs
+        )
+        settings = TaskSettings(**given)
         found = lm_eval_tasks(model, tokenizer, section.tasks, folder, settings, self.inputs.track)
         for task, samples in found["samples"].items():
             file = self.inputs.scratch / SAMPLES / f"{task.replace('/', '_')}.jsonl"

@@ -91,6 +91,8 @@ class FinetuneStage:
             "trainable": adapted.trainable,
             "steps": state.global_step,
             "examples": len(training.examples),
+            "answers": training.answers,
+            "ends": training.ends,
             "rows": len(rows),
             "truncated": training.truncated,
             "tokens_cut": training.tokens_cut,
@@ -131,8 +133,10 @@ class FinetuneStage:
         if encoded.truncated:
             log.warning(
                 "finetune.%s: %d of %d examples were cut to %d tokens",
-                role, encoded.truncated, len(records), section.max_length,
+                role, encoded.truncated, len(encoded.examples), section.max_length,
             )  # fmt: skip
+        for note in encoded.notes():
+            log.warning("finetune.%s: %s", role, note)
         return encoded
 
     def _rows(self, examples: list[Example]) -> tuple[Sequence[Any], Collator | PackingCollator]:

@@ -80,7 +80,7 @@ class StepData:
     def records(self, role: str, how: Data) -> list[Record]:
         """Read the records of one of the step's data sets."""
         with self.reading(role) as path:
-            return records_of(path, how)
+            return records_of(path, how, self.plan.recipe.model.chat_template_kwargs)
 
     def training_sets(self) -> dict[str, tuple[list[Record], list[Record]]]:
         """Read `finetune`'s data sets: by role, the records to train on, repeated by weight, and those held out.
@@ -112,8 +112,8 @@ class StepData:
         section = self.plan.recipe.calibration
         assert section is not None
         with self.reading("calibration") as file:
-            seed = self.seed_for("calibration")
-            return calibration_windows(file, tokenizer, section.samples, section.length, seed)
+            seed, arguments = self.seed_for("calibration"), self.plan.recipe.model.chat_template_kwargs
+            return calibration_windows(file, tokenizer, section.samples, section.length, seed, arguments)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class MergeStage:
             training, held_out = data.training_records()
             records = held_out or training
         tokenization = Tokenization(self.adapted.tokenizer, finetune.max_length, finetune.loss_on)
-        return tokenization.encode(records[:COMPARED_EXAMPLES]).examples
+        return tokenization.encode(records[:COMPARED_EXAMPLES]).examples[:COMPARED_EXAMPLES]
 
 
 def effective_weights(adapted: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:

@@ -17,25 +17,26 @@ from sqft.errors import DataError
 
 
 def test_completion_carries_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
-    (example,), cut = Tokenization(tokenizer, 32, "completion").encode_record({"prompt": "2+2=", "completion": "4"})
-    assert cut == 0
+    (example,) = Tokenization(tokenizer, 32, "completion").encode_record({"prompt": "2+2=", "completion": "4"})
+    assert (example.cut, example.answers, example.ends) == (0, 1, 1)
     assert tokenizer.decode(example.input_ids) == "2+2=4<|im_end|>"
     assert [label for label in example.labels if label != IGNORED] == list(example.input_ids[-2:])
-    assert encode_prompt({"prompt": "2+2=", "completion": "4"}, tokenizer) == (list(example.input_ids[:-2]), "4")
-    (everything,), _ = Tokenization(tokenizer, 32, "all").encode_record({"prompt": "2+2=", "completion": "4"})
+    assert encode_prompt({"prompt": "2+2=", "completion": "4"}, tokenizer) == (
+        list(example.input_ids[:-2]),
+        "4",
+        None,
+    )
+    (everything,) = Tokenization(tokenizer, 32, "all").encode_record({"prompt": "2+2=", "completion": "4"})
     assert everything.labels == everything.input_ids
 
 
 def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> None:
-    (example,), cut = Tokenization(tokenizer, 8, "completion").encode_record(
-        {"prompt": "abcdefghij", "completion": "XY"}
-    )
-    assert cut == 5 and tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>"
-    (example,), cut = Tokenization(tokenizer, 8, "completion").encode_record(
-        {"prompt": "ab", "completion": "0123456789"}
-    )
-    assert tokenizer.decode(example.input_ids) == "b0123456" and cut == 5
-    (example,), _ = Tokenization(tokenizer, 8, "all").encode_record({"prompt": "abcdefghij", "completion": "XY"})
+    (example,) = Tokenization(tokenizer, 8, "completion").encode_record({"prompt": "abcdefghij", "completion": "XY"})
+    assert example.cut == 5 and tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>"
+    (example,) = Tokenization(tokenizer, 8, "completion").encode_record({"prompt": "ab", "completion": "0123456789"})
+    assert tokenizer.decode(example.input_ids) == "b0123456"
+    assert (example.cut, example.answers, example.ends) == (5, 1, 0)  # the end was cut off with the rest
+    (example,) = Tokenization(tokenizer, 8, "all").encode_record({"prompt": "abcdefghij", "completion": "XY"})
     assert tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>" and example.labels == example.input_ids
     records = [{"prompt": "a", "completion": "b"}, {"prompt": "abcdefghij", "completion": "XY"}]
     encoded = Tokenization(tokenizer, 8, "completion").encode(records)
@@ -64,24 +65,26 @@ def test_a_long_text_is_several_examples(
 def test_long_conversations_keep_their_last_answer(tokenizer: PreTrainedTokenizerFast, loss_on: str) -> None:
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (example,), _ = Tokenization(tokenizer, 20, loss_on).encode_record(record)
-    assert tokenizer.decode(example.input_ids).endswith("|>assistant\nno<|im_end|>\n")
-    (example,), _ = Tokenization(tokenizer, 3, "completion").encode_record(record)
+    (example,) = Tokenization(tokenizer, 20, loss_on).encode_record(record)
+    assert tokenizer.decode(example.input_ids).endswith("|>assistant\nno<|im_end|>")
+    (example,) = Tokenization(tokenizer, 3, "completion").encode_record(record)
     assert tokenizer.decode(example.input_ids) == "\nno" and example.labels[1:] == example.input_ids[1:]
 
 
 def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (example,), _ = Tokenization(tokenizer, 500, "completion").encode_record(record)
+    (example,) = Tokenization(tokenizer, 500, "completion").encode_record(record)
     kept = [label for label in example.labels if label != IGNORED]
-    assert tokenizer.decode(kept) == "yes<|im_end|>\nno<|im_end|>\n"
-    ids, reference = encode_prompt(record, tokenizer)
-    assert reference == "no" and tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(kept) == "yes<|im_end|>no<|im_end|>"
+    ids, reference, end = encode_prompt(record, tokenizer)
+    assert (reference, end) == ("no", tokenizer.eos_token_id) and tokenizer.decode(ids).endswith(
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_text_and_nothing_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
-    (example,), _ = Tokenization(tokenizer, 8, "completion").encode_record({"text": "ab"})
+    (example,) = Tokenization(tokenizer, 8, "completion").encode_record({"text": "ab"})
     assert example.labels == example.input_ids and len(example.labels) == 3
     with pytest.raises(DataError, match=r"^record 1: there is no token to learn from"):
         Tokenization(tokenizer, 8, "completion").encode([{"prompt": "a", "completion": ""}])
@@ -93,7 +96,7 @@ def test_the_keys_that_were_checked_are_the_ones_used(tokenizer: PreTrainedToken
     file = tmp_path / "d.jsonl"
     file.write_text('{"prompt": "2+2=", "completion": "4", "text": null}\n')
     assert (
-        tokenizer.decode(Tokenization(tokenizer, 32, "all").encode_record(read_records(file)[0])[0][0].input_ids)
+        tokenizer.decode(Tokenization(tokenizer, 32, "all").encode_record(read_records(file)[0])[0].input_ids)
         == "2+2=4<|im_end|>"
     )
 
@@ -112,11 +115,11 @@ def test_one_end_of_sequence_ends_an_example(tokenizer: PreTrainedTokenizerFast,
     adds = adding(tokenizer, form)
     begin = "<|im_start|>" if form.startswith("<") else ""
     for text in ("ab", "ab<|im_end|>"):
-        (example,), _ = Tokenization(adds, 32, "completion").encode_record({"text": text})
+        (example,) = Tokenization(adds, 32, "completion").encode_record({"text": text})
         assert adds.decode(example.input_ids) == f"{begin}ab<|im_end|>"
-        (example,), _ = Tokenization(adds, 32, "completion").encode_record({"prompt": text, "completion": "c"})
+        (example,) = Tokenization(adds, 32, "completion").encode_record({"prompt": text, "completion": "c"})
         assert adds.decode(example.input_ids) == f"{begin}{text}c<|im_end|>"
-        (example,), _ = Tokenization(adds, 32, "completion").encode_record({"prompt": "c", "completion": text})
+        (example,) = Tokenization(adds, 32, "completion").encode_record({"prompt": "c", "completion": text})
         assert adds.decode(example.input_ids) == f"{begin}cab<|im_end|>"
         assert encode_prompt({"prompt": "c", "completion": text}, adds)[1] == "ab"  # what a generation can equal
 
@@ -129,14 +132,14 @@ def test_an_empty_prompt_starts_from_the_token_that_begins_a_sequence(
     record = {"prompt": "", "completion": "4"}
     assert encode_prompt(record, adds)[0] == ([0] if form.startswith("<") else [1])  # no bos is known: the eos
     assert (
-        list(Tokenization(adds, 32, "completion").encode_record(record)[0][0].input_ids[:1])
+        list(Tokenization(adds, 32, "completion").encode_record(record)[0].input_ids[:1])
         == encode_prompt(record, adds)[0]
     )
     adds.bos_token = "<|im_start|>"
     assert encode_prompt(record, adds)[0] == [0]
     if form == "$A":
         adds.bos_token = adds.eos_token = None
-        assert len(Tokenization(adds, 32, "completion").encode_record({"text": "ab"})[0][0].input_ids) == 2
+        assert len(Tokenization(adds, 32, "completion").encode_record({"text": "ab"})[0].input_ids) == 2
         with pytest.raises(DataError, match=r"^record 1: the prompt is empty"):
             encode_prompts([record], adds)
 
@@ -162,14 +165,3 @@ def test_errors_name_the_line_wherever_the_record_went(tokenizer: PreTrainedToke
             use([fine, dict(first)], strict)
     with pytest.raises(DataError, match=r"d\.jsonl:4: the chat template rejects"):
         text_windows(file, strict, None, 8)
-
-
-def test_loss_on_all_needs_no_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A template may rewrite earlier turns where nobody asks which tokens are the assistant's."""
-    rewrites = copy.deepcopy(tokenizer)
-    rewrites.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
-    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
-    with pytest.raises(DataError, match="record 1: the chat template rewrites earlier turns"):
-        Tokenization(rewrites, 500, "completion").encode([record])
-    (example,), _ = Tokenization(rewrites, 500, "all").encode_record(record)
-    assert example.labels == example.input_ids

@@ -22,7 +22,7 @@ RECORDS = [
 
 STREAM = (
     "one text<|im_end|>a question, an answer<|im_end|>"
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
 )
 
 

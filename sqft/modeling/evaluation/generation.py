@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,15 +123,17 @@ def finite(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def greedy(model: PreTrainedModel, tokenizer: Any) -> Iterator[GenerationConfig]:
+def greedy(model: PreTrainedModel, tokenizer: Any, also: Iterable[int] = ()) -> Iterator[GenerationConfig]:
     """Make generation plain and greedy; of the settings in the model's folder only the ends of sequence stay.
+
+    The tokens in `also` end it too, such as the one that ends a turn of a chat.
 
     `generate` takes every setting that is not given to it from `model.generation_config`, penalties and forced tokens
     included, and so that one is replaced meanwhile.
     """
     own = model.generation_config
     ends = own.eos_token_id if own is not None else None
-    all_ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    all_ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, *also]
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -83,17 +83,18 @@ def exact_match(
             window,
         )
     predictions: list[dict[str, Any]] = [{} for _ in prompts]
-    with eval_mode(model), finite(model), greedy(model, tokenizer) as settings:
+    ends = [prompt.end for prompt in prompts if prompt.end is not None]
+    with eval_mode(model), finite(model), greedy(model, tokenizer, ends) as settings:
         settings.max_new_tokens = max_new_tokens
-        equal = padding_matters(model, settings.pad_token_id, [ids for ids, _ in prompts])
+        equal = padding_matters(model, settings.pad_token_id, [prompt.ids for prompt in prompts])
         batches = _batches(prompts, batch_size, equal)
         for batch in track(batches, "generating", len(batches)):
-            texts = generate(model, tokenizer, [prompts[index][0] for index in batch], settings)
+            texts = generate(model, tokenizer, [prompts[index].ids for index in batch], settings)
             for index, text in zip(batch, texts, strict=True):
-                found, wanted = (extract_answer(part, answer) for part in (text, prompts[index][1]))
+                found, wanted = (extract_answer(part, answer) for part in (text, prompts[index].completion))
                 predictions[index] = {
                     "record": index + 1,
-                    "prompt": tokenizer.decode(prompts[index][0]),
+                    "prompt": tokenizer.decode(prompts[index].ids),
                     "generated": text,
                     "answer": found,
                     "expected": wanted,
@@ -109,7 +110,7 @@ def _batches(prompts: Sequence[Prompt], batch_size: int, equal: bool) -> list[li
     """Return the indices of prompts in batches, by length; each of a single length where `equal`."""
 
     def length(index: int) -> int:
-        return len(prompts[index][0])
+        return len(prompts[index].ids)
 
     order = sorted(range(len(prompts)), key=length)
     groups = [list(group) for _, group in groupby(order, length)] if equal else [order]

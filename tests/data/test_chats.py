@@ -1,0 +1,322 @@
+"""What is learnt of a conversation, written out by hand for each trait of chat templates."""
+
+# ruff: noqa: E501 -- a rendered line is easier to read in one piece
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqft.data.encoding import IGNORED, Encoded, Tokenization, chat_of, encode_prompt
+from sqft.errors import DataError
+from tests.support.chats import TEMPLATES, all_shown, chat_tokenizer, conversation, shown
+
+THREE = [
+    ("user", "2+2?"),
+    ("assistant", "4"),
+    ("user", "and 1?"),
+    ("assistant", "5"),
+    ("user", "so?"),
+    ("assistant", "Done."),
+]
+WITHOUT_THINKING = {"enable_thinking": False}
+
+
+def encoded(template: str, record: dict[str, Any], length: int = 5000, loss_on: Any = "completion") -> Encoded:
+    return Tokenization(chat_tokenizer(template), length, loss_on).encode([record])
+
+
+def texts(template: str, record: dict[str, Any], length: int = 5000, loss_on: Any = "completion") -> list[str]:
+    return all_shown(chat_tokenizer(template), encoded(template, record, length, loss_on).examples)
+
+
+CHATML = (
+    "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n{}4<|im_end|>",
+    "\n<|im_start|>user\nand 1?<|im_end|>\n<|im_start|>assistant\n{}5<|im_end|>",
+    "\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n{}Done.<|im_end|>",
+)
+"""Three turns of ChatML; {} is what stands before an answer."""
+
+
+def chatml(past: str, now: str) -> list[str]:
+    """The three turns as three examples: `past` before an answer of the history, `now` before the one that is learnt."""
+    done = [turn.format(past) for turn in CHATML]
+    return ["".join(done[:n]) + CHATML[n].format(now) + "⟫" for n in range(3)]
+
+
+EXPECTED: dict[tuple[str, bool], list[str]] = {
+    ("qwen3", True): chatml("", "⟪<think>\n\n</think>\n\n"),
+    ("qwen3", False): chatml("", "<think>\n\n</think>\n\n⟪"),
+    # The prompt ends in one line break, and the whole would hold two in one token: what follows is the second alone.
+    ("qwen3_5_think", True): chatml("", "<think>\n⟪\n</think>\n\n"),
+    ("qwen3_5_think", False): chatml("", "<think>\n\n</think>\n\n⟪"),
+    ("nemotron_like", True): chatml("<think></think>", "<think>\n⟪</think>"),
+    ("nemotron_like", False): [
+        CHATML[0].format("<think></think>⟪") + "⟫" + CHATML[1].format("<think></think>⟪") + "⟫"
+        + CHATML[2].format("<think></think>⟪") + "⟫"
+    ],
+    ("deepseekv3", True): [
+        "<bos><｜User｜>2+2?<｜Assistant｜><think>\n⟪\n</think>\n\n4<｜end▁of▁sentence｜>⟫",
+        "<bos><｜User｜>2+2?<｜Assistant｜>4<｜end▁of▁sentence｜><｜User｜>and 1?<｜Assistant｜><think>\n"
+        "⟪\n</think>\n\n5<｜end▁of▁sentence｜>⟫",
+        "<bos><｜User｜>2+2?<｜Assistant｜>4<｜end▁of▁sentence｜><｜User｜>and 1?<｜Assistant｜>5<｜end▁of▁sentence｜>"
+        "<｜User｜>so?<｜Assistant｜><think>\n⟪\n</think>\n\nDone.<｜end▁of▁sentence｜>⟫",
+    ],
+    ("glm4moe", True): [
+        "[gMASK]<sop><|user|>\n2+2?<|assistant|>⟪\n<think></think>\n4<|user|>⟫\nand 1?<|assistant|>⟪\n<think></think>\n5"
+        "<|user|>⟫\nso?<|assistant|>⟪\n<think></think>\nDone.<|user|>⟫"
+    ],
+    ("glm4moe", False): [
+        "[gMASK]<sop><|user|>\n2+2?/nothink<|assistant|>\n<think></think>⟪\n4<|user|>⟫\nand 1?/nothink<|assistant|>\n"
+        "<think></think>⟪\n5<|user|>⟫\nso?/nothink<|assistant|>\n<think></think>⟪\nDone.<|user|>⟫"
+    ],
+    ("phi3_5", True): [
+        "<|user|>\n2+2?<|end|>\n<|assistant|>\n⟪4<|end|>⟫\n<|user|>\nand 1?<|end|>\n<|assistant|>\n⟪5<|end|>⟫\n<|user|>\n"
+        "so?<|end|>\n<|assistant|>\n⟪Done.<|end|>⟫"
+    ],
+    ("qwen3_training", True): [
+        CHATML[0].format("⟪<think>\n\n</think>\n\n") + "⟫" + CHATML[1].format("⟪<think>\n\n</think>\n\n") + "⟫"
+        + CHATML[2].format("⟪<think>\n\n</think>\n\n") + "⟫"
+    ],
+    ("marked_without_end", True): [
+        CHATML[0].format("⟪") + "⟫" + CHATML[1].format("⟪") + "⟫" + CHATML[2].format("⟪") + "⟫"
+    ],
+    ("parts_only", True): [
+        CHATML[0].format("⟪") + "⟫" + CHATML[1].format("⟪") + "⟫" + CHATML[2].format("⟪") + "⟫"
+    ],
+    ("gemma_like", True): [
+        "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟪4<end_of_turn>⟫\n<start_of_turn>user\nand 1?"
+        "<end_of_turn>\n<start_of_turn>model\n⟪5<end_of_turn>⟫\n<start_of_turn>user\nso?<end_of_turn>\n<start_of_turn>"
+        "model\n⟪Done.<end_of_turn>⟫"
+    ],
+    ("llama3_like", True): [
+        "<bos><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "⟪4<|eot_id|>⟫<|start_header_id|>user<|end_header_id|>\n\nand 1?<|eot_id|><|start_header_id|>assistant"
+        "<|end_header_id|>\n\n⟪5<|eot_id|>⟫<|start_header_id|>user<|end_header_id|>\n\nso?<|eot_id|><|start_header_id|>"
+        "assistant<|end_header_id|>\n\n⟪Done.<|eot_id|>⟫"
+    ],
+    ("mistral_like", True): [
+        "<bos>[INST] 2+2? [/INST]⟪ 4</s>⟫[INST] and 1? [/INST]⟪ 5</s>⟫[INST] so? [/INST]⟪ Done.</s>⟫"
+    ],
+    ("cohere_like", True): [
+        "<bos><|START_OF_TURN_TOKEN|><|USER_TOKEN|>2+2?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        "⟪<|START_RESPONSE|>4<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫<|START_OF_TURN_TOKEN|><|USER_TOKEN|>and 1?"
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟪<|START_RESPONSE|>5<|END_RESPONSE|>"
+        "<|END_OF_TURN_TOKEN|>⟫<|START_OF_TURN_TOKEN|><|USER_TOKEN|>so?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+        "<|CHATBOT_TOKEN|>⟪<|START_RESPONSE|>Done.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫"
+    ],
+    ("without_end", True): [
+        "### Instruction:\n2+2?\n\n### Response:\n⟪4\n\n⟫### Instruction:\nand 1?\n\n### Response:\n⟪5\n\n⟫"
+        "### Instruction:\nso?\n\n### Response:\n⟪Done.\n\n⟫"
+    ],
+}  # fmt: skip
+"""What is learnt of `THREE` in each template; whether it may think."""
+
+
+@pytest.mark.parametrize(("template", "thinks"), EXPECTED)
+def test_what_is_learnt_of_three_turns(template: str, thinks: bool) -> None:
+    record = conversation(*THREE, **({} if thinks else {"chat_template_kwargs": WITHOUT_THINKING}))
+    assert texts(template, record) == EXPECTED[template, thinks]
+    result = encoded(template, record)
+    assert result.answers == 3 and result.ends == (0 if template == "without_end" else 3)
+    assert result.rewritten == (len(result.examples) > 1)
+    words = "template rewrites earlier turns" if result.rewritten else "no end of turn" if not result.ends else None
+    assert [words in note for note in result.notes()] == [True] if words else not result.notes()
+
+
+def test_the_last_turn_of_gpt_oss_ends_in_another_token() -> None:
+    found = texts("gptoss", conversation(*THREE))
+    assert [text.partition("<|start|>user")[2] for text in found] == [
+        "<|message|>2+2?<|end|><|start|>assistant⟪<|channel|>final<|message|>4<|return|>⟫",
+        "<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>user<|message|>and 1?<|end|>"
+        "<|start|>assistant⟪<|channel|>final<|message|>5<|return|>⟫",
+        "<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>user<|message|>and 1?<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>5<|end|><|start|>user<|message|>so?<|end|>"
+        "<|start|>assistant⟪<|channel|>final<|message|>Done.<|return|>⟫",
+    ]
+
+
+def test_a_system_turn_and_tools() -> None:
+    """The tool loop of one user turn is one history, in which reasoning stays; the template sees every field."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    record = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "", "reasoning_content": "Use the tool.", "tool_calls": [call]},
+            {"role": "tool", "name": "add", "content": "4"},
+            {"role": "assistant", "content": "It is 4.", "reasoning_content": "The tool says so."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+    }
+    (text,) = texts("qwen3", record)
+    head, _, rest = text.partition("<|im_end|>\n")
+    assert head.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and '"name": "add"' in head
+    assert rest == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+        '⟪<think>\nUse the tool.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
+        "<|im_end|>⟫\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        "⟪<think>\nThe tool says so.\n</think>\n\nIt is 4.<|im_end|>⟫"
+    )
+    (text,) = texts("glm4moe", record)  # a call ends where its result begins
+    assert text.endswith(
+        "<|user|>\n2+2?<|assistant|>⟪\n<think>Use the tool.</think>\n<tool_call>add\n<arg_key>a</arg_key>\n"
+        "<arg_value>2</arg_value>\n<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call><|observation|>⟫\n"
+        "<tool_response>\n4\n</tool_response><|assistant|>⟪\n<think>The tool says so.</think>\nIt is 4.<|user|>⟫"
+    )
+
+
+def test_reasoning_closes_the_block_that_the_prompt_opens() -> None:
+    asked = {"role": "user", "content": "2+2?"}
+    for answer in (
+        {"role": "assistant", "content": "4", "reasoning_content": "Two twos."},
+        {"role": "assistant", "content": "<think>\nTwo twos.\n</think>4"},
+    ):
+        assert texts("deepseekv3", {"messages": [asked, answer]}) == [
+            "<bos><｜User｜>2+2?<｜Assistant｜><think>\n⟪Two twos.\n</think>\n\n4<｜end▁of▁sentence｜>⟫"
+        ]
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "Two twos."}
+    assert texts("nemotron_like", {"messages": [asked, answer]}) == [
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n⟪Two twos.\n</think>\n4<|im_end|>⟫"
+    ]
+
+
+def test_a_turn_that_does_not_begin_as_inference_does_is_refused_with_what_to_set() -> None:
+    thinking = {"role": "assistant", "content": "4", "reasoning_content": "Two twos."}
+    record = {"messages": [{"role": "user", "content": "2+2?"}, thinking], "chat_template_kwargs": WITHOUT_THINKING}
+    with pytest.raises(DataError) as caught:
+        encoded("qwen3_5_think", record)
+    assert str(caught.value) == (
+        "record 1: message 2: inference starts it with '\\n</think>\\n\\n', where the chat template writes "
+        "'Two twos.\\n</think>\\n\\n4<|im_end|>\\n' for the finished turn, so it is not known what must be learnt; "
+        'set "chat_template_kwargs": {"enable_thinking": true}'
+    )
+    assert len(texts("qwen3_5_think", record, loss_on="all")) == 1
+    strange = copy.deepcopy(chat_tokenizer("llama3_like"))
+    strange.chat_template = str(strange.chat_template).replace("{{- bos_token -}}", "{{- messages | length -}}")
+    with pytest.raises(
+        DataError, match=r"it is not known what must be learnt; give the data in the template's own form"
+    ):
+        Tokenization(strange, 500, "completion").encode([conversation(*THREE)])
+
+
+def test_a_turn_that_is_switched_off_is_history_only() -> None:
+    record = conversation(*THREE, not_learnt=[1, 5])
+    assert texts("llama3_like", record) == [
+        "<bos><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "4<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nand 1?<|eot_id|><|start_header_id|>assistant"
+        "<|end_header_id|>\n\n⟪5<|eot_id|>⟫"
+    ]
+    (whole,) = texts("llama3_like", record, loss_on="all")
+    assert whole.count("⟪") == 2 and "⟫4<|eot_id|>⟪<|start" in whole and "⟫Done.<|eot_id|>" in whole
+    with pytest.raises(DataError, match=r"cannot be found; set finetune\.loss_on to 'completion'"):
+        encoded("qwen3", record, loss_on="all")
+    with pytest.raises(DataError, match="no token to learn from"):
+        encoded("llama3_like", conversation(*THREE, not_learnt=[1, 3, 5]))
+
+
+def test_the_whole_of_a_conversation_ends_at_its_end() -> None:
+    (whole,) = texts("glm4moe", conversation(*THREE), loss_on="all")
+    assert whole.startswith("⟪[gMASK]<sop>") and whole.endswith("\n<think></think>\nDone.<|user|>⟫")
+    (whole,) = texts("gemma_like", conversation(*THREE), loss_on="all")
+    assert whole.endswith("Done.<end_of_turn>⟫")
+
+
+def test_a_cut_example_says_what_is_left() -> None:
+    (example,) = encoded("llama3_like", conversation(*THREE), length=30).examples
+    assert shown(chat_tokenizer("llama3_like"), example).endswith("⟪Done.<|eot_id|>⟫")
+    assert (example.answers, example.ends, len(example.input_ids)) == (1, 1, 30)
+    (example,) = encoded("llama3_like", conversation(*THREE), length=4).examples
+    assert shown(chat_tokenizer("llama3_like"), example) == "\n\n⟪Don⟫"
+    assert (example.answers, example.ends) == (1, 0)
+    assert "no end of turn" in encoded("llama3_like", conversation(*THREE), length=4).notes()[0]
+
+
+@pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_an_evaluation_asks_what_training_has_taught(template: str) -> None:
+    tokenizer, record = chat_tokenizer(template), conversation(*THREE)
+    prompt = encode_prompt(record, tokenizer)
+    example = Tokenization(tokenizer, 5000, "completion").encode_record(record)[-1]
+    assert list(example.input_ids[: len(prompt.ids)]) == prompt.ids
+    after = [label for label in example.labels[len(prompt.ids) :] if label != IGNORED]
+    if template != "marked_without_end":
+        assert prompt.completion == tokenizer.decode(after, skip_special_tokens=True)
+    if template == "without_end":
+        assert prompt.end is None
+    else:
+        assert prompt.end == after[-1] == example.input_ids[-1]
+
+
+def test_a_refusal_is_explained() -> None:
+    record = conversation(("system", "Be brief."), *THREE)
+    with pytest.raises(DataError, match=r"^record 1: the chat template rejects the conversation: System role not"):
+        encoded("gemma_like", record)
+    with pytest.raises(DataError, match="has no prompt; add a user turn"):
+        encoded("qwen3", conversation(("assistant", "4")))
+    bare = copy.deepcopy(chat_tokenizer("llama3_like"))
+    bare.chat_template = None
+    with pytest.raises(DataError, match=r"has no chat template; use {prompt, completion} records"):
+        Tokenization(bare, 500, "completion").encode([conversation(*THREE)])
+
+
+STABLE = ("llama3_like", "gemma_like", "cohere_like", "qwen2_5", "glm4moe", "phi3_5", "qwen3_training")
+words = st.text("ab \n<>é4", min_size=1, max_size=6).filter(str.strip)
+begun = words.filter(lambda text: not text.startswith("\n"))  # one more line break would join that of the prompt
+
+
+@settings(max_examples=60, deadline=None)
+@given(template=st.sampled_from(STABLE), said=st.lists(st.tuples(words, begun), min_size=1, max_size=4))
+def test_a_stable_history_is_one_example(template: str, said: list[tuple[str, str]]) -> None:
+    """Its tokens are those of the conversation as a whole, and each history is what inference is given."""
+    tokenizer = chat_tokenizer(template)
+    turns = [turn for user, answer in said for turn in (("user", user), ("assistant", answer))]
+    messages = conversation(*turns)["messages"]
+    (example,) = Tokenization(tokenizer, 5000, "completion").encode_record({"messages": messages})
+    asked = [*messages, {"role": "user", "content": "x"}]
+    whole = tokenizer.apply_chat_template(asked, tokenize=True, return_dict=False)
+    assert list(example.input_ids) == whole[: len(example.input_ids)]
+    begins = [i for i, label in enumerate(example.labels) if label != IGNORED and example.labels[i - 1] == IGNORED]
+    prompts = [
+        tokenizer.apply_chat_template(messages[:index], tokenize=True, return_dict=False, add_generation_prompt=True)
+        for index in range(1, len(messages), 2)
+    ]
+    assert begins == [len(prompt) for prompt in prompts]
+    assert all(list(example.input_ids[: len(prompt)]) == prompt for prompt in prompts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    template=st.sampled_from(("qwen3", "qwen3_5_think", "deepseekv3", "nemotron_like", "mistral_like")),
+    said=st.lists(st.tuples(words, words), min_size=1, max_size=3),
+)
+def test_every_history_is_what_inference_is_given(template: str, said: list[tuple[str, str]]) -> None:
+    tokenizer = chat_tokenizer(template)
+    turns = [turn for user, answer in said for turn in (("user", user), ("assistant", answer))]
+    messages = conversation(*turns)["messages"]
+    examples = Tokenization(tokenizer, 5000, "completion").encode_record({"messages": messages})
+    found = {
+        tuple(example.input_ids[:place])
+        for example in examples
+        for place in range(1, len(example.labels))
+        if example.labels[place] != IGNORED and example.labels[place - 1] == IGNORED
+    }
+    assert found == {
+        tuple(tokenizer.apply_chat_template(messages[:i], tokenize=True, return_dict=False, add_generation_prompt=True))
+        for i in range(1, len(messages), 2)
+    }
+
+
+def test_a_template_is_tried_with_its_own_arguments_only() -> None:
+    """The end of a turn is looked for once for each set of arguments."""
+    chat = chat_of(chat_tokenizer("glm4moe"))
+    calls = []
+    render = chat.render
+    chat.render = lambda *given: calls.append(given) or render(*given)
+    for _ in range(3):
+        list(chat.turns(conversation(*THREE)))
+    probes = [messages for messages, *_ in calls if any("sqft-next" in m["content"] for m in messages)]
+    assert len(probes) == 2  # whether contents are texts, and what follows an answer

@@ -1,0 +1,99 @@
+"""The forms in which people keep conversations."""
+
+# ruff: noqa: E501 -- a rendered line is easier to read in one piece
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft.data.conversations import conversation_in
+from sqft.data.records import read_records
+from sqft.errors import DataError
+
+ASKED = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASKED},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+        {"prompt": ASKED[:1], "completion": ASKED[1:]},
+        {"prompt": ASKED[:1], "completion": ASKED[1]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]}, ASKED[1]]},
+        {"messages": [{**ASKED[0], "name": None, "tool_calls": None}, {**ASKED[1], "weight": 1, "train": True}]},
+        {"messages": ASKED, "tools": None, "chat_template_kwargs": "{}"},
+    ],
+)  # fmt: skip
+def test_each_form_is_the_same_conversation(row: dict[str, Any]) -> None:
+    assert conversation_in(row) == {"messages": ASKED}
+
+
+def test_fields_beside_the_turns() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    row = {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4", "weight": 0}],
+        "tools": json.dumps(tools),
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert conversation_in(row) == {
+        "messages": [{"role": "system", "content": "Be brief."}, *ASKED],
+        "tools": tools,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "not_learnt": [2],
+    }
+
+
+def test_the_turns_of_a_prompt_are_not_learnt() -> None:
+    row = {"prompt": [*ASKED, ASKED[0]], "completion": [ASKED[1]]}
+    assert conversation_in(row) == {"messages": [*ASKED, *ASKED], "not_learnt": [1]}
+
+
+def test_what_is_no_conversation() -> None:
+    for row in ({"prompt": "a", "completion": "b"}, {"text": "a"}, {"instruction": "a", "output": "b"}):
+        assert conversation_in(row) is None
+
+
+def test_a_call_needs_no_content_and_its_fields_stay() -> None:
+    call = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}]
+    messages = [
+        ASKED[0],
+        {"role": "assistant", "content": None, "tool_calls": call, "thinking": "Hm."},
+        {"role": "tool", "tool_call_id": "1", "name": "add", "content": "4"},
+        ASKED[1],
+    ]
+    found = conversation_in({"messages": messages})
+    assert found is not None
+    assert found["messages"] == [messages[0], {k: v for k, v in messages[1].items() if k != "content"}, *messages[2:]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": "hi"}, "'messages' must be a list of {role, content}"),
+        ({"messages": ASKED[:1]}, "at least one assistant turn"),
+        ({"messages": [{"content": "a"}, ASKED[1]]}, "message 1: has no 'role'"),
+        ({"messages": [{"role": "user", "content": 4}, ASKED[1]]}, "message 1: 'content' is int, expected text"),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "message 2 of role 'assistant' has no 'content'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASKED[1]]}, "message 1: a part of 'content' is 'image'"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "'from' is 'narrator', which stands for no role; known are human"),
+        ({"prompt": ASKED[:1], "completion": "4"}, "must both be texts, or both lists"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences, which sqft does not train on"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, "message 2: 'weight' is 0.5; a turn is learnt or not"),
+        ({"messages": [{**ASKED[0], "train": True}, ASKED[1]]}, "only the assistant's turns can be learnt"),
+        ({"messages": ASKED, "tools": "add"}, "'tools' must be a JSON list"),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": "\ud83d"}]}, "half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps({"messages": ASKED}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as caught:
+        read_records(file)
+    assert "d.jsonl:2: " in str(caught.value) and words in str(caught.value)
