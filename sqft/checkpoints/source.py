@@ -10,6 +10,7 @@ from sqft.checkpoints.families import guess_linears
 from sqft.checkpoints.gguf import gguf_source
 from sqft.checkpoints.gptq import gptq_settings, unpacked_shapes
 from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.packed_floats import check_dequantize, packed_floats
 from sqft.checkpoints.safetensors import INDEX, read_object, safetensors_header, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
@@ -17,7 +18,9 @@ from sqft.utils.files import unreadable
 from sqft.utils.hub import HUB_FILES, HUB_ID, fetch
 
 
-def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests) -> ModelSource:
+def find_model(
+    path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests, dequantize: bool = False
+) -> ModelSource:
     """Return the model that a recipe names: a folder, a GGUF file, or a Hugging Face id.
 
     Args:
@@ -25,6 +28,7 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
         resolve: Makes a file's path of it, relative to the recipe.
         revision: Branch, tag or commit of a Hugging Face id.
         digests: Computes, and remembers, digests of files.
+        dequantize: Whether a folder's weights are MXFP4 or FP8, to be read as floats.
 
     Raises:
         SqftError: saying what was looked for, what is wrong with it and how to fix it.
@@ -34,25 +38,28 @@ def find_model(path: str, resolve: Callable[[str], Path], revision: str | None, 
         if local.is_file() and local.suffix == ".gguf":
             return gguf_source(local, digests)
         if local.is_dir():
-            return folder_source(local, digests)
+            return folder_source(local, digests, dequantize)
         if local.exists():
             raise ModelError(f"{local} is neither a folder nor a .gguf file")
         if HUB_ID.fullmatch(path):
-            return folder_source(fetch("model", path, revision, HUB_FILES, local), digests)
+            return folder_source(fetch("model", path, revision, HUB_FILES, local), digests, dequantize)
     except OSError as error:
         raise unreadable(error, local) from None
     raise ModelError(f"no file or folder {local}, and '{path}' is not a Hugging Face id (owner/name)")
 
 
-def folder_source(path: Path, digests: Digests) -> ModelSource:
-    """Return what the headers in a model folder say of its model, floats or GPTQ codes.
+def folder_source(path: Path, digests: Digests, dequantize: bool = False) -> ModelSource:
+    """Return what the headers in a model folder say of its model: floats or GPTQ codes, or with `dequantize` the floats
+    that MXFP4 or FP8 stand for.
 
     Raises:
         ArtifactError: when a file is damaged, or a tensor or file is missing.
         ModelError: when sqft does not read such a folder.
     """
     config = read_object(path / "config.json")
-    quantization = gptq_settings(path, config)
+    check_dequantize(path, config, dequantize)
+    packed = packed_floats(config)
+    quantization = None if packed else gptq_settings(path, config)
     files = weight_files(path)
     shapes: dict[str, tuple[int, ...]] = {}
     for file, listed in files.items():
@@ -64,6 +71,8 @@ def folder_source(path: Path, digests: Digests) -> ModelSource:
         if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - files.keys()):
             raise ModelError(f"{path} has {stray[0]} beside the weights that transformers reads; move it elsewhere")
         shapes = unpacked_shapes(path, shapes, quantization)
+    elif packed:
+        shapes = packed.float_shapes(path, shapes)
     elif any(name.endswith(".qweight") for name in shapes):
         raise ModelError(
             f"{path} has packed codes (.qweight), but no quantization_config in its config.json that describes them; "

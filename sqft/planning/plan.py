@@ -96,7 +96,7 @@ class Plan:
     def model_spec(self) -> ModelSpec:
         """The recipe's own model, in the recipe's precision."""
         model = self.recipe.model
-        return ModelSpec(self.source.path, model.dtype, model.trust_remote_code)
+        return ModelSpec(self.source.path, model.dtype, model.trust_remote_code, model.dequantize)
 
     def spec(self, path: Path) -> ModelSpec:
         """Return the spec of a model that a step wrote, in the precision it is stored in, or of the recipe's own."""

@@ -48,7 +48,8 @@ class Resolver:
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
         self.model = NO_MODEL
         try:
-            self.model = find_model(recipe.model.path, recipe.resolve, recipe.model.revision, digests)
+            model = recipe.model
+            self.model = find_model(model.path, recipe.resolve, model.revision, digests, model.dequantize)
         except SqftError as error:
             self.report("model.path", str(error))
 

@@ -41,12 +41,22 @@ class Model(Section):
         description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id"
     )
     dtype: DTYPES = Field("float32", description="precision in which weights are loaded and stored")
+    dequantize: bool = Field(
+        False, description="load weights in MXFP4 or FP8 as floats; dtype is then bfloat16 unless it is given"
+    )
     revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
     trust_remote_code: bool = Field(False, description="allow Python code from the model's folder to run")
     chat_template_kwargs: TemplateArguments = Field(
         default_factory=dict,
         description='arguments for the chat template wherever it is used, such as {"enable_thinking": false}',
     )
+
+    @model_validator(mode="after")
+    def _precision_of_packed_floats(self) -> Self:
+        """Take bfloat16 for weights of four or eight bits, unless the recipe says otherwise."""
+        if self.dequantize and "dtype" not in self.model_fields_set:
+            vars(self)["dtype"] = "bfloat16"  # not as if the user had written it
+        return self
 
 
 class Calibration(Section):

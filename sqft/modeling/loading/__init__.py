@@ -12,12 +12,12 @@ __all__ = ["load_model", "load_packed", "load_skeleton", "load_tokenizer"]
 
 
 def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model with its tokenizer, on the CPU, in evaluation mode; GGUF and GPTQ codes are dequantized to floats.
+    """Load a model with its tokenizer, on the CPU, in evaluation mode; whatever is packed becomes floats.
 
     Raises:
         ModelError: when transformers cannot load it, or a weight is missing, mis-shaped or not finite.
         ArtifactError: when a part of a GPTQ checkpoint is missing or does not fit the others.
     """
-    if spec.is_gguf or quantization_of(spec.path) is None:
+    if spec.is_gguf or spec.dequantize or quantization_of(spec.path) is None:
         return load_floats(spec)
     return load_dequantized(spec), load_tokenizer(spec)

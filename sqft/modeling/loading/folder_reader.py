@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +17,14 @@ from sqft.errors import ArtifactError
 
 @dataclass(frozen=True)
 class FolderReader:
-    """A model folder's tensors, read one at a time from its safetensors files.
+    """A model folder's tensors, read one at a time from its safetensors files, or from some of them.
 
     Raises:
         ArtifactError: when a file is damaged or a tensor is missing; the message names it.
     """
 
     folder: Path
+    only: Collection[Path] | None = None
 
     def names(self) -> Sequence[str]:
         """Return the names of all tensors, sorted."""
@@ -52,7 +53,7 @@ class FolderReader:
     def _files(self) -> dict[str, Path]:
         """The file of each tensor; a reader lists its folder once."""
         files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in sorted(self.folder.glob("*.safetensors") if self.only is None else self.only):
             with _open(file) as stream:
                 files.update(dict.fromkeys(stream.keys(), file))
         return files

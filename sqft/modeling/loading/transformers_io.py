@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import as_linears, as_stored
+from sqft.modeling.loading.packed_floats import read_packed_floats
 from sqft.utils.files import write_json
 
 
@@ -119,14 +121,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         with silent_transformers():
             tokenizer = _tokenizer(spec)
             what = str(path)
-            model, info = stock_class(_config(spec)).from_pretrained(
-                **_where(spec),
-                dtype=getattr(torch, spec.dtype) if spec.dtype else "auto",
-                trust_remote_code=spec.trust_remote_code,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-            )
+            model, info = _dequantized(spec) if spec.dequantize else _from_pretrained(spec)
     except Exception as error:  # a file or config that transformers cannot read
         raise ModelError(f"transformers cannot load {what}: {_first_sentence(error)}") from error
     if mismatched := sorted(info["mismatched_keys"]):
@@ -141,6 +136,39 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
     return as_linears(model).eval(), tokenizer
+
+
+def _from_pretrained(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model through transformers; return it with transformers' account of the tensors."""
+    model, info = stock_class(_config(spec)).from_pretrained(
+        **_where(spec),
+        dtype=getattr(torch, spec.dtype) if spec.dtype else "auto",
+        trust_remote_code=spec.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported by name, by the caller
+        output_loading_info=True,
+    )
+    return model, info
+
+
+def _dequantized(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model of MXFP4 or FP8 from the floats that it stands for; return what `_from_pretrained` returns."""
+    dtype, config, settings = getattr(torch, spec.dtype or "bfloat16"), _config(spec), None
+    del config.quantization_config
+    with torch.device("meta"):  # from values, transformers loads only into a class of its own
+        kind = type(stock_class(config).from_config(config, trust_remote_code=spec.trust_remote_code))
+    if (spec.path / "generation_config.json").is_file():
+        settings = GenerationConfig.from_pretrained(spec.path)
+    model, info = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=read_packed_floats(spec.path, dtype),
+        dtype=dtype,
+        generation_config=settings,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model, info
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
