@@ -216,6 +216,7 @@ def test_what_a_fingerprint_depends_on(
         changed(calibration__samples=3),
         changed(model__dtype="bfloat16"),
         changed(model__trust_remote_code=True),
+        changed(model__dtype="bfloat16", model__dequantize=True),
         changed(sparsify__sparsity=0.25),
         changed(sparsify__exclude=["q_proj"]),
         fingerprint_of(step(recipe, registry), recipe, "another model", {}),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packed_checkpoints import pack_folder
 
 from sqft import Recipe, Registry
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
 from sqft.planning.planner import adapter_base, make_plan, plan_steps, with_fingerprints
@@ -111,6 +114,26 @@ def test_a_model_that_is_quantized_already(raw: dict[str, Any], registry: Regist
     problems = refused(raw, registry, "finetune", "search", "merge", "evaluate", quantize=RTN)
     expected = "the model is already quantized; remove this section"
     assert [problem.partition(",")[0] for problem in problems[:2]] == [f"sparsify: {expected}", f"quantize: {expected}"]
+
+
+def test_weights_in_fp8_are_read_when_the_recipe_says_so(
+    raw: dict[str, Any], registry: Registry, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(model_folder, folder)
+    pack_folder(folder, "fp8", (32, 32))
+    raw["model"] = {"path": str(folder)}
+    (problem, *_) = refused(raw, registry, "evaluate")
+    assert problem.startswith(f"model.path: {folder} holds its weights in FP8; set model.dequantize to true")
+    raw["model"]["dequantize"] = True
+    plan = planned(raw, registry, "evaluate")
+    assert plan.model_spec == ModelSpec(folder, "bfloat16", dequantize=True)
+    assert plan.spec(tmp_path) == ModelSpec(tmp_path)  # what a step wrote is floats
+    floats = planned(raw | {"model": {"path": str(model_folder), "dtype": "bfloat16"}}, registry, "evaluate")
+    assert plan.source.shapes == floats.source.shapes and plan.source.linears == floats.source.linears
+    assert [step.estimate for step in plan.steps] == [step.estimate for step in floats.steps]
+    raw["model"]["path"] = str(model_folder)
+    assert "holds no weights in MXFP4 or FP8; remove model.dequantize" in refused(raw, registry, "evaluate")[0]
 
 
 def test_plugins_that_cannot_be_used_are_named_beside_what_is_missing(raw: dict[str, Any]) -> None:

@@ -90,3 +90,14 @@ def test_a_sparsity_that_the_pattern_gives_is_not_stored(raw: dict[str, Any]) ->
     assert stored["sparsify"]["pattern"] == "2:4" and "sparsity" not in stored["sparsify"]
     changed = Recipe.changed(stored, ["sparsify.pattern=1:4"])
     assert changed.sparsify is not None and changed.sparsify.sparsity == 0.75
+
+
+def test_packed_floats_are_loaded_in_bfloat16_unless_the_recipe_says_otherwise(raw: dict[str, Any]) -> None:
+    raw["model"]["dequantize"] = True
+    recipe = Recipe.parse(raw)
+    assert recipe.model.dtype == "bfloat16" and "dtype" not in recipe.model.model_fields_set
+    stored = Recipe.parse(with_absolute_paths(recipe))
+    assert stored.model.dtype == "bfloat16"
+    assert Recipe.changed(with_absolute_paths(recipe), ["model.dequantize=false"]).model.dtype == "float32"
+    raw["model"]["dtype"] = "float32"
+    assert Recipe.parse(raw).model.dtype == "float32"
