@@ -24,6 +24,7 @@ from sqft.planning.planner import make_plan
 from sqft.recipe.diagnostics import related
 from sqft.recipe.recipe import Recipe
 from sqft.store.artifacts import Artifact, Store
+from sqft.utils.caches import use_writable_caches
 from sqft.utils.distributed import processes
 from sqft.utils.progress import Track, silent
 from sqft.utils.resources import peak_memory, versions
@@ -48,6 +49,7 @@ class Orchestrator:
         self.registry, self.store, self.track = registry, Store(store), track
         self.device = "cpu" if device == "cpu:0" else device
         self.processes = processes()
+        use_writable_caches(self.store.root / "cache")
 
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe will do here, and which of it is done already. Loads no model.

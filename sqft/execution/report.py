@@ -109,10 +109,14 @@ def settings_of_tasks(report: Mapping[str, Any]) -> list[str]:
         if name not in ("lm_eval", "tasks") and value not in (None, {})
     ]
     return [f"lm-eval {asked['lm_eval']}: {', '.join(given)}"] + [
-        f"{task}: version {facts['version']}, {facts['num_fewshot']}-shot, {facts['documents']:,} of {facts['of']:,} "
+        f"{task}: {_version(facts['version'])}, {facts['num_fewshot']}-shot, {facts['documents']:,} of {facts['of']:,} "
         "documents"
         for task, facts in asked["tasks"].items()
     ]
+
+
+def _version(version: object) -> str:
+    return "no version" if version is None else f"version {version}"
 
 
 def _text(value: float | None, form: str) -> str:

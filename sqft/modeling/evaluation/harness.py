@@ -33,6 +33,9 @@ has a formula): they know that error to 1/sqrt(2 * 1000), about 2%. lm-eval's 10
 SEED, ARRAY_SEED = 0, 1234
 """lm-eval's own seeds: of Python's generator, and of NumPy's, torch's and the few-shot examples'."""
 
+UNVERSIONED = "Yaml"
+"""What lm-eval gives for the version of a task whose file has none."""
+
 CPU_BATCH = 8
 """The batch size that "auto" stands for on a CPU: lm-eval would fill the machine's memory to find one."""
 
@@ -218,7 +221,7 @@ def _facts(task: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a reader of a task's numbers must know."""
     counts = found["n-samples"][task]
     return {
-        "version": found["versions"].get(task),
+        "version": None if (version := found["versions"].get(task)) == UNVERSIONED else version,
         "num_fewshot": found["n-shot"].get(task),
         "documents": counts["effective"],
         "of": counts["original"],
