@@ -33,13 +33,13 @@ class GroupOrder:
             diagonal: the sum of x² over tokens, for each input [in].
             size: inputs in a group.
             act_order: the largest inputs first, whatever group they are in.
-            reorder_groups: without `act_order`, whole groups in the order of `by_groups`.
+            reorder_groups: without `act_order`, whole groups in the order of `by_groups`; one group stays as it is.
             static_grid: grids of the contiguous groups that were fitted before, if they were.
         """
         order = torch.arange(len(diagonal), device=diagonal.device)
         if act_order:
             order = diagonal.argsort(descending=True, stable=True)
-        elif reorder_groups:
+        elif reorder_groups and size < len(diagonal):
             order = by_groups(diagonal, size)
         return cls(order, size, not act_order, static_grid)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.kernels import grids
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.loading.quantized import read_quantized
@@ -100,6 +103,34 @@ def test_the_merged_codes_are_those_of_equation_3(
     assert rows["search (hill-climbing)"]["perplexity"] == rows["merge"]["perplexity"]
     assert rows["search (hill-climbing)"]["sparsity"] == rows["merge"]["sparsity"]
     assert finished.result() == finished["merge"].folder / "model"
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, -1])
+def test_the_grid_of_the_merge_is_the_grid_of_quantize(
+    quantized: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, size: int
+) -> None:
+    """Whatever the group size; and codes that training does not move are the base's, from its codes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    quantized["model"]["path"] = str(tmp_path / "wide")
+    quantized["quantize"]["quantizer"]["options"] = {"group_size": size, "symmetric": False}
+    del quantized["evaluate"], quantized["search"]
+    for base, rate, moves in (("codes", 1e-30, False), ("codes", 0.1, True), ("floats", 0.1, True)):
+        quantized["finetune"] |= {"base": base, "learning_rate": rate, "steps": 2}
+        finished = run(quantized, registry, tmp_path / "store")
+        before = read_quantized(finished["quantize"].folder / "model")
+        after = read_quantized(finished["merge"].folder / "model")
+        assert len(before) == 7 and before.keys() == after.keys()
+        for name, layer in after.items():
+            assert grids.same(layer, replace(before[name], codes=layer.codes)), name
+            width = layer.codes.shape[1]
+            assert layer.grid.group_size == size and layer.grid.scale.shape[1] == width // (
+                width if size == -1 else size
+            )
+        report = finished["merge"].report
+        assert (report["codes_changed"] > 0) == (report["codes_unlike_base"] > 0) == moves
 
 
 def test_weights_before_and_after_quantization_are_not_in_memory_together(

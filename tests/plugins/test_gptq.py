@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearShape, LinearStats, Quantized, StageError
+from sqft.kernels import grids
 from sqft.kernels.grids import dequantize, fit_grid
 
 OUT, IN, TOKENS = 6, 64, 256
@@ -98,14 +99,65 @@ def test_with_nothing_pruned_it_solves_the_least_squares(bits: int, how: str, si
     order = [*range(IN)]
     if how == "act_order":
         order.sort(key=lambda j: -strength[j])
-    elif how == "reorder_groups":
-        width = IN if size == -1 else size
-        groups = [order[start : start + width] for start in range(0, IN, width)]
+    elif how == "reorder_groups" and size != -1:
+        groups = [order[start : start + size] for start in range(0, IN, size)]
         groups.sort(key=lambda group: -max(strength[j] for j in group))
         order = [j for group in groups for j in sorted(group, key=lambda j: -strength[j])]
         assert order != [*range(IN)] and result.grid.group_index is None
     expected = exact(weight, None, damped(stats, 0.01), order, bits, IN if size == -1 else size)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [-1, 64])
+@pytest.mark.parametrize("options", [{}, {"static_groups": True}, {"symmetric": False, "clip": True}])
+@pytest.mark.parametrize("pruned", [0.0, 0.5])
+def test_one_group_is_not_reordered(size: int, options: dict[str, Any], pruned: float) -> None:
+    """All inputs in one group, by -1 or by their number: codes and grid are those of the inputs as they stand."""
+    weight, mask, stats = problem(4, pruned=pruned)
+    reordered, plain = (
+        Gptq(group_size=size, reorder_groups=reorder, **options).quantize(weight, mask, stats)  # type: ignore[arg-type]
+        for reorder in (True, False)
+    )
+    assert grids.same(reordered, plain)
+
+
+@pytest.mark.parametrize("pruned", [0.0, 0.5])
+def test_codes_are_not_those_of_rounding_to_nearest(pruned: float) -> None:
+    """Where inputs are correlated, a quarter of the codes and more: a quantizer that silently rounds has none."""
+    weight, mask, stats = problem(4, pruned=pruned)
+    found, nearest = (kind(group_size=32).quantize(weight, mask, stats) for kind in (Gptq, Rtn))
+    changed = found.codes != nearest.codes
+    assert (changed if mask is None else changed[mask]).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_wider_than_a_block_is_one_group(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """576 inputs in blocks of 128 are quantized as in one block, on the grid of the row as a whole."""
+    weight, mask, stats = problem(6, inputs=576, pruned=0.5)
+    quantizer = Gptq(group_size=-1, symmetric=symmetric)
+    found = quantizer.quantize(weight, mask, stats)
+    monkeypatch.setattr(module, "BLOCK", 576)
+    whole = quantizer.quantize(weight, mask, stats)
+    assert mask is not None
+    scale, zero = fit_grid(weight * mask, 4, symmetric)
+    assert found.grid.scale.flatten().equal(scale.flatten().half()) and found.grid.zero.flatten().equal(zero.flatten())
+    assert found.grid.scale.equal(whole.grid.scale) and found.grid.zero.equal(whole.grid.zero)
+    assert (found.codes != whole.codes).float().mean() < 0.01  # ties fall either way
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("size", [32, -1])
+@pytest.mark.parametrize("quantizer", [Gptq, Rtn])
+def test_weights_of_one_sign_on_an_asymmetric_grid(quantizer: type[Any], size: int, sign: int) -> None:
+    """Zero is on the grid although no weight is near it: codes and zero points stay within 4 bits."""
+    weight, mask, stats = problem(8, pruned=0.5)
+    assert mask is not None
+    weight = sign * (weight.abs() + 1) * mask
+    result = quantizer(group_size=size, symmetric=False).quantize(weight, mask, stats)
+    assert int(result.codes.max()) <= 15 and int(result.grid.zero.min()) >= 0 and int(result.grid.zero.max()) <= 15
+    found = dequantize(result)
+    assert not found[~mask].any() and result.grid.scale.isfinite().all()
+    assert (found[mask].sign() == sign).all()
 
 
 @settings(deadline=None, max_examples=10)
