@@ -53,7 +53,11 @@ def data(
         screen.print(Text(preview.place, "bold"))
         for name, value in preview.facts.items():
             screen.print(f"  {name}: {value}", markup=False, highlight=False)
-        for pieces in preview.examples:
+        for note in preview.notes:
+            screen.print(Text(f"  note: {note}", "yellow"))
+        for number, pieces in enumerate(preview.examples):
+            if preview.titles:
+                screen.print(Text(f"— {preview.titles[number]} —", "cyan"))
             texts = [(_shortened(piece.text), piece.learned) for piece in pieces]
             marked = [("⟪" + text + "⟫", "bold green") if learned else (text, "dim") for text, learned in texts]
             screen.print(Text.assemble(*marked), "")

@@ -18,8 +18,10 @@ Answer = Literal["text", "first_number", "last_number"]
 def extract_answer(text: str, mode: Answer) -> str:
     """Return the part of a text that is compared: all of it, stripped, or its first or last number.
 
-    Numbers that are equal are spelt alike: "1,234.50" becomes "1234.5". "" when the text has no number.
+    What comes before the end of a block of reasoning (</think>) is no part of the answer. Numbers that are equal are
+    spelt alike: "1,234.50" becomes "1234.5". "" when the text has no number.
     """
+    text = text.rpartition("</think>")[2]
     if mode == "text":
         return text.strip()
     numbers = NUMBER.findall(text)
@@ -34,5 +36,5 @@ def extract_answer(text: str, mode: Answer) -> str:
 
 def completion_of(record: dict[str, Any]) -> str:
     """Return a record's completion, or the last assistant turn of its conversation; "" for a {text} record."""
-    turns = [message["content"] for message in record.get("messages", ()) if message["role"] == "assistant"]
+    turns = [message.get("content", "") for message in record.get("messages", ()) if message["role"] == "assistant"]
     return turns[-1] if turns else str(record.get("completion", ""))

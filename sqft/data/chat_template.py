@@ -58,11 +58,15 @@ class ChatTemplate:
 
     def chat(self) -> Chat:
         """Return what finds the turns of conversations in this template."""
-        return Chat(self.render, self.specials, self.tokens.get("eos_token"), self.tokens.get("bos_token"))
+        tokens = self.tokens
+        return Chat(
+            self.render, self.specials, tokens.get("eos_token"), tokens.get("bos_token"), self.variables() or ()
+        )
 
-    def variables(self) -> list[str]:
-        """Return the arguments that the template reads besides what it is always given; none if it cannot be parsed."""
-        return sorted({name for source in self.sources.values() for name in variables_of(source)})
+    def variables(self) -> list[str] | None:
+        """Return the arguments that the template reads besides what it is always given; None if it cannot be parsed."""
+        found = [variables_of(source) for source in self.sources.values()]
+        return None if None in found else sorted({name for names in found for name in names or ()})
 
     def render(self, messages: Messages, generation: bool, tools: Any, arguments: Mapping[str, Any]) -> str:
         """Return messages as text.
@@ -89,12 +93,13 @@ def rejection(error: Exception) -> DataError:
     return DataError(f"the chat template rejects the conversation: {kind}{error}")
 
 
-def variables_of(source: str) -> list[str]:
-    """Return the names that a template reads besides `GIVEN`; none when it cannot be parsed."""
+@cache
+def variables_of(source: str) -> list[str] | None:
+    """Return the names that a template reads besides `GIVEN`; None when it cannot be parsed."""
     try:
         names = meta.find_undeclared_variables(_environment().parse(source))
     except TemplateError:
-        return []
+        return None
     return sorted(names - GIVEN - {"tools", "documents"} - set(_environment().globals))
 
 

@@ -60,12 +60,16 @@ class _Sequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A data set as examples, of how many records; `rewritten` of them are several examples, since the chat template
-    writes a turn in another way once more turns follow."""
+    """A data set as examples; `sizes` says how many each record gave, in their order. `rewritten` records gave several
+    since the chat template writes a turn in another way once more turns follow."""
 
     examples: list[Example]
-    records: int
+    sizes: list[int]
     rewritten: int
+
+    @property
+    def records(self) -> int:
+        return len(self.sizes)
 
     @property
     def truncated(self) -> int:
@@ -121,15 +125,18 @@ class Tokenization:
         Raises:
             DataError: naming a record that has no token to learn from, or that the chat template rejects.
         """
-        examples, rewritten = [], 0
+        examples: list[Example] = []
+        sizes: list[int] = []
+        rewritten = 0
         for number, record in enumerate(records, 1):
             with locate_errors(record, number):
                 pieces = self.encode_record(record)
                 if not any(label != IGNORED for piece in pieces for label in piece.labels[1:]):
                     raise DataError("there is no token to learn from (is the completion empty?)")
             examples += pieces
+            sizes.append(len(pieces))
             rewritten += len(pieces) > 1 and "messages" in record
-        return Encoded(examples, len(records), rewritten)
+        return Encoded(examples, sizes, rewritten)
 
     def encode_record(self, record: dict[str, Any]) -> list[Example]:
         """Encode one record.
@@ -331,7 +338,7 @@ def chat_of(tokenizer: Any) -> Chat:
     source = tokenizer.chat_template
     sources = source.values() if isinstance(source, dict) else [source or ""]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    variables = sorted({name for text in sources for name in variables_of(text)})
+    variables = sorted({name for text in sources for name in variables_of(text) or ()})
     return Chat(render, [*added, *tokenizer.all_special_tokens], tokenizer.eos_token, tokenizer.bos_token, variables)
 
 

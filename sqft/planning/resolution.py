@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
+from sqft.checkpoints.chat_template import stored_template
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.source import find_model
 from sqft.components.kinds import Component
@@ -18,6 +20,7 @@ from sqft.data.hub import fetch_data_set
 from sqft.data.readers import SUFFIXES, split_names, suffix_of
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
+from sqft.planning.conversations import ConversationCheck, Use
 from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.data import Data
 from sqft.recipe.diagnostics import problems_of
@@ -46,6 +49,8 @@ class Resolver:
         """What the plan tells the user, in order, each once."""
         self.broken: dict[str, None] = {}
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
+        self.chats: set[str] = set()
+        """The data sets that hold conversations, by their place in the recipe: "finetune.data"."""
         self.model = NO_MODEL
         try:
             model = recipe.model
@@ -115,7 +120,9 @@ class Resolver:
             owner, role = _part_at(section, parents), ".".join(marked.place)
             if isinstance(owner, Data):
                 role = ".".join(parents)
-                files[role] = self.records(owner, f"{place}.{role}", (answers or {}).get(role))
+                answer = (answers or {}).get(role)
+                use: Use = "asked" if answer else getattr(section, "loss_on", "completion")
+                files[role] = self.records(owner, f"{place}.{role}", answer, use)
             else:
                 files[role] = self.file(marked.value, f"{place}.{role}", marked.marker.folder)
         return files
@@ -135,20 +142,32 @@ class Resolver:
             self.report(place, f"{resolved} is empty")
         return resolved
 
-    def records(self, data: Data, place: str, answer: Answer | None = None) -> Path:
-        """Return the path of a data set, after reading every record of it.
+    @cached_property
+    def conversations(self) -> ConversationCheck | None:
+        """What tries conversations in the model's chat template; None when only its tokenizer knows that."""
+        stored = stored_template(self.model.path) if self.has_model else None
+        return ConversationCheck(stored) if stored else None
+
+    def records(self, data: Data, place: str, answer: Answer | None = None, use: Use = "completion") -> Path:
+        """Return the path of a data set, after reading every record of it, and trying its conversations.
 
         Args:
             data: the data set as the recipe describes it.
             place: where that is in the recipe.
             answer: the part of its completion that each record must have, to compare with; None when it needs none.
+            use: what it is for.
         """
         known = len(self.problems)
         path = self._data_set(data, place)
         if len(self.problems) > known:
             return path
         try:
-            for record in records_of(path, data, self.recipe.model.chat_template_kwargs):
+            records = records_of(path, data, self.recipe.model.chat_template_kwargs)
+            if any("messages" in record for record in records):
+                self.chats.add(place)
+                for note in self.conversations.notes(records, use) if self.conversations else ():
+                    self.note(place, note)
+            for record in records:
                 if answer and not extract_answer(completion_of(record), answer):
                     what = "completion" if answer == "text" else "number in the completion"
                     raise DataError(f"{record.location}: there is no {what} to compare with")

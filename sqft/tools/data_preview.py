@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from torch import Tensor
@@ -36,12 +36,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """One data set: its path in the recipe, its first examples, and facts such as lengths, each with a label."""
+    """One data set: its path in the recipe, its first examples, and facts such as lengths, each with a label.
+
+    `titles` say which record each example is of; `notes` what a user should know before training.
+    """
 
     place: str
     examples: list[list[Piece]]
     facts: dict[str, str]
+    titles: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
+
+MOST_EXAMPLES = 8
+"""Of one record, no more examples than these are shown: a long text has very many."""
 
 Maker = Callable[[str], Preview]
 """Reads a data set and makes its preview, given its place in the recipe."""
@@ -167,13 +175,13 @@ class _TrainingData:
         if data.weight != 1:
             facts["each comes"] = f"{data.weight:g} times an epoch"
         encoded = self.encoded(role)
-        return Preview(place, show.pieces(encoded), {**facts, **_facts(encoded), **self._packed(encoded, alone)})
+        return show.encoded(place, encoded, {**facts, **_facts(encoded), **self._packed(encoded, alone)})
 
     def preview_of_all(self, place: str) -> Preview:
         """Make the preview of all data sets together, each as often as its weight says."""
         parts = [self.encoded(role) for role in self.section.data_sets]
         examples = [example for part in parts for example in part.examples]
-        mixed = Encoded(examples, sum(p.truncated for p in parts), sum(p.tokens_cut for p in parts))
+        mixed = Encoded(examples, [n for part in parts for n in part.sizes], sum(part.rewritten for part in parts))
         records = sum(len(training) for training, _ in self.sets().values())
         facts = {"records": f"{records}, of {len(parts)} data sets", **_facts(mixed), **self._packed(mixed)}
         return Preview(place, [], facts)
@@ -181,7 +189,7 @@ class _TrainingData:
     def learned(self, show: _Display, place: str, records: Sequence[Record]) -> Preview:
         """Make the preview of records in the form that training has them."""
         encoded = self.tokenization.encode(records)
-        return Preview(place, show.pieces(encoded), {"records": str(len(records)), **_facts(encoded)})
+        return show.encoded(place, encoded, {"records": str(len(records)), **_facts(encoded)})
 
     def _packed(self, encoded: Encoded, wanted: bool = True) -> dict[str, str]:
         length = self.section.max_length
@@ -225,13 +233,16 @@ class _Display:
         facts = {"records": str(len(records)), "tokens of a prompt": _range([len(prompt.ids) for prompt in prompts])}
         return Preview(place, shown, {**facts, "cut to fit": f"{cut} prompts"})
 
-    def pieces(self, encoded: Encoded) -> list[list[Piece]]:
-        """Return the first examples as runs of tokens with loss and without."""
-        shown = []
-        for example in encoded.examples[: self.count]:
-            runs = groupby(zip(example.input_ids, _learns(example), strict=True), key=lambda pair: pair[1])
-            shown.append([Piece(self._text([token for token, _ in run]), learned) for learned, run in runs])
-        return shown
+    def encoded(self, place: str, encoded: Encoded, facts: dict[str, str]) -> Preview:
+        """Make the preview of examples: of the first records, as runs of tokens with loss and without."""
+        shown, titles, examples = [], [], iter(encoded.examples)
+        for record, size in enumerate(encoded.sizes[: self.count], 1):
+            for number, example in enumerate(islice(examples, size), 1):
+                if number <= MOST_EXAMPLES:
+                    runs = groupby(zip(example.input_ids, _learns(example), strict=True), key=lambda pair: pair[1])
+                    shown.append([Piece(self._text([token for token, _ in run]), learned) for learned, run in runs])
+                    titles.append(f"record {record}" + (f", example {number} of {size}" if size > 1 else ""))
+        return Preview(place, shown, facts, titles, encoded.notes())
 
     def _text(self, tokens: Any) -> str:
         text: str = self.tokenizer.decode(tokens)
@@ -243,6 +254,7 @@ def _facts(encoded: Encoded) -> dict[str, str]:
         "examples": str(len(encoded.examples)),
         "tokens": _range([len(example.input_ids) for example in encoded.examples]),
         "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
+        "answers": f"{encoded.answers} learnt, {encoded.ends} of them with their end",
         "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
     }
 

@@ -35,6 +35,8 @@ from sqft.data.answers import extract_answer
         ("f(3)-4", "last_number", "4"),
         ("none", "first_number", ""),
         ("100", "first_number", "100"),
+        ("<think>\n2 and 2\n</think>\n\n4", "first_number", "4"),
+        ("\n</think>\n\nIt is 4.", "text", "It is 4."),
     ],
 )
 def test_answers(text: str, mode: Any, answer: str) -> None:

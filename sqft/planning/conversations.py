@@ -1,0 +1,86 @@
+"""Try a recipe's conversations in the model's chat template, before any work begins. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from sqft.checkpoints.chat_template import StoredTemplate
+from sqft.data.chat_template import ChatTemplate
+from sqft.data.chats import NO_TEMPLATE, last_answer, learnt
+from sqft.data.records import Record
+from sqft.errors import DataError
+
+Use = Literal["completion", "all", "asked"]
+"""What a data set is for: training on completions or on everything, or asking for the last answer."""
+
+TRIED = 200
+"""Conversations of a data set that are tried whatever their form; after them, one of each form."""
+
+
+class ConversationCheck:
+    """Tries conversations in a model's chat template.
+
+    Args:
+        stored: the template as its files have it.
+    """
+
+    def __init__(self, stored: StoredTemplate) -> None:
+        self.template = ChatTemplate(stored.sources, stored.tokens, stored.specials)
+        self.chat = self.template.chat()
+
+    def notes(self, records: Sequence[Record], use: Use) -> Iterator[str]:
+        """Yield what a user should know of the conversations among some records.
+
+        Raises:
+            DataError: naming a record that the template rejects, or an argument that it does not read.
+        """
+        chats = [record for record in records if "messages" in record]
+        if chats and not self.template.sources:
+            raise DataError(f"{chats[0].location}: {NO_TEMPLATE}")
+        rewrites = endless = closes = False
+        for record in _of_each_form(chats):
+            try:
+                self._check_arguments(record.get("chat_template_kwargs", {}))
+                if use == "asked":
+                    self.chat.prompt(record, last_answer(record))
+                elif use == "all":
+                    self.chat.whole(record)
+                else:
+                    if not learnt(record):
+                        raise DataError("no turn of the assistant is to be learnt")
+                    before = ""
+                    for turn in self.chat.turns(record):
+                        rewrites |= not turn.prompt.startswith(before)
+                        endless |= turn.end is None
+                        closes |= turn.closes > 0
+                        before = turn.text
+            except DataError as error:
+                raise DataError(f"{record.location}: {error}") from None
+        if rewrites:
+            yield "one example for each assistant turn: the chat template rewrites earlier turns"
+        if closes:
+            yield "the generation prompt opens a block of reasoning, and what is learnt closes it"
+        if endless:
+            yield "the chat template ends an assistant turn with no special token, so the model will not learn to stop"
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Check that the template reads every argument that it is given."""
+        known = self.template.variables()
+        if known is not None and (strange := sorted(arguments.keys() - set(known))):
+            has = f"it reads {', '.join(known)}" if known else "it reads none"
+            raise DataError(f"the chat template has no argument '{strange[0]}'; {has}")
+
+
+def _of_each_form(records: Sequence[Record]) -> Iterator[Record]:
+    """Yield the first records, and of the others one for each form that a template may treat in its own way."""
+    seen = set()
+    for number, record in enumerate(records):
+        form = tuple(
+            (message["role"], *sorted(message), "</think>" in str(message.get("content")))
+            for message in record["messages"]
+        )
+        key = form, "tools" in record, str(record.get("chat_template_kwargs")), str(record.get("not_learnt"))
+        if number < TRIED or key not in seen:
+            yield record
+        seen.add(key)
