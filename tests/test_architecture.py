@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sqft import Orchestrator, Registry
+
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "sqft"
 ROOMS = {  # what each package, or module at the root, may import besides itself; no more than it does import
@@ -166,6 +168,8 @@ def test_light_commands_import_no_torch(command: list[str], tmp_path: Path, mode
     recipe = tmp_path / "r.json"
     (tmp_path / "store" / "runs").mkdir(parents=True)
     recipe.write_text(f'{{"name": "x", "model": {{"path": "{model_folder}"}}, "sparsify": {{"scorer": "magnitude"}}}}')
+    if "plan" in command:  # the first plan of a model looks at its modules
+        Orchestrator(Registry.discover(), tmp_path / "store").load(recipe)
     words = [str(recipe) if word == "RECIPE" else word for word in command]
     assert_light(f"from sqft.cli import main\nmain({words!r}, standalone_mode=False)\n", tmp_path)
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from sqft.checkpoints.families import IN_A_BLOCK
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS
 from sqft.types import ModelReader, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
+"""A weight in a numbered block that is not an embedding table (DeepSeek's last block has one)."""
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

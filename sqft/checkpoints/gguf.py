@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqft.checkpoints.families import guess_linears
 from sqft.checkpoints.model_source import ModelSource
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
@@ -32,33 +32,20 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
         ModelError: when the package gguf is not installed, or the file has no tensors.
         ArtifactError: when the file is damaged.
     """
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return field.contents() if field is not None else None
-
-    reader = open_gguf(path)
-    try:
-        shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-        family = value("general.architecture")
-        config = {
-            "model_type": family,
-            "hidden_size": value(f"{family}.embedding_length"),
-            "intermediate_size": value(f"{family}.feed_forward_length"),
-            "num_hidden_layers": value(f"{family}.block_count"),
-            "max_position_embeddings": value(f"{family}.context_length"),
-            "vocab_size": shapes.get("token_embd.weight", (0,))[0],
-        }
-    except (ValueError, IndexError) as error:
-        raise _damaged(path, error) from None
+    shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in open_gguf(path).tensors}
     if not shapes:
         raise ModelError(f"{path} has no tensors, only a vocabulary or settings; name the file that holds the weights")
-    named: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        match = GGUF_BLOCK.fullmatch(name)
-        if match and match[2] in GGUF_LINEARS:
-            named[f"model.layers.{match[1]}.{GGUF_LINEARS[match[2]]}.weight"] = shape
-    return ModelSource("gguf", path, digests.file(path), config, shapes, guess_linears(named))
+    return ModelSource("gguf", path, digests.file(path), shapes)
+
+
+def module_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes [out, in] of the blocks' linear layers in a GGUF file, by their names in transformers."""
+    matches = {name: GGUF_BLOCK.fullmatch(name) for name in shapes}
+    return {
+        f"model.layers.{match[1]}.{GGUF_LINEARS[match[2]]}": shapes[name]
+        for name, match in matches.items()
+        if match and match[2] in GGUF_LINEARS
+    }
 
 
 def open_gguf(path: Path) -> Any:

@@ -29,6 +29,8 @@ class ModelLayout:
 
     architecture: str = ""
     """Name of the class: "Gemma3ForConditionalGeneration"."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Entries of the text model's config, by the names of most families: hidden_size, vocab_size, …"""
     linears: tuple[LinearShape, ...] = ()
     """The linear layers of the text model's decoder blocks, without routers, in order."""
     blocks: tuple[str, ...] = ()
@@ -40,7 +42,7 @@ class ModelLayout:
     narrow: tuple[str, ...] = ()
     """The linear layers that are left out of pruning and quantization unless they are named."""
     walk: Literal["blocks", "model"] = "blocks"
-    """How calibration runs: block by block, or the whole model at once, which is slower."""
+    """How calibration runs the model: "blocks" (each by itself) or "model" (the whole model for each block; slower)."""
     walk_reason: str = ""
     """Why the blocks cannot be run one by one."""
     unseen: tuple[str, ...] = ()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqft.types import LinearShape
+from sqft.checkpoints.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,10 @@ class ModelSource:
     path: Path
     digest: str
     """SHA-256 of all files that can change a result."""
-    config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     """Shape of every tensor of the float model, by its name in the checkpoint."""
-    linears: tuple[LinearShape, ...]
-    """The linear layers of its decoder blocks, by their names in transformers."""
+    layout: ModelLayout = field(default_factory=ModelLayout)
+    """What its modules say; empty until the plan asks for it."""
     quantization: dict[str, Any] | None = None
     """The `quantization_config` of a GPTQ checkpoint; None when the weights are floats."""
 
@@ -30,10 +29,6 @@ class ModelSource:
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
-    def size(self, *names: str, default: int = 0) -> int:
-        """Return the first of these config entries that is a positive integer ("hidden_size", …), or `default`.
-
-        An entry that lists a number for each layer does not count.
-        """
-        values = (self.config.get(name) for name in names)
-        return next((value for value in values if isinstance(value, int) and value), default)
+    def size(self, name: str, default: int = 0) -> int:
+        """Return an entry of the text model's config ("hidden_size", …), or `default` where it has no such number."""
+        return self.layout.sizes.get(name, default)

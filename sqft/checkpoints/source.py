@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from sqft.checkpoints.families import guess_linears
 from sqft.checkpoints.gguf import gguf_source
 from sqft.checkpoints.gptq import gptq_settings, unpacked_shapes
 from sqft.checkpoints.model_source import ModelSource
@@ -78,8 +77,7 @@ def folder_source(path: Path, digests: Digests, dequantize: bool = False) -> Mod
             f"{path} has packed codes (.qweight), but no quantization_config in its config.json that describes them; "
             "add it, or name the float model"
         )
-    linears = guess_linears(shapes, str(config.get("model_type")), packed=quantization is not None)
-    return ModelSource("folder", path, _digest(path, digests), config, shapes, linears, quantization)
+    return ModelSource("folder", path, _digest(path, digests), shapes, quantization=quantization)
 
 
 def _digest(path: Path, digests: Digests) -> str:

@@ -15,6 +15,7 @@ from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError, StageError, StoreError
 from sqft.execution import preflight
 from sqft.execution.earlier_runs import remade_note
+from sqft.execution.layouts import Layouts
 from sqft.execution.log import log_to_file
 from sqft.execution.report import make_report
 from sqft.execution.run import Outcome, Run
@@ -47,6 +48,7 @@ class Orchestrator:
         self, registry: Registry, store: str | Path = "store", device: str = "cpu", track: Track = silent
     ) -> None:
         self.registry, self.store, self.track = registry, Store(store), track
+        self.layouts = Layouts(self.store.root / "known-layouts")
         self.device = "cpu" if device == "cpu:0" else device
         self.processes = processes()
         use_writable_caches(self.store.root / "cache")
@@ -57,7 +59,7 @@ class Orchestrator:
         Raises:
             RecipeError: with every mistake at once.
         """
-        plan = make_plan(recipe, self.registry, self.store.digests)
+        plan = make_plan(recipe, self.registry, self.store.digests, self.layouts)
         done = (step.name for step in plan.steps if self.store.is_complete(step.stage, step.fingerprint))
         return dataclasses.replace(plan, reused=frozenset(done))
 
@@ -90,6 +92,7 @@ class Orchestrator:
         preflight.check_run(plan, steps, missing, self.store, self.device, self.processes)
         self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = make_run_folder(self.store, plan)
+        self.layouts(plan.model_spec, plan.source)  # now that there is a store, the next plan finds it there
         if self.processes.is_main:
             write_plan(self.store, folder, plan)
         log_file, level = folder / "run.log", logging.INFO if self.processes.is_main else logging.ERROR

@@ -21,7 +21,6 @@ from sqft.utils.code_digest import digest_files
 
 EVERY_STAGE = (
     "checkpoints/export",
-    "checkpoints/families",
     "checkpoints/gptq",
     "checkpoints/model_source",
     "checkpoints/model_spec",
@@ -59,14 +58,12 @@ COMPRESS = (
     "components/checks",
     "modeling/calibration/block_runs",
     "modeling/calibration/capture",
-    "modeling/calibration/dry_run",
     "modeling/calibration/statistics",
     "modeling/calibration/walk",
     "stages/compress",
-    "utils/globs",
 )
 
-ADAPT = ("components/checks", "modeling/adapters", "stages/adapted", "utils/globs")
+ADAPT = ("components/checks", "modeling/adapters", "stages/adapted")
 
 MEASURE = (
     "data/answers",
@@ -97,6 +94,7 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
 
 WITHOUT_EFFECT = {
     "api": "names of other modules",
+    "checkpoints/layout": "what the plan knows of modules; the layers it chooses enter the fingerprint themselves",
     "components/hookspecs": "how plugins are asked for components",
     "components/registration": "digests of components' code, which enter the fingerprint themselves",
     "errors": "exceptions",
@@ -127,6 +125,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "stage": step.stage,
         "settings": settings_of(step.section),
         "code": core_digest(step.stage),
+        "layers": list(step.layers),
         "components": {kind: component.identity for kind, component in step.components.items()},
         "inputs": {role: before[name].fingerprint for role, name in step.inputs.items()},
         "files": dict(step.digests),

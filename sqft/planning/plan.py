@@ -60,6 +60,8 @@ class Step:
     components: Mapping[str, ResolvedComponent[Component]]
     inputs: Mapping[str, str]
     estimate: Estimate
+    layers: tuple[str, ...] = ()
+    """The linear layers that it prunes, quantizes or adapts, in order."""
     files: Mapping[str, Path] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digest of each file or folder, as it enters the fingerprint."""
@@ -73,6 +75,11 @@ class Step:
     def label(self, kind: type[Component]) -> str:
         """Return that component's name as error messages show it, with its distribution."""
         return self.components[kind.kind].label
+
+
+def model_spec(recipe: Recipe, path: Path) -> ModelSpec:
+    """Return how a recipe's own model is loaded, from where it was found."""
+    return ModelSpec(path, recipe.model.dtype, recipe.model.trust_remote_code, recipe.model.dequantize)
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,7 @@ class Plan:
     @property
     def model_spec(self) -> ModelSpec:
         """The recipe's own model, in the recipe's precision."""
-        model = self.recipe.model
-        return ModelSpec(self.source.path, model.dtype, model.trust_remote_code, model.dequantize)
+        return model_spec(self.recipe, self.source.path)
 
     def spec(self, path: Path) -> ModelSpec:
         """Return the spec of a model that a step wrote, in the precision it is stored in, or of the recipe's own."""

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 
 from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError
+from sqft.planning import layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.fingerprint import fingerprint_of
 from sqft.planning.plan import Plan, Step
-from sqft.planning.resolution import Resolver
+from sqft.planning.resolution import Describe, Resolver
 from sqft.planning.steps import (
     plan_evaluate,
     plan_export,
@@ -29,18 +30,26 @@ from sqft.types import BaseKind
 from sqft.utils.digests import Digests
 
 
-def make_plan(recipe: Recipe, registry: Registry, digests: Digests) -> Plan:
+def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: Describe) -> Plan:
     """Resolve a recipe against what is installed.
+
+    Args:
+        recipe: what the user wants.
+        registry: what is installed.
+        digests: computes, and remembers, digests of files.
+        describe: tells what the modules of a model are; planning loads none.
 
     Raises:
         RecipeError: with every mistake at once, each with its path in the file.
     """
-    resolver = Resolver(recipe, registry, digests)
+    resolver = Resolver(recipe, registry, digests, describe)
     base = adapter_base(resolver)
     steps = plan_steps(resolver, base)
     if resolver.problems:
         broken = [Problem("", line.strip()) for line in resolver.broken]
         raise RecipeError([*resolver.problems, *broken], recipe.source)
+    for note in layout_checks.notes(resolver.model) if any(step.layers for step in steps) else ():
+        resolver.note("model", note)
     steps_done = with_fingerprints(steps, recipe, resolver.model.digest, digests)
     return Plan(recipe, resolver.model, base, steps_done, notes=tuple(resolver.notes))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,7 +12,9 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from sqft.checkpoints.chat_template import stored_template
+from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.source import find_model
 from sqft.components.kinds import Component
 from sqft.components.registry import Registry
@@ -20,8 +23,9 @@ from sqft.data.hub import fetch_data_set
 from sqft.data.readers import SUFFIXES, split_names, suffix_of
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
+from sqft.planning import layout_checks
 from sqft.planning.conversations import ConversationCheck, Use
-from sqft.planning.plan import ResolvedComponent
+from sqft.planning.plan import ResolvedComponent, model_spec
 from sqft.recipe.data import Data
 from sqft.recipe.diagnostics import problems_of
 from sqft.recipe.fields import InputPath, Section, fields_marked
@@ -35,14 +39,17 @@ from sqft.utils.hub import HUB_ID
 C = TypeVar("C", bound=Component)
 S = TypeVar("S", bound=Section)
 
-NO_MODEL = ModelSource("folder", Path(), "", {}, {}, ())
+Describe = Callable[[ModelSpec, ModelSource], ModelLayout]
+"""Tells what the modules of a model are, given how it is loaded and what its headers say; raises SqftError."""
+
+NO_MODEL = ModelSource("folder", Path(), "", {})
 """Takes the place of a model that was not found: without sizes and layers, so that the rest can still be checked."""
 
 
 class Resolver:
     """Looks up what a recipe names. A mistake becomes a problem with its path in the recipe; nothing is raised."""
 
-    def __init__(self, recipe: Recipe, registry: Registry, digests: Digests) -> None:
+    def __init__(self, recipe: Recipe, registry: Registry, digests: Digests, describe: Describe) -> None:
         self.recipe, self.registry = recipe, registry
         self.problems: list[Problem] = []
         self.notes: dict[str, None] = {}
@@ -54,9 +61,12 @@ class Resolver:
         self.model = NO_MODEL
         try:
             model = recipe.model
-            self.model = find_model(model.path, recipe.resolve, model.revision, digests, model.dequantize)
+            found = find_model(model.path, recipe.resolve, model.revision, digests, model.dequantize)
+            layout = describe(model_spec(recipe, found.path), found)
+            self.model = dataclasses.replace(found, layout=layout)
         except SqftError as error:
             self.report("model.path", str(error))
+        self.collect(layout_checks.check_headers(self.model))
 
     @property
     def has_model(self) -> bool:
@@ -197,24 +207,27 @@ class Resolver:
 
     def layers(self, include: Sequence[str], exclude: Sequence[str], place: str) -> list[LinearShape]:
         """Return the linear layers of the model that patterns choose."""
-        chosen = [layer for layer in self.model.linears if selected(layer.name, include, exclude)]
+        layout = self.model.layout
+        chosen = [layer for layer in layout.linears if selected(layer.name, include, exclude)]
         if not chosen and self.has_model:
             self.report(place, f"matches no linear layer of the model; it has {self._last_names()}")
+        self.collect(layout_checks.check_own_weights(layout, chosen, place))
         return chosen
 
     def targets(self, patterns: Sequence[str], place: str) -> tuple[LinearShape, ...]:
         """Return the linear layers of the model that are adapted; each of the patterns must match one."""
-        chosen = tuple(layer for layer in self.model.linears if selected(layer.name, patterns, ()))
+        chosen = tuple(layer for layer in self.model.layout.linears if selected(layer.name, patterns, ()))
         for index, pattern in enumerate(patterns if self.has_model else ()):
             if not any(selected(layer.name, [pattern], ()) for layer in chosen):
                 self.report(
                     f"{place}.{index}", f"'{pattern}' matches no linear layer; the model has {self._last_names()}"
                 )
+        self.collect(layout_checks.check_own_weights(self.model.layout, chosen, place))
         return chosen
 
     def _last_names(self) -> str:
-        names = {layer.name.rpartition(".")[2] for layer in self.model.linears}
-        return ", ".join(sorted(names)) or "none in numbered blocks, apart from routers"
+        names = {layer.name.rpartition(".")[2] for layer in self.model.layout.linears}
+        return ", ".join(sorted(names)) or "none in its decoder blocks, apart from routers"
 
     def within_window(self, section: S, field: str, place: str, always: bool = False) -> S:
         """Return the section with a number of tokens no larger than the model's window; one the user wrote must fit.

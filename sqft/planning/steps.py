@@ -5,12 +5,12 @@ Mistakes are collected by the resolver, so that a step comes of every section, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
-from sqft.planning import compatibility, estimates
+from sqft.planning import compatibility, estimates, layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
@@ -26,7 +26,7 @@ from sqft.recipe.sections import (
     Sparsify,
 )
 from sqft.recipe.stages import EVALUABLE
-from sqft.types import Statistic
+from sqft.types import LinearShape, Statistic
 
 C = TypeVar("C", bound=Component)
 
@@ -41,13 +41,14 @@ def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
     of_scorer = scorer.component.needs if scorer else frozenset()
     of_allocator = allocator.component.needs if allocator else frozenset()
     label = f"scorer '{section.scorer.name}'" if of_scorer else f"allocator '{section.allocator.name}'"
-    calibration, files = _calibration(resolver, of_scorer or of_allocator, label)
     pruned = resolver.layers(section.include, section.exclude, "sparsify.include")
+    calibration, files = _calibration(resolver, of_scorer or of_allocator, label, pruned, "sparsify.include")
     resolver.collect(compatibility.check_pattern(section, pruned))
     return Step(
         name="sparsify",
         stage="sparsify",
         section=section,
+        layers=_names(pruned),
         components=_found(scorer=scorer, allocator=allocator),
         inputs={},
         files={**files, **resolver.files(section, "sparsify")},
@@ -63,14 +64,17 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     layers = resolver.layers(section.include, section.exclude, "quantize.include")
     if quantizer:
         resolver.collect(compatibility.check_grid(quantizer, layers))
-    resolver.collect(compatibility.check_blocks_alike(resolver.model.linears, layers))
+    resolver.collect(compatibility.check_blocks_alike(resolver.model.layout.linears, layers))
+    resolver.collect(layout_checks.check_named(resolver.model.layout, layers))
     needs = quantizer.component.needs if quantizer else frozenset()
-    calibration, files = _calibration(resolver, needs, f"quantizer '{section.quantizer.name}'")
+    label = f"quantizer '{section.quantizer.name}'"
+    calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
     bits = getattr(quantizer.component, "bits", None) if quantizer else None
     return Step(
         name="quantize",
         stage="quantize",
         section=section,
+        layers=_names(layers),
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
@@ -79,10 +83,23 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
 
 
 def _calibration(
-    resolver: Resolver, needs: frozenset[Statistic], label: str
+    resolver: Resolver, needs: frozenset[Statistic], label: str, layers: Sequence[LinearShape], place: str
 ) -> tuple[Calibration | None, dict[str, Path]]:
-    """Return the calibration that a component needs, if it needs any, and its file."""
+    """Return the calibration that a component needs, if it needs any, and its file.
+
+    Args:
+        resolver: collects what is wrong.
+        needs: what the component needs of it.
+        label: names the component.
+        layers: those that are compressed.
+        place: where the recipe chooses them.
+    """
     calibration = resolver.recipe.calibration if needs else None
+    if needs:
+        layout = resolver.model.layout
+        resolver.collect(layout_checks.check_seen(layout, layers, place))
+        if layout.walk == "model":
+            resolver.note("calibration", f"runs the whole model for each block, which is slower: {layout.walk_reason}")
     if calibration:
         resolver.within_window(calibration, "length", "calibration", always=True)
         files = resolver.files(calibration, "calibration")
@@ -112,6 +129,8 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     if adapter and targets:
         trained, problems = compatibility.check_space(adapter, targets)
         resolver.collect(problems)
+    if merger:
+        resolver.collect(layout_checks.check_peft(resolver.model.layout, targets, merger.component))
     files = resolver.files(section, "finetune")
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
@@ -120,6 +139,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         name="finetune",
         stage="finetune",
         section=section,
+        layers=_names(targets),
         components=_found(adapter=adapter, merger=merger),
         inputs=base.inputs,
         files=files,
@@ -275,7 +295,7 @@ def _stored_base(resolver: Resolver, steps: Steps) -> int:
     """Return the bytes on disk of the model under the adapters."""
     model = resolver.model
     if model.quantization is not None:
-        return estimates.quantized_bytes(model, resolver.dtype, model.linears, model.quantization["bits"])
+        return estimates.quantized_bytes(model, resolver.dtype, model.layout.linears, model.quantization["bits"])
     if "quantize" in steps:
         return steps["quantize"].estimate.storage
     return estimates.model_bytes(model, resolver.dtype)
@@ -291,6 +311,10 @@ def _loaded_base(resolver: Resolver, merger: ResolvedComponent[Merger] | None, s
     if floats and merger and merger.component.merges:
         return estimates.model_bytes(resolver.model, resolver.dtype)
     return _stored_base(resolver, steps)
+
+
+def _names(layers: Iterable[LinearShape]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers)
 
 
 def _found(**components: ResolvedComponent[Any] | None) -> dict[str, ResolvedComponent[Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
-from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.errors import ArtifactError, ContractError
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import attach
 from sqft.modeling.adapters.adapted_model import AdaptedModel
@@ -27,7 +27,6 @@ from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
 from sqft.stages.inputs import section_of
 from sqft.types import BaseKind, DeltaModule, LinearShape, SearchSpace
-from sqft.utils.globs import selected
 
 DELTAS = "deltas.safetensors"
 
@@ -36,7 +35,6 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     """Load the base and attach untrained deltas; `folders` are the step's input artifacts by role.
 
     Raises:
-        StageError: when the targets match no layer.
         ContractError: when the adapter's space or deltas break its contract.
     """
     step, base = plan.step("finetune"), plan.adapter_base
@@ -48,9 +46,8 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
         model, tokenizer = load_packed(spec), load_tokenizer(spec)
     else:
         model, tokenizer = load_model(spec)
-    layers = {n: layer for n, layer in all_linears(model).items() if selected(n, section.targets, ())}
-    if not layers:
-        raise StageError("finetune.targets matches no linear layer of the model's decoder blocks")
+    found = all_linears(model)
+    layers = {name: found[name] for name in step.layers}
     label, shapes = step.label(Adapter), tuple(shape_of(n, layer) for n, layer in layers.items())
     space, deltas = _make_deltas(adapter, label, shapes, seed)
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.

@@ -13,27 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.components import checks
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.calibration.dry_run import how_to_walk
 from sqft.modeling.calibration.walk import walk
-from sqft.modeling.loading import load_skeleton
-from sqft.recipe.sections import Quantize, Sparsify
+from sqft.planning.plan import Step
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
-from sqft.utils.globs import selected
 
 
-def chosen_layers(model: PreTrainedModel, stage: str, section: Sparsify | Quantize) -> dict[str, nn.Linear]:
-    """Return the linear layers that a section includes, by name.
-
-    Raises:
-        StageError: when there is none.
-    """
-    layers = {
-        name: linear for name, linear in linears(model).items() if selected(name, section.include, section.exclude)
-    }
-    if not layers:
-        raise StageError(f"{stage}.include matches no linear layer of the model's decoder blocks")
-    return layers
+def chosen_layers(model: PreTrainedModel, step: Step) -> dict[str, nn.Linear]:
+    """Return the linear layers that the plan chose for a step, by name."""
+    found = linears(model)
+    return {name: found[name] for name in step.layers}
 
 
 @contextmanager
@@ -100,6 +89,6 @@ def run_calibration(
             compress(name, linear, LinearStats(tokens=0))
         return 0
     windows = inputs.data.calibration(tokenizer)
-    way = how_to_walk(load_skeleton(inputs.data.plan.model_spec)).way
+    way = inputs.plan.source.layout.walk
     walk(model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
     return windows.numel()

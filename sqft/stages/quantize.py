@@ -21,7 +21,6 @@ from sqft.modeling.architecture.linears import as_stored
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
-from sqft.recipe.sections import Quantize
 from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
@@ -43,7 +42,7 @@ class QuantizeStage:
         (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
         scratch = self.inputs.scratch
         model, tokenizer = load_model(self.inputs.plan.spec(self.inputs.model_path()))
-        layers = chosen_layers(model, "quantize", self.inputs.section(Quantize))
+        layers = chosen_layers(model, self.inputs.step)
         self.others = {
             name: sha256(tensor)
             for name, tensor in as_stored(model, codes=layers).items()

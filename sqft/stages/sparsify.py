@@ -42,7 +42,7 @@ class SparsifyStage:
         """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
         scratch = self.inputs.scratch
         model, tokenizer = load_model(self.inputs.plan.model_spec)
-        layers = chosen_layers(model, "sparsify", self.section)
+        layers = chosen_layers(model, self.inputs.step)
         self.parameters = {name: sha256(parameter) for name, parameter in model.named_parameters()}
         allocation = self._allocation(model, tokenizer, layers)
         masks: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.checkpoints.families import IN_A_BLOCK, in_order
+from sqft.checkpoints.export import IN_A_BLOCK
 from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
@@ -322,6 +322,11 @@ def _span(ranks: Sequence[Any]) -> str:
 def _total(modules: Iterable[Module]) -> Total:
     counted = [module for module in modules if module.zeros is not None]
     return Total(len(counted), sum(m.weights for m in counted), sum(m.zeros or 0 for m in counted))
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts module names with their numbers as numbers: layer 10 after layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _counts(weights: int, zeros: int | None, share: float | None) -> list[str]:

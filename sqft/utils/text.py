@@ -13,6 +13,12 @@ def brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def shortened(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def human_size(size: float) -> str:
     """Return a number of bytes with a unit: "12 B", "3 KiB", "1.25 GiB"."""
     for unit in ("B", "KiB", "MiB"):

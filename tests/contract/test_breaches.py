@@ -144,9 +144,13 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (
         adapter(lambda space: SearchSpace(space.groups[:-1])),
         RecipeError,
-        "has model.layers.1.self_attn.q_proj in 0 groups",
+        "has model.layers.1.mlp.up_proj in 0 groups",
     ),
-    (adapter(lambda space: SearchSpace(space.groups * 2)), RecipeError, "has model.layers.0.mlp.up_proj in 2 groups"),
+    (
+        adapter(lambda space: SearchSpace(space.groups * 2)),
+        RecipeError,
+        "has model.layers.0.self_attn.q_proj in 2 groups",
+    ),
     (
         adapter(lambda space: SearchSpace((*space.groups[:-1], RankGroup("last", (2, 4), space.groups[-1].members)))),
         RecipeError,

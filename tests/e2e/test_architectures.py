@@ -14,13 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.checkpoints.families import TRANSPOSED, guess_linears
-from sqft.checkpoints.model_spec import ModelSpec
-from sqft.checkpoints.safetensors import safetensors_header
 from sqft.errors import StageError
-from sqft.modeling.architecture.blocks import linears, shape_of
-from sqft.modeling.architecture.linears import Transposed
-from sqft.modeling.loading import load_skeleton
 from sqft.utils.globs import selected
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -130,20 +124,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
                 found |= {f"{name}.{index}.gate_proj": gate, f"{name}.{index}.up_proj": up}
                 found[f"{name}.{index}.down_proj"] = down.detach()
     return {name: weight for name, weight in found.items() if not name.endswith("shared_expert_gate")}
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
-def test_headers_and_modules_tell_of_the_same_layers(family: str, tokenizer: Any, tmp_path: Path) -> None:
-    """The plan's guess from a checkpoint's headers (`checkpoints.families`) is what the modules are
-    (`modeling.architecture`): names, shapes, which layers are routers, which weights are [in, out]."""
-    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model")
-    model = load_skeleton(ModelSpec(folder))
-    shapes = {name: shape for file in folder.glob("*.safetensors") for name, shape in safetensors_header(file).items()}
-    guessed = guess_linears(shapes, model.config.model_type)
-    owners = {id(layer.weight): shape_of(name, layer) for name, layer in reversed(linears(model).items())}
-    assert set(guessed) == set(owners.values())  # a weight that several blocks share is stored once
-    transposed = [name for name, module in model.named_modules() if isinstance(module, Transposed)]
-    assert bool(transposed) == (model.config.model_type in TRANSPOSED)
 
 
 def logits(folder: Path) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.planning.estimates import (
     activation_bytes,
@@ -93,7 +94,7 @@ LAYERS = tuple(
     for block in range(2)
     for name, shape in (("mlp.experts.0.up", (64, 32)), ("mlp.experts.1.up", (64, 32)), ("mlp.down", (32, 64)))
 )
-CONFIG = {"hidden_size": 32, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": 64}
+SIZES = {"hidden_size": 32, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": 64}
 CALIBRATION = Calibration(data="a.txt", samples=2, length=8)
 
 
@@ -101,7 +102,7 @@ def source(*names: str) -> ModelSource:
     """A model of an embedding, the layers, and tensors of these names and one number each."""
     shapes: dict[str, tuple[int, ...]] = {f"{layer.name}.weight": (64, 32) for layer in LAYERS}
     shapes |= {"m.embed.weight": (10, 32), **dict.fromkeys(names, (1,))}
-    return ModelSource("folder", Path("m"), "", CONFIG, shapes, LAYERS)
+    return ModelSource("folder", Path("m"), "", shapes, ModelLayout(linears=LAYERS, sizes=SIZES))
 
 
 def test_bytes_of_a_model() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import LAYOUTS
 from packed_checkpoints import pack_folder
 
 from sqft import Recipe, Registry
@@ -22,7 +23,7 @@ from sqft.utils.digests import Digests
 
 def planned(raw: dict[str, Any], registry: Registry, *left_out: str, **more: Any) -> Plan:
     raw = {**{key: value for key, value in copy.deepcopy(raw).items() if key not in left_out}, **more}
-    return make_plan(Recipe.parse(raw), registry, Digests())
+    return make_plan(Recipe.parse(raw), registry, Digests(), LAYOUTS)
 
 
 def refused(raw: dict[str, Any], registry: Registry, *left_out: str, **more: Any) -> list[str]:
@@ -130,7 +131,7 @@ def test_weights_in_fp8_are_read_when_the_recipe_says_so(
     assert plan.model_spec == ModelSpec(folder, "bfloat16", dequantize=True)
     assert plan.spec(tmp_path) == ModelSpec(tmp_path)  # what a step wrote is floats
     floats = planned(raw | {"model": {"path": str(model_folder), "dtype": "bfloat16"}}, registry, "evaluate")
-    assert plan.source.shapes == floats.source.shapes and plan.source.linears == floats.source.linears
+    assert plan.source.shapes == floats.source.shapes and plan.source.layout == floats.source.layout
     assert [step.estimate for step in plan.steps] == [step.estimate for step in floats.steps]
     raw["model"]["path"] = str(model_folder)
     assert "holds no weights in MXFP4 or FP8; remove model.dequantize" in refused(raw, registry, "evaluate")[0]
@@ -191,12 +192,12 @@ def test_the_kind_of_the_base(
     raw["quantize"] = {"quantizer": "rtn"}
     kept = {key: raw[key] for key in ("schema", "name", "model", *sections)}
     kept["model"] = {"path": path or raw["model"]["path"]}
-    assert adapter_base(Resolver(Recipe.parse(kept), registry, Digests())).kind is kind
+    assert adapter_base(Resolver(Recipe.parse(kept), registry, Digests(), LAYOUTS)).kind is kind
 
 
 def test_fingerprints_come_with_digests_of_files(raw: dict[str, Any], registry: Registry, data: Path) -> None:
     recipe, digests = Recipe.parse(raw), Digests()
-    resolver = Resolver(recipe, registry, digests)
+    resolver = Resolver(recipe, registry, digests, LAYOUTS)
     steps = plan_steps(resolver, adapter_base(resolver))
     assert not any(step.fingerprint or step.digests for step in steps)
     done = with_fingerprints(steps, recipe, "model", digests)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import LAYOUTS
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import Merger, Scorer
@@ -30,7 +31,7 @@ def problems(raw: dict[str, Any], store: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def resolver(raw: dict[str, Any], registry: Registry, data: Path) -> Resolver:
-    return Resolver(Recipe.parse(raw, data), registry, Digests())
+    return Resolver(Recipe.parse(raw, data), registry, Digests(), LAYOUTS)
 
 
 def said(resolver: Resolver) -> list[str]:
@@ -117,7 +118,7 @@ def test_a_number_of_tokens_gives_way_unless_it_was_written(resolver: Resolver) 
 
 def test_without_a_model_nothing_is_said_of_it(raw: dict[str, Any], registry: Registry) -> None:
     raw["model"]["path"] = "nowhere"
-    resolver = Resolver(Recipe.parse(raw), registry, Digests())
+    resolver = Resolver(Recipe.parse(raw), registry, Digests(), LAYOUTS)
     assert not resolver.has_model and [problem.place for problem in resolver.problems] == ["model.path"]
     assert resolver.layers(["q_prj"], [], "here") == [] and resolver.targets(["q_prj"], "here") == ()
     assert resolver.within_window(Perplexity(text="x"), "length", "here").length == 1024

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import LAYOUTS
 
 from sqft import Recipe, Registry
 from sqft.planning import steps
@@ -18,7 +19,7 @@ CODES = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
 
 
 def resolver_of(raw: dict[str, Any], registry: Registry) -> Resolver:
-    return Resolver(Recipe.parse(raw), registry, Digests())
+    return Resolver(Recipe.parse(raw), registry, Digests(), LAYOUTS)
 
 
 def problems(resolver: Resolver) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from layouts import LAYOUTS
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from sqft import Recipe, Registry
@@ -139,7 +140,7 @@ def test_a_file_of_a_stage_is_part_of_its_fingerprint(raw: dict[str, Any], regis
 
     def planned(**more: Any) -> Step:
         raw["sparsify"]["more"] = {"text": str(file), **more}
-        return make_plan(LongerRecipe.parse(raw), registry, Digests()).step("sparsify")
+        return make_plan(LongerRecipe.parse(raw), registry, Digests(), LAYOUTS).step("sparsify")
 
     kept = ("schema", "name", "model", "calibration", "sparsify")
     raw = copy.deepcopy({key: raw[key] for key in kept})
@@ -155,7 +156,7 @@ def test_a_file_of_a_stage_is_part_of_its_fingerprint(raw: dict[str, Any], regis
 
 def test_a_plan_finds_the_files(recipe: MarkedRecipe, tmp_path: Path) -> None:
     assert recipe.more is not None
-    resolver = Resolver(recipe, Registry(), Digests())
+    resolver = Resolver(recipe, Registry(), Digests(), LAYOUTS)
     known = len(resolver.problems)
     files = resolver.files(recipe.more, "more")
     assert set(files.values()) == {tmp_path / name for name in ("a.txt", "b.txt", "c.txt", "d.txt")}

@@ -127,13 +127,6 @@ def test_a_layer_that_changed_before_its_turn(
         stage.run()
 
 
-def test_no_layer_at_all(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
-    stage = sparsify(raw, registry, tmp_path)
-    stage.section = stage.section.model_copy(update={"include": ("nothing",)})
-    with pytest.raises(StageError, match=r"sparsify\.include matches no linear layer"):
-        stage.run()
-
-
 def selection(pattern: str, sparsity: float = 0.5) -> Selection:
     return Selection(LABEL, "layer", torch.rand(4, 12), Pattern.parse(pattern), sparsity)
 

@@ -22,6 +22,7 @@ from sqft.modeling.adapters.effective_weight import (
     effective_weight,
 )
 from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedLinear, dequantized
+from sqft.modeling.architecture.linears import Transposed
 from sqft.types import DeltaModule, Quantized
 
 
@@ -41,6 +42,8 @@ class AdaptedLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rank = delta.rank
         self.cached: Tensor | None = None
+        self.stored_transposed = False
+        """Whether transformers stores the layer's weight as [in, out]."""
 
     @property
     def weight(self) -> Tensor:
@@ -195,9 +198,11 @@ def attach(
     adapted = {}
     for name, delta in deltas.items():
         parent, _, last = name.rpartition(".")
-        bias = model.get_submodule(name).bias
+        linear = model.get_submodule(name)
+        bias = linear.bias
         assert bias is None or isinstance(bias, Tensor)
         layer = adapt(bases[name], bias, delta, merger, dropout, learn_scales)
+        layer.stored_transposed = isinstance(linear, Transposed)
         adapted[name] = layer.train(model.training)
         setattr(model.get_submodule(parent), last, adapted[name])
     return adapted

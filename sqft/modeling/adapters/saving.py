@@ -11,7 +11,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sqft.checkpoints.families import TRANSPOSED
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.types import RankConfig, RankGroup, SearchSpace
 from sqft.utils.files import write_json
@@ -99,7 +98,7 @@ def _write_peft_config(
         r=max(ranks.values()),
         lora_alpha=max(alphas.values()),
         target_modules=sorted(ranks),
-        fan_in_fan_out=adapted.model.config.model_type in TRANSPOSED,
+        fan_in_fan_out=any(layer.stored_transposed for layer in adapted.layers.values()),
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
         inference_mode=True,

@@ -1,17 +1,16 @@
-"""A model's text model as a list of decoder blocks and the linear layers in them.
-
-`sqft.checkpoints.families` says the same of a checkpoint's headers, without torch, for the plan.
-"""
+"""A model's text model as a list of decoder blocks and the linear layers in them."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sqft.checkpoints.families import ROUTER
 from sqft.errors import ModelError
 from sqft.modeling.adapters.frozen_weight import PackedLinear
 from sqft.types import LinearShape
+
+ROUTER = "router"
+"""A part of a layer's name that says that it decides which experts act on a token."""
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:

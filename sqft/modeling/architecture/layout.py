@@ -2,38 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sqft.checkpoints.gguf import module_shapes
 from sqft.checkpoints.layout import LeftOut, ModelLayout
+from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of
+from sqft.errors import ModelError
+from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of, towers
 from sqft.modeling.architecture.experts import Expert
 from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.calibration.dry_run import how_to_walk, uncalled
-from sqft.modeling.loading import load_skeleton
+from sqft.modeling.loading.headers import Headers, load_headers
+from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer
+from sqft.types import LinearShape
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+"""What the plan reads of a text model's config."""
 
 
-def describe(spec: ModelSpec) -> ModelLayout:
-    """Return what a model's modules say of its layers, on the meta device.
+def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
+    """Return what a model's modules say of its layers, and whether its checkpoint fits them.
 
     Raises:
         ModelError: when transformers cannot make a model of its config, or it has no decoder blocks.
     """
-    model = load_skeleton(spec)
-    layers, names, walk = linears(model), CheckpointNames(model), how_to_walk(model)
-    experts = tuple(name for name, module in model.named_modules() if isinstance(module, Expert))
+    headers = _headers(spec, source)
+    model, names = headers.model, headers.names
+    layers = linears(model)
+    shapes = tuple(shape_of(name, layer) for name, layer in layers.items())
+    problems = list(headers.problems)
+    if source.kind == "gguf":
+        problems += _unlike_gguf(shapes, module_shapes(source.shapes))
+    else:  # a GGUF file would have to be read completely for its tokenizer
+        try:
+            check_vocabulary(model, load_tokenizer(spec), spec.path)
+        except ModelError as error:
+            problems.append(str(error).removeprefix(f"{spec.path}: "))
+    walk, experts = how_to_walk(model), [name for name, part in model.named_modules() if isinstance(part, Expert)]
+    config = model.config.get_text_config(decoder=True)
     return ModelLayout(
         architecture=type(model).__name__,
-        linears=tuple(shape_of(name, layer) for name, layer in layers.items()),
+        sizes={name: size for name in SIZES if isinstance(size := getattr(config, name, None), int)},
+        linears=shapes,
         blocks=tuple(decoder_blocks(model)),
-        experts=experts,
-        left_out=tuple(
-            LeftOut(name, weights, "a mixture of experts that cannot be split")
-            for name, weights in unsplittable_mixtures(model).items()
-        ),
+        experts=tuple(experts),
+        left_out=tuple(_left_out(model)),
         walk=walk.way,
         walk_reason=walk.reason,
         unseen=walk.unseen,
         uncalled=tuple(uncalled(model, [name for name in layers if name.rpartition(".")[0] not in experts])),
+        shared=_shared(layers),
         checkpoint_names={n: names.layers[n] for n in layers if names.layers.get(n, n) != n},
         unnamed={n: why for n, why in names.unnamed.items() if n in layers},
+        problems=tuple(problems),
+        ignored=headers.ignored,
     )
+
+
+def _headers(spec: ModelSpec, source: ModelSource) -> Headers:
+    """Return the model's modules; of a folder, with its headers loaded into them."""
+    if source.kind == "folder":
+        return load_headers(spec, source.shapes, codes=source.quantization is not None)
+    model = load_skeleton(spec)
+    return Headers(model, CheckpointNames(model), (), ())
+
+
+def _unlike_gguf(layers: tuple[LinearShape, ...], stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Say which layer is missing from a GGUF file, or mis-shaped, of those whose names there are known."""
+    known = {name.split(".", 3)[-1] for name in stored}
+    for layer in layers:
+        expected = (layer.out_features, layer.in_features)
+        if layer.name.split(".", 3)[-1] in known and stored.get(layer.name, expected) != expected:
+            yield f"{layer.name} is {list(stored[layer.name])}, and the file's settings make it {list(expected)}"
+            return
+
+
+def _left_out(model: PreTrainedModel) -> Iterator[LeftOut]:
+    """Name the parts of a model that sqft never changes, besides embeddings, norms and the head."""
+    outside = towers(model)
+    for name, weights in outside.items():
+        yield LeftOut(name, weights, "it is outside the text model")
+    for name, weights in unsplittable_mixtures(model).items():
+        if not any(name.startswith(f"{tower}.") for tower in outside):
+            yield LeftOut(name, weights, "its experts cannot be split")
+
+
+def _shared(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Return the layers whose weight another layer has too, with the first of those."""
+    having: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        having.setdefault(id(layer.weight), []).append(name)
+    return {name: next(n for n in names if n != name) for names in having.values() if len(names) > 1 for name in names}

@@ -75,9 +75,9 @@ def test_an_adapter_beside_its_base_is_a_peft_checkpoint(adapted_model: Make, tm
     assert sorted(settings["target_modules"]) == ["h.0.one", "h.0.two"]
 
 
-def test_a_family_whose_weights_are_transposed(adapted_model: Make, tmp_path: Path) -> None:
+def test_a_layer_whose_stored_weight_is_transposed(adapted_model: Make, tmp_path: Path) -> None:
     adapted = adapted_model(Unmerged())
-    adapted.model.config.model_type = "gpt2"
+    adapted.layers["h.0.one"].stored_transposed = True
     store_adapter(adapted, TWO, "base", tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
 

@@ -1,0 +1,85 @@
+"""Check the layers that a recipe chooses against what is known of the model's modules, and say what is left alone.
+
+Each check yields problems with their path in the recipe, and raises nothing. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sqft.checkpoints.layout import ModelLayout
+from sqft.checkpoints.model_source import ModelSource
+from sqft.components.kinds import Merger
+from sqft.errors import Problem
+from sqft.types import LinearShape
+from sqft.utils.text import shortened
+
+Layers = Sequence[LinearShape]
+
+
+def check_headers(source: ModelSource) -> Iterator[Problem]:
+    """Check that the checkpoint has every tensor that the modules need, in their shape."""
+    for problem in source.layout.problems:
+        yield Problem("model.path", f"{source.path}: {problem}")
+
+
+def check_own_weights(layout: ModelLayout, layers: Layers, place: str) -> Iterator[Problem]:
+    """Check that each layer has a weight of its own."""
+    if shared := [layer.name for layer in layers if layer.name in layout.shared]:
+        names = [f"{name} is one weight with {layout.shared[name]}" for name in shared]
+        yield Problem(place, f"{shortened(names)}; exclude layers that share a weight")
+
+
+def check_seen(layout: ModelLayout, layers: Layers, place: str) -> Iterator[Problem]:
+    """Check that calibration sees every layer."""
+    if unseen := [layer.name for layer in layers if layer.name in set(layout.unseen)]:
+        yield Problem(
+            place,
+            "calibration measures what a layer is given, and these are not called, as their blocks read the weight "
+            f"itself: {shortened(unseen)}; exclude them",
+        )
+
+
+def check_named(layout: ModelLayout, layers: Layers) -> Iterator[Problem]:
+    """Check that a checkpoint can hold the codes of each layer that is quantized under a name of its own."""
+    if unnamed := [layer.name for layer in layers if layer.name in layout.unnamed]:
+        yield Problem(
+            "quantize.include",
+            f"a checkpoint of {layout.architecture} has no place for codes of {shortened(unnamed)}: "
+            f"{layout.unnamed[unnamed[0]]}; exclude them",
+        )
+
+
+def check_peft(layout: ModelLayout, targets: Layers, merger: Merger) -> Iterator[Problem]:
+    """Check that stock PEFT can apply an adapter that stays beside its base."""
+    if merger.merges:
+        return
+    experts, uncalled = set(layout.experts), set(layout.uncalled)
+    writes = f"PEFT, for which '{merger.name}' writes its adapter,"
+    if adapted := [layer.name for layer in targets if layer.name.rpartition(".")[0] in experts]:
+        yield Problem(
+            "finetune.targets",
+            f"names {adapted[0]}, and {writes} cannot adapt a single expert; use a merger that merges, or targets "
+            "outside the experts (full names with *)",
+        )
+    if missed := [layer.name for layer in targets if layer.name in uncalled]:
+        yield Problem(
+            "finetune.targets",
+            f"{layout.architecture} does not call {shortened(missed)}, and {writes} changes what is called; "
+            "leave it out, or use a merger that merges",
+        )
+
+
+def notes(source: ModelSource) -> Iterator[str]:
+    """Say what of the model stays as it is, and what of its checkpoint is not kept."""
+    layout = source.layout
+    by_reason: dict[str, list[str]] = {}
+    for part in layout.left_out:
+        by_reason.setdefault(part.reason, []).append(f"{part.name} ({part.weights:,} weights)")
+    for reason, parts in by_reason.items():
+        yield f"left as it is: {shortened(parts)}: {reason}"
+    if layout.ignored:
+        yield (
+            f"not kept: {shortened(layout.ignored)}: {layout.architecture}, the class that config.json names, has no "
+            "such tensors"
+        )

@@ -1,0 +1,125 @@
+"""Headers of checkpoints in the modules of their models: names and shapes, held against transformers' own loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import multimodal_models
+import pytest
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.safetensors import safetensors_header
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.compat import reverted
+from sqft.modeling.loading.headers import Headers, load_headers
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 3}
+EXPERT = "model.layers.0.block_sparse_moe.experts.1"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def renamed(family: str) -> PreTrainedModel:
+    """Families whose tensors have other names in checkpoints than in modules."""
+    latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    scan = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
+    more: dict[str, dict[str, Any]] = {
+        "Mixtral": MIXTURE,
+        "NemotronH": {"layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3, **scan}
+        | {"n_routed_experts": 3, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
+        "KimiLinear": {"num_local_experts": 3, "moe_intermediate_size": 16, "linear_num_heads": 4, **latent}
+        | {"linear_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "Lfm3": {"num_key_value_heads": 2},
+    }
+    kind = getattr(transformers, f"{family}Config")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**SIZES | {"pad_token_id": 0} | more[family]))
+    return model
+
+
+RENAMED = ("Mixtral", "NemotronH", "KimiLinear", "Lfm3")
+MULTIMODAL = tuple(name for name in multimodal_models.FAMILIES if name != "Gemma3n")  # its towers need timm
+
+
+def written(family: str, folder: Path) -> Shapes:
+    """The shapes in the folder that transformers writes of a random model."""
+    make = renamed if family in RENAMED else multimodal_models.make
+    make(family).save_pretrained(folder)
+    return {name: shape for file in folder.glob("*.safetensors") for name, shape in safetensors_header(file).items()}
+
+
+def loaded(folder: Path, shapes: Shapes, codes: bool = False) -> Headers:
+    return load_headers(ModelSpec(folder), shapes, codes)
+
+
+@pytest.mark.parametrize("family", RENAMED + MULTIMODAL)
+def test_a_checkpoint_that_transformers_wrote_fits(family: str, tmp_path: Path) -> None:
+    shapes = written(family, tmp_path)
+    found = loaded(tmp_path, shapes)
+    assert not found.problems and not found.ignored
+    layers = linears(found.model).keys() - found.names.unnamed.keys()
+    assert layers and all(f"{found.names.checkpoint_name(layer)}.weight" in shapes for layer in layers)
+
+
+def test_the_modules_know_the_names_of_their_checkpoint(tmp_path: Path) -> None:
+    """Older Gemma 3 folders put the text model elsewhere; what is written of it goes back there."""
+    shapes = {
+        name.replace("model.language_model.", "language_model.model."): shape
+        for name, shape in written("Gemma3", tmp_path).items()
+    }
+    found = loaded(tmp_path, shapes)
+    assert not found.problems and not found.ignored
+    layer = "model.language_model.layers.1.self_attn.q_proj"
+    assert found.names.checkpoint_name(layer) == "language_model.model.layers.1.self_attn.q_proj"
+    assert set(reverted(found.model, found.model.state_dict())) >= shapes.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "lacks model.norm.weight, which MixtralForCausalLM has by config.json"),
+        (
+            {"lm_head.weight": (64, 31)},
+            "lm_head.weight is [64, 31], and config.json makes it [64, 32]; copy it again",
+        ),
+        ({f"{EXPERT}.w1.weight": (47, 32)}, f"{EXPERT}.w1.weight is [47, 32], and config.json makes it [48, 32]"),
+        ({f"{EXPERT}.w3.weight": None}, f"lacks {EXPERT}.w3.weight, which MixtralForCausalLM has by config.json"),
+    ],
+)
+def test_what_is_missing_or_mis_shaped_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in (written("Mixtral", tmp_path) | change).items() if shape}
+    (problem,) = loaded(tmp_path, shapes).problems
+    assert problem.startswith(message)
+
+
+def test_many_missing_tensors_are_one_problem(tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in written("Lfm3", tmp_path).items() if ".layers.1." not in name}
+    (problem,) = loaded(tmp_path, shapes).problems
+    assert problem.startswith("lacks model.layers.1.") and " more, which Lfm3ForCausalLM has" in problem
+
+
+def test_tensors_that_the_class_does_not_use_are_no_problem(tmp_path: Path) -> None:
+    found = loaded(tmp_path, written("Lfm3", tmp_path) | {"mtp.layers.0.weight": (3, 3)})
+    assert not found.problems and found.ignored == ("mtp.layers.0.weight",)
+
+
+def test_towers_that_a_class_of_text_ignores_are_listed(tmp_path: Path) -> None:
+    shapes = written("Qwen3_5", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path).text_config
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    found = loaded(tmp_path, shapes)
+    assert not found.problems
+    assert found.ignored == tuple(name for name in shapes if ".visual." in name)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_codes_are_the_other_way_round_in_a_transposed_family(codes: bool, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
+    model.save_pretrained(tmp_path)
+    name = "transformer.h.0.attn.c_attn.weight"
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    shapes[name] = (96, 32)
+    assert bool(loaded(tmp_path, shapes, codes).problems) != codes

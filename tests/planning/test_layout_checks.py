@@ -1,0 +1,88 @@
+"""The layers that a recipe chooses, against what is known of a model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from sqft.checkpoints.layout import LeftOut, ModelLayout
+from sqft.checkpoints.model_source import ModelSource
+from sqft.errors import Problem
+from sqft.planning import layout_checks
+from sqft.types import LinearShape
+
+Q, K, EXPERT = (LinearShape(name, 4, 8) for name in ("b.0.q", "b.0.k", "b.0.experts.2.up"))
+LAYERS = (Q, K, EXPERT)
+
+
+def said(problems: Iterable[Problem]) -> list[str]:
+    return [str(problem) for problem in problems]
+
+
+def source(**layout: object) -> ModelSource:
+    return ModelSource("folder", Path("m"), "", {}, ModelLayout("A", linears=LAYERS, **layout))  # type: ignore[arg-type]
+
+
+class Beside:
+    name, merges = "unmerged", False
+
+
+class Into:
+    name, merges = "into", True
+
+
+def test_every_problem_of_the_headers_is_the_models() -> None:
+    found = said(layout_checks.check_headers(source(problems=("lacks b.0.q", "b.0.k is [1]"))))
+    assert found == ["model.path: m: lacks b.0.q", "model.path: m: b.0.k is [1]"]
+
+
+def test_layers_that_share_a_weight() -> None:
+    layout = ModelLayout(shared={"b.0.q": "b.1.q"})
+    assert said(layout_checks.check_own_weights(layout, LAYERS, "sparsify.include")) == [
+        "sparsify.include: b.0.q is one weight with b.1.q; exclude layers that share a weight"
+    ]
+    assert not said(layout_checks.check_own_weights(layout, [K], "sparsify.include"))
+
+
+def test_layers_that_calibration_does_not_see() -> None:
+    layout = ModelLayout(unseen=("b.0.k",))
+    (problem,) = said(layout_checks.check_seen(layout, LAYERS, "quantize.include"))
+    assert problem.startswith("quantize.include: calibration measures") and "itself: b.0.k; exclude them" in problem
+    assert not said(layout_checks.check_seen(layout, [Q], "quantize.include"))
+
+
+def test_layers_without_a_place_for_codes() -> None:
+    layout = ModelLayout("A", unnamed={EXPERT.name: "its checkpoint holds it in b.0.up, with others"})
+    assert said(layout_checks.check_named(layout, LAYERS)) == [
+        "quantize.include: a checkpoint of A has no place for codes of b.0.experts.2.up: its checkpoint holds it in "
+        "b.0.up, with others; exclude them"
+    ]
+    assert not said(layout_checks.check_named(layout, [Q, K]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (ModelLayout(experts=("b.0.experts.2",)), "names b.0.experts.2.up, and PEFT, for which 'unmerged' writes its"),
+        (ModelLayout("A", uncalled=("b.0.q",)), "A does not call b.0.q, and PEFT, for which 'unmerged' writes its"),
+    ],
+)
+def test_an_adapter_that_peft_could_not_apply(layout: ModelLayout, message: str) -> None:
+    beside, into = Beside(), Into()
+    (problem,) = said(layout_checks.check_peft(layout, LAYERS, beside))  # type: ignore[arg-type]
+    assert problem.startswith(f"finetune.targets: {message}")
+    assert not said(layout_checks.check_peft(layout, LAYERS, into))  # type: ignore[arg-type]
+    assert not said(layout_checks.check_peft(layout, [K], beside))  # type: ignore[arg-type]
+
+
+def test_what_is_left_alone_is_said() -> None:
+    towers = tuple(LeftOut(name, 1200, "it is outside the text model") for name in ("vision", "audio"))
+    mixture = LeftOut("b.1.experts", 3, "its experts cannot be split")
+    assert list(layout_checks.notes(source(left_out=(*towers, mixture), ignored=("mtp.0", "mtp.1")))) == [
+        "left as it is: vision (1,200 weights), audio (1,200 weights): it is outside the text model",
+        "left as it is: b.1.experts (3 weights): its experts cannot be split",
+        "not kept: mtp.0, mtp.1: A, the class that config.json names, has no such tensors",
+    ]
+    assert not list(layout_checks.notes(source()))
