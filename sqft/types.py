@@ -240,6 +240,15 @@ class ModelReader(Protocol):
         """Return the codes [out, in] and the grid of a quantized layer."""
         ...
 
+    def float_layers(self) -> Sequence[str]:
+        """Return the linear layers in the model's blocks that are not quantized, by every name that a reader may know:
+        the one in the checkpoint and, where that differs, the one of transformers' module."""
+        ...
+
+    def towers(self) -> Sequence[str]:
+        """Return the modules outside the text model, which are not quantized: towers for images, video and sound."""
+        ...
+
     def copy_settings(self, folder: Path) -> None:
         """Copy everything besides the weights: config.json without `quantization_config`, tokenizer, chat template,
         generation config, custom code, licence."""

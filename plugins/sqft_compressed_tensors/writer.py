@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,15 @@ def write(model: ModelReader, folder: Path, limit: int | str) -> None:
     model.copy_settings(folder)
     grids = {layer: model.codes(layer).grid for layer in model.quantized()}
     symmetric = all(map(is_symmetric, grids.values()))
-    write_config(folder, quantization_config=settings(grids, symmetric, float_layers(model)))
+    write_config(folder, quantization_config=settings(grids, symmetric, float_layers(model), model.towers()))
     write_shards(parameters(model, partial(packed, symmetric=symmetric)), folder, limit)
 
 
-def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) -> dict[str, Any]:
-    """Return the `quantization_config` of a model whose layers lie on these grids, and `floats` on none."""
+def settings(
+    grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str], towers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the `quantization_config` of a model whose layers lie on these grids, and `floats` and those inside the
+    modules `towers` on none."""
     first = next(iter(grids.values()))
     per_row = first.group_size == -1
     indexed = any(grid.group_index is not None for grid in grids.values())
@@ -52,11 +56,17 @@ def settings(grids: Mapping[str, Grid], symmetric: bool, floats: Sequence[str]) 
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": [*({"lm_head"} - grids.keys()), *floats],
+        "ignore": [*({"lm_head"} - grids.keys()), *floats, *_anywhere(towers)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
+
+
+def _anywhere(towers: Sequence[str]) -> list[str]:
+    """Return a pattern for the layers of each tower: programs differ in what comes before its own name."""
+    names = sorted({tower.rpartition(".")[2] for tower in towers})
+    return [rf"re:^(.*\.)?{re.escape(name)}(\.|$)" for name in names]
 
 
 def packed(layer: Quantized, symmetric: bool) -> dict[str, Tensor]:

@@ -108,9 +108,7 @@ def float_layers(model: ModelReader) -> list[str]:
 
     Formats list them in their settings; a reader would otherwise expect codes.
     """
-    quantized = {f"{layer}.weight" for layer in model.quantized()}
-    names = [name for name in model.names() if IN_A_BLOCK.search(name) and name not in quantized]
-    return [name.removesuffix(".weight") for name in names if model.tensor(name).ndim == 2]
+    return list(model.float_layers())
 
 
 def parameters(model: ModelReader, parts: Callable[[Quantized], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -118,7 +118,7 @@ def gptq_incompatibility(linear: LinearShape, bits: int, group_size: int) -> str
     )
 
 
-def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, Any]:
+def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterable[str] = ()) -> dict[str, Any]:
     """Return the `quantization_config` of a GPTQ checkpoint, version 1.
 
     Args:
@@ -126,6 +126,7 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, A
             one of each.
         floats: The linear layers of the decoder blocks that are not quantized. Two programs that read these folders
             each have their own setting for them, and both are written.
+        towers: The modules outside the text model, with layers that are not quantized.
     """
     from sqft.kernels.grids import is_symmetric
 
@@ -139,10 +140,16 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str]) -> dict[str, A
         "desc_act": any(grid.group_index is not None for grid in grids.values()),
         "lm_head": "lm_head" in grids,
     }
-    if names := sorted(floats):
+    apart = [f"-:^{re.escape(name)}$" for name in sorted(floats)]
+    if apart:
         in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name != "lm_head"}
         config["modules_in_block_to_quantize"] = [sorted(in_block)]
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in names}
+    if names := sorted({name.rpartition(".")[2] for name in towers}):
+        # Programs differ in what comes before a tower's own name.
+        apart += [rf"-:^(.*\.)?{re.escape(name)}(\.|$)" for name in names]
+        config["block_name_to_quantize"] = re.split(r"\.\d+\.", next(iter(grids)), maxsplit=1)[0]
+    if apart:
+        config["dynamic"] = {pattern: {} for pattern in apart}
     return config
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    convert_and_load_state_dict_in_model,
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import LoadStateDictConfig
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
@@ -89,6 +92,12 @@ def keep_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
     model._weight_conversions = conversions
 
 
+def kept_conversions(model: PreTrainedModel) -> list[Any]:
+    """Return the conversions that `keep_conversions` gave a model, or those that `from_pretrained` used for it."""
+    conversions: list[Any] = model._weight_conversions
+    return conversions
+
+
 def converted_name(model: PreTrainedModel, conversions: list[Any], name: str, state: Mapping[str, Tensor]) -> str:
     """Return the name of the module's tensor that a checkpoint's tensor becomes, or part of.
 
@@ -109,3 +118,16 @@ def reverted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, T
     """Return tensors of a model's modules as transformers would store them: named, split and laid out as on disk."""
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     return stored
+
+
+def load_converted(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Give a model tensors of a checkpoint as `from_pretrained` would, in the precision of its parameters.
+
+    Returns:
+        The tensors that the class neither has nor is known to leave out, by the names that its modules would have.
+    """
+    how = LoadStateDictConfig(weight_mapping=weight_conversions(model))
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
+    left_out = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    mismatched = [name for name, *_ in info.mismatched_keys]
+    return sorted(mismatched) + sorted(n for n in info.unexpected_keys if not any(p.search(n) for p in left_out))

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
@@ -21,6 +22,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear
 from sqft.modeling.adapters.saving import space_from
 from sqft.modeling.architecture.blocks import all_linears, shape_of
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model, load_packed, load_tokenizer
 from sqft.modeling.loading.quantized import read_grids
 from sqft.planning.plan import Plan
@@ -56,7 +58,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
         masks = base.masks(folders) if merger.merges else None
         weights = _codes(layers, masks, section.mask == "codes")
     elif base.quantized:
-        weights = _floats_before_quantization(plan, folders, layers, masked)
+        weights = _floats_before_quantization(plan, folders, model, layers, masked)
     else:
         weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
     dropout = checks.check_dropout(label, adapter.input_dropout())
@@ -101,12 +103,20 @@ def _codes(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool
 
 
 def _floats_before_quantization(
-    plan: Plan, folders: Mapping[str, Path], layers: Mapping[str, nn.Module], masked: bool
+    plan: Plan, folders: Mapping[str, Path], model: PreTrainedModel, layers: Mapping[str, nn.Module], masked: bool
 ) -> dict[str, FrozenWeight]:
-    """Return the float weights that were quantized, with the grids they were put on (paper §2.4)."""
+    """Return the float weights that were quantized, with the grids they were put on (paper §2.4).
+
+    Args:
+        plan: of the run.
+        folders: the artifacts before this step, by role.
+        model: the base, with the values of its codes.
+        layers: its layers to adapt, by name.
+        masked: whether what is zero stays zero.
+    """
     path = plan.adapter_base.floats(folders)
     assert path is not None
-    grids = read_grids(plan.adapter_base.model(folders), layers)
+    grids = read_grids(plan.adapter_base.model(folders), layers, CheckpointNames(model))
     for name in grids:  # floats take the place of what the codes stand for: both are never in memory together
         weight = cast(Tensor, layers[name].weight)
         layers[name].weight = nn.Parameter(weight.to("meta"), requires_grad=False)

@@ -24,7 +24,8 @@ class ExportStage:
     def model(self) -> FinishedModel:
         """The model that the step before made, or the recipe's own GPTQ checkpoint."""
         made = [folder / "model" for folder in self.inputs.folders.values()]
-        return FinishedModel(made[0] if made else self.inputs.plan.source.path)
+        spec = self.inputs.plan.spec(made[0] if made else self.inputs.plan.source.path)
+        return FinishedModel(spec.path, spec.trust_remote_code)
 
     def run(self) -> Report:
         """Write `model/` in the exporter's format."""

@@ -19,6 +19,7 @@ from sqft.kernels.checksums import sha256
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
 from sqft.modeling.adapters.saving import read_ranks
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import read_quantized, save_quantized
 from sqft.modeling.loading.transformers_io import save_model
@@ -76,7 +77,7 @@ class MergeStage:
         if Digests().path(self.folder) != self.files:
             raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
         if self.quantized:
-            stored = read_quantized(self.folder)
+            stored = read_quantized(self.folder, CheckpointNames(self.stored))
             for name in stored.keys() | self.quantized.keys():
                 both = name in stored and name in self.quantized
                 if not (both and grids.same(stored[name], self.quantized[name])):
@@ -98,7 +99,8 @@ class MergeStage:
         """Write the merged model, remember what is to be read back, and count what changed."""
         adapted = self.adapted
         effective, codes = effective_weights(adapted)
-        model, tokenizer = load_model(self.inputs.plan.spec(self.base_path))
+        source = self.inputs.plan.spec(self.base_path)
+        model, tokenizer = load_model(source)
         self.digests = {name: sha256(tensor) for name, tensor in _tensors(model).items()}
         zeros_before = zeros_after = weights = 0
         for name, weight in effective.items():
@@ -116,11 +118,11 @@ class MergeStage:
             "sparsity": zeros_after / weights,
         }
         if not self.inputs.plan.adapter_base.quantized:
-            save_model(model, tokenizer, self.folder)
+            save_model(model, tokenizer, self.folder, source)
             return report
-        base = read_quantized(self.base_path)
+        base = read_quantized(self.base_path, CheckpointNames(model))
         self.quantized = base | codes
-        save_quantized(model, tokenizer, self.quantized, self.folder)
+        save_quantized(model, tokenizer, self.quantized, self.folder, source)
         return report | self._compare_codes(base, codes)
 
     def _compare_codes(self, base: Mapping[str, Quantized], codes: Mapping[str, Quantized]) -> Report:

@@ -17,10 +17,10 @@ from sqft.kernels.checksums import sha256
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.words import fills_words
-from sqft.modeling.architecture.linears import as_stored
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.quantized import read_quantized, save_quantized
+from sqft.modeling.loading.quantized import other_tensors, read_quantized, save_quantized
 from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
@@ -41,13 +41,12 @@ class QuantizeStage:
         """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
         (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
         scratch = self.inputs.scratch
-        model, tokenizer = load_model(self.inputs.plan.spec(self.inputs.model_path()))
+        source = self.inputs.plan.spec(self.inputs.model_path())
+        model, tokenizer = load_model(source)
+        self.names = CheckpointNames(model)
         layers = chosen_layers(model, self.inputs.step)
-        self.others = {
-            name: sha256(tensor)
-            for name, tensor in as_stored(model, codes=layers).items()
-            if name.removesuffix(".weight") not in layers
-        }
+        others = other_tensors(model, self.names, layers, source)
+        self.others = {name: sha256(tensor) for name, tensor in others.items()}
         self.masks = {name: sha256(pack_mask(linear.weight != 0)) for name, linear in layers.items()}
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
@@ -61,7 +60,7 @@ class QuantizeStage:
         needs = self.quantizer.needs
         run_calibration(self.inputs, model, tokenizer, layers, needs, quantize, "quantizing", sequential=True)
         self.codes = {name: _digest(layer) for name, layer in quantized.items()}
-        save_quantized(model, tokenizer, quantized, scratch / "model")
+        save_quantized(model, tokenizer, quantized, scratch / "model", source)
         save_file(masks, scratch / "masks.safetensors")
         weights = sum(linear.weight.numel() for linear in layers.values())
         zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
@@ -79,7 +78,7 @@ class QuantizeStage:
         """Check that codes and grids as stored are the quantizer's, that zeros of the base are zero, and that all else
         is the base's, bit for bit."""
         reader, stage = FolderReader(self.inputs.scratch / "model"), f"quantize ({self.label})"
-        layers, masks = read_quantized(reader.folder), load_file(self.inputs.scratch / "masks.safetensors")
+        layers, masks = read_quantized(reader.folder, self.names), load_file(self.inputs.scratch / "masks.safetensors")
         if different := sorted(layers.keys() ^ self.codes.keys()):
             raise ArtifactError(f"{stage}: {different[0]} was quantized and is not stored, or the other way round")
         for name, layer in layers.items():
@@ -96,7 +95,8 @@ class QuantizeStage:
             raise ArtifactError(f"{stage}: {missing[0]} of the base is not stored")
         for name, tensor in reader.tensors():
             owner, _, part = name.rpartition(".")
-            if not (owner in layers and part in GPTQ_PARTS) and sha256(tensor) != self.others.get(name):
+            coded = part in GPTQ_PARTS and self.names.layer(owner) in layers
+            if not coded and sha256(tensor) != self.others.get(name):
                 raise ArtifactError(f"{stage}: {name} as stored is not the base's")
 
     def _quantize(self, name: str, linear: nn.Linear, stats: LinearStats) -> tuple[Quantized, Tensor, dict[str, float]]:

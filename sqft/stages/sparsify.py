@@ -41,7 +41,8 @@ class SparsifyStage:
     def run(self) -> Report:
         """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
         scratch = self.inputs.scratch
-        model, tokenizer = load_model(self.inputs.plan.model_spec)
+        source = self.inputs.plan.model_spec
+        model, tokenizer = load_model(source)
         layers = chosen_layers(model, self.inputs.step)
         self.parameters = {name: sha256(parameter) for name, parameter in model.named_parameters()}
         allocation = self._allocation(model, tokenizer, layers)
@@ -57,7 +58,7 @@ class SparsifyStage:
 
         total = run_calibration(self.inputs, model, tokenizer, layers, self.scorer.needs, prune, "scoring")
         self.masks = {name: sha256(mask) for name, mask in masks.items()}
-        save_model(model, tokenizer, scratch / "model")
+        save_model(model, tokenizer, scratch / "model", source)
         save_file(masks, scratch / "masks.safetensors")
         weights = sum(linear.weight.numel() for linear in layers.values())
         zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())

@@ -103,6 +103,12 @@ class Reader:
         grid = Grid(torch.ones(4, 1), torch.ones(4, 1, dtype=torch.int32), -1, 4)
         return Quantized(torch.full((4, 4), 7, dtype=torch.uint8), grid)
 
+    def float_layers(self) -> Sequence[str]:
+        return ["m.layers.0.down"]
+
+    def towers(self) -> Sequence[str]:
+        return []
+
     def copy_settings(self, folder: Path) -> None: ...
 
 

@@ -50,6 +50,12 @@ class OneLayer:
         assert layer == LAYER
         return self.layer
 
+    def float_layers(self) -> Sequence[str]:
+        return [DOWN.removesuffix(".weight")]
+
+    def towers(self) -> Sequence[str]:
+        return []
+
     def copy_settings(self, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
 

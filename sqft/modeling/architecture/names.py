@@ -55,9 +55,21 @@ class CheckpointNames:
             raise LookupError(self.unnamed[layer])
         return self.layers.get(layer, layer)
 
+    def name_of_codes(self, layer: str) -> str:
+        """Return the name that a linear layer has in a checkpoint of codes, which holds experts one by one: its own in
+        the checkpoint, or beside its joined experts."""
+        if layer not in self.unnamed:
+            return self.checkpoint_name(layer)
+        try:
+            (renamed,) = reverted(self._model, {f"{layer}.weight": torch.zeros(2, 2)})
+        except Exception:  # the same as in `_find`
+            return layer
+        return renamed.removesuffix(".weight")
+
     def layer(self, name: str) -> str:
-        """Return the linear layer that has this name in the checkpoint: the reverse of `checkpoint_name`."""
-        return self._layer_of.get(name, name)
+        """Return the linear layer that has this name in the checkpoint: the reverse of `checkpoint_name` and
+        `name_of_codes`."""
+        return self._layer_of.get(name) or self.module_tensor(f"{name}.weight").removesuffix(".weight")
 
     @cached_property
     def _layer_of(self) -> dict[str, str]:

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sqft.checkpoints.gptq import GPTQ_FILE
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
+from sqft.modeling.architecture.blocks import linears, towers
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import GptqFolder, quantization_of
+from sqft.modeling.loading.transformers_io import load_skeleton
 from sqft.types import Quantized
 from sqft.utils.files import write_json
 
@@ -33,8 +38,8 @@ class FinishedModel:
         ArtifactError: when a file is damaged or a tensor is missing; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.folder, self._spec = folder, ModelSpec(folder, trust_remote_code=trust_remote_code)
         self._codes = GptqFolder(folder) if quantization_of(folder) else None
         self._files = self._codes.reader if self._codes else FolderReader(folder)
 
@@ -55,6 +60,14 @@ class FinishedModel:
             raise ArtifactError(f"{self.folder}: {layer} is not quantized")
         return self._codes.layer(layer)
 
+    def float_layers(self) -> Sequence[str]:
+        names, quantized = CheckpointNames(self._skeleton, self.names()), set(self.quantized())
+        layers = {layer: names.layers.get(layer, layer) for layer in linears(self._skeleton)}
+        return sorted({name for pair in layers.items() if pair[1] not in quantized for name in pair})
+
+    def towers(self) -> Sequence[str]:
+        return sorted(towers(self._skeleton))
+
     def copy_settings(self, folder: Path) -> None:
         for file in [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]:
             copied = file.suffix in COPIED_SUFFIXES or file.stem in COPIED_NAMES
@@ -70,12 +83,19 @@ class FinishedModel:
             write_json(folder / "config.json", config)
 
     @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        return load_skeleton(self._spec)
+
+    @cached_property
     def _floats(self) -> Sequence[str]:
         """The tensors that are floats; the parts of a quantized layer take its weight's place."""
         return self._codes.other_names() if self._codes else self._files.names()
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """The precision of the weights that stayed floats, in which the others are returned too."""
-        floats = (self._files.tensor(name).dtype for name in self._floats)
-        return next((dtype for dtype in floats if dtype.is_floating_point), torch.float32)
+        """The precision of the weights that stayed floats, in which the others are returned too: what config.json
+        states, where some tensor has it."""
+        stored = [self._files.precisions[name] for name in self._floats if name in self._files.precisions]
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        return stated if stated in stored else next(iter(stored), torch.float32)

@@ -9,10 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sqft.errors import ArtifactError
+
+PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The precisions of floats, as headers of safetensors files name them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,16 @@ class FolderReader:
             streams = {file: stack.enter_context(_open(file)) for file in sorted(set(self._files.values()))}
             for name, file in sorted(self._files.items()):
                 yield name, streams[file].get_tensor(name)
+
+    @cached_property
+    def precisions(self) -> dict[str, torch.dtype]:
+        """The precision of each tensor of floats, from the headers alone."""
+        found: dict[str, torch.dtype] = {}
+        for file in sorted(set(self._files.values())):
+            with _open(file) as stream:
+                stated = {name: stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
+            found |= {name: PRECISIONS[dtype] for name, dtype in stated.items() if dtype in PRECISIONS}
+        return found
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
-from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.architecture.linears import as_linears, as_stored, from_stored
+from sqft.modeling.architecture.blocks import linears, towers
+from sqft.modeling.architecture.experts import Experts
+from sqft.modeling.architecture.linears import as_linears, as_stored
+from sqft.modeling.architecture.names import CheckpointNames
+from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
+from sqft.modeling.loading.dropped import warn_of_dropped
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.transformers_io import quiet_transformers, save_settings, stock_class
+from sqft.modeling.loading.transformers_io import as_in_source, quiet_transformers, save_settings, stock_class
 from sqft.types import Grid, Quantized
 
 
@@ -36,51 +41,93 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def save_quantized(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, Quantized], folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Mapping[str, Quantized],
+    folder: Path,
+    source: ModelSpec | None = None,
 ) -> None:
     """Write a GPTQ folder: the layers' codes and grids, everything else as the model has it.
 
     `lm_head.weight` is stored even where it is tied: a consumer that does not tie it would otherwise load zeros
     without a word.
+
+    Args:
+        model: after `as_linears`.
+        tokenizer: the model's.
+        layers: the quantized layers, by the names of their modules.
+        folder: is made.
+        source: what the model was loaded from; see `save_model`.
     """
-    tensors: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in as_stored(model, codes=layers).items()
-        if name.removesuffix(".weight") not in layers
-    }
+    names = CheckpointNames(model)
+    tensors = other_tensors(model, names, layers, source)
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # tied ones get their own
     for name, layer in layers.items():
-        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
-    save_settings(model, tokenizer, folder)
+        tensors |= {f"{names.name_of_codes(name)}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
+    save_settings(model, tokenizer, folder, source)
     grids = {name: layer.grid for name, layer in layers.items()}
-    write_gptq_config(folder, gptq_config(grids, linears(model).keys() - layers.keys()))
+    floats = linears(model).keys() - layers.keys()
+    write_gptq_config(folder, gptq_config(grids, {*floats, *map(names.name_of_codes, floats)}, towers(model)))
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
+
+
+def other_tensors(
+    model: PreTrainedModel, names: CheckpointNames, layers: Collection[str], source: ModelSpec | None = None
+) -> dict[str, Tensor]:
+    """Return what a GPTQ folder holds of a model besides these layers' codes, by the names of its checkpoint.
+
+    See `save_quantized` for the arguments.
+    """
+    floats = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers}
+    state, mixtures = as_stored(model, codes=layers, state=floats), _mixtures_of(model, layers)
+    apart = {name: tensor for name, tensor in state.items() if name.startswith(mixtures)}
+    stored = reverted(model, {name: tensor for name, tensor in state.items() if name not in apart})
+    for name, tensor in apart.items():
+        layer, _, part = name.rpartition(".")
+        stored[f"{names.name_of_codes(layer)}.{part}"] = tensor
+    return as_in_source(stored, source)
+
+
+def _mixtures_of(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return the starts of the names of the experts in those mixtures that have one of these layers."""
+    mixtures = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    owners = {layer.rpartition(".")[0].rpartition(".")[0] for layer in layers}
+    return tuple(f"{name}.{index}." for name in owners & mixtures.keys() for index in range(mixtures[name].count))
 
 
 class GptqFolder:
     """A GPTQ folder: the layers that are codes, read one at a time, and all other tensors.
+
+    Args:
+        folder: the folder.
+        names: those of a model that it holds; layers then go by the names of the modules, otherwise by their own.
 
     Raises:
         ArtifactError: when the folder is not quantized, a file is damaged, or a layer's parts are missing or do not fit
             one another.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: CheckpointNames | None = None) -> None:
         settings = quantization_of(folder)
         if settings is None:
             raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
         self.path, self.settings, self.reader = folder, settings, FolderReader(folder)
-        named = [name.removesuffix(".qweight") for name in self.reader.names() if name.endswith(".qweight")]
-        self.layers = dict.fromkeys(named)  # in order, and quick to look a name up in
+        stored = [name.removesuffix(".qweight") for name in self.reader.names() if name.endswith(".qweight")]
+        self.layers = {names.layer(name) if names else name: name for name in stored}
+        """Layer -> its name in the folder, in order."""
 
     def layer(self, name: str) -> Quantized:
         """Return one quantized layer."""
-        return read_layer(self.reader, name, self.settings)
+        return read_layer(self.reader, self.layers[name], self.settings)
 
     def other_names(self) -> list[str]:
         """Return the names of the tensors that are no part of a quantized layer."""
-        parts = {f"{layer}.{part}" for layer in self.layers for part in GPTQ_PARTS}
+        parts = {f"{layer}.{part}" for layer in self.layers.values() for part in GPTQ_PARTS}
         return [name for name in self.reader.names() if name not in parts]
+
+    def float_names(self) -> list[str]:
+        """Return the names of the tensors that the folder would hold if all its layers were floats."""
+        return [*self.other_names(), *(f"{name}.weight" for name in self.layers.values())]
 
 
 def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> Quantized:
@@ -101,24 +148,24 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     return layer
 
 
-def read_quantized(folder: Path) -> dict[str, Quantized]:
-    """Return every quantized layer of a GPTQ folder, by name.
+def read_quantized(folder: Path, names: CheckpointNames | None = None) -> dict[str, Quantized]:
+    """Return every quantized layer of a GPTQ folder; see `GptqFolder` for its name.
 
     Raises:
         ArtifactError: when the folder is not quantized, or a part of a layer is missing or does not fit the others.
     """
-    stored = GptqFolder(folder)
+    stored = GptqFolder(folder, names)
     return {name: stored.layer(name) for name in stored.layers}
 
 
-def read_grids(folder: Path, names: Iterable[str]) -> dict[str, Grid]:
+def read_grids(folder: Path, layers: Iterable[str], names: CheckpointNames | None = None) -> dict[str, Grid]:
     """Return the grids of those of these layers that are quantized, without holding all codes at once.
 
     Raises:
         ArtifactError: when the folder is not quantized, or a part of a layer is missing or does not fit the others.
     """
-    stored = GptqFolder(folder)
-    return {name: stored.layer(name).grid for name in names if name in stored.layers}
+    stored = GptqFolder(folder, names)
+    return {name: stored.layer(name).grid for name in layers if name in stored.layers}
 
 
 def load_dequantized(spec: ModelSpec) -> PreTrainedModel:
@@ -140,36 +187,79 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
-    """Build the modules without weights, put each quantized layer's codes or values in, then all other tensors.
+    """Build the modules without weights, give them all tensors that are floats, then each quantized layer's codes or
+    values.
 
     transformers' own GPTQ loader is not used: it needs a GPTQ runtime, and cannot keep codes beside an adapter.
     """
     stored = GptqFolder(spec.path)
-    state, dtype = _other_tensors(stored, spec.dtype)
+    # Old Llamas store the frequencies of their positions, which every model computes anew.
+    others = [name for name in stored.other_names() if not name.endswith("rotary_emb.inv_freq")]
+    floats = {name: stored.reader.tensor(name) for name in others}
     with quiet_transformers(), init_empty_weights():  # no memory for floats that are not stored
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         del config.quantization_config
-        made = stock_class(config).from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
-        model: PreTrainedModel = as_linears(made)
+        dtype = getattr(torch, spec.dtype) if spec.dtype else _precision(config.dtype, floats)
+        model: PreTrainedModel = stock_class(config).from_config(
+            config, dtype=dtype, trust_remote_code=spec.trust_remote_code
+        )
+    shapes = as_linears(copy.deepcopy(model))  # as it will be: gives names before tensors are there
+    names = CheckpointNames(shapes, stored.float_names())
+    stored = GptqFolder(spec.path, names)
+    apart = _take_apart(floats, shapes, names, stored)
+    with quiet_transformers():
+        unlike = load_converted(model, floats)
+    as_linears(model)
+    keep_conversions(model, kept_conversions(shapes))
+    for name, tensor in apart.items():
+        _put_tensor(model, name, tensor.to(dtype))
     _check_head(model, stored)
-    from_stored(model, state)  # before the codes, which are [out, in] in every family
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
-        _put_layer(model, name, stored, state, dtype, packed)
-    _load_state(model, state, spec.path)
+        _put_layer(model, name, stored, dtype, packed)
+    _check_complete(model, spec.path, unlike)
+    warn_of_dropped(model, spec.path, {name: tensor.shape for name, tensor in floats.items()})
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _other_tensors(stored: GptqFolder, dtype: str | None) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Read what is not quantized, in one precision: `dtype`, or else that of the first tensor of floats."""
-    # Old Llamas store the frequencies of their positions, which every model computes anew.
-    names = [name for name in stored.other_names() if not name.endswith("rotary_emb.inv_freq")]
-    state = {name: stored.reader.tensor(name) for name in names}
-    floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    precision: torch.dtype = getattr(torch, dtype) if dtype else next(floats, torch.float32)
-    return {name: t.to(precision) if t.is_floating_point() else t for name, t in state.items()}, precision
+def _precision(stated: torch.dtype | None, floats: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the precision of a model: the one that its config states, if some tensor has it, or the first tensor's."""
+    stored = [tensor.dtype for tensor in floats.values() if tensor.is_floating_point()]
+    return stated if stated is not None and stated in stored else next(iter(stored), torch.float32)
+
+
+def _take_apart(
+    floats: dict[str, Tensor], model: PreTrainedModel, names: CheckpointNames, stored: GptqFolder
+) -> dict[str, Tensor]:
+    """Take from the tensors of a folder those that transformers cannot load beside codes.
+
+    They are experts of a mixture that has codes too, returned by the names of their modules' tensors, and biases of
+    zero that the model has not: some programs write one for every quantized layer.
+
+    Args:
+        floats: the folder's tensors of floats by name; changed in place.
+        model: on the meta device, after `as_linears`.
+        names: its names in the folder.
+        stored: the folder, by the names of the modules.
+    """
+    modules, known = {name for name, _ in model.named_modules()}, model.state_dict().keys()
+    mixtures, apart = _mixtures_of(model, stored.layers), dict[str, Tensor]()
+    for name in list(floats):
+        owner, _, part = name.rpartition(".")
+        layer = names.layer(owner)
+        tensor = f"{layer}.{part}" if layer in modules else names.module_tensor(name)
+        if part == "bias" and layer in stored.layers and tensor not in known and not floats[name].any():
+            del floats[name]
+        elif mixtures and tensor in known and tensor.startswith(mixtures):
+            apart[tensor] = floats.pop(name)
+    return apart
+
+
+def _put_tensor(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    owner, _, part = name.rpartition(".")
+    setattr(model.get_submodule(owner), part, nn.Parameter(tensor, requires_grad=False))
 
 
 def _check_head(model: PreTrainedModel, stored: GptqFolder) -> None:
@@ -186,16 +276,13 @@ def _check_head(model: PreTrainedModel, stored: GptqFolder) -> None:
         )
 
 
-def _put_layer(
-    model: PreTrainedModel, name: str, stored: GptqFolder, state: dict[str, Tensor], dtype: torch.dtype, packed: bool
-) -> None:
-    """Put one quantized layer into the model as a `PackedLinear`, or into `state` as the value of its codes.
+def _put_layer(model: PreTrainedModel, name: str, stored: GptqFolder, dtype: torch.dtype, packed: bool) -> None:
+    """Put one quantized layer into the model, as a `PackedLinear` or as the value of its codes.
 
     Args:
         model: changed in place.
-        name: of the layer.
+        name: of the layer's module.
         stored: the folder it is read from.
-        state: the tensors that the model will be given; changed in place.
         dtype: the model's precision.
         packed: whether codes stay codes.
 
@@ -209,29 +296,25 @@ def _put_layer(
         linear = None
     if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
         raise ArtifactError(
-            f"{stored.path}: {name} holds codes {list(layer.codes.shape)}, which belong to no layer of "
+            f"{stored.path}: {stored.layers[name]} holds codes {list(layer.codes.shape)}, which belong to no layer of "
             f"{type(model).__name__}"
         )
-    if linear.bias is None and not state.get(f"{name}.bias", torch.ones(1)).any():
-        del state[f"{name}.bias"]  # some programs write one of zeros for every layer
     if packed:
-        bias = nn.Parameter(state[f"{name}.bias"], requires_grad=False) if linear.bias is not None else None
-        model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), bias))
+        model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), linear.bias))
     else:
-        state[f"{name}.weight"] = dequantize(layer).to(dtype)
+        linear.weight = nn.Parameter(dequantize(layer).to(dtype), requires_grad=False)
 
 
-def _load_state(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Give a model without weights its tensors.
+def _check_complete(model: PreTrainedModel, folder: Path, unlike: Sequence[str]) -> None:
+    """Tie what is tied, and check that the model has all its tensors.
 
     Raises:
         ArtifactError: naming a tensor that is missing, that the model does not know, or that is not finite.
     """
-    result = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()  # a tied head need not be stored
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unlike := missing or result.unexpected_keys:
-        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {unlike[0]}")
+    if disagreeing := [*missing, *unlike]:
+        raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {disagreeing[0]}")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ArtifactError(f"{folder}: tensor {name} holds values that are not finite")

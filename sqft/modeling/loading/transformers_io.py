@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -27,10 +30,25 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.safetensors import safetensors_header, weight_files
 from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import as_linears, as_stored
+from sqft.modeling.loading.dropped import warn_of_dropped
+from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.packed_floats import read_packed_floats
 from sqft.utils.files import write_json
+
+PROCESSOR_FILES = (
+    "*processor*.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files of a folder that transformers' processors and other servers read, and its tokenizer does not write."""
 
 
 @contextmanager
@@ -135,7 +153,11 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if not tensor.isfinite().all():
             raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
-    return as_linears(model).eval(), tokenizer
+    as_linears(model)
+    if not spec.is_gguf:
+        headers = map(safetensors_header, weight_files(path))
+        warn_of_dropped(model, path, {name: shape for header in headers for name, shape in header.items()})
+    return model.eval(), tokenizer
 
 
 def _from_pretrained(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -221,20 +243,63 @@ def _forget_quantization(model: PreTrainedModel) -> None:
             setattr(model, attribute, value)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder that stock transformers, 4.x included, loads: weights, tokenizer,
-    chat template, generation config."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: ModelSpec | None = None
+) -> None:
+    """Write a Hugging Face folder that stock transformers, 4.x included, loads: weights, tokenizer, chat template,
+    generation config.
+
+    Args:
+        model: after `as_linears`.
+        tokenizer: the model's.
+        folder: is made.
+        source: what the model was loaded from. Tensors that did not change since are written as it has them, in their
+            own precision, and the files of its processors for images, video and sound come along.
+    """
     model.save_pretrained(folder, state_dict=as_stored(model))
-    save_settings(model, tokenizer, folder)
+    if source is not None:
+        _restore_precision(folder, source)
+    save_settings(model, tokenizer, folder, source)
 
 
-def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write all of a model folder but its weights: config, tokenizer, chat template, generation config."""
+def save_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: ModelSpec | None = None
+) -> None:
+    """Write all of a model folder but its weights: config, tokenizer, chat template, generation config, and the files
+    of the processors that `source` has."""
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     _add_names_of_transformers_4(folder)
+    if source is not None and not source.is_gguf:
+        for file in (file for pattern in PROCESSOR_FILES for file in source.path.glob(pattern)):
+            target = folder / file.relative_to(source.path)
+            if not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def as_in_source(tensors: Mapping[str, Tensor], source: ModelSpec | None) -> dict[str, Tensor]:
+    """Return tensors, named as in checkpoints, with those that a folder has in another precision and of the same value
+    as that folder has them; where a precision was asked for, as they are."""
+    if source is None or source.dtype or source.is_gguf:
+        return dict(tensors)
+    stored, result = FolderReader(source.path), dict(tensors)
+    for name, tensor in tensors.items():
+        if stored.precisions.get(name, tensor.dtype) != tensor.dtype:
+            original = stored.tensor(name)
+            result[name] = original if original.to(tensor.dtype).equal(tensor) else tensor
+    return result
+
+
+def _restore_precision(folder: Path, source: ModelSpec) -> None:
+    """Replace the tensors of a written folder by `as_in_source`, file by file."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        restored = as_in_source(tensors, source)
+        if any(restored[name] is not tensor for name, tensor in tensors.items()):
+            save_file(restored, file, metadata={"format": "pt"})
 
 
 def _add_names_of_transformers_4(folder: Path) -> None:
