@@ -285,7 +285,7 @@ def as_in_source(tensors: Mapping[str, Tensor], source: ModelSpec | None) -> dic
     as that folder has them; where a precision was asked for, as they are."""
     if source is None or source.dtype or source.is_gguf:
         return dict(tensors)
-    stored, result = FolderReader(source.path), dict(tensors)
+    stored, result = FolderReader(source.path, weight_files(source.path)), dict(tensors)
     for name, tensor in tensors.items():
         if stored.precisions.get(name, tensor.dtype) != tensor.dtype:
             original = stored.tensor(name)
