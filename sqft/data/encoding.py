@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +33,14 @@ class Prompt(NamedTuple):
 class Example:
     """Token ids and their labels: a label is the token itself, or `IGNORED`.
 
-    `answers` of it are learnt, `ends` of them with the token that ends them; `cut` tokens were left out.
+    `answers` of it are learnt; `ends` are the tokens that end them, where they are learnt too; `cut` tokens were left
+    out.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     answers: int = 0
-    ends: int = 0
+    ends: tuple[int, ...] = ()
     cut: int = 0
 
 
@@ -86,9 +88,9 @@ class Encoded:
         return sum(example.answers for example in self.examples)
 
     @property
-    def ends(self) -> int:
-        """How many answers are learnt with the token that ends them."""
-        return sum(example.ends for example in self.examples)
+    def ends(self) -> Counter[int]:
+        """The tokens that end answers and are learnt, and how many answers each ends."""
+        return Counter(end for example in self.examples for end in example.ends)
 
     def notes(self) -> list[str]:
         """Return what a user should know before training on it."""
@@ -235,8 +237,8 @@ class Tokenization:
             start = min(cut, begins[-1] - 1) if begins else cut
         stop = start + length
         answers = [a for a in sequence.answers if a.begin < a.end and a.begin < stop and a.end > start + 1]
-        ends = [answer for answer in answers if answer.ended and answer.end <= stop]
-        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(answers), len(ends), cut)
+        ends = tuple(ids[answer.end - 1] for answer in answers if answer.ended and answer.end <= stop)
+        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(answers), ends, cut)
 
 
 def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Prompt]:

@@ -6,14 +6,14 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
@@ -92,7 +92,7 @@ class FinetuneStage:
             "steps": state.global_step,
             "examples": len(training.examples),
             "answers": training.answers,
-            "ends": training.ends,
+            "ends": training.ends.total(),
             "rows": len(rows),
             "truncated": training.truncated,
             "tokens_cut": training.tokens_cut,
@@ -137,6 +137,12 @@ class FinetuneStage:
             )  # fmt: skip
         for note in encoded.notes():
             log.warning("finetune.%s: %s", role, note)
+        for end in unknown_ends(self.adapted.model, self.adapted.tokenizer, encoded.ends):
+            log.warning(
+                "finetune.%s: answers end in %s, which generation_config.json does not name in eos_token_id: name it "
+                "there, or the model goes on where it is served",
+                role, end,
+            )  # fmt: skip
         return encoded
 
     def _rows(self, examples: list[Example]) -> tuple[Sequence[Any], Collator | PackingCollator]:
@@ -223,6 +229,14 @@ def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> No
     checks.check_unchanged(label, name, kept[1], delta, "the delta")
     checks.check_effective(label, name, block.base, block.merged, merger.keeps_mask)
     checks.check_derivative(label, name, block.base, derivative)
+
+
+def unknown_ends(model: PreTrainedModel, tokenizer: Any, ends: Iterable[int]) -> list[str]:
+    """Return those of the tokens `ends` at which generation does not stop by itself."""
+    config = model.generation_config
+    known = config.eos_token_id if config is not None else None
+    stops = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    return [tokenizer.decode([end]) for end in sorted(set(ends) - stops)]
 
 
 def _checksums(adapted: AdaptedModel) -> dict[str, int]:

@@ -113,7 +113,7 @@ def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
     section = training.section
     makers: dict[str, Maker] = {f"finetune.{role}": partial(training.preview, show, role) for role in section.data_sets}
     if len(section.data_sets) > 1:
-        makers["finetune.data"] = training.preview_of_all
+        makers["finetune.data"] = partial(training.preview_of_all, show)
     if section.holdout:
         makers["finetune.holdout"] = lambda place: training.learned(show, place, training.held_out())
     if how := section.validation:
@@ -175,21 +175,21 @@ class _TrainingData:
         if data.weight != 1:
             facts["each comes"] = f"{data.weight:g} times an epoch"
         encoded = self.encoded(role)
-        return show.encoded(place, encoded, {**facts, **_facts(encoded), **self._packed(encoded, alone)})
+        return show.encoded(place, encoded, {**facts, **show.facts(encoded), **self._packed(encoded, alone)})
 
-    def preview_of_all(self, place: str) -> Preview:
+    def preview_of_all(self, show: _Display, place: str) -> Preview:
         """Make the preview of all data sets together, each as often as its weight says."""
         parts = [self.encoded(role) for role in self.section.data_sets]
         examples = [example for part in parts for example in part.examples]
         mixed = Encoded(examples, [n for part in parts for n in part.sizes], sum(part.rewritten for part in parts))
         records = sum(len(training) for training, _ in self.sets().values())
-        facts = {"records": f"{records}, of {len(parts)} data sets", **_facts(mixed), **self._packed(mixed)}
+        facts = {"records": f"{records}, of {len(parts)} data sets", **show.facts(mixed), **self._packed(mixed)}
         return Preview(place, [], facts)
 
     def learned(self, show: _Display, place: str, records: Sequence[Record]) -> Preview:
         """Make the preview of records in the form that training has them."""
         encoded = self.tokenization.encode(records)
-        return show.encoded(place, encoded, {"records": str(len(records)), **_facts(encoded)})
+        return show.encoded(place, encoded, {"records": str(len(records)), **show.facts(encoded)})
 
     def _packed(self, encoded: Encoded, wanted: bool = True) -> dict[str, str]:
         length = self.section.max_length
@@ -244,19 +244,20 @@ class _Display:
                     titles.append(f"record {record}" + (f", example {number} of {size}" if size > 1 else ""))
         return Preview(place, shown, facts, titles, encoded.notes())
 
+    def facts(self, encoded: Encoded) -> dict[str, str]:
+        """Return how many examples there are, how long, how much of them is learnt, and in which tokens answers end."""
+        ends = ", ".join(f"{count} ({self._text([end])})" for end, count in encoded.ends.most_common())
+        return {
+            "examples": str(len(encoded.examples)),
+            "tokens": _range([len(example.input_ids) for example in encoded.examples]),
+            "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
+            "answers": f"{encoded.answers} learnt; to their end: {ends or 'none'}",
+            "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
+        }
+
     def _text(self, tokens: Any) -> str:
         text: str = self.tokenizer.decode(tokens)
         return text
-
-
-def _facts(encoded: Encoded) -> dict[str, str]:
-    return {
-        "examples": str(len(encoded.examples)),
-        "tokens": _range([len(example.input_ids) for example in encoded.examples]),
-        "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
-        "answers": f"{encoded.answers} learnt, {encoded.ends} of them with their end",
-        "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
-    }
 
 
 def _learns(example: Example) -> list[bool]:

@@ -122,7 +122,7 @@ def test_what_is_learnt_of_three_turns(template: str, thinks: bool) -> None:
     record = conversation(*THREE, **({} if thinks else {"chat_template_kwargs": WITHOUT_THINKING}))
     assert texts(template, record) == EXPECTED[template, thinks]
     result = encoded(template, record)
-    assert result.answers == 3 and result.ends == (0 if template == "without_end" else 3)
+    assert result.answers == 3 and result.ends.total() == (0 if template == "without_end" else 3)
     assert result.rewritten == (len(result.examples) > 1)
     words = "template rewrites earlier turns" if result.rewritten else "no end of turn" if not result.ends else None
     assert [words in note for note in result.notes()] == [True] if words else not result.notes()
@@ -229,10 +229,10 @@ def test_the_whole_of_a_conversation_ends_at_its_end() -> None:
 def test_a_cut_example_says_what_is_left() -> None:
     (example,) = encoded("llama3_like", conversation(*THREE), length=30).examples
     assert shown(chat_tokenizer("llama3_like"), example).endswith("⟪Done.<|eot_id|>⟫")
-    assert (example.answers, example.ends, len(example.input_ids)) == (1, 1, 30)
+    assert (example.answers, len(example.ends), len(example.input_ids)) == (1, 1, 30)
     (example,) = encoded("llama3_like", conversation(*THREE), length=4).examples
     assert shown(chat_tokenizer("llama3_like"), example) == "\n\n⟪Don⟫"
-    assert (example.answers, example.ends) == (1, 0)
+    assert (example.answers, example.ends) == (1, ())
     assert "no end of turn" in encoded("llama3_like", conversation(*THREE), length=4).notes()[0]
 
 

@@ -18,7 +18,7 @@ from sqft.errors import DataError
 
 def test_completion_carries_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = Tokenization(tokenizer, 32, "completion").encode_record({"prompt": "2+2=", "completion": "4"})
-    assert (example.cut, example.answers, example.ends) == (0, 1, 1)
+    assert (example.cut, example.answers, example.ends) == (0, 1, (tokenizer.eos_token_id,))
     assert tokenizer.decode(example.input_ids) == "2+2=4<|im_end|>"
     assert [label for label in example.labels if label != IGNORED] == list(example.input_ids[-2:])
     assert encode_prompt({"prompt": "2+2=", "completion": "4"}, tokenizer) == (
@@ -35,7 +35,7 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
     assert example.cut == 5 and tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>"
     (example,) = Tokenization(tokenizer, 8, "completion").encode_record({"prompt": "ab", "completion": "0123456789"})
     assert tokenizer.decode(example.input_ids) == "b0123456"
-    assert (example.cut, example.answers, example.ends) == (5, 1, 0)  # the end was cut off with the rest
+    assert (example.cut, example.answers, example.ends) == (5, 1, ())  # the end was cut off with the rest
     (example,) = Tokenization(tokenizer, 8, "all").encode_record({"prompt": "abcdefghij", "completion": "XY"})
     assert tokenizer.decode(example.input_ids) == "fghijXY<|im_end|>" and example.labels == example.input_ids
     records = [{"prompt": "a", "completion": "b"}, {"prompt": "abcdefghij", "completion": "XY"}]

@@ -18,10 +18,11 @@ from sqft_sparsepeft import SparsePEFT
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearShape, RankConfig
+from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import adapt
 from sqft.modeling.adapters.frozen_weight import FloatWeight
-from sqft.stages.finetune import FinetuneStage, Progress, RankSampler, check_first_combine
+from sqft.stages.finetune import FinetuneStage, Progress, RankSampler, check_first_combine, unknown_ends
 from sqft.stages.inputs import StageInputs
 from sqft.utils.progress import silent
 
@@ -161,3 +162,19 @@ def test_cut_examples_are_reported(stage: FinetuneStage, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "sqft"):
         encoded = stage._encode("data", stage.inputs.data.training_records()[0])
     assert encoded.truncated and f"finetune.data: {encoded.truncated} of 64 examples were cut to 4" in caplog.text
+
+
+def test_ends_at_which_generation_goes_on_are_named(stage: FinetuneStage) -> None:
+    model, tokenizer = stage.adapted.model, stage.adapted.tokenizer
+    assert unknown_ends(model, tokenizer, [tokenizer.eos_token_id, 0]) == ["<|im_start|>"]
+    model.generation_config.eos_token_id = [0, 1]
+    assert unknown_ends(model, tokenizer, [0, 1]) == []
+    model.generation_config = None
+    assert unknown_ends(model, tokenizer, [1, 0]) == ["<|im_start|>"]
+
+
+def test_answers_without_an_end_are_warned_of(stage: FinetuneStage, caplog: pytest.LogCaptureFixture) -> None:
+    stage.adapted.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    stage._encode("data", [Record(record)])
+    assert "finetune.data: 1 of 1 examples hold no end of turn to learn" in caplog.text

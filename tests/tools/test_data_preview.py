@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.data.windows import calibration_windows
 from sqft.errors import SqftError
 from sqft.tools.data_preview import Piece, Preview, previews
+from tests.support.chats import chat_tokenizer, conversation
 
 
 def test_every_data_set_of_a_recipe(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
@@ -107,6 +109,34 @@ def test_sections(raw: dict[str, Any], tmp_path: Path) -> None:
         SqftError, match=r"no data in 'finetune\.val'; it reads data in calibration\.data, finetune\.data\.0, "
     ):
         looked_at(raw, tmp_path, "finetune.val")
+
+
+def test_each_example_of_a_conversation_is_shown(raw: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.save_pretrained(tmp_path / "model")
+    record = conversation(("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5"))
+    (tmp_path / "talk.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    raw["model"] = {"path": str(tmp_path / "model"), "chat_template_kwargs": {"enable_thinking": False}}
+    raw["finetune"]["data"] = str(tmp_path / "talk.jsonl")
+    raw["evaluate"]["exact_match"]["data"] = str(tmp_path / "talk.jsonl")
+    found = looked_at(raw, tmp_path / "store", "finetune", "evaluate.exact_match")
+    asked = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    more = "<|im_end|>\n<|im_start|>user\nand 1?<|im_end|>\n<|im_start|>assistant\n"
+    no_thought = "<think>\n\n</think>\n\n"
+    training = found["finetune.data"]
+    examples = [
+        [Piece(asked + no_thought, False), Piece("4<|im_end|>", True)],
+        [Piece(asked + "4" + more + no_thought, False), Piece("5<|im_end|>", True)],
+    ]
+    assert training.examples == examples * 2
+    titles = [f"record {record}, example {number} of 2" for record in (1, 2) for number in (1, 2)]
+    assert training.titles == titles
+    assert training.facts["records"] == "3" and training.facts["examples"] == "6"
+    assert training.facts["answers"] == "6 learnt; to their end: 6 (<|im_end|>)"
+    assert training.notes[0].startswith("3 of 3 conversations are one example for each assistant turn")
+    prompt = [Piece(asked + "4" + more + no_thought, False), Piece("5", True)]
+    assert found["evaluate.exact_match"].examples == [prompt] * 2
 
 
 def test_conversations_and_what_is_cut(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
