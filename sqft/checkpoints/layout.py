@@ -46,9 +46,8 @@ class ModelLayout:
     walk_reason: str = ""
     """Why the blocks cannot be run one by one."""
     unseen: tuple[str, ...] = ()
-    """The linear layers that calibration cannot see: their blocks read the weight itself."""
-    uncalled: tuple[str, ...] = ()
-    """The linear layers that the model does not call, so that PEFT cannot adapt them."""
+    """The linear layers that are not called, as their blocks read the weight itself: neither calibration nor PEFT can
+    reach them."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """A linear layer -> the first of the others that have the same weight."""
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)

@@ -54,7 +54,7 @@ def check_peft(layout: ModelLayout, targets: Layers, merger: Merger) -> Iterator
     """Check that stock PEFT can apply an adapter that stays beside its base."""
     if merger.merges:
         return
-    experts, uncalled = set(layout.experts), set(layout.uncalled)
+    experts, uncalled = set(layout.experts), set(layout.unseen)
     writes = f"PEFT, for which '{merger.name}' writes its adapter,"
     if adapted := [layer.name for layer in targets if layer.name.rpartition(".")[0] in experts]:
         yield Problem(

@@ -66,7 +66,7 @@ def test_layers_without_a_place_for_codes() -> None:
     ("layout", "message"),
     [
         (ModelLayout(experts=("b.0.experts.2",)), "names b.0.experts.2.up, and PEFT, for which 'unmerged' writes its"),
-        (ModelLayout("A", uncalled=("b.0.q",)), "A does not call b.0.q, and PEFT, for which 'unmerged' writes its"),
+        (ModelLayout("A", unseen=("b.0.q",)), "A does not call b.0.q, and PEFT, for which 'unmerged' writes its"),
     ],
 )
 def test_an_adapter_that_peft_could_not_apply(layout: ModelLayout, message: str) -> None:

@@ -16,7 +16,7 @@ from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of,
 from sqft.modeling.architecture.experts import Expert
 from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.architecture.names import CheckpointNames
-from sqft.modeling.calibration.dry_run import how_to_walk, uncalled
+from sqft.modeling.calibration.dry_run import how_to_walk
 from sqft.modeling.loading.headers import Headers, load_headers
 from sqft.modeling.loading.transformers_io import check_vocabulary, load_skeleton, load_tokenizer
 from sqft.types import LinearShape
@@ -43,19 +43,18 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
             check_vocabulary(model, load_tokenizer(spec), spec.path)
         except ModelError as error:
             problems.append(str(error).removeprefix(f"{spec.path}: "))
-    walk, experts = how_to_walk(model), [name for name, part in model.named_modules() if isinstance(part, Expert)]
+    walk = how_to_walk(model)
     config = model.config.get_text_config(decoder=True)
     return ModelLayout(
         architecture=type(model).__name__,
         sizes={name: size for name in SIZES if isinstance(size := getattr(config, name, None), int)},
         linears=shapes,
         blocks=tuple(decoder_blocks(model)),
-        experts=tuple(experts),
+        experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
         left_out=tuple(_left_out(model)),
         walk=walk.way,
         walk_reason=walk.reason,
         unseen=walk.unseen,
-        uncalled=tuple(uncalled(model, [name for name in layers if name.rpartition(".")[0] not in experts])),
         shared=_shared(layers),
         checkpoint_names={n: names.layers[n] for n in layers if names.layers.get(n, n) != n},
         unnamed={n: why for n, why in names.unnamed.items() if n in layers},

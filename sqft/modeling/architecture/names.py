@@ -33,13 +33,15 @@ class CheckpointNames:
         self._model = model
         self._state = as_stored(model, state=_on_meta(model.state_dict()))
         self._conversions = weight_conversions(model)
-        self._modules = {name: self.module_tensor(name) for name in stored}
-        if self._modules:
+        self._tensors: dict[str, str] = {}
+        if [self.module_tensor(name) for name in stored]:
             keep_conversions(model, [one for one in self._conversions if one.was_used()])
 
     def module_tensor(self, name: str) -> str:
         """Return the tensor of the modules that a tensor of the checkpoint becomes, or becomes part of."""
-        return converted_name(self._model, self._conversions, name, self._state)
+        if name not in self._tensors:
+            self._tensors[name] = converted_name(self._model, self._conversions, name, self._state)
+        return self._tensors[name]
 
     def has(self, name: str) -> bool:
         """Return whether the model uses a tensor of the checkpoint."""
@@ -88,9 +90,9 @@ class CheckpointNames:
     @cached_property
     def _found(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return `layers` and `unnamed`, of the layers in decoder blocks and of the others."""
-        inside = list(all_linears(self._model))
+        inside = all_linears(self._model)
         linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear | PackedLinear))
-        found = [self._find(inside), self._find([name for name in linear if name not in set(inside)])]
+        found = [self._find(list(inside)), self._find([name for name in linear if name not in inside])]
         return found[0][0] | found[1][0], found[0][1] | found[1][1]
 
     def _find(self, layers: list[str]) -> tuple[dict[str, str], dict[str, str]]:

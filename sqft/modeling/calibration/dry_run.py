@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import decoder_blocks, linears
 from sqft.modeling.architecture.experts import Expert, Experts
 from sqft.modeling.architecture.linears import unsplittable_mixtures
@@ -22,10 +21,6 @@ from sqft.modeling.compat import fake_tensors
 
 TOKENS = 8
 """Length of the window that is run."""
-
-SHOWN = 5
-"""Layers that a message names."""
-
 
 Way = Literal["blocks", "model"]
 
@@ -66,36 +61,6 @@ def how_to_walk(model: PreTrainedModel) -> Walk:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def check_walk(model: PreTrainedModel, chosen: Mapping[str, str]) -> None:
-    """Check that calibration would see every chosen layer of a model on the meta device.
-
-    `chosen` maps names of layers to the path in the recipe that chooses them.
-
-    Raises:
-        StageError: naming layers that the walk would not see.
-    """
-    if unseen := [name for name in how_to_walk(model).unseen if name in chosen]:
-        head = (
-            "calibration measures what a layer is given; these are not called, as their blocks read the weight itself:"
-        )
-        more = [f"… and {len(unseen) - SHOWN} more"] if len(unseen) > SHOWN else []
-        named = [f"{chosen[name]}: {name}; exclude it" for name in unseen[:SHOWN]]
-        raise StageError("\n  ".join([head, *named, *more]))
-
-
-def uncalled(model: PreTrainedModel, names: Collection[str]) -> list[str]:
-    """Return those of a meta model's layers that its forward does not call: it reads their weight, or skips them.
-
-    For a model that runs only with values, return none, as nothing can be known about it.
-    """
-    try:
-        with _fake_values(model) as windows:
-            ran = _run_in(model, lambda: forward(model, windows))
-    except Exception:  # an operation whose result's shape depends on values
-        return []
-    return [name for name in names if name not in ran]
 
 
 def _seen_in_blocks(model: PreTrainedModel, windows: Tensor) -> set[str]:

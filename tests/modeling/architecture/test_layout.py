@@ -86,7 +86,7 @@ def test_a_weight_that_several_layers_share(layout_of: Callable[[PreTrainedConfi
 def test_layers_whose_weight_is_read(layout_of: Callable[[PreTrainedConfig], ModelLayout]) -> None:
     layout = layout_of(MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8))
     expected = tuple(f"backbone.layers.{i}.mixer.dt_proj" for i in range(2))
-    assert layout.unseen == layout.uncalled == expected
+    assert layout.unseen == expected
     assert layout.walk == "blocks"
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_is_run_as_a_whole(layout_of: Callable[[PreTrainedConfig], 
     sharing = {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2}
     layout = layout_of(Gemma4TextConfig(vocab_size=258, vocab_size_per_layer_input=258, **sizes, **sharing))
     assert layout.walk == "model" and "blocks leave tensors for later ones" in layout.walk_reason
-    assert not (layout.unseen or layout.uncalled or layout.problems)
+    assert not (layout.unseen or layout.problems)
 
 
 def test_towers_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
