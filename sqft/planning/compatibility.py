@@ -5,6 +5,7 @@ Each check yields problems with their path in the recipe, and raises nothing.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from sqft.errors import Problem, SqftError
 from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import BaseKind, LinearShape
+from sqft.utils.globs import selected
 
 POLYNOMIAL_END = 1e-7
 """The learning rate at which transformers' polynomial schedule ends."""
@@ -35,12 +37,15 @@ def check_pattern(section: Sparsify, pruned: Sequence[LinearShape]) -> Iterator[
         yield Problem(
             "sparsify.pattern",
             f"'{pattern}' needs layers whose inputs are a multiple of {pattern.of}; {offending[0].name} has "
-            f"{offending[0].in_features} ({len(offending)} such layers): exclude them or choose another pattern",
+            f"{offending[0].in_features} ({len(offending)} such layers): choose another pattern"
+            f"{_or_exclude(offending, pruned, section.exclude)}",
         )
 
 
-def check_grid(quantizer: ResolvedComponent[Quantizer], layers: Sequence[LinearShape]) -> Iterator[Problem]:
-    """Check that every layer to quantize fits the quantizer's grid."""
+def check_grid(
+    quantizer: ResolvedComponent[Quantizer], layers: Sequence[LinearShape], exclude: Sequence[str]
+) -> Iterator[Problem]:
+    """Check that every layer to quantize fits the quantizer's grid; `exclude` is what the recipe leaves out already."""
     place = "quantize.quantizer"
     try:
         reasons = [(layer, reason) for layer in layers if (reason := quantizer.component.incompatibility(layer))]
@@ -49,7 +54,21 @@ def check_grid(quantizer: ResolvedComponent[Quantizer], layers: Sequence[LinearS
         return
     if reasons:
         layer, reason = reasons[0]
-        yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers; or exclude them)")
+        mend = _or_exclude([layer for layer, _ in reasons], layers, exclude)
+        yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers{mend})")
+
+
+def _or_exclude(offending: Sequence[LinearShape], layers: Sequence[LinearShape], exclude: Sequence[str]) -> str:
+    """Return the words that tell a user to exclude these layers, beside what is excluded, and none of the others in
+    `layers`; empty when there are no others."""
+    names, patterns = {layer.name for layer in offending}, dict.fromkeys(exclude)
+    others = [layer.name for layer in layers if layer.name not in names]
+    for name in sorted(names):
+        if not any(selected(name, [pattern], ()) for pattern in patterns):
+            parts = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).split(".")  # in every block, of every expert
+            tails = (f"*.{'.'.join(parts[start:])}" for start in range(len(parts) - 1, 0, -1))
+            patterns[next((p for p in tails if not any(selected(other, [p], ()) for other in others)), name)] = None
+    return f'; or set "exclude": {json.dumps(list(patterns))}' if others else ""
 
 
 def check_blocks_alike(linears: Iterable[LinearShape], chosen: Sequence[LinearShape]) -> Iterator[Problem]:

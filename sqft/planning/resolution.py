@@ -15,6 +15,7 @@ from sqft.checkpoints.chat_template import stored_template
 from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.narrow import NARROW
 from sqft.checkpoints.source import find_model
 from sqft.components.kinds import Component
 from sqft.components.registry import Registry
@@ -33,7 +34,7 @@ from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
 from sqft.types import LinearShape
 from sqft.utils.digests import Digests
-from sqft.utils.globs import selected
+from sqft.utils.globs import names_itself, selected
 from sqft.utils.hub import HUB_ID
 
 C = TypeVar("C", bound=Component)
@@ -206,9 +207,15 @@ class Resolver:
         return self.file(data.path, f"{place}.path", folder=path.is_dir())
 
     def layers(self, include: Sequence[str], exclude: Sequence[str], place: str) -> list[LinearShape]:
-        """Return the linear layers of the model that patterns choose."""
+        """Return the linear layers of the model that patterns choose to be compressed; narrow ones only by name."""
         layout = self.model.layout
         chosen = [layer for layer in layout.linears if selected(layer.name, include, exclude)]
+        named = {name for name in layout.narrow if names_itself(name, include)}
+        narrow = [layer.name for layer in chosen if layer.name in set(layout.narrow) - named]
+        chosen = [layer for layer in chosen if layer.name not in narrow]
+        if narrow:
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in narrow))
+            self.note(place, f"leaves out {len(narrow)} narrow layers ({kinds}: {NARROW}); name them to take them too")
         if not chosen and self.has_model:
             self.report(place, f"matches no linear layer of the model; it has {self._last_names()}")
         self.collect(layout_checks.check_own_weights(layout, chosen, place))

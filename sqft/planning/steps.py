@@ -63,7 +63,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     quantizer = resolver.component(Quantizer, section.quantizer, "quantize.quantizer")
     layers = resolver.layers(section.include, section.exclude, "quantize.include")
     if quantizer:
-        resolver.collect(compatibility.check_grid(quantizer, layers))
+        resolver.collect(compatibility.check_grid(quantizer, layers, section.exclude))
     resolver.collect(compatibility.check_blocks_alike(resolver.model.layout.linears, layers))
     resolver.collect(layout_checks.check_named(resolver.model.layout, layers))
     needs = quantizer.component.needs if quantizer else frozenset()

@@ -11,9 +11,13 @@ def selected(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
 
     A glob matches the full name ("*.layers.0.*") or its last part alone ("q_proj"); case matters.
     """
-    last = name.rpartition(".")[2]
+    return any(_matches(name, glob) for glob in include) and not any(_matches(name, glob) for glob in exclude)
 
-    def matches(globs: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(last, glob) for glob in globs)
 
-    return matches(include) and not matches(exclude)
+def names_itself(name: str, globs: Iterable[str]) -> bool:
+    """Return whether one of the globs means a layer by its own name: "*.in_proj_*" does, "*" and "*.mlp.*" do not."""
+    return any(_matches(name, glob) and glob.rpartition(".")[2].strip("*?") for glob in globs)
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[2], glob)

@@ -61,7 +61,7 @@ def section(name: str, **values: Any) -> Change:
 IN_THE_RECIPE: dict[str, tuple[Change, str]] = {
     "a group size nobody stores": (option(group_size=48), "options.group_size: input should be -1, 32, 64 or 128"),
     "a group size that fits nothing": (option(group_size=128), "not a multiple of group_size 128"),
-    "a group size that fits some": (option(group_size=64), "sizes that fit: 32, -1 (12 such layers; or exclude them)"),
+    "a group size that fits some": (option(group_size=64), "sizes that fit: 32, -1 (12 such layers; or set"),
     "bits that no format holds": (option(bits=5), "options.bits: input should be 2, 3, 4 or 8, found 5"),
     "bits that fill no words": (option(bits=3), "16 outputs of 3 bits do not fill the 32-bit words"),
     "bits as text": (option(bits="4"), 'options.bits: input should be 2, 3, 4 or 8, found "4"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqft.errors import Problem
 from sqft.planning import compatibility as check
 from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.sections import Finetune, Sparsify
+from sqft.utils.globs import selected
 
 LAYERS = (LinearShape("m.layers.0.q", 8, 12), LinearShape("m.layers.1.q", 8, 10))
 
@@ -61,10 +63,40 @@ def test_a_grid_fits_the_layers() -> None:
         return "10 is odd" if linear.in_features == 10 else None
 
     quantizer = resolved(Quantizer, "mine", incompatibility=incompatibility)
-    assert said(check.check_grid(quantizer, LAYERS[:1])) == []
-    assert_problem(check.check_grid(quantizer, LAYERS), "quantize.quantizer: m.layers.1.q: 10 is odd (1 such layers")
+    assert said(check.check_grid(quantizer, LAYERS[:1], ())) == []
+    problem = "quantize.quantizer: m.layers.1.q: 10 is odd (1 such layers"
+    assert_problem(check.check_grid(quantizer, LAYERS, ()), problem, '"exclude": ["m.layers.1.q"])')
     broken = resolved(Quantizer, "mine", incompatibility=fails)
-    assert_problem(check.check_grid(broken, LAYERS), "quantizer 'mine' (made 1.0) raised ZeroDivisionError")
+    assert_problem(check.check_grid(broken, LAYERS, ()), "quantizer 'mine' (made 1.0) raised ZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "exclude", "proposed"),
+    [
+        (
+            ["m.0.attn.in_proj_a", "m.1.attn.in_proj_a", "m.1.attn.in_proj_b"],
+            ["m.0.attn.q"],
+            [],
+            ["*.in_proj_a", "*.in_proj_b"],
+        ),
+        (["m.0.attn.b"], ["m.0.attn.q"], ["*.o_proj"], ["*.o_proj", "*.b"]),
+        (["m.0.experts.3.up", "m.0.experts.4.up"], ["m.0.mlp.up"], [], ["*.experts.*.up"]),
+        (["m.0.mlp.up"], ["m.0.experts.3.up", "m.1.q"], [], ["*.mlp.up"]),
+        (["m.1.q"], ["m.0.q"], [], ["m.1.q"]),
+    ],
+)
+def test_the_exclusion_that_mends_it_is_proposed(
+    bad: list[str], good: list[str], exclude: list[str], proposed: list[str]
+) -> None:
+    """Every layer that does not fit is excluded, and no other."""
+    quantizer = resolved(
+        Quantizer, "mine", incompatibility=lambda _, linear: "it is bad" if linear.name in bad else None
+    )
+    layers = [LinearShape(name, 32, 32) for name in [*bad, *good]]
+    assert_problem(check.check_grid(quantizer, layers, exclude), f'; or set "exclude": {json.dumps(proposed)})')
+    kept = [layer for layer in layers if selected(layer.name, ["*"], proposed)]
+    assert [layer.name for layer in kept] == good and not said(check.check_grid(quantizer, kept, proposed))
+    assert_problem(check.check_grid(quantizer, layers[: len(bad)], exclude), f"({len(bad)} such layers)")
 
 
 def test_blocks_are_quantized_alike() -> None:

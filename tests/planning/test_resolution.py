@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from layouts import LAYOUTS
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import Merger, Scorer
+from sqft.api import LinearShape, Merger, Scorer
+from sqft.checkpoints.layout import ModelLayout
+from sqft.checkpoints.narrow import narrow_layers
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
 from sqft.planning.resolution import Resolver
@@ -104,6 +107,35 @@ def test_layers_and_targets(resolver: Resolver) -> None:
     first, second = said(resolver)
     assert first.startswith("here: matches no linear layer of the model; it has down_proj, gate_proj")
     assert second.startswith("there.1: 'q_prj' matches no linear layer")
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left_out"),
+    [
+        (["*"], [], ["in_proj_a", "in_proj_b"]),
+        (["*.linear_attn.*"], [], ["in_proj_a", "in_proj_b"]),
+        (["*", "in_proj_a"], [], ["in_proj_b"]),
+        (["*", "*.in_proj_?"], [], []),
+        (["in_proj_*"], ["in_proj_b"], ["in_proj_b"]),
+        (["*"], ["in_proj_a"], ["in_proj_a", "in_proj_b"]),
+    ],
+)
+def test_narrow_layers_are_taken_by_name(
+    resolver: Resolver, include: list[str], exclude: list[str], left_out: list[str]
+) -> None:
+    wide = {"in_proj_qkv": (4096, 1024), "out_proj": (1024, 2048)}
+    shapes = wide | dict.fromkeys(("in_proj_a", "in_proj_b"), (16, 1024))
+    linears = tuple(LinearShape(f"m.0.linear_attn.{name}", *shape) for name, shape in shapes.items())
+    layout = ModelLayout(linears=linears, narrow=narrow_layers(linears))
+    resolver.model = dataclasses.replace(resolver.model, layout=layout)
+    chosen = {layer.name.rpartition(".")[2] for layer in resolver.layers(include, exclude, "here")}
+    assert {"in_proj_a", "in_proj_b"} - chosen == set(left_out)
+    said_so = [name for name in left_out if name not in exclude]
+    assert bool(resolver.notes) is bool(said_so)
+    for note in resolver.notes:
+        assert note.startswith(
+            f"here: leaves out {len(said_so)} narrow layers ({', '.join(said_so)}: at most 64 outputs"
+        )
 
 
 def test_a_number_of_tokens_gives_way_unless_it_was_written(resolver: Resolver) -> None:

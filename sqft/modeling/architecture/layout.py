@@ -11,6 +11,7 @@ from sqft.checkpoints.gguf import module_shapes
 from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.narrow import narrow_layers
 from sqft.errors import ModelError
 from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of, towers
 from sqft.modeling.architecture.experts import Expert
@@ -52,6 +53,7 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         blocks=tuple(decoder_blocks(model)),
         experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
         left_out=tuple(_left_out(model)),
+        narrow=narrow_layers(shapes),
         walk=walk.way,
         walk_reason=walk.reason,
         unseen=walk.unseen,
