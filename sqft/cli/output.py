@@ -53,7 +53,8 @@ def console(err: bool = False) -> Any:
     """Return where tables and progress are printed; without a terminal, lines are not wrapped."""
     from rich.console import Console
 
-    return Console(stderr=err, soft_wrap=not (sys.stderr if err else sys.stdout).isatty())
+    stream = sys.stderr if err else sys.stdout  # held on to: what libraries print is kept from the screen elsewhere
+    return Console(file=stream, soft_wrap=not stream.isatty())
 
 
 def show_table(screen: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 
 from sqft.errors import DeviceError, StoreError
 from sqft.planning.plan import Plan, Step
-from sqft.recipe.sections import Finetune
+from sqft.recipe.sections import Evaluate, Finetune
 from sqft.store.artifacts import Store
 from sqft.utils.distributed import Processes
 from sqft.utils.files import existing_parent
 from sqft.utils.text import human_size
+
+log = logging.getLogger("sqft")
 
 
 def check_run(
@@ -28,12 +31,13 @@ def check_run(
         processes: the processes of the run; the first one checks the disk and the model for all.
 
     Raises:
-        SqftError: when the disk, the device, the training settings or the model do not allow it.
+        SqftError: when the disk, the device, the training settings, the model or a task's data set do not allow it.
     """
     if processes.is_main:
         check_disk(store, steps)
         if missing:
             check_model(plan)
+            check_tasks(missing)
     check_device(device)
     check_training(missing, device, processes.count)
 
@@ -108,3 +112,20 @@ def check_model(plan: Plan) -> None:
     from sqft.stages.preflight import check_fit
 
     check_fit(plan)
+
+
+def check_tasks(missing: Sequence[Step]) -> None:
+    """Check that the data sets of lm-eval's tasks can be had, where other steps would be made before they are needed.
+
+    Raises:
+        StageError: naming a task that cannot be loaded, and its data set.
+    """
+    measured = [step for step in missing if isinstance(step.section, Evaluate) and step.section.tasks]
+    if not measured or measured[0] is missing[0]:
+        return
+    from sqft.modeling.evaluation.harness import load_tasks
+
+    section, files = measured[0].section, measured[0].files
+    assert isinstance(section, Evaluate)
+    log.info("loading the data sets of %s", ", ".join(section.tasks))
+    load_tasks(section.tasks, files.get("include_path"))

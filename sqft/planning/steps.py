@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
-from sqft.planning import compatibility, estimates, layout_checks
+from sqft.planning import compatibility, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
@@ -164,14 +164,16 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     elif section.data is None:  # records of the training data are evaluated on, and must have answers
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
     loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps)
-    deltas = steps["finetune"].estimate.storage
+    deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
+    for note in evaluation.notes_on_search(section, files, steps):
+        resolver.note(*note)
     return Step(
         name="search",
         stage="search",
         section=section,
         components=_found(searcher=searcher),
         inputs={"finetune": "finetune", **base.inputs},
-        files=resolver.files(section, "search", {"data": answer}),
+        files=files,
         estimate=estimates.estimate_search(resolver.model, resolver.dtype, deltas, loaded, base.quantized),
     )
 
@@ -227,6 +229,9 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
         resolver.report("evaluate", "measures nothing; add perplexity, exact_match or tasks")
     answers = {"exact_match.data": section.exact_match.answer} if section.exact_match else {}
     files = resolver.files(section, "evaluate", answers)
+    resolver.collect(evaluation.check_tasks(section, files.get("include_path")))
+    for note in evaluation.notes_on_chats(section, files, steps):
+        resolver.note(*note)
     if section.perplexity:
         shorter = resolver.within_window(section.perplexity, "length", "evaluate.perplexity")
         section = section.model_copy(update={"perplexity": shorter})

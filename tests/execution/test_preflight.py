@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sqft.errors import DeviceError, StoreError
-from sqft.execution.preflight import check_device, check_disk, check_training
-from sqft.recipe.sections import Finetune, Merge
+from sqft.errors import DeviceError, StageError, StoreError
+from sqft.execution.preflight import check_device, check_disk, check_tasks, check_training
+from sqft.recipe.sections import Evaluate, Finetune, Merge
 from sqft.store.artifacts import Store
 
 
@@ -89,3 +89,17 @@ def test_training_fits_the_device_and_the_processes(
     else:
         with pytest.raises(DeviceError, match=message):
             check_training([step(), finetune(**settings)], device, processes)
+
+
+def test_data_sets_of_tasks_are_loaded_before_other_steps(tmp_path: Path) -> None:
+    """Not where the evaluation comes first: it would load them twice."""
+    (tmp_path / "far.yaml").write_text(
+        f"task: far\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'none.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: x\ndoc_to_target: y\n"
+    )
+    measured = step("evaluate", section=Evaluate(tasks=("far",)))
+    measured.files = {"include_path": tmp_path}
+    for steps in ([measured], [measured, step()], [step()], [step(), step("evaluate", section=Evaluate())]):
+        check_tasks(steps)
+    with pytest.raises(StageError, match=r"evaluate.tasks: 'far' \(data set json\) cannot be loaded"):
+        check_tasks([step(), measured])

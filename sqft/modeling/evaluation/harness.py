@@ -137,14 +137,15 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
     Raises:
         StageError: naming a task that cannot be loaded, its data set, and what to do.
     """
-    manager = _manager(names, include_path)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in names:
-        try:
-            for part, content in manager.load([name]).items():
-                loaded[part] |= content
-        except Exception as error:  # those of `datasets`, of the hub, of a task's own code
-            raise StageError(_cannot_load(name, manager, error)) from error
+    with _mute():
+        manager = _manager(names, include_path)
+        for name in names:
+            try:
+                for part, content in manager.load([name]).items():
+                    loaded[part] |= content
+            except Exception as error:  # those of `datasets`, of the hub, of a task's own code
+                raise StageError(_cannot_load(name, manager, error)) from error
     return loaded
 
 
@@ -273,15 +274,21 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     os.environ["DISABLE_MULTIPROC"] = "1"
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), open(os.devnull, "w") as nowhere:
+        with torch.random.fork_rng(devices), _mute():
             random.seed(SEED)
             np.random.seed(ARRAY_SEED)
             torch.manual_seed(ARRAY_SEED)
-            with redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numbers)
         os.environ.pop("DISABLE_MULTIPROC")
         if pool is not None:
             os.environ["DISABLE_MULTIPROC"] = pool
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Show nothing of what lm-eval and `datasets` print and draw; what they log is not touched."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -1,0 +1,91 @@
+"""What `evaluate` asks for: tasks that there are, in the form in which the model was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Recipe, Registry
+from sqft.planning.evaluation import check_tasks
+from sqft.planning.planner import make_plan
+from sqft.recipe.sections import Evaluate
+from sqft.utils.digests import Digests
+from tests.conftest import write_jsonl
+
+
+def said(include_path: Path | None = None, **settings: Any) -> list[str]:
+    return [str(problem) for problem in check_tasks(Evaluate(**settings), include_path)]
+
+
+def test_tasks_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks, groups and tags of lm-eval, and one of a folder; known without lm-eval reading its files."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "own.yaml").write_text('"task": "mine"\n')
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    assert said(tmp_path, tasks=["arc_easy", "mmlu", "ai2_arc", "mine"]) == []
+    assert said() == []
+
+
+def test_a_task_that_there_is_not(tmp_path: Path) -> None:
+    """Each is named with what comes close; a word that a file merely mentions is none."""
+    (tmp_path / "own.yaml").write_text("task: my_sums\ndescription: |\n  task of arc_eazy\n")
+    first, second, third = said(tmp_path, tasks=["arc_eazy", "arc_easy", "my_sum", "nothing-like-any"])
+    assert first.startswith(
+        f"evaluate.tasks.0: lm-eval has no task 'arc_eazy', nor has {tmp_path}; did you mean arc_easy"
+    )
+    assert "evaluate.tasks.2" in second and "did you mean my_sums" in second
+    assert third.startswith("evaluate.tasks.3") and third.endswith("; give your own with evaluate.include_path")
+
+
+@pytest.mark.parametrize("option", [{"chat_template_kwargs": {"a": 1}}, {"fewshot_as_multiturn": False}], ids=str)
+def test_options_of_a_template_that_is_not_applied(option: dict[str, Any]) -> None:
+    (problem,) = said(**option)
+    assert problem == f"evaluate.{next(iter(option))}: has no effect without a chat template; set apply_chat_template"
+    assert said(**option, apply_chat_template=True) == said(**option, apply_chat_template="tool") == []
+
+
+CHAT = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
+PLAIN = {"prompt": "1+1=", "completion": "2"}
+TEXT = {"text": "1+1=2"}
+TO_CHATS = (
+    "evaluate.apply_chat_template: the model is trained on conversations",
+    "evaluate.exact_match.data: has prompts",
+)
+TO_PROMPTS = (
+    "evaluate.apply_chat_template: the model is trained on prompts",
+    "evaluate.exact_match.data: has conversations",
+)
+
+
+@pytest.mark.parametrize(
+    ("training", "test", "template", "of", "notes"),
+    [
+        ([CHAT], PLAIN, False, "merge", (*TO_CHATS, "search.data: has prompts")),
+        ([CHAT, CHAT], PLAIN, False, "finetune:maximal", (*TO_CHATS, "search.data: has prompts")),
+        ([CHAT], PLAIN, False, "model", ("search.data: has prompts",)),
+        ([CHAT], CHAT, True, "merge", ()),
+        ([CHAT, PLAIN], PLAIN, False, "merge", ()),
+        ([PLAIN], CHAT, True, "search", (*TO_PROMPTS, "search.data: has conversations")),
+        ([PLAIN], PLAIN, False, "merge", ()),
+        ([TEXT], CHAT, True, "merge", ()),
+    ],
+)
+def test_notes_on_chats(
+    training: list[dict[str, Any]],
+    test: dict[str, Any],
+    template: bool,
+    of: str,
+    notes: tuple[str, ...],
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    files = [write_jsonl(tmp_path / f"{index}.jsonl", [record] * 3) for index, record in enumerate([*training, test])]
+    raw["finetune"]["data"] = [str(file) for file in files[:-1]]
+    raw["search"] |= {"data": str(files[-1]), "metric": "exact_match"}
+    raw["evaluate"] = {"of": [of], "exact_match": {"data": str(files[-1])}, "tasks": ["arc_easy"]}
+    raw["evaluate"]["apply_chat_template"] = template
+    found = make_plan(Recipe.parse(raw), registry, Digests()).notes
+    assert len(found) == len(notes) and all(any(note.startswith(start) for note in found) for start in notes)
