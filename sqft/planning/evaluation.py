@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sqft.data.records import records_of
-from sqft.errors import DataError, Problem
+from sqft.errors import Problem
 from sqft.planning.plan import Step
 from sqft.recipe.data import Data
 from sqft.recipe.sections import Evaluate, Finetune, Search
@@ -116,19 +116,16 @@ def _notes_on_data(place: str, path: Path | None, data: Data, trained: str | Non
 
 def _form_of_training(step: Step) -> str | None:
     assert isinstance(step.section, Finetune)
-    return _form((step.files[role], data) for role, data in step.section.data_sets.items() if role in step.files)
+    return _form((step.files[role], data) for role, data in step.section.data_sets.items())
 
 
 def _form(data_sets: Iterable[tuple[Path, Data]]) -> str | None:
     """Return what all data sets hold, judged by the first record of each: "messages", "prompt" or "text".
 
-    None when they differ, or cannot be read, which the plan reports elsewhere.
+    None when they differ.
     """
     forms = set()
     for path, data in data_sets:
-        try:
-            (record,) = records_of(path, data.model_copy(update={"limit": 1}))
-        except DataError:
-            return None
+        (record,) = records_of(path, data.model_copy(update={"limit": 1}))
         forms.add(next(form for form in ("messages", "prompt", "text") if form in record))
     return forms.pop() if len(forms) == 1 else None

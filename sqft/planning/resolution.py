@@ -90,6 +90,11 @@ class Resolver:
         """Collect something that the user should know and that hinders nothing, once."""
         self.notes[str(Problem(place, message))] = None
 
+    def note_all(self, notes: Iterable[tuple[str, str]]) -> None:
+        """Collect pairs of a place and what there is to say about it."""
+        for place, message in notes:
+            self.note(place, message)
+
     def component(self, kind: type[C], ref: ComponentRef, place: str) -> ResolvedComponent[C] | None:
         """Return the component that a recipe names, with its options validated against its own fields."""
         try:

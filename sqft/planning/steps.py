@@ -165,8 +165,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
     loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
-    for note in evaluation.notes_on_search(section, files, steps):
-        resolver.note(*note)
+    if not resolver.problems:
+        resolver.note_all(evaluation.notes_on_search(section, files, steps))
     return Step(
         name="search",
         stage="search",
@@ -230,8 +230,8 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     answers = {"exact_match.data": section.exact_match.answer} if section.exact_match else {}
     files = resolver.files(section, "evaluate", answers)
     resolver.collect(evaluation.check_tasks(section, files.get("include_path")))
-    for note in evaluation.notes_on_chats(section, files, steps):
-        resolver.note(*note)
+    if not resolver.problems:
+        resolver.note_all(evaluation.notes_on_chats(section, files, steps))
     if section.perplexity:
         shorter = resolver.within_window(section.perplexity, "length", "evaluate.perplexity")
         section = section.model_copy(update={"perplexity": shorter})

@@ -41,6 +41,10 @@ class HarnessModel(HFLM):
             scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
             return scores
 
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
+        return scores
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         together = defaultdict(list)
