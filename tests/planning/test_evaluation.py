@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from sqft import Recipe, Registry
+from sqft import Orchestrator, Recipe, Registry
 from sqft.planning.evaluation import check_tasks
-from sqft.planning.planner import make_plan
 from sqft.recipe.sections import Evaluate
-from sqft.utils.digests import Digests
 from tests.conftest import write_jsonl
 
 
@@ -87,5 +85,6 @@ def test_notes_on_chats(
     raw["search"] |= {"data": str(files[-1]), "metric": "exact_match"}
     raw["evaluate"] = {"of": [of], "exact_match": {"data": str(files[-1])}, "tasks": ["arc_easy"]}
     raw["evaluate"]["apply_chat_template"] = template
-    found = make_plan(Recipe.parse(raw), registry, Digests()).notes
+    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    found = [note for note in plan.notes if "the model is trained on" in note]
     assert len(found) == len(notes) and all(any(note.startswith(start) for note in found) for start in notes)
