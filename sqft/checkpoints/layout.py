@@ -39,6 +39,8 @@ class ModelLayout:
     """The modules that are one expert each."""
     left_out: tuple[LeftOut, ...] = ()
     """Towers of a multimodal model, mixtures that cannot be split, …"""
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """The head and the embedding, by name -> what each is, for messages."""
     narrow: tuple[str, ...] = ()
     """The linear layers that are left out of pruning and quantization unless they are named."""
     walk: Literal["blocks", "model"] = "blocks"

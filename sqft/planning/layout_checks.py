@@ -12,6 +12,7 @@ from sqft.checkpoints.model_source import ModelSource
 from sqft.components.kinds import Merger
 from sqft.errors import Problem
 from sqft.types import LinearShape
+from sqft.utils.globs import names_itself, selected
 from sqft.utils.text import shortened
 
 Layers = Sequence[LinearShape]
@@ -21,6 +22,18 @@ def check_headers(source: ModelSource) -> Iterator[Problem]:
     """Check that the checkpoint has every tensor that the modules need, in their shape."""
     for problem in source.layout.problems:
         yield Problem("model.path", f"{source.path}: {problem}")
+
+
+def check_inside(layout: ModelLayout, patterns: Sequence[str], place: str) -> Iterator[Problem]:
+    """Check that no pattern means the head or the embedding, and nothing else."""
+    for index, pattern in enumerate(patterns):
+        named = next((name for name in layout.outside if names_itself(name, [pattern])), None)
+        if named and not any(selected(layer.name, [pattern], ()) for layer in layout.linears):
+            yield Problem(
+                f"{place}.{index}",
+                f"'{pattern}' is {named}, {layout.outside[named]}; sqft works on linear layers inside decoder blocks, "
+                "and never changes the embedding or the head; remove it",
+            )
 
 
 def check_own_weights(layout: ModelLayout, layers: Layers, place: str) -> Iterator[Problem]:

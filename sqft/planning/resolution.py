@@ -221,7 +221,9 @@ class Resolver:
         if narrow:
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in narrow))
             self.note(place, f"leaves out {len(narrow)} narrow layers ({kinds}: {NARROW}); name them to take them too")
-        if not chosen and self.has_model:
+        outside = list(layout_checks.check_inside(layout, include, place))
+        self.collect(outside)
+        if not (chosen or outside) and self.has_model:
             self.report(place, f"matches no linear layer of the model; it has {self._last_names()}")
         self.collect(layout_checks.check_own_weights(layout, chosen, place))
         return chosen
@@ -229,7 +231,11 @@ class Resolver:
     def targets(self, patterns: Sequence[str], place: str) -> tuple[LinearShape, ...]:
         """Return the linear layers of the model that are adapted; each of the patterns must match one."""
         chosen = tuple(layer for layer in self.model.layout.linears if selected(layer.name, patterns, ()))
+        outside = list(layout_checks.check_inside(self.model.layout, patterns, place))
+        self.collect(outside)
         for index, pattern in enumerate(patterns if self.has_model else ()):
+            if any(problem.place == f"{place}.{index}" for problem in outside):
+                continue
             if not any(selected(layer.name, [pattern], ()) for layer in chosen):
                 self.report(
                     f"{place}.{index}", f"'{pattern}' matches no linear layer; the model has {self._last_names()}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from layouts import LAYOUTS
 from packed_checkpoints import pack_folder
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sqft import Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
@@ -115,6 +116,37 @@ def test_a_model_that_is_quantized_already(raw: dict[str, Any], registry: Regist
     problems = refused(raw, registry, "finetune", "search", "merge", "evaluate", quantize=RTN)
     expected = "the model is already quantized; remove this section"
     assert [problem.partition(",")[0] for problem in problems[:2]] == [f"sparsify: {expected}", f"quantize: {expected}"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "name", "what"),
+    [("lm_head", "lm_head", "the head"), ("*.embed_tokens", "model.embed_tokens", "the embedding")],
+)
+def test_the_head_and_the_embedding_are_refused_by_name(
+    raw: dict[str, Any],
+    registry: Registry,
+    model_folder: Path,
+    tmp_path: Path,
+    tied: bool,
+    pattern: str,
+    name: str,
+    what: str,
+) -> None:
+    if not tied:
+        config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+        raw["model"]["path"] = str(tmp_path)
+    if tied and name == "lm_head":
+        what += ", whose weight is that of model.embed_tokens"
+    raw["finetune"] |= {"targets": ["q_proj", pattern]}
+    raw["sparsify"]["include"] = [pattern]
+    problems = refused(raw, registry, "evaluate", quantize=RTN | {"include": ["*", pattern]})
+    for place in ("sparsify.include.0", "quantize.include.1", "finetune.targets.1"):
+        start = f"{place}: '{pattern}' is {name}, {what}; sqft works on linear layers inside decoder blocks"
+        assert len([problem for problem in problems if problem.startswith(start)]) == 1
+    assert not [problem for problem in problems if "matches no linear layer" in problem]
 
 
 def test_weights_in_fp8_are_read_when_the_recipe_says_so(

@@ -53,6 +53,7 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         blocks=tuple(decoder_blocks(model)),
         experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
         left_out=tuple(_left_out(model)),
+        outside=_outside(model),
         narrow=narrow_layers(shapes),
         walk=walk.way,
         walk_reason=walk.reason,
@@ -91,6 +92,17 @@ def _left_out(model: PreTrainedModel) -> Iterator[LeftOut]:
     for name, weights in unsplittable_mixtures(model).items():
         if not any(name.startswith(f"{tower}.") for tower in outside):
             yield LeftOut(name, weights, "its experts cannot be split")
+
+
+def _outside(model: PreTrainedModel) -> dict[str, str]:
+    """Name the head and the embedding, and say what they are."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    named = {names[embedding]: "the embedding"} if embedding in names else {}
+    if head in names:
+        tied = embedding in names and head.weight is embedding.weight
+        named[names[head]] = f"the head, whose weight is that of {names[embedding]}" if tied else "the head"
+    return named
 
 
 def _shared(layers: Mapping[str, nn.Linear]) -> dict[str, str]:

@@ -57,7 +57,9 @@ def test_layers_and_blocks_are_those_of_the_modules(model_folder: Path) -> None:
     assert len(layout.linears) == 14
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
     assert layout.sizes.items() >= sizes.items()
-    plain = ModelLayout("LlamaForCausalLM", layout.sizes, layout.linears, layout.blocks)
+    head = "the head, whose weight is that of model.embed_tokens"
+    outside = {"model.embed_tokens": "the embedding", "lm_head": head}
+    plain = ModelLayout("LlamaForCausalLM", layout.sizes, layout.linears, layout.blocks, outside=outside)
     assert layout == plain  # nothing is left out, unseen, renamed or wrong
 
 
