@@ -53,16 +53,6 @@ def check_seen(layout: ModelLayout, layers: Layers, place: str) -> Iterator[Prob
         )
 
 
-def check_named(layout: ModelLayout, layers: Layers) -> Iterator[Problem]:
-    """Check that a checkpoint can hold the codes of each layer that is quantized under a name of its own."""
-    if unnamed := [layer.name for layer in layers if layer.name in layout.unnamed]:
-        yield Problem(
-            "quantize.include",
-            f"a checkpoint of {layout.architecture} has no place for codes of {shortened(unnamed)}: "
-            f"{layout.unnamed[unnamed[0]]}; exclude them",
-        )
-
-
 def check_peft(layout: ModelLayout, targets: Layers, merger: Merger) -> Iterator[Problem]:
     """Check that stock PEFT can apply an adapter that stays beside its base."""
     if merger.merges:
@@ -80,6 +70,15 @@ def check_peft(layout: ModelLayout, targets: Layers, merger: Merger) -> Iterator
             "finetune.targets",
             f"{layout.architecture} does not call {shortened(missed)}, and {writes} changes what is called; "
             "leave it out, or use a merger that merges",
+        )
+
+
+def codes_apart(layout: ModelLayout, layers: Layers) -> Iterator[str]:
+    """Say which layers have codes that are stored under names which the class itself does not know."""
+    if unnamed := [layer.name for layer in layers if layer.name in layout.unnamed]:
+        yield (
+            f"codes of {shortened(unnamed)} are stored layer by layer, where a checkpoint of {layout.architecture} has "
+            f"none ({layout.unnamed[unnamed[0]]}): sqft reads them, other programs only if they know such names"
         )
 
 

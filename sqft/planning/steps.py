@@ -65,7 +65,8 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     if quantizer:
         resolver.collect(compatibility.check_grid(quantizer, layers, section.exclude))
     resolver.collect(compatibility.check_blocks_alike(resolver.model.layout.linears, layers))
-    resolver.collect(layout_checks.check_named(resolver.model.layout, layers))
+    for note in layout_checks.codes_apart(resolver.model.layout, layers):
+        resolver.note("quantize.include", note)
     needs = quantizer.component.needs if quantizer else frozenset()
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")

@@ -53,13 +53,13 @@ def test_layers_that_calibration_does_not_see() -> None:
     assert not said(layout_checks.check_seen(layout, [Q], "quantize.include"))
 
 
-def test_layers_without_a_place_for_codes() -> None:
+def test_layers_whose_codes_are_stored_apart() -> None:
     layout = ModelLayout("A", unnamed={EXPERT.name: "its checkpoint holds it in b.0.up, with others"})
-    assert said(layout_checks.check_named(layout, LAYERS)) == [
-        "quantize.include: a checkpoint of A has no place for codes of b.0.experts.2.up: its checkpoint holds it in "
-        "b.0.up, with others; exclude them"
+    assert list(layout_checks.codes_apart(layout, LAYERS)) == [
+        "codes of b.0.experts.2.up are stored layer by layer, where a checkpoint of A has none (its checkpoint holds it "
+        "in b.0.up, with others): sqft reads them, other programs only if they know such names"
     ]
-    assert not said(layout_checks.check_named(layout, [Q, K]))
+    assert not list(layout_checks.codes_apart(layout, [Q, K]))
 
 
 @pytest.mark.parametrize(

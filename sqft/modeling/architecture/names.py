@@ -60,13 +60,18 @@ class CheckpointNames:
     def name_of_codes(self, layer: str) -> str:
         """Return the name that a linear layer has in a checkpoint of codes, which holds experts one by one: its own in
         the checkpoint, or beside its joined experts."""
-        if layer not in self.unnamed:
-            return self.checkpoint_name(layer)
+        return self._apart[layer] if layer in self.unnamed else self.checkpoint_name(layer)
+
+    @cached_property
+    def _apart(self) -> dict[str, str]:
+        """A layer without a tensor of its own in the checkpoint -> its name beside those that have one."""
+        layers = list(self.unnamed)
+        marked = {f"{name}.weight": torch.full((2, 2), float(number)) for number, name in enumerate(layers)}
         try:
-            (renamed,) = reverted(self._model, {f"{layer}.weight": torch.zeros(2, 2)})
+            stored = reverted(self._model, marked)
         except Exception:  # the same as in `_find`
-            return layer
-        return renamed.removesuffix(".weight")
+            return {name: name for name in layers}
+        return {layers[int(tensor[0, 0])]: name.removesuffix(".weight") for name, tensor in stored.items()}
 
     def layer(self, name: str) -> str:
         """Return the linear layer that has this name in the checkpoint: the reverse of `checkpoint_name` and

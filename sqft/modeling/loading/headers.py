@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sqft.checkpoints.model_spec import ModelSpec
@@ -47,8 +48,10 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
     """
     model = load_skeleton(spec)
     names = CheckpointNames(model, shapes)
-    ignored = tuple(name for name in shapes if not names.has(name))
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if codes and (missing := _join_apart(model, names, state)):
+        return Headers(model, names, (_lacking(model, missing),), ())
+    ignored = tuple(name for name in state if not names.has(name))
     for name, stored in names.layers.items() if codes else ():
         layer, weight = model.get_submodule(name), state.get(f"{stored}.weight")
         if isinstance(layer, Transposed) and weight is not None and weight.shape == layer.weight.shape:
@@ -67,8 +70,32 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
         return Headers(model, names, (next(_unlike(model, names, shapes), str(error)),), ignored)
     problems = [_mis_shaped(*mismatch) for mismatch in sorted(info["mismatched_keys"])[:1]]
     if missing := sorted(info["missing_keys"]):
-        problems.append(f"lacks {shortened(missing)}, which {type(model).__name__} has by config.json; copy it again")
+        problems.append(_lacking(model, missing))
     return Headers(model, names, tuple(problems), ignored)
+
+
+def _join_apart(model: PreTrainedModel, names: CheckpointNames, state: dict[str, Tensor]) -> list[str]:
+    """Join the layers of mixtures that are stored apart, as codes are, where a checkpoint of floats joins them.
+
+    `state` is changed in place; returned are the names of such layers that are missing beside others.
+    """
+    apart: dict[str, Tensor] = {}
+    mixtures: dict[str, list[str]] = {}
+    for layer in names.unnamed:
+        mixtures.setdefault(layer.rpartition(".")[0].rpartition(".")[0], []).append(layer)
+    for layers in mixtures.values():
+        stored = {layer: names.name_of_codes(layer) for layer in layers}
+        missing = [f"{name}.weight" for name in stored.values() if f"{name}.weight" not in state]
+        if len(missing) == len(stored):  # the mixture is no codes
+            continue
+        if missing:
+            return missing
+        for layer, name in stored.items():
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in state:
+                    apart[f"{layer}.{part}"] = state.pop(f"{name}.{part}")
+    state |= reverted(model, as_stored(model, state=apart)) if apart else {}
+    return []
 
 
 def _unlike(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> Iterator[str]:
@@ -80,7 +107,11 @@ def _unlike(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> I
     joined = {names.module_tensor(name) for name in shapes}
     for name in expected.keys() - shapes.keys():
         if names.module_tensor(name) in joined:
-            yield f"lacks {name}, which {type(model).__name__} has by config.json; copy it again"
+            yield _lacking(model, [name])
+
+
+def _lacking(model: PreTrainedModel, names: list[str]) -> str:
+    return f"lacks {shortened(names)}, which {type(model).__name__} has by config.json; copy it again"
 
 
 def _mis_shaped(name: str, stored: Iterable[int], expected: Iterable[int]) -> str:

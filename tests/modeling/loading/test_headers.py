@@ -8,11 +8,12 @@ from typing import Any
 import multimodal_models
 import pytest
 import transformers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteMoeConfig, PreTrainedModel
 
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import safetensors_header
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.compat import reverted
 from sqft.modeling.loading.headers import Headers, load_headers
 
@@ -29,8 +30,21 @@ def renamed(family: str) -> PreTrainedModel:
     more: dict[str, dict[str, Any]] = {
         "Mixtral": MIXTURE,
         "NemotronH": {"layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3, **scan}
-        | {"n_routed_experts": 3, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
-        "KimiLinear": {"num_local_experts": 3, "moe_intermediate_size": 16, "linear_num_heads": 4, **latent}
+        | {
+            "n_routed_experts": 3,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+        "KimiLinear": {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "linear_num_heads": 4,
+            **latent,
+        }
         | {"linear_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
         "Lfm3": {"num_key_value_heads": 2},
     }
@@ -123,3 +137,21 @@ def test_codes_are_the_other_way_round_in_a_transposed_family(codes: bool, tmp_p
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     shapes[name] = (96, 32)
     assert bool(loaded(tmp_path, shapes, codes).problems) != codes
+
+
+def test_codes_of_experts_that_floats_join(tmp_path: Path) -> None:
+    """Granite's checkpoints hold all experts in one tensor, and codes one by one."""
+    config = GraniteMoeConfig(**SIZES, **MIXTURE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    names = loaded(tmp_path, {}).names
+    apart = as_linears(AutoModelForCausalLM.from_config(config)).state_dict()
+    shapes = {
+        name.replace("router.weight", "router.layer.weight"): tuple(tensor.shape) for name, tensor in apart.items()
+    }
+    expert = "model.layers.1.block_sparse_moe.experts.2.up_proj"
+    assert expert in names.unnamed and names.name_of_codes(expert) == expert and f"{expert}.weight" in shapes
+    found = loaded(tmp_path, shapes, codes=True)
+    assert not found.problems and not found.ignored
+    del shapes[f"{expert}.weight"]
+    (problem,) = loaded(tmp_path, shapes, codes=True).problems
+    assert problem.startswith(f"lacks {expert}.weight, which GraniteMoeForCausalLM has")
