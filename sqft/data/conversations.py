@@ -67,18 +67,19 @@ def conversation_in(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _turns(fields: dict[str, Any]) -> tuple[Any, int]:
     """Take the turns out of a row; return them, None for none, and how many of them are only a prompt."""
-    for name in ("messages", "conversations", "conversation"):
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    names = ("messages",) if isinstance(prompt, str) and isinstance(completion, str) else ("messages", "conversations")
+    for name in names:
         if fields.get(name) is not None:
             turns = fields.pop(name)
             if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
                 raise DataError(f"'{name}' must be {FORM}")
             return turns, 0
-    if "chosen" in fields and "rejected" in fields:
+    if "chosen" in fields and "rejected" in fields and completion is None:
         raise DataError(
             "'chosen' and 'rejected' are preferences, which sqft does not train on; keep the chosen answer alone, "
             "as 'messages' or as 'prompt' and 'completion'"
         )
-    prompt, completion = fields.get("prompt"), fields.get("completion")
     if not (isinstance(prompt, list) or isinstance(completion, list | dict)):
         return None, 0
     given = 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from sqft.data.chat_template import is_marked, rejection, variables_of
-from sqft.data.chats import NO_TEMPLATE, Chat, Messages, Turn, last_answer
+from sqft.data.chat_tokens import chat_of, tokens_of, turn_tokens
+from sqft.data.chats import Chat, last_answer
 from sqft.data.records import locate_errors
 from sqft.errors import DataError
 
@@ -98,7 +98,7 @@ class Encoded:
         if self.rewritten:
             notes.append(
                 f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
-                "template rewrites earlier turns"
+                "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
             )
         if endless := sum(example.answers > 0 and not example.ends for example in self.examples):
             notes.append(
@@ -179,40 +179,20 @@ class Tokenization:
         """Return the turns of a conversation that are learnt, those with the same history in one sequence."""
         done: list[_Sequence] = []
         for turn in self.chat.turns(record):
-            prompt, answer, labels = self._turn(turn, record)
+            prompt, answer, learnt = turn_tokens(self.tokenizer, record, turn)
+            labels = [token if learns else IGNORED for token, learns in zip(answer, learnt, strict=True)]
             if not done or prompt[: len(done[-1].ids)] != done[-1].ids:
                 done.append(_Sequence([], [], []))
             last = done[-1]
             between = [IGNORED] * (len(prompt) - len(last.ids))
-            learnt = _Answer(len(prompt), len(prompt) + len(answer), turn.end is not None)
-            done[-1] = _Sequence(prompt + answer, [*last.labels, *between, *labels], [*last.answers, learnt])
+            place = _Answer(len(prompt), len(prompt) + len(answer), turn.end is not None)
+            done[-1] = _Sequence(prompt + answer, [*last.labels, *between, *labels], [*last.answers, place])
         return done
-
-    def _turn(self, turn: Turn, record: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
-        """Return the tokens of a turn's prompt and answer, and the answer's labels.
-
-        They are the tokens of the text as a whole, or, where no token ends with the prompt, of its two parts.
-        """
-        prompt, both = self._tokens(turn.prompt), self._tokens(turn.text)
-        split = both[: len(prompt)] != prompt
-        answer = self._tokens(turn.answer) if split else both[len(prompt) :]
-        marked = _marked_characters(self.tokenizer, record, turn)
-        if marked is None:
-            return prompt, answer, answer
-        text, before = (turn.answer, 0) if split else (turn.text, len(turn.prompt))
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        # Places in the part of the answer that the template wrote; what closes a block of reasoning is before it.
-        places = [begin - before - turn.closes for begin, _ in offsets[-len(answer) :]]
-        learnt = [index for index, place in enumerate(places) if place < 0 or turn.start + place in marked]
-        # The end is learnt too where the mark leaves it out.
-        stop = len(answer) if learnt and turn.end else 0
-        learnt += range(learnt[-1], stop) if learnt else ()
-        return prompt, answer, [token if index in set(learnt) else IGNORED for index, token in enumerate(answer)]
 
     def _whole(self, record: dict[str, Any]) -> _Sequence:
         """Return a whole conversation, all of which is learnt but the turns that are switched off."""
         text = self.chat.whole(record)
-        ids = self._tokens(text)
+        ids = tokens_of(self.tokenizer, text)
         labels = list(ids)
         for index in record.get("not_learnt", ()):
             turn = self.chat.turn(record, index)
@@ -221,12 +201,9 @@ class Tokenization:
                     "the chat template rewrites earlier turns, so the tokens of a turn that is not to be learnt cannot "
                     "be found; set finetune.loss_on to 'completion'"
                 )
-            begin, end = len(self._tokens(turn.prompt)), len(self._tokens(turn.text))
+            begin, end = len(tokens_of(self.tokenizer, turn.prompt)), len(tokens_of(self.tokenizer, turn.text))
             labels[begin:end] = [IGNORED] * (end - begin)
         return _Sequence(ids, labels, [_Answer(0, len(ids), bool(self.chat.ends_of(text)))])
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _cut(self, sequence: _Sequence) -> Example:
         """Return a sequence as an example of at most `max_length` tokens."""
@@ -272,14 +249,14 @@ def encode_prompt(record: dict[str, Any], tokenizer: Any, chat: Chat | None = No
 
 def _encode_last_turn(record: dict[str, Any], tokenizer: Any, chat: Chat) -> Prompt:
     index = last_answer(record)
-    ids = tokenizer(chat.prompt(record, index), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokens_of(tokenizer, chat.prompt(record, index))
     try:
         turn = chat.turn(record, index)
     except DataError:  # it could not be trained on, but it can be asked
-        return Prompt(list(ids), record["messages"][index].get("content") or "")
-    answer = tokenizer(turn.answer, add_special_tokens=False)["input_ids"]
+        return Prompt(ids, record["messages"][index].get("content") or "")
+    answer = tokens_of(tokenizer, turn.answer)
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Prompt(list(ids), text, tokenizer.convert_tokens_to_ids(turn.end) if turn.end else None)
+    return Prompt(ids, text, tokenizer.convert_tokens_to_ids(turn.end) if turn.end else None)
 
 
 def truncate_prompts(prompts: Sequence[Prompt], window: int, max_new_tokens: int) -> tuple[list[Prompt], int]:
@@ -320,43 +297,3 @@ def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
     """Append the end-of-sequence token, unless the text itself ends in one or the tokenizer has none."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def chat_of(tokenizer: Any) -> Chat:
-    """Return a tokenizer's chat template."""
-
-    def render(messages: Messages, generation: bool, tools: Any, arguments: Mapping[str, Any]) -> str:
-        if not source:
-            raise DataError(NO_TEMPLATE)
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, **arguments
-                )
-            )
-        except Exception as error:  # a template's expressions can raise anything
-            raise rejection(error) from None
-
-    source = tokenizer.chat_template
-    sources = source.values() if isinstance(source, dict) else [source or ""]
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    variables = sorted({name for text in sources for name in variables_of(text) or ()})
-    return Chat(render, [*added, *tokenizer.all_special_tokens], tokenizer.eos_token, tokenizer.bos_token, variables)
-
-
-def _marked_characters(tokenizer: Any, record: dict[str, Any], turn: Turn) -> set[int] | None:
-    """Return the characters of a finished turn's conversation that the template marks as the assistant's; None when it
-    marks none."""
-    tools, arguments = record.get("tools"), record.get("chat_template_kwargs") or {}
-    if not is_marked(tokenizer.get_chat_template(tools=tools)):
-        return None
-    encoded = tokenizer.apply_chat_template(
-        turn.messages,
-        tools=tools,
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-        **arguments,
-    )
-    offsets = tokenizer(turn.finished, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    pairs = zip(offsets, encoded["assistant_masks"], strict=True)
-    return {place for (begin, end), marked in pairs if marked for place in range(begin, end)}

@@ -28,6 +28,7 @@ EVERY_STAGE = (
     "checkpoints/safetensors",
     "components/kinds",
     "data/chat_template",
+    "data/chat_tokens",
     "data/chats",
     "data/conversations",
     "data/encoding",

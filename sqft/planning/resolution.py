@@ -57,8 +57,6 @@ class Resolver:
         """What the plan tells the user, in order, each once."""
         self.broken: dict[str, None] = {}
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
-        self.chats: set[str] = set()
-        """The data sets that hold conversations, by their place in the recipe: "finetune.data"."""
         self.model = NO_MODEL
         try:
             model = recipe.model
@@ -180,7 +178,6 @@ class Resolver:
         try:
             records = records_of(path, data, self.recipe.model.chat_template_kwargs)
             if any("messages" in record for record in records):
-                self.chats.add(place)
                 for note in self.conversations.notes(records, use) if self.conversations else ():
                     self.note(place, note)
             for record in records:

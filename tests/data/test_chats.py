@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqft.data.encoding import IGNORED, Encoded, Tokenization, chat_of, encode_prompt
+from sqft.data.chat_tokens import chat_of
+from sqft.data.encoding import IGNORED, Encoded, Tokenization, encode_prompt
 from sqft.errors import DataError
 from tests.support.chats import TEMPLATES, all_shown, chat_tokenizer, conversation, shown
 

@@ -56,7 +56,11 @@ def test_the_turns_of_a_prompt_are_not_learnt() -> None:
 
 
 def test_what_is_no_conversation() -> None:
-    for row in ({"prompt": "a", "completion": "b"}, {"text": "a"}, {"instruction": "a", "output": "b"}):
+    for row in (
+        {"prompt": "a", "completion": "b", "conversations": ["x"], "chosen": "b", "rejected": "c"},
+        {"text": "a"},
+        {"instruction": "a", "output": "b"},
+    ):
         assert conversation_in(row) is None
 
 
