@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.checkpoints.export import IN_A_BLOCK
 from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
 from sqft.kernels.packing import unpack
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.experts import Experts
+from sqft.modeling.architecture.names import CheckpointNames
+from sqft.modeling.loading import load_skeleton
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_layer
 from sqft.types import Grid, Quantized
@@ -24,6 +30,8 @@ from sqft.utils.files import unreadable
 from sqft.utils.progress import Track, silent
 from sqft.utils.text import human_size
 
+IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
+"""A weight in a numbered block that is not an embedding table (DeepSeek's last block has one)."""
 COMPRESSED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 """The tensors that compressed-tensors' "pack-quantized" stores instead of a layer's weight."""
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
@@ -41,7 +49,7 @@ class Module:
     zeros: int | None
     """None when they are packed in a way that is not read here."""
     linear: bool
-    """Whether it is a linear layer of a decoder block: two dimensions, and a block's number in its name."""
+    """Whether it is a linear layer of a decoder block; without a config.json, whether its name and shape look so."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,34 @@ def _folder(path: Path, track: Track) -> Inspection:
             details = {key: settings[key] for key in ("bits", "group_size") if key in settings}
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     read = tuple(track(modules, f"reading {path.name}", total))
+    linear = _linear_layers(path, [one.name for one in read], set(names))
+    if linear is not None:
+        read = tuple(replace(one, linear=one.name in linear) for one in read)
     return Inspection(path, form, details, size, tuple(sorted(read, key=lambda module: in_order(module.name))))
+
+
+def _linear_layers(path: Path, modules: Sequence[str], tensors: AbstractSet[str]) -> set[str] | None:
+    """Return those of a folder's modules that hold weights of linear layers in decoder blocks, of a mixture's experts
+    too; None where transformers has no model for the folder.
+
+    Args:
+        path: the folder.
+        modules: their names: a tensor's, or what comes before its last part.
+        tensors: the names of the folder's tensors.
+    """
+    try:
+        model = load_skeleton(ModelSpec(path))
+    except ModelError:
+        return None
+    stored = {name: name if name in tensors else f"{name}.weight" for name in modules}
+    layers, names = linears(model), CheckpointNames(model, stored.values())
+    mixtures = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+
+    def is_linear(name: str) -> bool:
+        owner, _, part = names.module_tensor(stored[name]).rpartition(".")
+        return names.layer(name) in layers or (owner in mixtures and not part.endswith("_bias"))
+
+    return set(filter(is_linear, modules))
 
 
 def _files(path: Path) -> list[Path]:

@@ -56,8 +56,8 @@ def test_layers_that_calibration_does_not_see() -> None:
 def test_layers_whose_codes_are_stored_apart() -> None:
     layout = ModelLayout("A", unnamed={EXPERT.name: "its checkpoint holds it in b.0.up, with others"})
     assert list(layout_checks.codes_apart(layout, LAYERS)) == [
-        "codes of b.0.experts.2.up are stored layer by layer, where a checkpoint of A has none (its checkpoint holds it "
-        "in b.0.up, with others): sqft reads them, other programs only if they know such names"
+        "codes of b.0.experts.2.up are stored layer by layer, where a checkpoint of A has none (its checkpoint holds "
+        "it in b.0.up, with others): sqft reads them, other programs only if they know such names"
     ]
     assert not list(layout_checks.codes_apart(layout, [Q, K]))
 

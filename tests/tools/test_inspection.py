@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import multimodal_models
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.cli import main
 from sqft.errors import SqftError
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.quantized import load_dequantized
 from sqft.tools.inspection import Inspection, inspect_model
@@ -58,6 +60,17 @@ def test_a_file_that_transformers_does_not_read_is_not_counted(model: LlamaForCa
     model.save_pretrained(tmp_path)
     save_file({"layers.0.wq.weight": torch.zeros(4, 4)}, tmp_path / "consolidated.safetensors")
     assert inspect_model(tmp_path).all.weights == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
+def test_towers_hold_no_decoder_blocks(family: str, tmp_path: Path) -> None:
+    """Llama 4's experts, which lie in two tensors, count among the layers of blocks."""
+    model = multimodal_models.make(family)
+    model.save_pretrained(tmp_path)
+    expected = sum(layer.weight.numel() for layer in linears(as_linears(model)).values())
+    found = inspect_model(tmp_path)
+    assert found.linears.weights == expected
+    assert not any("vision" in module.name for module in found.modules if module.linear)
 
 
 def test_gptq_zeros_are_codes_at_the_zero_point(quantized_folder: Path) -> None:
