@@ -41,7 +41,7 @@ class ConversationCheck:
         rewrites = endless = closes = False
         for record in _of_each_form(chats):
             try:
-                self._check_arguments(record.get("chat_template_kwargs", {}))
+                self.check_arguments(record.get("chat_template_kwargs", {}))
                 if use == "asked":
                     self.chat.prompt(record, last_answer(record))
                 elif use == "all":
@@ -64,8 +64,12 @@ class ConversationCheck:
         if endless:
             yield "the chat template ends an assistant turn with no special token, so the model will not learn to stop"
 
-    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Check that the template reads every argument that it is given."""
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Check that the template reads every argument that it is given.
+
+        Raises:
+            DataError: naming one that it does not read.
+        """
         known = self.template.variables()
         if known is not None and (strange := sorted(arguments.keys() - set(known))):
             has = f"it reads {', '.join(known)}" if known else "it reads none"

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sqft.data.records import records_of
-from sqft.errors import Problem
+from sqft.errors import DataError, Problem
+from sqft.planning.conversations import ConversationCheck
 from sqft.planning.plan import Step
 from sqft.recipe.data import Data
 from sqft.recipe.sections import Evaluate, Finetune, Search
@@ -25,18 +26,11 @@ Notes = Iterator[tuple[str, str]]
 
 
 def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Problem]:
-    """Check that lm-eval, or a folder of task files, has every task that is named, and that options take effect.
+    """Check that lm-eval, or a folder of task files, has every task that is named.
 
     All files are looked through for a name, which is fast. Only lm-eval itself, which takes seconds to read them,
     refuses one.
     """
-    if not section.apply_chat_template:
-        for name, given in (
-            ("chat_template_kwargs", section.chat_template_kwargs),
-            ("fewshot_as_multiturn", not section.fewshot_as_multiturn),
-        ):
-            if given:
-                yield Problem(f"evaluate.{name}", "has no effect without a chat template; set apply_chat_template")
     mentioned = _mentioned(include_path) if section.tasks else set()
     if set(section.tasks) <= mentioned:
         return
@@ -49,6 +43,36 @@ def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Proble
             close = difflib.get_close_matches(task, known, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "give your own with evaluate.include_path"
             yield Problem(f"evaluate.tasks.{index}", f"lm-eval has no task '{task}'{where}; {hint}")
+
+
+def check_template(section: Evaluate, conversations: ConversationCheck | None) -> Iterator[Problem]:
+    """Check that lm-eval can ask through the chat template, if it is to, and otherwise that no option is for that.
+
+    Args:
+        section: what is measured.
+        conversations: knows the model's chat template; None when only its tokenizer does.
+    """
+    template, place = section.apply_chat_template, "evaluate.apply_chat_template"
+    if not template:
+        for name, given in (
+            ("chat_template_kwargs", section.chat_template_kwargs),
+            ("fewshot_as_multiturn", not section.fewshot_as_multiturn),
+        ):
+            if given:
+                yield Problem(f"evaluate.{name}", "has no effect without a chat template; set apply_chat_template")
+        return
+    if conversations is None or not section.tasks:
+        return
+    names = sorted(conversations.template.sources)
+    if not names:
+        yield Problem(place, "the model has no chat template; set it to false")
+    elif isinstance(template, str) and template not in names:
+        yield Problem(place, f"the model has no chat template '{template}'; it has {', '.join(names)}")
+    else:
+        try:
+            conversations.check_arguments(section.chat_template_kwargs)
+        except DataError as error:
+            yield Problem("evaluate.chat_template_kwargs", str(error))
 
 
 def _mentioned(include_path: Path | None) -> set[str]:

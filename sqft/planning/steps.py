@@ -231,6 +231,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     answers = {"exact_match.data": section.exact_match.answer} if section.exact_match else {}
     files = resolver.files(section, "evaluate", answers)
     resolver.collect(evaluation.check_tasks(section, files.get("include_path")))
+    resolver.collect(evaluation.check_template(section, resolver.conversations))
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_chats(section, files, steps))
     if section.perplexity:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.planning.evaluation import check_tasks
+from sqft.checkpoints.chat_template import StoredTemplate
+from sqft.planning.conversations import ConversationCheck
+from sqft.planning.evaluation import check_tasks, check_template
 from sqft.recipe.sections import Evaluate
 from tests.conftest import write_jsonl
 
@@ -37,11 +39,32 @@ def test_a_task_that_there_is_not(tmp_path: Path) -> None:
     assert third.startswith("evaluate.tasks.3") and third.endswith("; give your own with evaluate.include_path")
 
 
+def templates(**sources: str) -> ConversationCheck:
+    return ConversationCheck(StoredTemplate(sources, {}, ()))
+
+
+def asked(conversations: ConversationCheck | None, **settings: Any) -> list[str]:
+    return [str(problem) for problem in check_template(Evaluate(tasks=("arc_easy",), **settings), conversations)]
+
+
 @pytest.mark.parametrize("option", [{"chat_template_kwargs": {"a": 1}}, {"fewshot_as_multiturn": False}], ids=str)
 def test_options_of_a_template_that_is_not_applied(option: dict[str, Any]) -> None:
-    (problem,) = said(**option)
+    (problem,) = asked(None, **option)
     assert problem == f"evaluate.{next(iter(option))}: has no effect without a chat template; set apply_chat_template"
-    assert said(**option, apply_chat_template=True) == said(**option, apply_chat_template="tool") == []
+    assert asked(None, **option, apply_chat_template=True) == []
+
+
+def test_a_template_that_the_model_has_not() -> None:
+    """None at all, none of that name, or one that does not read an argument."""
+    several = templates(default="{{ messages }}{{ thinks }}", tool_use="{{ messages }}")
+    assert asked(several, apply_chat_template=True) == asked(several, apply_chat_template="tool_use") == []
+    assert asked(templates()) == asked(None, apply_chat_template="unknown") == []
+    (none,) = asked(templates(), apply_chat_template=True)
+    assert none == "evaluate.apply_chat_template: the model has no chat template; set it to false"
+    (other,) = asked(several, apply_chat_template="rag")
+    assert other.endswith("the model has no chat template 'rag'; it has default, tool_use")
+    (argument,) = asked(several, apply_chat_template=True, chat_template_kwargs={"think": 1, "thinks": 2})
+    assert argument == "evaluate.chat_template_kwargs: the chat template has no argument 'think'; it reads thinks"
 
 
 CHAT = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}

@@ -19,7 +19,7 @@ from sqft.planning.estimates import Estimate
 from sqft.planning.fingerprint import STAGE_CODE, WITHOUT_EFFECT, code_files, core_digest, fingerprint_of, settings_of
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.recipe.fields import InputPath, NoEffect, OutputPath
-from sqft.recipe.sections import Finetune
+from sqft.recipe.sections import Evaluate, Finetune
 from sqft.recipe.stages import STAGES
 
 ROOT = Path(fingerprint.__file__).parents[1]
@@ -143,6 +143,27 @@ def test_settings_without_effect(changes: dict[str, Any]) -> None:
 )
 def test_settings_with_effect(changes: dict[str, Any]) -> None:
     assert settings(**changes) != settings()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_fewshot": 3},
+        {"apply_chat_template": True},
+        {"apply_chat_template": "tool_use"},
+        {"fewshot_as_multiturn": False},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"system_instruction": "Answer."},
+        {"gen_kwargs": {"max_gen_toks": 9}},
+        {"add_bos_token": False},
+        {"batch_size": "auto"},
+        {"limit": 9},
+        {"log_samples": True},  # no number changes, but what the artifact holds
+    ],
+    ids=str,
+)
+def test_how_tasks_are_asked_counts(changes: dict[str, Any]) -> None:
+    assert settings_of(Evaluate.model_validate(changes)) != settings_of(Evaluate())
 
 
 def test_a_key_that_is_only_named_like_a_path_counts() -> None:

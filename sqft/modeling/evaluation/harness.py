@@ -96,14 +96,15 @@ def lm_eval_tasks(
         for task in loaded["tasks"].values():
             _configure(task, settings)
         template = settings.apply_chat_template
-        arguments = dict(settings.chat_template_kwargs)
+        several = isinstance(tokenizer.chat_template, dict)
+        named = {"chat_template": template} if several and isinstance(template, str) else {}
         asked = HarnessModel(
             track,
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=settings.batch_size,
             add_bos_token=settings.add_bos_token,
-            chat_template_args=arguments | ({"chat_template": template} if isinstance(template, str) else {}),
+            chat_template_args={**settings.chat_template_kwargs, **named},
         )
         with _warnings_logged():
             try:
@@ -114,7 +115,7 @@ def lm_eval_tasks(
                     bootstrap_iters=BOOTSTRAP,
                     log_samples=settings.log_samples,
                     system_instruction=settings.system_instruction,
-                    apply_chat_template=template,
+                    apply_chat_template=bool(settings.apply_chat_template),
                     fewshot_as_multiturn=settings.fewshot_as_multiturn,
                 )
             except ValueError as error:  # what a task, or `generate`, says to settings that do not fit it
@@ -186,12 +187,14 @@ def _checked(settings: TaskSettings, tokenizer: Any, device: torch.device) -> Ta
         StageError: when the tokenizer cannot do what they ask for.
     """
     name = settings.apply_chat_template
-    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if name and not tokenizer.chat_template:
-        raise StageError("evaluate.apply_chat_template: the model's tokenizer has no chat template; set it to false")
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    if name and not templates:
+        raise StageError("evaluate.apply_chat_template: the model has no chat template; set it to false")
     if isinstance(name, str) and name not in templates:
-        has = f"has {', '.join(sorted(templates))}" if templates else "has a single one, without a name; set it to true"
-        raise StageError(f"evaluate.apply_chat_template: the model's tokenizer has no template '{name}'; it {has}")
+        has = ", ".join(sorted(templates))
+        raise StageError(f"evaluate.apply_chat_template: the model has no chat template '{name}'; it has {has}")
     adds = bool(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0])
     if settings.add_bos_token and not adds:
         raise StageError(

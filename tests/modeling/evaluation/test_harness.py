@@ -115,13 +115,13 @@ def test_arguments_of_the_template(
         for arguments, start in (({"thinks": True}, "thinks: 0+1="), ({}, "0+1=")):
             given = TaskSettings(apply_chat_template=True, chat_template_kwargs=arguments, log_samples=True)
             assert asked(lm_eval_tasks(model, tokenizer, ["toy_say"], folder, given, silent), "toy_say")[0] == start
-        with pytest.raises(StageError, match=r"apply_chat_template: .* no template 'tool'; it has a single one"):
+        with pytest.raises(StageError, match=r"apply_chat_template: .* no chat template 'tool'; it has default"):
             lm_eval_tasks(model, tokenizer, ["toy_say"], folder, TaskSettings(apply_chat_template="tool"), silent)
         tokenizer.chat_template = {"default": own, "tool": "tool: {{ messages[-1]['content'] }}"}
         given = TaskSettings(apply_chat_template="tool", log_samples=True)
         found = lm_eval_tasks(model, tokenizer, ["toy_say"], folder, given, silent)
         assert asked(found, "toy_say")[0] == "tool: 0+1="
-        with pytest.raises(StageError, match=r"no template 'rag'; it has default, tool"):
+        with pytest.raises(StageError, match=r"no chat template 'rag'; it has default, tool"):
             lm_eval_tasks(model, tokenizer, ["toy_say"], folder, TaskSettings(apply_chat_template="rag"), silent)
         tokenizer.chat_template = None
         with pytest.raises(StageError, match=r"apply_chat_template: .* no chat template; set it to false"):
