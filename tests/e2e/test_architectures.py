@@ -38,11 +38,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | MIXTURE
     | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     "GraniteMoe": SIZES | MIXTURE | {"num_local_experts": 4},
+    "GptOss": SIZES | MIXTURE | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
+    "Llama4Text": SIZES
+    | {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1}
+    | {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 2},
+    "NemotronH": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "intermediate_size": 64, "n_routed_experts": 4}
+    | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "num_experts_per_tok": 2}
+    | {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8},
     "RecurrentGemma": SIZES
     | {"num_hidden_layers": 2, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
     "Lfm2": SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
-MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe", "GraniteMoe"}
+MIXTURES = {"Mixtral", "Qwen3Moe", "Olmoe", "Qwen2Moe", "GraniteMoe", "GptOss", "Llama4Text", "NemotronH"}
 
 
 SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -118,12 +126,23 @@ def weights(folder: Path) -> dict[str, Tensor]:
             found[name] = module.weight.detach()
         elif isinstance(module, Conv1D):
             found[name] = module.weight.detach().T
-        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            for index, (gate_up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
-                gate, up = gate_up.detach().chunk(2)
-                found |= {f"{name}.{index}.gate_proj": gate, f"{name}.{index}.up_proj": up}
-                found[f"{name}.{index}.down_proj"] = down.detach()
-    return {name: weight for name, weight in found.items() if not name.endswith("shared_expert_gate")}
+        elif isinstance(getattr(module, "down_proj", None), torch.nn.Parameter):
+            for index in range(len(module.down_proj)):
+                found |= {f"{name}.{index}.{layer}": weight for layer, weight in expert(module, index).items()}
+    routers = ("shared_expert_gate", "router")
+    return {name: weight for name, weight in found.items() if not name.endswith(routers)}
+
+
+def expert(mixture: Any, index: int) -> dict[str, Tensor]:
+    """The weights [out, in] of one expert of a stock mixture."""
+    down = mixture.down_proj[index].detach()
+    if not hasattr(mixture, "gate_up_proj"):  # Nemotron-H
+        return {"up_proj": mixture.up_proj[index].detach(), "down_proj": down}
+    both = mixture.gate_up_proj[index].detach()
+    if both.shape[1] == 2 * down.shape[0]:  # Llama 4 and gpt-oss: [in, out]
+        both, down = both.T, down.T
+    gate, up = (both[::2], both[1::2]) if "GptOss" in type(mixture).__name__ else both.chunk(2)
+    return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
 def logits(folder: Path) -> Tensor:
