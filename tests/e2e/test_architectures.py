@@ -244,15 +244,25 @@ def test_codes_under_conv1d(registry: Registry, tokenizer: Any, data: Path, tmp_
     assert stored["transformer.h.0.mlp.c_fc.qweight"].shape == (4, 128)
 
 
-def test_codes_under_experts(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
-    folder = save(config_of("Qwen3Moe", tokenizer), tokenizer, tmp_path / "model")
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("Qwen3Moe", "model.layers.1.mlp.experts.3.gate_proj"),
+        ("NemotronH", "backbone.layers.1.mixer.experts.3.up_proj"),  # and not "model.", as transformers has it
+    ],
+)
+def test_codes_under_experts(
+    family: str, layer: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    """Under the names that the family's own checkpoints give each expert."""
+    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model")
+    assert f"{layer}.weight" in load_file(folder / "model.safetensors")
     raw = recipe_of(folder, data, ["up_proj"])
     raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}}
     raw["finetune"]["merger"] = "qa-sparsepeft"
     finished = run(raw, registry, tmp_path / "store")
     assert finished["merge"].report["codes_changed"] > 0
-    names = load_file(finished["merge"].folder / "model" / "model.safetensors").keys()
-    assert "model.layers.1.mlp.experts.3.gate_proj.qweight" in names  # as Qwen's own GPTQ checkpoints have them
+    assert f"{layer}.qweight" in load_file(finished["merge"].folder / "model" / "model.safetensors")
 
 
 def test_conv1d_in_stock_peft(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.errors import RecipeError
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
@@ -70,18 +69,27 @@ def test_mxfp4_becomes_sparse_floats(recipe: dict[str, Any], registry: Registry,
     torch.testing.assert_close(own, stock, rtol=1e-4, atol=1e-5)
 
 
-def test_all_but_the_experts_as_codes(recipe: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
-    """gpt-oss stores its experts together, so that there is no place for their codes."""
+@pytest.mark.parametrize("apart", [True, False])
+def test_experts_as_codes_or_as_they_are(
+    recipe: dict[str, Any], registry: Registry, tmp_path: Path, apart: bool
+) -> None:
+    """With codes each expert is stored by itself, since the original's joined tensors have no place for them."""
     floats = pack_folder(tmp_path / "model", "mxfp4")
     recipe["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    recipe["quantize"]["exclude"] = [] if apart else ["*.experts.*"]
     recipe["finetune"] |= {"merger": "qa-sparsepeft", "targets": ["q_proj", "o_proj"]}
-    with pytest.raises(RecipeError, match=r"quantize\.include: .*no place for codes of model\.layers\.0\.mlp\.experts"):
-        run(recipe, registry, tmp_path / "store")
-    recipe["quantize"]["exclude"] = ["*.experts.*"]
     finished = run(recipe, registry, tmp_path / "store")
     sparse, merged = (load_file(finished[step].folder / "model/model.safetensors") for step in ("sparsify", "merge"))
     assert "model.layers.0.self_attn.q_proj.qweight" in merged
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert merged[name].shape == floats[name].shape and torch.equal(merged[name], sparse[name])
-    expert = finished["merge"].load_model().get_submodule("model.layers.0.mlp.experts.3.up_proj")
-    assert torch.equal(expert.weight, sparse[name][3, :, 1::2].T)
+    mixture, original = "model.layers.0.mlp.experts", sparse["model.layers.0.mlp.experts.gate_up_proj"]
+    expert = finished["merge"].load_model().get_submodule(f"{mixture}.3.up_proj")
+    bias = sparse[f"{mixture}.gate_up_proj_bias"][3, 1::2]
+    assert torch.equal(expert.bias, bias)
+    if apart:
+        assert f"{mixture}.gate_up_proj" not in merged and merged[f"{mixture}.3.up_proj.bias"].equal(bias)
+        assert merged[f"{mixture}.3.up_proj.qweight"].shape == (8, 32)
+        assert not expert.weight[original[3, :, 1::2].T == 0].any() and expert.weight.any()
+    else:
+        stored = merged[f"{mixture}.gate_up_proj"]
+        assert stored.shape == floats[f"{mixture}.gate_up_proj"].shape and torch.equal(stored, original)
+        assert torch.equal(expert.weight, original[3, :, 1::2].T)
