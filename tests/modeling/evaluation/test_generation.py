@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sqft.modeling.evaluation import exact_match
@@ -123,3 +125,20 @@ def test_generation_is_plain_greedy_and_ends_where_the_model_says(
     config = talker.generation_config = GenerationConfig(eos_token_id=end, **brought)
     assert exact_match(talker, tokenizer, records, "text", 8, 64, silent)["accuracy"] == 1
     assert talker.generation_config is config
+
+
+def test_generation_ends_where_a_turn_of_the_chat_template_ends(
+    talker: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, by_hand: Any
+) -> None:
+    """Even if neither the model nor the tokenizer names that token as an end."""
+    end = by_hand(talker, PROMPTS[0])[4]
+    said = tokenizer.decode(by_hand(talker, PROMPTS[0], (1, end)))
+    chats = copy.deepcopy(tokenizer)
+    word = chats.convert_ids_to_tokens(end)
+    chats.add_tokens([AddedToken(word, special=True, normalized=False)])
+    chats.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}" + word + "{% endif %}{% endfor %}"
+    )
+    record = {"messages": [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": said}]}
+    result = exact_match(talker, chats, [record], "text", 8, 64, silent)
+    assert (result["accuracy"], result["predictions"][0]["generated"]) == (1, said)
