@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.errors import StageError
+from sqft.errors import ArtifactError, StageError
+from sqft.modeling.loading.finished_model import FinishedModel
+from sqft.modeling.loading.quantized import read_quantized
 from sqft.utils.globs import selected
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -312,6 +315,46 @@ def test_an_expert_that_no_token_reaches(
         name: weight for name, weight in weights(finished["sparsify"].folder / "model").items() if "experts" in name
     }
     assert all(((weight == 0).sum(1) == weight.shape[1] // 2).all() for weight in alone.values())
+
+
+@pytest.mark.parametrize(("family", "mixture"), [("Qwen3Moe", "mlp"), ("Llama4Text", "feed_forward")])
+def test_codes_of_an_expert_that_no_token_reaches(
+    family: str,
+    mixture: str,
+    registry: Registry,
+    tokenizer: Any,
+    data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is measured on all tokens, a warning names it, and its scales are finite; a damaged one is not exported."""
+    config = config_of(family, tokenizer)
+    config.num_experts_per_tok = 1
+    folder = save(config, tokenizer, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # one of the first two wins, whichever the sign
+        for name, parameter in model.named_parameters():
+            if name.endswith((".mlp.gate.weight", ".router.weight")):
+                parameter[2:] = parameter[:2] * 0.01
+                parameter[1] = -parameter[0]
+    model.save_pretrained(folder)
+    raw = recipe_of(folder, data, ["q_proj"])
+    raw["calibration"]["samples"] = 2
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}}
+    raw["export"] = [{"exporter": "compressed-tensors"}]
+    del raw["finetune"], raw["merge"], raw["sparsify"]
+    finished = run(raw, registry, tmp_path / "store")
+    unreached = f"model.layers.1.{mixture}.experts.2.up_proj"
+    assert re.search(rf"no token is routed to .*{unreached}.*; measured on every token instead", caplog.text)
+    made = finished["quantize"].folder / "model"
+    layers = read_quantized(made)
+    assert all(layer.grid.scale.isfinite().all() and (layer.grid.scale > 0).all() for layer in layers.values())
+    assert len(layers[unreached].codes.unique()) > 8
+    tensors = load_file(made / "model.safetensors")
+    tensors[f"{unreached}.scales"][0, 0] = torch.nan
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"tensor {unreached}\.scales holds values that are not finite"):
+        FinishedModel(made).codes(unreached)
 
 
 def test_experts_that_cannot_be_taken_apart_stay_and_are_named(

@@ -244,7 +244,7 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
         codes_for_a_tied_head,
         "config.json ties it to the embedding, which is not",
     ),
-    "scales that are not finite": (tensors(scales=nan), f"the scales of {LAYER} are not finite"),
+    "scales that are not finite": (tensors(scales=nan), f"tensor {LAYER}.scales holds values that are not finite"),
     "codes of another model": (
         tensors(qweight=lambda t: t[:, :32], qzeros=lambda t: t[:, :4], scales=lambda t: t[:, :32]),
         LAYER,

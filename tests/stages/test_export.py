@@ -47,6 +47,13 @@ def test_it_writes_the_model_and_passes(stage: ExportStage) -> None:
     assert all(theirs[name].equal(value) for name, value in ours.items())
 
 
+def test_a_model_that_is_not_finite_is_not_exported(stage: ExportStage) -> None:
+    edit(stage.model.folder, **{UP.replace(".", "__"): float("nan")})
+    with pytest.raises(ArtifactError, match=rf"{UP} holds values that are not finite"):
+        stage.run()
+    assert not list(stage.folder.glob("*.safetensors"))
+
+
 def test_what_an_earlier_attempt_left_is_removed(stage: ExportStage) -> None:
     stage.folder.mkdir()
     (stage.folder / "model-00009-of-00009.safetensors").write_bytes(b"cut short")

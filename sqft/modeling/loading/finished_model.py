@@ -35,7 +35,7 @@ class FinishedModel:
 
     Raises:
         ModelError: when the folder is quantized in another format than GPTQ's, version 1.
-        ArtifactError: when a file is damaged or a tensor is missing; the message names it.
+        ArtifactError: when a file is damaged, or a tensor is missing or not finite; the message names it.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -49,7 +49,10 @@ class FinishedModel:
     def tensor(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
         if layer == name or self._codes is None or layer not in self._codes.layers:
-            return self._files.tensor(name)
+            tensor = self._files.tensor(name)
+            if not tensor.isfinite().all():
+                raise ArtifactError(f"{self.folder}: tensor {name} holds values that are not finite")
+            return tensor
         return dequantize(self.codes(layer)).to(self._dtype)
 
     def quantized(self) -> Sequence[str]:

@@ -144,7 +144,7 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
     if not layer.grid.scale.isfinite().all():
-        raise ArtifactError(f"{reader.folder}: the scales of {name} are not finite")
+        raise ArtifactError(f"{reader.folder}: tensor {name}.scales holds values that are not finite")
     return layer
 
 
