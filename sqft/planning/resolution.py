@@ -216,7 +216,7 @@ class Resolver:
         narrow = [layer.name for layer in chosen if layer.name in set(layout.narrow) - named]
         chosen = [layer for layer in chosen if layer.name not in narrow]
         if narrow:
-            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in narrow))
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in narrow}))
             self.note(place, f"leaves out {len(narrow)} narrow layers ({kinds}: {NARROW}); name them to take them too")
         outside = list(layout_checks.check_inside(layout, include, place))
         self.collect(outside)
