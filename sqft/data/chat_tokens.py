@@ -30,7 +30,7 @@ def chat_of(tokenizer: Any) -> Chat:
 
     source = tokenizer.chat_template
     sources = source.values() if isinstance(source, dict) else [source or ""]
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
     variables = sorted({name for text in sources for name in variables_of(text) or ()})
     return Chat(render, [*added, *tokenizer.all_special_tokens], tokenizer.eos_token, tokenizer.bos_token, variables)
 

@@ -128,11 +128,23 @@ class Chat:
             self._given(record["messages"][: index + 1]), prompt, closing + answer, end, finished, start, len(closing)
         )
 
-    def whole(self, record: Record) -> str:
-        """Return a whole conversation, to the end of its last turn."""
+    def whole(self, record: Record) -> tuple[str, list[Turn]]:
+        """Return a whole conversation, to the end of its last turn, and its turns that are switched off.
+
+        Raises:
+            DataError: when such a turn cannot be found in the whole.
+        """
         messages = record["messages"]
         text = self._rendered(record, len(messages), False)
-        return self._ended(text, record, len(messages) - 1)[0] if messages[-1]["role"] == "assistant" else text
+        if messages[-1]["role"] == "assistant":
+            text, _ = self._ended(text, record, len(messages) - 1)
+        skipped = [self.turn(record, index) for index in record.get("not_learnt", ())]
+        if not all(text.startswith(turn.text) for turn in skipped):
+            raise DataError(
+                "the chat template rewrites earlier turns, so the tokens of a turn that is not to be learnt cannot be "
+                "found; set finetune.loss_on to 'completion'"
+            )
+        return text, skipped
 
     def _rendered(self, record: Record, count: int, generation: bool) -> str:
         arguments = record.get("chat_template_kwargs") or {}

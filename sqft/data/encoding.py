@@ -191,17 +191,11 @@ class Tokenization:
 
     def _whole(self, record: dict[str, Any]) -> _Sequence:
         """Return a whole conversation, all of which is learnt but the turns that are switched off."""
-        text = self.chat.whole(record)
+        text, skipped = self.chat.whole(record)
         ids = tokens_of(self.tokenizer, text)
         labels = list(ids)
-        for index in record.get("not_learnt", ()):
-            turn = self.chat.turn(record, index)
-            if not text.startswith(turn.text):
-                raise DataError(
-                    "the chat template rewrites earlier turns, so the tokens of a turn that is not to be learnt cannot "
-                    "be found; set finetune.loss_on to 'completion'"
-                )
-            begin, end = len(tokens_of(self.tokenizer, turn.prompt)), len(tokens_of(self.tokenizer, turn.text))
+        for turn in skipped:
+            begin, end = (len(tokens_of(self.tokenizer, part)) for part in (turn.prompt, turn.text))
             labels[begin:end] = [IGNORED] * (end - begin)
         return _Sequence(ids, labels, [_Answer(0, len(ids), bool(self.chat.ends_of(text)))])
 
