@@ -16,7 +16,7 @@ from sqft.types import LinearShape
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part of a model that sqft never changes, with the number of its weights and the reason."""
+    """A part of a model or checkpoint that has no part in what sqft does, with the number of its weights and why."""
 
     name: str
     weights: int
@@ -58,8 +58,8 @@ class ModelLayout:
     """A linear layer that has no tensor of its own in the checkpoint -> why."""
     problems: tuple[str, ...] = ()
     """What the checkpoint's headers lack, or have in another shape than the modules."""
-    ignored: tuple[str, ...] = ()
-    """Tensors of the checkpoint that the class does not use."""
+    dropped: tuple[LeftOut, ...] = ()
+    """Parts of the checkpoint that the class has no place for: towers, further heads."""
 
     def to_json(self) -> str:
         """Return the layout as text, for `from_json`."""
@@ -77,7 +77,8 @@ class ModelLayout:
                 key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(text).items()
             }
             content["linears"] = tuple(LinearShape(**linear) for linear in content["linears"])
-            content["left_out"] = tuple(LeftOut(**part) for part in content["left_out"])
+            for parts in ("left_out", "dropped"):
+                content[parts] = tuple(LeftOut(**part) for part in content[parts])
             return cls(**content)
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"not a layout: {error!r}") from None

@@ -74,7 +74,7 @@ def quantized_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape
     """
     width, codes = DTYPE_BYTES[dtype], weights_in(layers)
     # A quantized model has a head of its own, even if the float model shares it with the embeddings.
-    tied = not any(name.startswith(("lm_head", "output.")) for name in model.shapes)
+    tied = not any(name.startswith("output.") or "lm_head." in name for name in model.shapes)
     head = model.size("vocab_size") * model.size("hidden_size") if tied else 0
     code_bits = (bits or 8 * width) + GRID_BITS + MASK_BITS
     return int((model.parameters - codes + head) * width + codes * code_bits / 8)

@@ -45,7 +45,6 @@ EVERY_STAGE = (
     "modeling/architecture/names",
     "modeling/compat",
     "modeling/loading/__init__",
-    "modeling/loading/dropped",
     "modeling/loading/folder_reader",
     "modeling/loading/packed_floats",
     "modeling/loading/quantized",

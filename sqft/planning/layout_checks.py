@@ -82,16 +82,12 @@ def codes_apart(layout: ModelLayout, layers: Layers) -> Iterator[str]:
         )
 
 
-def notes(source: ModelSource) -> Iterator[str]:
-    """Say what of the model stays as it is, and what of its checkpoint is not kept."""
-    layout = source.layout
+def notes(layout: ModelLayout) -> Iterator[str]:
+    """Say what of the model stays as it is, and what of its checkpoint has no place in it."""
     by_reason: dict[str, list[str]] = {}
     for part in layout.left_out:
-        by_reason.setdefault(part.reason, []).append(f"{part.name} ({part.weights:,} weights)")
+        by_reason.setdefault(f"left as it is, {part.reason}", []).append(f"{part.name} ({part.weights:,} weights)")
+    for part in layout.dropped:
+        by_reason.setdefault(f"left out, {part.reason}", []).append(f"{part.name} ({part.weights:,} weights)")
     for reason, parts in by_reason.items():
-        yield f"left as it is: {shortened(parts)}: {reason}"
-    if layout.ignored:
-        yield (
-            f"not kept: {shortened(layout.ignored)}: {layout.architecture}, the class that config.json names, has no "
-            "such tensors"
-        )
+        yield f"{reason}: {shortened(parts)}"

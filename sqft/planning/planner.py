@@ -48,7 +48,7 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: De
     if resolver.problems:
         broken = [Problem("", line.strip()) for line in resolver.broken]
         raise RecipeError([*resolver.problems, *broken], recipe.source)
-    for note in layout_checks.notes(resolver.model) if any(step.layers for step in steps) else ():
+    for note in layout_checks.notes(resolver.model.layout) if any(step.layers for step in steps) else ():
         resolver.note("model", note)
     steps_done = with_fingerprints(steps, recipe, resolver.model.digest, digests)
     return Plan(recipe, resolver.model, base, steps_done, notes=tuple(resolver.notes))

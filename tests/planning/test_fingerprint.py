@@ -242,6 +242,7 @@ def test_what_a_fingerprint_depends_on(
         changed(sparsify__exclude=["q_proj"]),
         fingerprint_of(step(recipe, registry), recipe, "another model", {}),
         fingerprint_of(step(recipe, registry, digests={"calibration": "d"}), recipe, "model", {}),
+        fingerprint_of(step(recipe, registry, layers=("model.layers.0.mlp.up_proj",)), recipe, "model", {}),
         fingerprint_of(step(recipe, registry, stage="quantize"), recipe, "model", {}),
         fingerprint_of(step(recipe, registry, components=options), recipe, "model", {}),
         fingerprint_of(

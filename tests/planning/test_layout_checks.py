@@ -78,11 +78,12 @@ def test_an_adapter_that_peft_could_not_apply(layout: ModelLayout, message: str)
 
 
 def test_what_is_left_alone_is_said() -> None:
-    towers = tuple(LeftOut(name, 1200, "it is outside the text model") for name in ("vision", "audio"))
-    mixture = LeftOut("b.1.experts", 3, "its experts cannot be split")
-    assert list(layout_checks.notes(source(left_out=(*towers, mixture), ignored=("mtp.0", "mtp.1")))) == [
-        "left as it is: vision (1,200 weights), audio (1,200 weights): it is outside the text model",
-        "left as it is: b.1.experts (3 weights): its experts cannot be split",
-        "not kept: mtp.0, mtp.1: A, the class that config.json names, has no such tensors",
+    towers = tuple(LeftOut(name, 1200, "outside the text model") for name in ("vision", "audio"))
+    mixture = LeftOut("b.1.experts", 3, "experts that cannot be split")
+    dropped = (LeftOut("mtp", 5, "as A has no place for it"),)
+    assert list(layout_checks.notes(ModelLayout("A", left_out=(*towers, mixture), dropped=dropped))) == [
+        "left as it is, outside the text model: vision (1,200 weights), audio (1,200 weights)",
+        "left as it is, experts that cannot be split: b.1.experts (3 weights)",
+        "left out, as A has no place for it: mtp (5 weights)",
     ]
-    assert not list(layout_checks.notes(source()))
+    assert not list(layout_checks.notes(ModelLayout()))

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import multimodal_models
 import pytest
 from layouts import LAYOUTS
 from packed_checkpoints import pack_folder
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sqft import Recipe, Registry
@@ -167,6 +169,38 @@ def test_weights_in_fp8_are_read_when_the_recipe_says_so(
     assert [step.estimate for step in plan.steps] == [step.estimate for step in floats.steps]
     raw["model"]["path"] = str(model_folder)
     assert "holds no weights in MXFP4 or FP8; remove model.dequantize" in refused(raw, registry, "evaluate")[0]
+
+
+def test_a_multimodal_model_keeps_its_towers(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The plan says that they stay as they are, and every layer that a step changes is the text model's."""
+    multimodal_models.make("Mistral3").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plan = planned(raw | {"model": {"path": str(tmp_path)}}, registry, "evaluate")
+    (note,) = (note for note in plan.notes if note.startswith("model: "))
+    assert note.startswith("model: left as it is, outside the text model: model.vision_tower (") and "projector" in note
+    layers = {name for step in plan.steps for name in step.layers}
+    assert layers and all(name.startswith("model.language_model.layers.") for name in layers)
+    only = {"name": "x", "model": {"path": str(tmp_path)}, "evaluate": raw["evaluate"] | {"of": ["model"]}}
+    assert not planned(only, registry).notes  # nothing is changed
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_named_with_all_other_mistakes(
+    raw: dict[str, Any], registry: Registry, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "less"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    raw["finetune"]["targets"] = ["nothing"]
+    said = refused(raw | {"model": {"path": str(folder)}}, registry)
+    assert said[0] == (
+        f"model.path: {folder}: lacks model.layers.1.mlp.up_proj.weight, which LlamaForCausalLM has by config.json; "
+        "copy it again"
+    )
+    assert said[1].startswith("finetune.targets.0: 'nothing' matches no linear layer")
 
 
 def test_plugins_that_cannot_be_used_are_named_beside_what_is_missing(raw: dict[str, Any]) -> None:

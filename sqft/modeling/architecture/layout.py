@@ -62,7 +62,7 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         checkpoint_names={n: names.layers[n] for n in layers if names.layers.get(n, n) != n},
         unnamed={n: why for n, why in names.unnamed.items() if n in layers},
         problems=tuple(problems),
-        ignored=headers.ignored,
+        dropped=headers.dropped,
     )
 
 
@@ -88,10 +88,10 @@ def _left_out(model: PreTrainedModel) -> Iterator[LeftOut]:
     """Name the parts of a model that sqft never changes, besides embeddings, norms and the head."""
     outside = towers(model)
     for name, weights in outside.items():
-        yield LeftOut(name, weights, "it is outside the text model")
+        yield LeftOut(name, weights, "outside the text model")
     for name, weights in unsplittable_mixtures(model).items():
         if not any(name.startswith(f"{tower}.") for tower in outside):
-            yield LeftOut(name, weights, "its experts cannot be split")
+            yield LeftOut(name, weights, "experts that cannot be split")
 
 
 def _outside(model: PreTrainedModel) -> dict[str, str]:

@@ -43,10 +43,6 @@ class CheckpointNames:
             self._tensors[name] = converted_name(self._model, self._conversions, name, self._state)
         return self._tensors[name]
 
-    def has(self, name: str) -> bool:
-        """Return whether the model uses a tensor of the checkpoint."""
-        return self.module_tensor(name) in self._state
-
     def checkpoint_name(self, layer: str) -> str:
         """Return the name of a linear layer in the checkpoint: of one expert too, where transformers joins them.
 

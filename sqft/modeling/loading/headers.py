@@ -5,6 +5,7 @@ So every name and shape in a checkpoint is held against the modules through the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sqft.checkpoints.layout import LeftOut
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import Transposed, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import reverted
@@ -31,8 +34,8 @@ class Headers:
     names: CheckpointNames
     problems: tuple[str, ...]
     """Tensors that are missing or mis-shaped."""
-    ignored: tuple[str, ...]
-    """Tensors that the class does not use."""
+    dropped: tuple[LeftOut, ...]
+    """Parts that the class has no place for."""
 
 
 def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
@@ -51,7 +54,7 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if codes and (missing := _join_apart(model, names, state)):
         return Headers(model, names, (_lacking(model, missing),), ())
-    ignored = tuple(name for name in state if not names.has(name))
+    dropped = tuple(_dropped(model, names, shapes))
     for name, stored in names.layers.items() if codes else ():
         layer, weight = model.get_submodule(name), state.get(f"{stored}.weight")
         if isinstance(layer, Transposed) and weight is not None and weight.shape == layer.weight.shape:
@@ -67,11 +70,11 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
                 output_loading_info=True,
             )
     except Exception as error:  # a conversion met other shapes, or another number of tensors, than it needs
-        return Headers(model, names, (next(_unlike(model, names, shapes), str(error)),), ignored)
+        return Headers(model, names, (next(_unlike(model, names, shapes), str(error)),), dropped)
     problems = [_mis_shaped(*mismatch) for mismatch in sorted(info["mismatched_keys"])[:1]]
     if missing := sorted(info["missing_keys"]):
         problems.append(_lacking(model, missing))
-    return Headers(model, names, tuple(problems), ignored)
+    return Headers(model, names, tuple(problems), dropped)
 
 
 def _join_apart(model: PreTrainedModel, names: CheckpointNames, state: dict[str, Tensor]) -> list[str]:
@@ -96,6 +99,24 @@ def _join_apart(model: PreTrainedModel, names: CheckpointNames, state: dict[str,
                     apart[f"{layer}.{part}"] = state.pop(f"{name}.{part}")
     state |= reverted(model, as_stored(model, state=apart)) if apart else {}
     return []
+
+
+def _dropped(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> Iterator[LeftOut]:
+    """Name the modules that a checkpoint has and the model has not.
+
+    What lies inside the decoder blocks does not count: tensors there that a class does not read are of no use to it
+    (masks and frequencies of old checkpoints, keys and values of layers that share those of others).
+    """
+    modules, blocks = {name for name, _ in model.named_modules()}, tuple(f"{block}." for block in decoder_blocks(model))
+    weights: dict[str, int] = {}
+    for name, shape in shapes.items():
+        parents = names.module_tensor(name).split(".")[:-1]
+        above = (".".join(parents[: depth + 1]) for depth in range(len(parents)))
+        part = next((module for module in above if module not in modules), "")
+        if part and not part.startswith(blocks):
+            weights[part] = weights.get(part, 0) + math.prod(shape)
+    for part, size in weights.items():
+        yield LeftOut(part, size, f"as {type(model).__name__} has no place for it")
 
 
 def _unlike(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> Iterator[str]:

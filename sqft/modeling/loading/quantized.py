@@ -25,7 +25,6 @@ from sqft.modeling.architecture.experts import Experts
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
-from sqft.modeling.loading.dropped import warn_of_dropped
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.transformers_io import as_in_source, quiet_transformers, save_settings, stock_class
 from sqft.types import Grid, Quantized
@@ -217,7 +216,6 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
         _put_layer(model, name, stored, dtype, packed)
     _check_complete(model, spec.path, unlike)
-    warn_of_dropped(model, spec.path, {name: tensor.shape for name, tensor in floats.items()})
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)
     model.requires_grad_(False)

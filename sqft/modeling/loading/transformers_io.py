@@ -30,10 +30,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.checkpoints.safetensors import safetensors_header, weight_files
+from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ModelError
 from sqft.modeling.architecture.linears import as_linears, as_stored
-from sqft.modeling.loading.dropped import warn_of_dropped
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.packed_floats import read_packed_floats
 from sqft.utils.files import write_json
@@ -153,11 +152,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if not tensor.isfinite().all():
             raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
-    as_linears(model)
-    if not spec.is_gguf:
-        headers = map(safetensors_header, weight_files(path))
-        warn_of_dropped(model, path, {name: shape for header in headers for name, shape in header.items()})
-    return model.eval(), tokenizer
+    return as_linears(model).eval(), tokenizer
 
 
 def _from_pretrained(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, Any]]:

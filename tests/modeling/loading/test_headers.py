@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteMoeConfig, PreTrainedModel
 
+from sqft.checkpoints.layout import LeftOut
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import safetensors_header
 from sqft.modeling.architecture.blocks import linears
@@ -72,7 +74,7 @@ def loaded(folder: Path, shapes: Shapes, codes: bool = False) -> Headers:
 def test_a_checkpoint_that_transformers_wrote_fits(family: str, tmp_path: Path) -> None:
     shapes = written(family, tmp_path)
     found = loaded(tmp_path, shapes)
-    assert not found.problems and not found.ignored
+    assert not found.problems and not found.dropped
     layers = linears(found.model).keys() - found.names.unnamed.keys()
     assert layers and all(f"{found.names.checkpoint_name(layer)}.weight" in shapes for layer in layers)
 
@@ -84,7 +86,7 @@ def test_the_modules_know_the_names_of_their_checkpoint(tmp_path: Path) -> None:
         for name, shape in written("Gemma3", tmp_path).items()
     }
     found = loaded(tmp_path, shapes)
-    assert not found.problems and not found.ignored
+    assert not found.problems and not found.dropped
     layer = "model.language_model.layers.1.self_attn.q_proj"
     assert found.names.checkpoint_name(layer) == "language_model.model.layers.1.self_attn.q_proj"
     assert set(reverted(found.model, found.model.state_dict())) >= shapes.keys()
@@ -115,18 +117,22 @@ def test_many_missing_tensors_are_one_problem(tmp_path: Path) -> None:
 
 
 def test_tensors_that_the_class_does_not_use_are_no_problem(tmp_path: Path) -> None:
-    found = loaded(tmp_path, written("Lfm3", tmp_path) | {"mtp.layers.0.weight": (3, 3)})
-    assert not found.problems and found.ignored == ("mtp.layers.0.weight",)
+    more = {"mtp.layers.0.one.weight": (3, 3), "mtp.layers.0.two.weight": (4,), "model.layers.0.old_mask": (2, 2)}
+    found = loaded(tmp_path, written("Lfm3", tmp_path) | more)
+    assert not found.problems
+    assert found.dropped == (LeftOut("mtp", 13, "as Lfm3ForCausalLM has no place for it"),)
 
 
-def test_towers_that_a_class_of_text_ignores_are_listed(tmp_path: Path) -> None:
+def test_a_tower_that_a_class_of_text_drops_is_named(tmp_path: Path) -> None:
     shapes = written("Qwen3_5", tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path).text_config
     config.architectures = ["Qwen3_5ForCausalLM"]
     config.save_pretrained(tmp_path)
     found = loaded(tmp_path, shapes)
     assert not found.problems
-    assert found.ignored == tuple(name for name in shapes if ".visual." in name)
+    (tower,) = found.dropped
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if ".visual." in name)
+    assert (tower.name, tower.weights) == ("model.visual", weights)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -151,7 +157,7 @@ def test_codes_of_experts_that_floats_join(tmp_path: Path) -> None:
     expert = "model.layers.1.block_sparse_moe.experts.2.up_proj"
     assert expert in names.unnamed and names.name_of_codes(expert) == expert and f"{expert}.weight" in shapes
     found = loaded(tmp_path, shapes, codes=True)
-    assert not found.problems and not found.ignored
+    assert not found.problems and not found.dropped
     del shapes[f"{expert}.weight"]
     (problem,) = loaded(tmp_path, shapes, codes=True).problems
     assert problem.startswith(f"lacks {expert}.weight, which GraniteMoeForCausalLM has")
