@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.checkpoints.model_spec import ModelSpec
@@ -109,6 +110,28 @@ def test_other_grids_elsewhere(options: dict[str, Any], consumer: str, tmp_path:
     orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
     quantized = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"]
     assert "largest difference" in opened(consumer, quantized.folder / "model", tmp_path)
+
+
+def test_linear_attention_with_narrow_inputs_in_floats_elsewhere(tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    """A reader must not expect codes of what was left out (`in_proj_a` and `in_proj_b` of Qwen3.5)."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "bos_token_id": 1, "eos_token_id": 1}
+    config = Qwen3_5TextConfig(vocab_size=len(tokenizer), pad_token_id=1, **sizes, **heads, **linear, **kinds)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    raw = {
+        "name": "narrow",
+        "model": {"path": str(tmp_path / "model")},
+        "calibration": {"data": str(data / "calibration.jsonl"), "samples": 4, "length": 32},
+        "quantize": {"quantizer": {"name": "gptq", "options": {"group_size": 32}}},
+    }
+    orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
+    folder = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"].folder / "model"
+    assert "model.layers.0.linear_attn.in_proj_a" not in read_quantized(folder)
+    assert "largest difference" in opened("gptqmodel", folder, tmp_path)
 
 
 def test_the_bridge_to_gptqmodel_keeps_the_contract() -> None:
