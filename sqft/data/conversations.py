@@ -106,6 +106,8 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
             message["content"] = message.pop("value")
     if not (isinstance(role := message.get("role"), str) and role):
         raise DataError(f"message {number}: has no 'role'; 'messages' must be {FORM}")
+    if isinstance(calls := message.get("tool_calls"), str):
+        message["tool_calls"] = _parsed(calls)
     if isinstance(content := message.get("content"), list):
         message["content"] = "".join(_text_of(part, number) for part in content)
     elif content is None and not message.get("tool_calls"):

@@ -92,20 +92,24 @@ class Encoded:
         """The tokens that end answers and are learnt, and how many answers each ends."""
         return Counter(end for example in self.examples for end in example.ends)
 
-    def notes(self) -> list[str]:
-        """Return what a user should know before training on it."""
-        notes = []
-        if self.rewritten:
-            notes.append(
-                f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
-                "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
-            )
-        if endless := sum(example.answers > 0 and not example.ends for example in self.examples):
-            notes.append(
-                f"{endless} of {len(self.examples)} examples hold no end of turn to learn, so that the model will not "
-                "learn to stop: the answer was cut to max_length, or no special token ends it"
-            )
-        return notes
+    def note(self) -> str | None:
+        """Return what became of conversations, where that may surprise."""
+        if not self.rewritten:
+            return None
+        return (
+            f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
+            "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
+        )
+
+    def warning(self) -> str | None:
+        """Return how many examples do not teach to stop; None when all do."""
+        endless = sum(example.answers > 0 and not example.ends for example in self.examples)
+        if not endless:
+            return None
+        return (
+            f"{endless} of {len(self.examples)} examples hold no end of turn to learn, so that the model will not "
+            "learn to stop: the answer was cut to max_length, or no special token ends it"
+        )
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,10 @@ class FinetuneStage:
                 "finetune.%s: %d of %d examples were cut to %d tokens",
                 role, encoded.truncated, len(encoded.examples), section.max_length,
             )  # fmt: skip
-        for note in encoded.notes():
-            log.warning("finetune.%s: %s", role, note)
+        if note := encoded.note():
+            log.info("finetune.%s: %s", role, note)
+        if warning := encoded.warning():
+            log.warning("finetune.%s: %s", role, warning)
         for end in unknown_ends(self.adapted.model, self.adapted.tokenizer, encoded.ends):
             log.warning(
                 "finetune.%s: answers end in %s, which generation_config.json does not name in eos_token_id: name it "

@@ -242,7 +242,8 @@ class _Display:
                     runs = groupby(zip(example.input_ids, _learns(example), strict=True), key=lambda pair: pair[1])
                     shown.append([Piece(self._text([token for token, _ in run]), learned) for learned, run in runs])
                     titles.append(f"record {record}" + (f", example {number} of {size}" if size > 1 else ""))
-        return Preview(place, shown, facts, titles, encoded.notes())
+        notes = [said for said in (encoded.note(), encoded.warning()) if said]
+        return Preview(place, shown, facts, titles, notes)
 
     def facts(self, encoded: Encoded) -> dict[str, str]:
         """Return how many examples there are, how long, how much of them is learnt, and in which tokens answers end."""

@@ -125,8 +125,8 @@ def test_what_is_learnt_of_three_turns(template: str, thinks: bool) -> None:
     result = encoded(template, record)
     assert result.answers == 3 and result.ends.total() == (0 if template == "without_end" else 3)
     assert result.rewritten == (len(result.examples) > 1)
-    words = "template rewrites earlier turns" if result.rewritten else "no end of turn" if not result.ends else None
-    assert [words in note for note in result.notes()] == [True] if words else not result.notes()
+    assert ("template rewrites earlier turns" in (result.note() or "")) == (len(result.examples) > 1)
+    assert ("no end of turn" in (result.warning() or "")) == (template == "without_end")
 
 
 def test_the_last_turn_of_gpt_oss_ends_in_another_token() -> None:
@@ -234,7 +234,9 @@ def test_a_cut_example_says_what_is_left() -> None:
     (example,) = encoded("llama3_like", conversation(*THREE), length=4).examples
     assert shown(chat_tokenizer("llama3_like"), example) == "\n\n⟪Don⟫"
     assert (example.answers, example.ends) == (1, ())
-    assert "no end of turn" in encoded("llama3_like", conversation(*THREE), length=4).notes()[0]
+    assert "1 of 1 examples hold no end of turn" in str(
+        encoded("llama3_like", conversation(*THREE), length=4).warning()
+    )
 
 
 @pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sqft.data.conversations import conversation_in
 from sqft.data.records import read_records
@@ -75,6 +77,16 @@ def test_a_call_needs_no_content_and_its_fields_stay() -> None:
     found = conversation_in({"messages": messages})
     assert found is not None
     assert found["messages"] == [messages[0], {k: v for k, v in messages[1].items() if k != "content"}, *messages[2:]]
+
+
+def test_a_table_fills_in_nulls_and_may_hold_json(tmp_path: Path) -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+    called = {"role": "assistant", "content": None, "tool_calls": json.dumps(calls)}
+    rows = [{"messages": ASKED}, {"messages": [ASKED[0], called, {"role": "tool", "content": "4"}, ASKED[1]]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    first, second = read_records(tmp_path / "d.parquet")
+    assert first == {"messages": ASKED}
+    assert second["messages"][1] == {"role": "assistant", "tool_calls": calls}
 
 
 @pytest.mark.parametrize(

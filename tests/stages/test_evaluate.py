@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,22 @@ def test_a_task_that_fails_loses_nothing_that_was_measured(
     assert report["lm_eval"]["add_bos_token"] is False and report["lm_eval"]["batch_size"] == 8
     samples = [json.loads(line) for line in (tmp_path / "samples" / "sums.jsonl").read_text().splitlines()]
     assert len(samples) == 5 and samples[0]["arguments"][0][0].count("\n\n") == 2
+
+
+def test_tasks_get_the_models_arguments_and_their_own(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def measured(model: Any, tokenizer: Any, names: Any, folder: Any, settings: Any, track: Any) -> dict[str, Any]:
+        found.append(dict(settings.chat_template_kwargs))
+        return {"metrics": {}, "settings": {}, "tasks": {}, "samples": {}}
+
+    monkeypatch.setattr("sqft.modeling.evaluation.harness.lm_eval_tasks", measured)
+    model = tmp_path / "model"
+    shutil.copytree(raw["model"]["path"], model)
+    (model / "chat_template.jinja").write_text("{{ enable_thinking }}{{ effort }}{{ messages[0].content }}")
+    raw["model"] = {"path": str(model), "chat_template_kwargs": {"enable_thinking": False, "effort": "low"}}
+    own = {"apply_chat_template": True, "chat_template_kwargs": {"effort": "high"}}
+    stage_of(raw, registry, tmp_path, tasks=["gsm8k"], **own).run()
+    assert found == [{"enable_thinking": False, "effort": "high"}]
