@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: python docs/generate.py (a test compares)."""
+"""Write docs/reference and the tables of families from the code: python docs/generate.py (a test compares)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,37 @@ def _bare(annotation: Any) -> Any:
     return _Bare(annotation) if isinstance(annotation, str) else annotation
 
 
+def _families() -> dict[str, Any]:
+    """Return the table of families that tests/e2e/test_architectures.py takes from end to end."""
+    found: dict[str, Any] = runpy.run_path(str(FOLDER.parents[1] / "tests" / "support" / "families.py"))["FAMILIES"]
+    return found
+
+
+def families() -> Iterator[str]:
+    yield "| family | class | floats | INT4 | notes |\n|---|---|---|---|---|"
+    for family in _families().values():
+        yield f"| {family.title} | `{family.architecture()}` | yes | yes | {'; '.join(family.notes())} |"
+
+
+def families_before() -> Iterator[str]:
+    yield "| family | 0.1.0 | now |\n|---|---|---|"
+    for family in _families().values():
+        yield f"| {family.title} | {family.before} | passes, INT4 too |"
+
+
+PARTS = {"how-to/models.md": families, "results/families.md": families_before}
+"""Tables inside pages, each below a comment that says where it comes from."""
+
+MARK = "<!-- written by docs/generate.py -->\n\n"
+
+
+def with_part(place: str, text: str) -> str:
+    """Return the text of a page with its table as the code has it now."""
+    before, after = text.split(MARK)
+    rest = after.partition("\n\n")[2]
+    return before + MARK + "\n".join(PARTS[place]()) + "\n\n" + rest
+
+
 PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe, "python": python}
 
 
@@ -213,3 +245,6 @@ def page(name: str) -> str:
 if __name__ == "__main__":
     for name in PAGES:
         (FOLDER / f"{name}.md").write_text(page(name))
+    for name in PARTS:
+        path = FOLDER.parent / name
+        path.write_text(with_part(name, path.read_text()))

@@ -43,6 +43,13 @@ def test_reference_is_current(name: str) -> None:
     assert page == generate.page(name), "run: .venv/bin/python docs/generate.py"
 
 
+@pytest.mark.parametrize("place", ["how-to/models.md", "results/families.md"])
+def test_tables_of_families_are_current(place: str) -> None:
+    generate = load(ROOT / "docs" / "generate.py")
+    page = (ROOT / "docs" / place).read_text()
+    assert page == generate.with_part(place, page), "run: .venv/bin/python docs/generate.py"
+
+
 def test_every_public_name_is_documented() -> None:
     page = (ROOT / "docs" / "reference" / "python.md").read_text()
     taken = {name for name, value in vars(api).items() if not name.startswith("_") and not inspect.ismodule(value)}

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,31 @@ class Family:
     apart: bool = False
     targets: tuple[str, ...] = ("*",)
 
+    def architecture(self) -> str:
+        """Return the name of the class that transformers has for it."""
+        config = getattr(transformers, f"{self.kind}Config")
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+    def notes(self) -> Iterator[str]:
+        """Say what a user should know besides."""
+        if self.walk == "model":
+            yield "calibration runs the whole model for each block"
+        if self.experts:
+            yield "experts one by one" + (", their codes under names of their own" if self.apart else "")
+        if self.narrow:
+            yield f"left out unless named: {_code(self.narrow)}"
+        if self.unseen:
+            yield f"exclude {_code(self.unseen)} from `sparsify` and `quantize`"
+        if self.floats:
+            yield f"exclude {_code(self.floats)} from `quantize`"
+
     def is_dense(self, layer: str) -> bool:
         """Return whether a layer is neither pruned nor quantized."""
         return layer.rpartition(".")[2] in self.narrow or any(fnmatch(layer, pattern) for pattern in self.unseen)
+
+
+def _code(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
