@@ -33,8 +33,6 @@ class ModelLayout:
     """Entries of the text model's config, by the names of most families: hidden_size, vocab_size, …"""
     linears: tuple[LinearShape, ...] = ()
     """The linear layers of the text model's decoder blocks, without routers, in order."""
-    blocks: tuple[str, ...] = ()
-    """The decoder blocks."""
     experts: tuple[str, ...] = ()
     """The modules that are one expert each."""
     left_out: tuple[LeftOut, ...] = ()
@@ -52,8 +50,6 @@ class ModelLayout:
     reach them."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """A linear layer -> the first of the others that have the same weight."""
-    checkpoint_names: Mapping[str, str] = field(default_factory=dict)
-    """A linear layer -> its name in the checkpoint, where that differs."""
     unnamed: Mapping[str, str] = field(default_factory=dict)
     """A linear layer that has no tensor of its own in the checkpoint -> why."""
     problems: tuple[str, ...] = ()

@@ -12,12 +12,11 @@ def test_a_layout_is_the_same_after_it_was_stored() -> None:
     layout = ModelLayout(
         architecture="A",
         linears=(LinearShape("b.0.q", 4, 8),),
-        blocks=("b.0",),
         left_out=(LeftOut("vision", 12, "a tower"),),
         outside={"head": "the head"},
         narrow=("b.0.q",),
         walk="model",
-        checkpoint_names={"b.0.q": "h.0.q"},
+        shared={"b.0.q": "b.1.q"},
         problems=("one",),
     )
     assert ModelLayout.from_json(layout.to_json()) == layout

@@ -191,7 +191,7 @@ def nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.index_fill(0, torch.tensor([0]), float("nan"))
 
 
-def codes_for_a_tied_head(folder: Path) -> None:
+def codes_for_a_short_head(folder: Path) -> None:
     whole = load_file(folder / "model.safetensors")
     head = whole.pop("lm_head.weight")[:256] * 2  # a multiple of what fills a word
     parts = to_gptq(round_to_nearest(head, None, 4, 32, True, False))
@@ -240,9 +240,9 @@ IN_THE_CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a file cut short": (cut, "is not a complete safetensors file"),
     "an index out of range": (tensors(g_idx=lambda t: t + 7), f"the parts of {LAYER} do not fit together"),
-    "codes of a head that is the embedding": (
-        codes_for_a_tied_head,
-        "config.json ties it to the embedding, which is not",
+    "codes of a head that is shorter than the vocabulary": (
+        codes_for_a_short_head,
+        "lm_head.weight is [256, 32], and config.json makes it [258, 32]",
     ),
     "scales that are not finite": (tensors(scales=nan), f"tensor {LAYER}.scales holds values that are not finite"),
     "codes of another model": (

@@ -13,7 +13,7 @@ from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.narrow import narrow_layers
 from sqft.errors import ModelError
-from sqft.modeling.architecture.blocks import decoder_blocks, linears, shape_of, towers
+from sqft.modeling.architecture.blocks import linears, shape_of, towers
 from sqft.modeling.architecture.experts import Expert
 from sqft.modeling.architecture.linears import unsplittable_mixtures
 from sqft.modeling.architecture.names import CheckpointNames
@@ -50,7 +50,6 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         architecture=type(model).__name__,
         sizes={name: size for name in SIZES if isinstance(size := getattr(config, name, None), int)},
         linears=shapes,
-        blocks=tuple(decoder_blocks(model)),
         experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
         left_out=tuple(_left_out(model)),
         outside=_outside(model),
@@ -59,7 +58,6 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         walk_reason=walk.reason,
         unseen=walk.unseen,
         shared=_shared(layers),
-        checkpoint_names={n: names.layers[n] for n in layers if names.layers.get(n, n) != n},
         unnamed={n: why for n, why in names.unnamed.items() if n in layers},
         problems=tuple(problems),
         dropped=headers.dropped,
