@@ -40,7 +40,7 @@ def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Proble
     for index, task in enumerate(section.tasks):
         if task not in known:
             where = f", nor has {include_path}" if include_path else ""
-            close = difflib.get_close_matches(task, known, n=3)
+            close = difflib.get_close_matches(task, known, n=3, cutoff=0.75)
             hint = f"did you mean {' or '.join(close)}?" if close else "give your own with evaluate.include_path"
             yield Problem(f"evaluate.tasks.{index}", f"lm-eval has no task '{task}'{where}; {hint}")
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqft import Orchestrator, Recipe, Registry, Run
-from sqft.errors import ArtifactError, SqftError, StageError
+from sqft.errors import ArtifactError, RecipeError, SqftError, StageError
 
 NO_SQFT = "import sys; sys.modules['sqft'] = None\n"
 
@@ -274,7 +274,7 @@ def test_lm_eval_by_name_from_a_local_folder(raw: dict[str, Any], registry: Regi
     assert 0 <= finished["evaluate:model"].report["tasks"]["toy_sums"]["acc"] <= 1
     assert "acc_stderr" in finished["evaluate:model"].report["tasks"]["toy_sums"]
     raw["evaluate"]["tasks"] = ["nope"]
-    with pytest.raises(StageError, match="no task 'nope'"):
+    with pytest.raises(RecipeError, match=r"evaluate.tasks.0: lm-eval has no task 'nope', nor has .*; give your own"):
         run(raw, registry, tmp_path / "store")
 
 

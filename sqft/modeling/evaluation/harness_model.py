@@ -17,6 +17,10 @@ from sqft.utils.progress import Track
 log = logging.getLogger("sqft")
 
 
+FEW = 8
+"""The batch size that "auto" stands for where prompts of one length are few."""
+
+
 class HarnessModel(HFLM):
     """lm-eval's wrapper of a model. It pads at the right to score a text, where no later token changes an earlier
     one, and at the left to generate: there only prompts of equal length share a batch if padding changes answers."""
@@ -49,6 +53,8 @@ class HarnessModel(HFLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         together = defaultdict(list)
         equal = padding_matters(self.model, self.tokenizer.pad_token_id, prompts)
+        if equal and self.batch_size == "auto":  # lm-eval would look for it anew for each length
+            self.batch_size_per_gpu = FEW
         for index, prompt in enumerate(prompts):
             together[len(prompt) if equal else 0].append(index)
         texts: dict[int, str] = {}

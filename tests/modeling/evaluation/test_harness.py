@@ -130,6 +130,15 @@ def test_arguments_of_the_template(
         tokenizer.chat_template = own
 
 
+def test_settings_of_generation_that_there_are_not(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, write_tasks: WriteTasks
+) -> None:
+    """What `generate` says to them is one message."""
+    settings = TaskSettings(gen_kwargs={"temprature": 2})
+    with pytest.raises(StageError, match=r"lm-eval: .*temprature"):
+        lm_eval_tasks(model, tokenizer, ["toy_say"], write_tasks(DOCUMENTS), settings, silent)
+
+
 @pytest.fixture
 def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A tokenizer that puts a token before each text."""
