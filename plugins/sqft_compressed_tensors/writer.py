@@ -50,22 +50,23 @@ def settings(
         "dynamic": False,
         **({"actorder": "group"} if indexed else {}),
     }
+    head = [] if any(name.rpartition(".")[2] == "lm_head" for name in grids) else ["lm_head"]
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": [*({"lm_head"} - grids.keys()), *floats, *_anywhere(towers)],
+        "ignore": [*head, *floats, *(_anywhere([*towers, *head]) if towers else [])],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
 
 
-def _anywhere(towers: Sequence[str]) -> list[str]:
-    """Return a pattern for the layers of each tower: programs differ in what comes before its own name."""
-    names = sorted({tower.rpartition(".")[2] for tower in towers})
+def _anywhere(modules: Sequence[str]) -> list[str]:
+    """Return a pattern for each module and the layers in it: programs differ in what comes before its own name."""
+    names = sorted({module.rpartition(".")[2] for module in modules})
     return [rf"re:^(.*\.)?{re.escape(name)}(\.|$)" for name in names]
 
 

@@ -138,16 +138,16 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterab
         "group_size": first.group_size,
         "sym": all(map(is_symmetric, grids.values())),
         "desc_act": any(grid.group_index is not None for grid in grids.values()),
-        "lm_head": "lm_head" in grids,
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in grids),
     }
     apart = [f"-:^{re.escape(name)}$" for name in sorted(floats)]
+    in_blocks = [parts for name in grids if len(parts := re.split(r"\.\d+\.", name, maxsplit=1)) == 2]
     if apart:
-        in_block = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name != "lm_head"}
-        config["modules_in_block_to_quantize"] = [sorted(in_block)]
+        config["modules_in_block_to_quantize"] = [sorted({inner for _, inner in in_blocks})]
     if names := sorted({name.rpartition(".")[2] for name in towers}):
         # Programs differ in what comes before a tower's own name.
         apart += [rf"-:^(.*\.)?{re.escape(name)}(\.|$)" for name in names]
-        config["block_name_to_quantize"] = re.split(r"\.\d+\.", next(iter(grids)), maxsplit=1)[0]
+        config["block_name_to_quantize"] = in_blocks[0][0]
     if apart:
         config["dynamic"] = {pattern: {} for pattern in apart}
     return config

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 IMAGE, START, END, VIDEO = 300, 301, 302, 303
@@ -147,3 +148,24 @@ def make(family: str) -> PreTrainedModel:
             if not name.endswith("norm.weight"):
                 parameter.normal_(std=0.05)
     return model
+
+
+def with_image(family: str) -> dict[str, Tensor]:
+    """Return the arguments of a forward on some text with an image in it."""
+    random = torch.Generator().manual_seed(0)
+    places = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]])
+    inputs = {"input_ids": torch.tensor([[5, START, *[IMAGE] * 4, END, 7]])}
+    if family.startswith("Qwen"):
+        inputs |= {"pixel_values": torch.randn(16, 48, generator=random), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        return inputs | {"mm_token_type_ids": places}
+    if family == "Gemma4":
+        grid = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(1, 16, 2)
+        inputs |= {"pixel_values": torch.randn(1, 16, 48, generator=random), "image_position_ids": grid}
+        return inputs | {"mm_token_type_ids": places}
+    size = {"Gemma3": 28, "Llama4": 8, "Mistral3": 16}[family]
+    inputs["pixel_values"] = torch.randn(1, 3, size, size, generator=random)
+    if family == "Gemma3":
+        inputs["token_type_ids"] = places
+    if family == "Mistral3":
+        inputs["image_sizes"] = torch.tensor([[size, size]])
+    return inputs

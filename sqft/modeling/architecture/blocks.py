@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -99,6 +101,14 @@ def all_linears(model: nn.Module) -> dict[str, nn.Linear | PackedLinear]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | PackedLinear) and not _is_router(block, name)
     }
+
+
+def unquantized(model: nn.Module, quantized: Container[str]) -> list[str]:
+    """Return the linear layers in the decoder blocks that are not among the quantized ones, routers included: programs
+    that read codes must be told."""
+    inside = tuple(f"{block}." for block in decoder_blocks(model))
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in layers if name.startswith(inside) and name not in quantized]
 
 
 def _is_router(block: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ from sqft.checkpoints.gptq import GPTQ_FILE
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
-from sqft.modeling.architecture.blocks import linears, towers
+from sqft.modeling.architecture.blocks import towers, unquantized
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import GptqFolder, quantization_of
@@ -64,9 +64,9 @@ class FinishedModel:
         return self._codes.layer(layer)
 
     def float_layers(self) -> Sequence[str]:
-        names, quantized = CheckpointNames(self._skeleton, self.names()), set(self.quantized())
-        layers = {layer: names.layers.get(layer, layer) for layer in linears(self._skeleton)}
-        return sorted({name for pair in layers.items() if pair[1] not in quantized for name in pair})
+        names = CheckpointNames(self._skeleton, self.names())
+        floats = unquantized(self._skeleton, {names.layer(name) for name in self.quantized()})
+        return sorted({*floats, *map(names.name_of_codes, floats)})
 
     def towers(self) -> Sequence[str]:
         return sorted(towers(self._skeleton))

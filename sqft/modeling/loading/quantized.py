@@ -20,7 +20,7 @@ from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
-from sqft.modeling.architecture.blocks import linears, towers
+from sqft.modeling.architecture.blocks import towers, unquantized
 from sqft.modeling.architecture.experts import Experts
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
@@ -65,7 +65,7 @@ def save_quantized(
         tensors |= {f"{names.name_of_codes(name)}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
     save_settings(model, tokenizer, folder, source)
     grids = {name: layer.grid for name, layer in layers.items()}
-    floats = linears(model).keys() - layers.keys()
+    floats = unquantized(model, layers)
     write_gptq_config(folder, gptq_config(grids, {*floats, *map(names.name_of_codes, floats)}, towers(model)))
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
@@ -84,7 +84,7 @@ def other_tensors(
     for name, tensor in apart.items():
         layer, _, part = name.rpartition(".")
         stored[f"{names.name_of_codes(layer)}.{part}"] = tensor
-    return as_in_source(stored, source)
+    return as_in_source(model, stored, source)
 
 
 def _mixtures_of(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:

@@ -32,7 +32,9 @@ from transformers.utils import logging as transformers_logging
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ModelError
+from sqft.modeling.architecture.blocks import towers
 from sqft.modeling.architecture.linears import as_linears, as_stored
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.packed_floats import read_packed_floats
 from sqft.utils.files import write_json
@@ -248,12 +250,12 @@ def save_model(
         model: after `as_linears`.
         tokenizer: the model's.
         folder: is made.
-        source: what the model was loaded from. Tensors that did not change since are written as it has them, in their
-            own precision, and the files of its processors for images, video and sound come along.
+        source: what the model was loaded from; see `as_in_source`. The files of its processors for images, video and
+            sound come along.
     """
     model.save_pretrained(folder, state_dict=as_stored(model))
-    if source is not None:
-        _restore_precision(folder, source)
+    if source is not None and not source.is_gguf:
+        _restore_precision(model, folder, source)
     save_settings(model, tokenizer, folder, source)
 
 
@@ -275,26 +277,52 @@ def save_settings(
                 shutil.copyfile(file, target)
 
 
-def as_in_source(tensors: Mapping[str, Tensor], source: ModelSpec | None) -> dict[str, Tensor]:
-    """Return tensors, named as in checkpoints, with those that a folder has in another precision and of the same value
-    as that folder has them; where a precision was asked for, as they are."""
-    if source is None or source.dtype or source.is_gguf:
-        return dict(tensors)
-    stored, result = FolderReader(source.path, weight_files(source.path)), dict(tensors)
-    for name, tensor in tensors.items():
-        if stored.precisions.get(name, tensor.dtype) != tensor.dtype:
-            original = stored.tensor(name)
+def as_in_source(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: ModelSpec | None) -> dict[str, Tensor]:
+    """Return tensors of a model, named as in checkpoints; those that did not change come as the folder it was loaded
+    from has them, in their own precision.
+
+    Where a precision was asked for, that is done for towers alone: it is the text model's.
+    """
+    result = dict(tensors)
+    if source is not None and not source.is_gguf:
+        stored = _reader(source)
+        for name in _in_other_precision(model, {name: t.dtype for name, t in tensors.items()}, source, stored):
+            original, tensor = stored.tensor(name), tensors[name]
             result[name] = original if original.to(tensor.dtype).equal(tensor) else tensor
     return result
 
 
-def _restore_precision(folder: Path, source: ModelSpec) -> None:
-    """Replace the tensors of a written folder by `as_in_source`, file by file."""
-    for file in folder.glob("*.safetensors"):
+def _reader(source: ModelSpec) -> FolderReader:
+    return FolderReader(source.path, weight_files(source.path))
+
+
+def _in_other_precision(
+    model: PreTrainedModel, precisions: Mapping[str, torch.dtype], source: ModelSpec, stored: FolderReader
+) -> list[str]:
+    """Return the tensors that the source has in another precision, of those that keep theirs.
+
+    Args:
+        model: after `as_linears`.
+        precisions: those of its tensors, named as in checkpoints.
+        source: what it was loaded from.
+        stored: reads that.
+    """
+    outside = tuple(f"{tower}." for tower in towers(model))
+    if source.dtype and not outside:
+        return []
+    names = CheckpointNames(model)
+    differing = (name for name, dtype in precisions.items() if stored.precisions.get(name, dtype) != dtype)
+    return [name for name in differing if not source.dtype or f"{names.module_tensor(name)}.".startswith(outside)]
+
+
+def _restore_precision(model: PreTrainedModel, folder: Path, source: ModelSpec) -> None:
+    """Replace tensors of a written folder by those of `as_in_source`, in the files that have some."""
+    written = FolderReader(folder).precisions
+    differing = set(_in_other_precision(model, written, source, _reader(source)))
+    for file in folder.glob("*.safetensors") if differing else ():
         tensors = load_file(file)
-        restored = as_in_source(tensors, source)
-        if any(restored[name] is not tensor for name, tensor in tensors.items()):
-            save_file(restored, file, metadata={"format": "pt"})
+        if differing & tensors.keys():
+            save_file(as_in_source(model, tensors, source), file, metadata={"format": "pt"})
 
 
 def _add_names_of_transformers_4(folder: Path) -> None:
