@@ -245,6 +245,10 @@ class ModelReader(Protocol):
         the one in the checkpoint and, where that differs, the one of transformers' module."""
         ...
 
+    def blocks(self) -> str:
+        """Return the module that is the list of the decoder blocks."""
+        ...
+
     def towers(self) -> Sequence[str]:
         """Return the modules outside the text model, which are not quantized: towers for images, video and sound."""
         ...

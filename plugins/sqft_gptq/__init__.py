@@ -118,7 +118,7 @@ class GptqCheckpoint(Exporter):
 
         model.copy_settings(folder)
         grids = {layer: model.codes(layer).grid for layer in model.quantized()}
-        write_gptq_config(folder, gptq_config(grids, float_layers(model), model.towers()))
+        write_gptq_config(folder, gptq_config(grids, float_layers(model), model.towers(), model.blocks()))
         write_shards(parameters(model, to_gptq), folder, self.max_shard_size)
 
 

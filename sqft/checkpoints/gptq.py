@@ -118,7 +118,9 @@ def gptq_incompatibility(linear: LinearShape, bits: int, group_size: int) -> str
     )
 
 
-def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterable[str] = ()) -> dict[str, Any]:
+def gptq_config(
+    grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterable[str] = (), blocks: str = ""
+) -> dict[str, Any]:
     """Return the `quantization_config` of a GPTQ checkpoint, version 1.
 
     Args:
@@ -127,6 +129,8 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterab
         floats: The linear layers of the decoder blocks that are not quantized. Two programs that read these folders
             each have their own setting for them, and both are written.
         towers: The modules outside the text model, with layers that are not quantized.
+        blocks: The module that is the list of the decoder blocks. A program that reads these folders looks for it under
+            a few names, and is told where there are towers.
     """
     from sqft.kernels.grids import is_symmetric
 
@@ -141,13 +145,13 @@ def gptq_config(grids: Mapping[str, Grid], floats: Iterable[str], towers: Iterab
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in grids),
     }
     apart = [f"-:^{re.escape(name)}$" for name in sorted(floats)]
-    in_blocks = [parts for name in grids if len(parts := re.split(r"\.\d+\.", name, maxsplit=1)) == 2]
     if apart:
-        config["modules_in_block_to_quantize"] = [sorted({inner for _, inner in in_blocks})]
+        inner = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name.rpartition(".")[2] != "lm_head"}
+        config["modules_in_block_to_quantize"] = [sorted(inner)]
     if names := sorted({name.rpartition(".")[2] for name in towers}):
         # Programs differ in what comes before a tower's own name.
         apart += [rf"-:^(.*\.)?{re.escape(name)}(\.|$)" for name in names]
-        config["block_name_to_quantize"] = in_blocks[0][0]
+        config["block_name_to_quantize"] = blocks
     if apart:
         config["dynamic"] = {pattern: {} for pattern in apart}
     return config

@@ -106,6 +106,9 @@ class Reader:
     def float_layers(self) -> Sequence[str]:
         return ["m.layers.0.down"]
 
+    def blocks(self) -> str:
+        return "model.layers"
+
     def towers(self) -> Sequence[str]:
         return []
 

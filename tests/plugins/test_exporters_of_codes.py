@@ -53,6 +53,9 @@ class OneLayer:
     def float_layers(self) -> Sequence[str]:
         return [DOWN.removesuffix(".weight")]
 
+    def blocks(self) -> str:
+        return "model.layers"
+
     def towers(self) -> Sequence[str]:
         return []
 

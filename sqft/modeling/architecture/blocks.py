@@ -36,6 +36,11 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{chosen}.{index}": block for index, block in enumerate(lists[chosen])}
 
 
+def block_list(model: nn.Module) -> str:
+    """Return the full name of the module that is the list of the decoder blocks."""
+    return next(iter(decoder_blocks(model))).rpartition(".")[0]
+
+
 def text_model(model: nn.Module) -> nn.Module | None:
     """Return the part of a model that reads text, without its head: the model in which its towers are none; None where
     transformers does not say."""

@@ -16,7 +16,7 @@ from sqft.checkpoints.gptq import GPTQ_FILE
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
-from sqft.modeling.architecture.blocks import towers, unquantized
+from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import GptqFolder, quantization_of
@@ -67,6 +67,9 @@ class FinishedModel:
         names = CheckpointNames(self._skeleton, self.names())
         floats = unquantized(self._skeleton, {names.layer(name) for name in self.quantized()})
         return sorted({*floats, *map(names.name_of_codes, floats)})
+
+    def blocks(self) -> str:
+        return block_list(self._skeleton)
 
     def towers(self) -> Sequence[str]:
         return sorted(towers(self._skeleton))

@@ -20,7 +20,7 @@ from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
-from sqft.modeling.architecture.blocks import towers, unquantized
+from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.experts import Experts
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
@@ -66,7 +66,8 @@ def save_quantized(
     save_settings(model, tokenizer, folder, source)
     grids = {name: layer.grid for name, layer in layers.items()}
     floats = unquantized(model, layers)
-    write_gptq_config(folder, gptq_config(grids, {*floats, *map(names.name_of_codes, floats)}, towers(model)))
+    named = {*floats, *map(names.name_of_codes, floats)}
+    write_gptq_config(folder, gptq_config(grids, named, towers(model), block_list(model)))
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
