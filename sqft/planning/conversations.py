@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from sqft.checkpoints.chat_template import StoredTemplate
@@ -14,7 +15,7 @@ from sqft.errors import DataError
 Use = Literal["completion", "all", "asked"]
 """What a data set is for: training on completions or on everything, or asking for the last answer."""
 
-TRIED = 200
+TRIED = 20
 """Conversations of a data set that are tried whatever their form; after them, one of each form."""
 
 
@@ -77,14 +78,18 @@ class ConversationCheck:
 
 
 def _of_each_form(records: Sequence[Record]) -> Iterator[Record]:
-    """Yield the first records, and of the others one for each form that a template may treat in its own way."""
+    """Yield the first records, and of the others one for each form that a template may treat in its own way.
+
+    A form is how a conversation begins and ends, which messages follow one another, and what stands beside them.
+    """
     seen = set()
     for number, record in enumerate(records):
-        form = tuple(
+        kinds = [
             (message["role"], *sorted(message), "</think>" in str(message.get("content")))
             for message in record["messages"]
-        )
-        key = form, "tools" in record, str(record.get("chat_template_kwargs")), str(record.get("not_learnt"))
-        if number < TRIED or key not in seen:
+        ]
+        beside = "tools" in record, bool(learnt(record)), str(record.get("chat_template_kwargs"))
+        form = kinds[0], kinds[-1], frozenset(pairwise(kinds)), *beside
+        if number < TRIED or form not in seen:
             yield record
-        seen.add(key)
+        seen.add(form)
