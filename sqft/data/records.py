@@ -146,7 +146,8 @@ def _record(row: Any, location: str, template: Template | None) -> Record:
     if isinstance(row, DataError):
         raise row
     if isinstance(row, dict) and template is None:
-        row = conversation_in(row) or row
+        # What is no conversation may still have the column, empty.
+        row = conversation_in(row) or {name: value for name, value in row.items() if name != "messages"}
         if "instruction" in row and not row.keys() & {"prompt", "messages"}:
             template = INSTRUCTION
     if isinstance(row, dict) and template is not None:

@@ -10,6 +10,8 @@ from typing import Any
 from click.testing import CliRunner
 
 from sqft.cli import main
+from tests.conftest import make_model
+from tests.support.chats import chat_tokenizer, conversation
 
 
 def test_the_command(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -29,6 +31,21 @@ def test_the_command(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe.write_text(json.dumps({key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}))
     assert "reads no data" in CliRunner().invoke(main, command).output
     assert not list((tmp_path / "store").glob("artifacts/*"))
+
+
+def test_each_example_of_a_conversation_has_a_title(raw: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("qwen3")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    record = conversation(("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5"))
+    (tmp_path / "talk.jsonl").write_text(json.dumps(record) + "\n")
+    raw["model"], raw["finetune"]["data"] = {"path": str(tmp_path / "model")}, str(tmp_path / "talk.jsonl")
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    command = ["data", str(tmp_path / "recipe.json"), "--store", str(tmp_path / "store"), "--section", "finetune"]
+    shown = CliRunner().invoke(main, command).output
+    assert "— record 1, example 1 of 2 —" in shown and "— record 1, example 2 of 2 —" in shown
+    assert "note: 1 of 1 conversations are one example for each assistant turn" in shown
+    assert "assistant\n⟪<think>\n\n</think>\n\n5<|im_end|>⟫" in shown
 
 
 def test_a_long_text_is_shortened_on_the_screen_alone(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_what_is_no_conversation() -> None:
         assert conversation_in(row) is None
 
 
+def test_an_empty_column_of_conversations_is_none(tmp_path: Path) -> None:
+    row = {"prompt": "2+2?", "completion": "4", "messages": None}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_records(tmp_path / "d.jsonl") == [{"prompt": "2+2?", "completion": "4"}]
+
+
 def test_a_call_needs_no_content_and_its_fields_stay() -> None:
     call = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}]
     messages = [
