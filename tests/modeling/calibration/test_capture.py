@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -97,3 +98,26 @@ def test_forward_runs_the_model_without_its_head(model: LlamaForCausalLM) -> Non
     model.model.register_forward_hook(lambda *_: ran.append("body"))
     forward(model, WINDOWS[:1])
     assert ran == ["body"]
+
+
+def test_blocks_that_leave_something_in_their_arguments() -> None:
+    """As blocks do that share keys and values: replayed one by one, a block would see what another window left."""
+
+    class Leaving(Model):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            states, shared = input_ids[..., None].float(), UserDict(shift=[input_ids.float().mean()])
+            for block in self.h:
+                states, _ = block(shared, states=states)
+            return states
+
+    model: Any = Leaving()
+    assert capture(model, decoder_blocks(model), WINDOWS)[2] == "states"  # given to all, changed by none
+    run = model.h[1].forward
+
+    def leave(shared: Any, *, states: Tensor) -> Any:
+        shared["later"] = states + 1
+        return run(shared, states=states)
+
+    model.h[1].forward = leave
+    with pytest.raises(ModelError, match="blocks leave tensors for later ones in what they are given"):
+        capture(model, decoder_blocks(model), WINDOWS)
