@@ -74,7 +74,7 @@ def count_kernel_layers(model: nn.Module) -> tuple[int, int]:
 def measure_speed(model: PreTrainedModel, prompt: int, generated: int, repeats: int) -> Speed:
     """Measure greedy generation of `generated` tokens after one prompt of `prompt` tokens, `repeats` times."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, prompt), generator=generator)
     prefill, decode = [], []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -273,3 +273,56 @@ def test_what_a_class_has_no_place_for_is_said(
     assert any("visual" in name for name in stored(made)) == with_tower
     text = transformers.AutoModelForCausalLM.from_pretrained(made).eval()
     torch.testing.assert_close(logits(text, {"input_ids": TEXT}), logits(own, {"input_ids": TEXT}))
+
+
+class Vision(PreTrainedModel):  # type: ignore[misc]
+    """Takes the place of Gemma 3n's vision tower, which needs the package timm."""
+
+    config_class = transformers.Gemma3nVisionConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+        self.post_init()
+
+
+def test_gemma_3n(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.gemma3n import modeling_gemma3n as module
+
+    made = module.AutoModel.from_config
+
+    def from_config(config: Any, **how: Any) -> Any:
+        return Vision(config) if isinstance(config, transformers.Gemma3nVisionConfig) else made(config, **how)
+
+    monkeypatch.setattr(module.AutoModel, "from_config", from_config)
+    folder = save("Gemma3n", tokenizer, tmp_path / "model")
+    raw = recipe(folder, data)
+    raw["sparsify"]["exclude"] = ["*.altup.*"]
+    raw["finetune"]["targets"] = ["q_proj", "up_proj"]
+    finished = run(raw, registry, tmp_path / "store")
+    merged = finished["merge"].folder / "model"
+    assert_only_the_text_model_differs("Gemma3n", folder, merged)
+    found = logits(stock("Gemma3n", merged), {"input_ids": TEXT})
+    torch.testing.assert_close(found, logits(finished["merge"].load_model(), {"input_ids": TEXT}))
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5", "Llama4"])
+def test_packed_training_and_evaluation(
+    family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    """Perplexity, generated answers and a searcher's loss of a model with towers."""
+    folder = save(family, tokenizer, tmp_path / "model")
+    raw = recipe(folder, data)
+    raw["finetune"]["packing"] = family != "Qwen3_5"  # its state goes on from one example to the next
+    raw["search"] = {"searcher": "heuristic", "data": str(data / "validation.jsonl"), "metric": "loss"}
+    raw["evaluate"] = {
+        "of": ["model", "merge"],
+        "perplexity": {"text": str(data / "heldout.txt"), "tokens": 256, "length": 64},
+        "exact_match": {"data": str(data / "test.jsonl"), "max_new_tokens": 4},
+    }
+    finished = run(raw, registry, tmp_path / "store")
+    for step in ("evaluate:model", "evaluate:merge"):
+        report = json.dumps(finished[step].report)
+        assert "perplexity" in report and "accuracy" in report
