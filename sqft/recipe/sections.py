@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -292,6 +294,15 @@ class ExactMatch(Section):
     batch_size: Count = Field(64, description="prompts that are processed at once")
 
 
+def _kind(value: Any) -> str:
+    return "@text" if isinstance(value, str) else "@other"
+
+
+BatchSize = Annotated[Annotated[Count, Tag("@other")] | Annotated[Literal["auto"], Tag("@text")], Discriminator(_kind)]
+SwitchOrName = Annotated[Annotated[bool, Tag("@other")] | Annotated[str, Tag("@text")], Discriminator(_kind)]
+"""Either of two types; the tags are not part of a path in the recipe: `diagnostics` removes them."""
+
+
 class Evaluate(Section):
     """What is measured, and for which configurations."""
 
@@ -317,7 +328,7 @@ class Evaluate(Section):
         None, description="folder with task files for lm-eval"
     )
     limit: Count | None = Field(None, description="use only this many documents of each lm-eval task")
-    batch_size: Count | Literal["auto"] = Field(
+    batch_size: BatchSize = Field(
         8, description="lm-eval's batch size; \"auto\": as large as an accelerator's memory allows, 8 on a CPU"
     )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
@@ -325,7 +336,7 @@ class Evaluate(Section):
         description="examples before each question; null: as many as the task's file says. A task whose file says 0 "
         "has none",
     )
-    apply_chat_template: bool | str = Field(
+    apply_chat_template: SwitchOrName = Field(
         False, description="ask through the model's chat template, or through the one of this name if it has several"
     )
     fewshot_as_multiturn: bool = Field(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sqft.errors import RecipeError
 from sqft.recipe.data import TrainingData
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.rerun import with_absolute_paths
@@ -101,3 +102,21 @@ def test_packed_floats_are_loaded_in_bfloat16_unless_the_recipe_says_otherwise(r
     assert Recipe.changed(with_absolute_paths(recipe), ["model.dequantize=false"]).model.dtype == "float32"
     raw["model"]["dtype"] = "float32"
     assert Recipe.parse(raw).model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("batch_size", 0, "input should be greater than or equal to 1, found 0"),
+        ("batch_size", "all", "input should be 'auto', found \"all\""),
+        ("apply_chat_template", 3, "input should be a valid boolean, unable to interpret input, found 3"),
+    ],
+)
+def test_a_field_of_two_types_is_named_as_the_recipe_does(option: str, value: Any, message: str) -> None:
+    raw = {"name": "x", "model": {"path": "m"}, "evaluate": {"tasks": ["arc_easy"], option: value}}
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(raw)
+    assert [str(problem) for problem in caught.value.problems] == [f"evaluate.{option}: {message}"]
+    for good in ({"batch_size": 3}, {"batch_size": "auto"}, {"apply_chat_template": "tool_use"}):
+        evaluate = Recipe.parse({**raw, "evaluate": good}).evaluate
+        assert evaluate and evaluate.model_dump(exclude_unset=True) == good
