@@ -100,7 +100,8 @@ def _calibration(
         layout = resolver.model.layout
         resolver.collect(layout_checks.check_seen(layout, layers, place))
         if layout.walk == "model":
-            resolver.note("calibration", f"runs the whole model for each block, which is slower: {layout.walk_reason}")
+            slower = "runs the whole model, all of it on the device, up to each block, which is slower"
+            resolver.note("calibration", f"{slower}: {layout.walk_reason}")
     if calibration:
         resolver.within_window(calibration, "length", "calibration", always=True)
         files = resolver.files(calibration, "calibration")

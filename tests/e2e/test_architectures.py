@@ -151,6 +151,9 @@ def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, t
     floats = run(raw, registry, tmp_path / "store")
     layout = floats.plan.source.layout
     assert layout.walk == expected.walk and not layout.left_out
+    assert any("slower" in note and layout.walk_reason in note for note in floats.plan.notes) == (
+        layout.walk == "model"
+    )
     assert bool(layout.experts) == expected.experts
     assert tuple(dict.fromkeys(name.rpartition(".")[2] for name in layout.narrow)) == expected.narrow
     sparse = check_sparse(floats, expected, folder)
