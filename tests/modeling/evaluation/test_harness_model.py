@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from multimodal_models import FAMILIES, make
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, RecurrentGemmaConfig
 
 from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks
@@ -63,3 +64,17 @@ def test_progress_counts_the_answers(
     folder = write_tasks([{"q": f"{n}+1=", "a": "2", "i": n % 2} for n in range(4)])
     lm_eval_tasks(model, tokenizer, ["toy_choose", "toy_say"], folder, TaskSettings(), track)
     assert seen == {"log-likelihoods": 8, "generating": 4}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Gemma3n"])
+def test_a_model_with_towers(
+    family: str, tokenizer: PreTrainedTokenizerFast, by_hand: Any, write_tasks: WriteTasks
+) -> None:
+    model, questions = make(family), ["1+4=", "why? because"]
+    with torch.no_grad():  # no token beyond the tokenizer's is ever the likeliest
+        model.get_output_embeddings().weight[len(tokenizer) :] = 0
+    folder = write_tasks([{"q": question, "a": "2", "i": 0} for question in questions])
+    settings = TaskSettings(batch_size=2, log_samples=True)
+    samples = lm_eval_tasks(model, tokenizer, ["toy_choose", "toy_say"], folder, settings, silent)["samples"]
+    said = [tokenizer.decode(by_hand(model, question, steps=4)) for question in questions]
+    assert [sample["resps"][0][0] for sample in samples["toy_say"]] == said
