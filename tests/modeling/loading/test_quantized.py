@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
-from sqft.kernels.grids import dequantize, same
+from sqft.kernels.grids import dequantize, fit_grid, quantize_to_codes, same
 from sqft.modeling.adapters.frozen_weight import PackedLinear
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import (
     GptqFolder,
@@ -25,6 +28,7 @@ from sqft.modeling.loading.quantized import (
     read_quantized,
     save_quantized,
 )
+from sqft.types import Grid, Quantized
 
 LAYER = "model.layers.1.mlp.up_proj"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -131,3 +135,31 @@ def test_a_quantized_head_that_is_tied(copy: Path) -> None:
     assert json.loads((copy / "config.json").read_text())["tie_word_embeddings"]
     with pytest.raises(ArtifactError, match=r"lm_head is quantized, and config\.json ties it to the embedding"):
         load_packed(ModelSpec(copy))
+
+
+@pytest.mark.parametrize("load", [load_dequantized, load_packed])
+def test_a_mixture_with_experts_of_codes_and_of_floats(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, load: Callable[[ModelSpec], nn.Module]
+) -> None:
+    """By the names of the family's own checkpoints, each expert apart."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=3, pad_token_id=1, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "floats")
+    tokenizer.save_pretrained(tmp_path / "floats")
+    model, _ = load_model(ModelSpec(tmp_path / "floats"))
+    weights = {name: layer.weight for name, layer in linears(model).items() if ".experts.1." not in name}
+    layers = {}
+    for name, weight in weights.items():
+        scale, zero = fit_grid(weight[:, None], 4, True)
+        codes = quantize_to_codes(weight, scale, zero, 15).to(torch.uint8)
+        layers[name] = Quantized(codes, Grid(scale.half(), zero, -1, 4))
+        weight.data.copy_(dequantize(layers[name]))
+    save_quantized(model, tokenizer, layers, tmp_path / "codes")
+    names = set(load_file(tmp_path / "codes" / "model.safetensors"))
+    assert {f"model.layers.1.block_sparse_moe.experts.{part}" for part in ("0.w1.qweight", "1.w1.weight")} < names
+    loaded, ids = load(ModelSpec(tmp_path / "codes")), torch.arange(2, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    again = read_quantized(tmp_path / "codes", CheckpointNames(loaded))
+    assert again.keys() == layers.keys() and all(same(again[name], layer) for name, layer in layers.items())
