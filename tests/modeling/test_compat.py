@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -74,8 +77,6 @@ def test_what_a_mixture_says_of_itself() -> None:
 
 def test_only_compat_names_them() -> None:
     """A name with an underscore of torch or transformers is reached through `compat` alone."""
-    from pathlib import Path
-
     import sqft.modeling
 
     private = ("torch._", "aten._", "._apply_gate", "._ddp_")
@@ -99,3 +100,21 @@ def test_conversions_of_a_checkpoint_go_both_ways() -> None:
     assert compat.reverted(model, fused)[stored].equal(fused["model.layers.0.mlp.experts.gate_up_proj"][1, 3:])
     compat.keep_conversions(model, [])
     assert compat.reverted(model, fused) == fused
+
+
+def test_tensors_of_a_checkpoint_are_loaded_through_the_conversions(tmp_path: Path) -> None:
+    """When this fails: transformers moved `convert_and_load_state_dict_in_model` (core_model_loading.py), its
+    `LoadStateDictConfig` (modeling_utils.py), `_weight_conversions` or `_keys_to_ignore_on_load_unexpected`. Correct
+    `load_converted` and `kept_conversions`; without them no folder of codes can be read."""
+    written = MixtralForCausalLM(tiny_mixtral())
+    written.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = MixtralForCausalLM(tiny_mixtral())
+    assert compat.load_converted(model, {**tensors, "more.weight": torch.ones(2)}) == ["more.weight"]
+    for name, tensor in written.named_parameters():
+        assert model.get_parameter(name).equal(tensor), name
+    names = {type(one).__name__ for one in compat.kept_conversions(model)}
+    assert names == {"WeightConverter", "WeightRenaming"}
+    model._keys_to_ignore_on_load_unexpected = ["^more"]
+    assert compat.load_converted(model, {"more.weight": torch.ones(2)}) == []
