@@ -11,7 +11,10 @@ from fnmatch import fnmatch
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Family:
 
     def architecture(self) -> str:
         """Return the name of the class that transformers has for it."""
-        config = getattr(transformers, f"{self.kind}Config")
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+        return class_of(getattr(transformers, f"{self.kind}Config"))
 
     def notes(self) -> Iterator[str]:
         """Say what a user should know besides."""
@@ -65,6 +67,13 @@ class Family:
     def is_dense(self, layer: str) -> bool:
         """Return whether a layer is neither pruned nor quantized."""
         return layer.rpartition(".")[2] in self.narrow or any(fnmatch(layer, pattern) for pattern in self.unseen)
+
+
+def class_of(config: Any) -> str:
+    """Return the name of the class that transformers has for a configuration's text model and its head."""
+    kind = config.model_type
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    return str(found)
 
 
 def _code(names: tuple[str, ...]) -> str:
@@ -114,6 +123,14 @@ FAMILIES: dict[str, Family] = {
     "Llama": Family("Llama, with biases", "Llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
     "Mistral": Family("Mistral", "Mistral", SIZES | {"sliding_window": 16}),
     "Ministral3": Family("Ministral 3", "Ministral3", HEADS),
+    "Mistral4": Family(
+        "Mistral 4, text",
+        "Mistral4",
+        SIZES | {"num_key_value_heads": 4, "q_lora_rank": 32} | LATENT | ROUTED_EXPERTS,
+        "refused: no class",
+        experts=True,
+        apart=True,
+    ),
     "Qwen2": Family("Qwen 2 and 2.5", "Qwen2", SIZES | {"tie_word_embeddings": True}),
     "Qwen3": Family("Qwen 3", "Qwen3", SIZES | {"head_dim": 16}),
     "Qwen3_5": Family("Qwen 3.5, text", "Qwen3_5Text", HEADS | LINEAR, narrow=("in_proj_b", "in_proj_a")),
