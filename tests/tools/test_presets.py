@@ -26,7 +26,7 @@ def methods(raw: dict[str, Any]) -> dict[str, Any]:
     return kept | {"of": raw["evaluate"]["of"]}
 
 
-TASKS = {"mawps", "arc-easy", "piqa"}  # one pipeline on other data
+TASKS = {"chat", "mawps", "arc-easy", "piqa"}  # one pipeline on other data
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - TASKS - {QUICKSTART}))
