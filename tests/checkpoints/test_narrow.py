@@ -47,3 +47,11 @@ def test_inputs_of_linear_attention(hidden: int, heads: int) -> None:
 )
 def test_other_layers(what: str, layers: list[LinearShape], expected: list[str]) -> None:
     assert [name.rpartition(".")[2] for name in narrow_layers(layers)] == expected, what
+
+
+@pytest.mark.parametrize(("head", "expected"), [(64, ["g_proj"]), (128, ["k_proj", "v_proj", "g_proj"])])
+def test_a_layer_that_fills_a_head_is_none(head: int, expected: list[str]) -> None:
+    """Keys and values of one head, and a gate of 16 heads, are told apart by the size of a head."""
+    layers = module("self_attn", q_proj=(1024, 1024), k_proj=(64, 1024), v_proj=(64, 1024), g_proj=(16, 1024))
+    found = narrow_layers(layers, {"model.layers.0.self_attn": head})
+    assert [name.rpartition(".")[2] for name in found] == expected

@@ -115,6 +115,13 @@ SHARING = {
     "vocab_size_per_layer_input": 258,
 }
 
+NEMOTRON_H = (
+    SIZES
+    | {"head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8}
+    | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32}
+)
+
 NAMES = "refused: names"
 WALK = "refused: walk"
 DENSE_EXPERTS = "passes, experts stay dense"
@@ -264,21 +271,12 @@ FAMILIES: dict[str, Family] = {
         experts=True,
     ),
     "FalconH1": Family("Falcon-H1", "FalconH1", HEADS | SCAN | {"mamba_d_ssm": 64}),
-    "NemotronH": Family(
-        "Nemotron-H, Nemotron 3",
+    "NemotronH": Family("Nemotron-H, Nemotron 3", "NemotronH", NEMOTRON_H, NAMES, experts=True),
+    "NemotronHLatent": Family(
+        "Nemotron 3 with latent experts",
         "NemotronH",
-        SIZES
-        | {
-            "head_dim": 8,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 8,
-            "n_groups": 1,
-            "ssm_state_size": 8,
-            "chunk_size": 8,
-        }
-        | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "n_routed_experts": 4, "num_experts_per_tok": 2}
-        | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32},
-        NAMES,
+        NEMOTRON_H | {"moe_latent_size": 64},
+        "",
         experts=True,
     ),
     "KimiLinear": Family(

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sqft.errors import ModelError
 from sqft.modeling.adapters.frozen_weight import PackedLinear
+from sqft.modeling.architecture.experts import count_experts
 from sqft.types import LinearShape
 
 ROUTER = "router"
@@ -117,8 +118,16 @@ def unquantized(model: nn.Module, quantized: Container[str]) -> list[str]:
 
 
 def _is_router(block: nn.Module, name: str) -> bool:
-    """Return whether a layer decides which experts act on a token, or how much: it is a sibling of the experts."""
-    return ROUTER in name.split(".") or hasattr(block.get_submodule(name.rpartition(".")[0]), "experts")
+    """Return whether a layer decides which experts act on a token, or how much: it is named so, or it is a sibling of
+    experts and gives one number for each of them, or one in all. Other siblings, such as projections into and out of
+    what experts see, are ordinary layers, where it shows how many experts there are."""
+    if ROUTER in name.split("."):
+        return True
+    mixture = getattr(block.get_submodule(name.rpartition(".")[0]), "experts", None)
+    if mixture is None:
+        return False
+    count = count_experts(mixture)
+    return count is None or block.get_submodule(name).out_features in (1, count)
 
 
 def shape_of(name: str, linear: nn.Linear | PackedLinear) -> LinearShape:

@@ -178,6 +178,13 @@ def is_mixture(module: nn.Module) -> bool:
     return named and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
 
 
+def count_experts(mixture: nn.Module) -> int | None:
+    """Return the number of experts in a mixture, taken apart or not; None where it does not show."""
+    if isinstance(mixture, nn.ModuleList | Experts):
+        return mixture.count if isinstance(mixture, Experts) else len(mixture)
+    return next((len(tensor) for tensor in mixture.parameters() if tensor.dim() == 3), None)
+
+
 @contextmanager
 def route_all_tokens(module: nn.Module) -> Iterator[None]:
     """Run every expert on every token."""

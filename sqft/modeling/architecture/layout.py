@@ -53,7 +53,7 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         experts=tuple(name for name, module in model.named_modules() if isinstance(module, Expert)),
         left_out=tuple(_left_out(model)),
         outside=_outside(model),
-        narrow=narrow_layers(shapes),
+        narrow=narrow_layers(shapes, _sizes_of_heads(model)),
         walk=walk.way,
         walk_reason=walk.reason,
         unseen=walk.unseen,
@@ -101,6 +101,12 @@ def _outside(model: PreTrainedModel) -> dict[str, str]:
         tied = embedding in names and head.weight is embedding.weight
         named[names[head]] = f"the head, whose weight is that of {names[embedding]}" if tied else "the head"
     return named
+
+
+def _sizes_of_heads(model: nn.Module) -> dict[str, int]:
+    """Return the size of one head of each module that has heads, by full name."""
+    sizes = {name: getattr(module, "head_dim", None) for name, module in model.named_modules()}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def _shared(layers: Mapping[str, nn.Linear]) -> dict[str, str]:

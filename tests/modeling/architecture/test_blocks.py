@@ -9,14 +9,18 @@ import torch
 from multimodal_models import FAMILIES, gemma4
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    Gemma4TextConfig,
     JambaConfig,
     JetMoeConfig,
     LlamaConfig,
     MixtralConfig,
+    MuseSparkTextConfig,
     PreTrainedModel,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from sqft.errors import ModelError
 from sqft.kernels.grids import fit_grid
@@ -56,6 +60,57 @@ def test_a_router_is_no_linear_layer() -> None:
     model = make(JetMoeConfig(vocab_size=99, num_hidden_layers=1, num_local_experts=4, **sizes))
     assert isinstance(model.model.layers[0].mlp.router.layer, nn.Linear)
     assert not [name for name in linears(model) if "router" in name]
+    assert "model.layers.0.self_attention.kv_proj" in linears(model)  # beside the experts of its attention
+
+
+def mixture(kind: str) -> nn.Module:
+    """Experts fused in a tensor, taken apart, in a list, or in a form that does not show their number."""
+    if kind == "unknown":
+        return nn.Linear(16, 5 * 24)
+    if kind == "list":
+        return nn.ModuleList([nn.ReLU()] * 5)
+    fused = nn.Sequential(MixtralExperts(MixtralConfig(num_local_experts=5, **SIZES)))
+    return (as_linears(fused) if kind == "apart" else fused)[0]
+
+
+@pytest.mark.parametrize("kind", ["fused", "apart", "list", "unknown"])
+def test_layers_beside_experts(kind: str) -> None:
+    """A router gives a number for each expert, or one; another layer is a router only where experts are not counted."""
+    block = nn.ModuleDict({"experts": mixture(kind), "gate": nn.Linear(16, 5), "shared_gate": nn.Linear(16, 1)})
+    block.update({"into": nn.Linear(16, 8), "out_of": nn.Linear(8, 16)})
+    found = linears(nn.ModuleDict({"h": nn.ModuleList([block])}))
+    assert [name for name in ("gate", "shared_gate", "into", "out_of") if f"h.0.{name}" in found] == (
+        [] if kind == "unknown" else ["into", "out_of"]
+    )
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            MuseSparkTextConfig(
+                vocab_size=99, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2, moe_hidden_size=12,
+                moe_intermediate_size=12, head_dim=8, **SIZES,
+            ),
+            {"pre_expert_proj", "post_expert_proj"},
+        ),
+        (
+            Gemma4TextConfig(
+                vocab_size=99, num_hidden_layers=1, num_experts=4, top_k_experts=2, moe_intermediate_size=12,
+                enable_moe_block=True, hidden_size_per_layer_input=12, vocab_size_per_layer_input=99, head_dim=8,
+                num_kv_shared_layers=0, global_head_dim=8, layer_types=["full_attention"], **SIZES,
+            ),
+            {"per_layer_input_gate", "per_layer_projection"},
+        ),
+    ],
+    ids=["MuseSpark", "Gemma4"],
+)  # fmt: skip
+def test_projections_beside_experts_are_no_routers(config: Any, expected: set[str], apart: bool) -> None:
+    with torch.device("meta"):
+        text = AutoModel.from_config(config)
+    found = {name.rpartition(".")[2] for name in linears(as_linears(text) if apart else text)}
+    assert expected <= found and not found & {"proj", "router", "gate"}
 
 
 def test_a_model_without_a_list_of_blocks() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma4TextConfig,
     GraniteMoeConfig,
+    LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
     Zamba2Config,
@@ -97,6 +98,15 @@ def test_a_model_that_is_run_as_a_whole(layout_of: Callable[[PreTrainedConfig], 
     layout = layout_of(Gemma4TextConfig(vocab_size=258, vocab_size_per_layer_input=258, **sizes, **sharing))
     assert layout.walk == "model" and "blocks leave tensors for later ones" in layout.walk_reason
     assert not (layout.unseen or layout.problems)
+
+
+def test_keys_and_values_of_one_small_head_are_not_narrow(
+    layout_of: Callable[[PreTrainedConfig], ModelLayout],
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 16}
+    layout = layout_of(LlamaConfig(vocab_size=258, **sizes, num_key_value_heads=1))
+    assert LinearShape("model.layers.0.self_attn.k_proj", 16, 256) in layout.linears
+    assert not layout.narrow
 
 
 def test_towers_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
