@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -124,10 +123,8 @@ def load_converted(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> lis
     """Give a model tensors of a checkpoint as `from_pretrained` would, in the precision of its parameters.
 
     Returns:
-        The tensors that the class neither has nor is known to leave out, by the names that its modules would have.
+        The tensors of another shape, by the names that its modules have.
     """
     how = LoadStateDictConfig(weight_mapping=weight_conversions(model))
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
-    left_out = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    mismatched = [name for name, *_ in info.mismatched_keys]
-    return sorted(mismatched) + sorted(n for n in info.unexpected_keys if not any(p.search(n) for p in left_out))
+    return sorted(name for name, *_ in info.mismatched_keys)

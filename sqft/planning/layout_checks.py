@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sqft.checkpoints.layout import ModelLayout
+from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.components.kinds import Merger
 from sqft.errors import Problem
@@ -84,10 +84,12 @@ def codes_apart(layout: ModelLayout, layers: Layers) -> Iterator[str]:
 
 def notes(layout: ModelLayout) -> Iterator[str]:
     """Say what of the model stays as it is, and what of its checkpoint has no place in it."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, list[LeftOut]] = {}
     for part in layout.left_out:
-        by_reason.setdefault(f"left as it is, {part.reason}", []).append(f"{part.name} ({part.weights:,} weights)")
+        by_reason.setdefault(f"left as it is, {part.reason}", []).append(part)
     for part in layout.dropped:
-        by_reason.setdefault(f"left out, {part.reason}", []).append(f"{part.name} ({part.weights:,} weights)")
+        by_reason.setdefault(f"left out, {part.reason}", []).append(part)
     for reason, parts in by_reason.items():
-        yield f"{reason}: {shortened(parts)}"
+        named = shortened([f"{part.name} ({part.weights:,} weights)" for part in parts])
+        total = f"; {sum(part.weights for part in parts):,} weights in all" if len(parts) > 3 else ""
+        yield f"{reason}: {named}{total}"

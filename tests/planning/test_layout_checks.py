@@ -87,3 +87,11 @@ def test_what_is_left_alone_is_said() -> None:
         "left out, as A has no place for it: mtp (5 weights)",
     ]
     assert not list(layout_checks.notes(ModelLayout()))
+
+
+def test_many_parts_are_counted() -> None:
+    dropped = tuple(LeftOut(f"b.{index}.bias", 500, "as A has no place for it") for index in range(5))
+    assert list(layout_checks.notes(ModelLayout("A", dropped=dropped))) == [
+        "left out, as A has no place for it: b.0.bias (500 weights), b.1.bias (500 weights), b.2.bias (500 weights) "
+        "and 2 more; 2,500 weights in all"
+    ]

@@ -78,6 +78,12 @@ class CheckpointNames:
     def _layer_of(self) -> dict[str, str]:
         return {stored: layer for layer, stored in self.layers.items()}
 
+    @cached_property
+    def linears(self) -> frozenset[str]:
+        """All linear layers of the model."""
+        modules = self._model.named_modules()
+        return frozenset(name for name, module in modules if isinstance(module, nn.Linear | PackedLinear))
+
     @property
     def layers(self) -> dict[str, str]:
         """A linear layer -> its name in the checkpoint, of all that have one."""
@@ -92,8 +98,7 @@ class CheckpointNames:
     def _found(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return `layers` and `unnamed`, of the layers in decoder blocks and of the others."""
         inside = all_linears(self._model)
-        linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear | PackedLinear))
-        found = [self._find(list(inside)), self._find([name for name in linear if name not in inside])]
+        found = [self._find(list(inside)), self._find(sorted(self.linears - inside.keys()))]
         return found[0][0] | found[1][0], found[0][1] | found[1][1]
 
     def _find(self, layers: list[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -6,7 +6,8 @@ So every name and shape in a checkpoint is held against the modules through the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,13 @@ from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import Transposed, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import reverted
-from sqft.modeling.loading.transformers_io import load_skeleton, silent_transformers
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.transformers_io import load_skeleton, silent_transformers, skeleton_with_towers
 from sqft.utils.text import shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
+OLD_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
+"""Tensors that older programs stored, and every class computes anew."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Headers:
     problems: tuple[str, ...]
     """Tensors that are missing or mis-shaped."""
     dropped: tuple[LeftOut, ...]
-    """Parts that the class has no place for."""
+    """Modules and tensors that the class has no place for."""
 
 
 def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
@@ -54,7 +58,6 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if codes and (missing := _join_apart(model, names, state)):
         return Headers(model, names, (_lacking(model, missing),), ())
-    dropped = tuple(_dropped(model, names, shapes))
     for name, stored in names.layers.items() if codes else ():
         layer, weight = model.get_submodule(name), state.get(f"{stored}.weight")
         if isinstance(layer, Transposed) and weight is not None and weight.shape == layer.weight.shape:
@@ -70,11 +73,11 @@ def load_headers(spec: ModelSpec, shapes: Shapes, codes: bool) -> Headers:
                 output_loading_info=True,
             )
     except Exception as error:  # a conversion met other shapes, or another number of tensors, than it needs
-        return Headers(model, names, (next(_unlike(model, names, shapes), str(error)),), dropped)
+        return Headers(model, names, (next(_unlike(model, names, shapes), str(error)),), ())
     problems = [_mis_shaped(*mismatch) for mismatch in sorted(info["mismatched_keys"])[:1]]
     if missing := sorted(info["missing_keys"]):
         problems.append(_lacking(model, missing))
-    return Headers(model, names, tuple(problems), dropped)
+    return Headers(model, names, tuple(problems), tuple(_dropped(spec, model, names, shapes, info["unexpected_keys"])))
 
 
 def _join_apart(model: PreTrainedModel, names: CheckpointNames, state: dict[str, Tensor]) -> list[str]:
@@ -101,22 +104,53 @@ def _join_apart(model: PreTrainedModel, names: CheckpointNames, state: dict[str,
     return []
 
 
-def _dropped(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> Iterator[LeftOut]:
-    """Name the modules that a checkpoint has and the model has not.
+def _dropped(
+    spec: ModelSpec, model: PreTrainedModel, names: CheckpointNames, shapes: Shapes, unexpected: Container[str]
+) -> Iterator[LeftOut]:
+    """Name the modules that a checkpoint has and the model has not, and single tensors where it has the module.
 
-    What lies inside the decoder blocks does not count: tensors there that a class does not read are of no use to it
-    (masks and frequencies of old checkpoints, keys and values of layers that share those of others).
+    Args:
+        spec: the folder.
+        model: made for it, after `as_linears`.
+        names: its names.
+        shapes: of the checkpoint's tensors.
+        unexpected: the tensors that transformers did not load, without those that the class is known not to use, by
+            the names that its modules would have.
     """
     modules, blocks = {name for name, _ in model.named_modules()}, tuple(f"{block}." for block in decoder_blocks(model))
-    weights: dict[str, int] = {}
+    buffers, prefix = {name for name, _ in model.named_buffers()}, f"{model.base_model_prefix}."
+    reader, parts = FolderReader(spec.path), dict[str, list[str]]()
     for name, shape in shapes.items():
-        parents = names.module_tensor(name).split(".")[:-1]
-        above = (".".join(parents[: depth + 1]) for depth in range(len(parents)))
-        part = next((module for module in above if module not in modules), "")
-        if part and not part.startswith(blocks):
-            weights[part] = weights.get(part, 0) + math.prod(shape)
-    for part, size in weights.items():
-        yield LeftOut(part, size, f"as {type(model).__name__} has no place for it")
+        tensor = place = names.module_tensor(name)
+        if tensor.split(".")[0] not in modules and prefix + tensor.split(".")[0] in modules:
+            place = prefix + tensor  # some checkpoints leave the prefix out
+        steps = place.split(".")
+        above = (".".join(steps[:depth]) for depth in range(1, len(steps)))
+        module = next((module for module in above if module not in modules), "")
+        # What a class is known not to use is said as well if it is a whole part of a model: a tower, further heads.
+        if tensor in unexpected or (module and not module.startswith(blocks)):
+            mask = steps[-1] == "bias" and len(shape) > 2
+            if not (mask or place in buffers or OLD_BUFFERS.search(place) or _is_zero_bias(reader, name)):
+                parts.setdefault(module or place, []).append(name)
+    towers = _tensors_with_towers(spec, shapes) if parts else {}
+    for part, tensors in parts.items():
+        reason = f"as {type(model).__name__} has no place for it"
+        if keeping := next((towers[name] for name in tensors if name in towers), ""):
+            reason += f'; config.json names no class that sqft knows: add "architectures": ["{keeping}"] to keep it'
+        yield LeftOut(part, sum(math.prod(shapes[name]) for name in tensors), reason)
+
+
+def _is_zero_bias(reader: FolderReader, name: str) -> bool:
+    """Return whether a tensor is a bias that does nothing: some programs write one for every quantized layer."""
+    return name.endswith(".bias") and name in reader and not reader.tensor(name).any()
+
+
+def _tensors_with_towers(spec: ModelSpec, shapes: Shapes) -> dict[str, str]:
+    """Return the tensors that the class with towers has, each with its name, where config.json names no class."""
+    if (model := skeleton_with_towers(spec)) is None:
+        return {}
+    names, state = CheckpointNames(model), as_stored(model)
+    return {name: type(model).__name__ for name in shapes if names.module_tensor(name) in state}
 
 
 def _unlike(model: PreTrainedModel, names: CheckpointNames, shapes: Shapes) -> Iterator[str]:

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -112,9 +112,10 @@ class GptqFolder:
         if settings is None:
             raise ArtifactError(f"{folder} is not quantized: its config.json has no quantization_config")
         self.path, self.settings, self.reader = folder, settings, FolderReader(folder)
-        stored = [name.removesuffix(".qweight") for name in self.reader.names() if name.endswith(".qweight")]
-        self.layers = {names.layer(name) if names else name: name for name in stored}
-        """Layer -> its name in the folder, in order."""
+        self._stored = [name.removesuffix(".qweight") for name in self.reader.names() if name.endswith(".qweight")]
+        layers = ((names.layer(name) if names else name, name) for name in self._stored)
+        self.layers = {layer: name for layer, name in layers if names is None or layer in names.linears}
+        """Layer -> its name in the folder, in order; without those that the model has no place for."""
 
     def layer(self, name: str) -> Quantized:
         """Return one quantized layer."""
@@ -122,12 +123,12 @@ class GptqFolder:
 
     def other_names(self) -> list[str]:
         """Return the names of the tensors that are no part of a quantized layer."""
-        parts = {f"{layer}.{part}" for layer in self.layers.values() for part in GPTQ_PARTS}
+        parts = {f"{layer}.{part}" for layer in self._stored for part in GPTQ_PARTS}
         return [name for name in self.reader.names() if name not in parts]
 
     def float_names(self) -> list[str]:
         """Return the names of the tensors that the folder would hold if all its layers were floats."""
-        return [*self.other_names(), *(f"{name}.weight" for name in self.layers.values())]
+        return [*self.other_names(), *(f"{name}.weight" for name in self._stored)]
 
 
 def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> Quantized:
@@ -172,7 +173,7 @@ def load_dequantized(spec: ModelSpec) -> PreTrainedModel:
     """Load a GPTQ folder as an ordinary float model: every layer's weight is the value of its codes.
 
     Raises:
-        ArtifactError: when tensors are missing, or there are some that the model does not know.
+        ArtifactError: when tensors are missing, or are not as the model has them.
     """
     return _assemble(spec, packed=False)
 
@@ -181,7 +182,7 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel:
     """Load a GPTQ folder with a `PackedLinear` in the place of every quantized layer: codes stay codes in memory.
 
     Raises:
-        ArtifactError: when tensors are missing, or there are some that the model does not know.
+        ArtifactError: when tensors are missing, or are not as the model has them.
     """
     return _assemble(spec, packed=True)
 
@@ -232,10 +233,8 @@ def _precision(stated: torch.dtype | None, floats: Mapping[str, Tensor]) -> torc
 def _take_apart(
     floats: dict[str, Tensor], model: PreTrainedModel, names: CheckpointNames, stored: GptqFolder
 ) -> dict[str, Tensor]:
-    """Take from the tensors of a folder those that transformers cannot load beside codes.
-
-    They are experts of a mixture that has codes too, returned by the names of their modules' tensors, and biases of
-    zero that the model has not: some programs write one for every quantized layer.
+    """Take from the tensors of a folder those that transformers cannot load beside codes: experts of a mixture that has
+    codes too. They are returned by the names of their modules' tensors.
 
     Args:
         floats: the folder's tensors of floats by name; changed in place.
@@ -245,13 +244,11 @@ def _take_apart(
     """
     modules, known = {name for name, _ in model.named_modules()}, model.state_dict().keys()
     mixtures, apart = _mixtures_of(model, stored.layers), dict[str, Tensor]()
-    for name in list(floats):
+    for name in list(floats) if mixtures else ():
         owner, _, part = name.rpartition(".")
         layer = names.layer(owner)
         tensor = f"{layer}.{part}" if layer in modules else names.module_tensor(name)
-        if part == "bias" and layer in stored.layers and tensor not in known and not floats[name].any():
-            del floats[name]
-        elif mixtures and tensor in known and tensor.startswith(mixtures):
+        if tensor in known and tensor.startswith(mixtures):
             apart[tensor] = floats.pop(name)
     return apart
 
@@ -286,17 +283,13 @@ def _put_layer(model: PreTrainedModel, name: str, stored: GptqFolder, dtype: tor
         packed: whether codes stay codes.
 
     Raises:
-        ArtifactError: when the model has no linear layer of that name and shape.
+        ArtifactError: when the model's layer has another shape.
     """
-    layer = stored.layer(name)
-    try:
-        linear: nn.Module | None = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear) or layer.codes.shape != (linear.out_features, linear.in_features):
+    layer, linear = stored.layer(name), cast("nn.Linear", model.get_submodule(name))
+    if layer.codes.shape != (linear.out_features, linear.in_features):
         raise ArtifactError(
-            f"{stored.path}: {stored.layers[name]} holds codes {list(layer.codes.shape)}, which belong to no layer of "
-            f"{type(model).__name__}"
+            f"{stored.path}: {stored.layers[name]} holds codes {list(layer.codes.shape)}, and config.json makes it "
+            f"{[linear.out_features, linear.in_features]}"
         )
     if packed:
         model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), linear.bias))
@@ -307,8 +300,13 @@ def _put_layer(model: PreTrainedModel, name: str, stored: GptqFolder, dtype: tor
 def _check_complete(model: PreTrainedModel, folder: Path, unlike: Sequence[str]) -> None:
     """Tie what is tied, and check that the model has all its tensors.
 
+    Args:
+        model: after loading; others than its own tensors are left out, as they are from a folder of floats.
+        folder: for messages.
+        unlike: tensors of another shape.
+
     Raises:
-        ArtifactError: naming a tensor that is missing, that the model does not know, or that is not finite.
+        ArtifactError: naming a tensor that is missing, mis-shaped or not finite.
     """
     model.tie_weights()  # a tied head need not be stored
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

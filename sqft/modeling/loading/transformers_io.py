@@ -108,6 +108,24 @@ def stock_class(config: PretrainedConfig) -> Any:
     return AutoModelForMultimodalLM if named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else causal
 
 
+def skeleton_with_towers(spec: ModelSpec) -> PreTrainedModel | None:
+    """Return, on the meta device, the model with towers that a folder could hold, if it is loaded without them as its
+    config names no class that sqft knows; otherwise None."""
+    with silent_transformers(), torch.device("meta"):
+        config = _config(spec)
+        kind = type(config)
+        if stock_class(config) is AutoModelForMultimodalLM:
+            return None
+        if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return None
+        if MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__ in (config.architectures or ()):
+            return None
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        made = AutoModelForMultimodalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        return as_linears(made)
+
+
 def _config(spec: ModelSpec) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.from_pretrained(**_where(spec), trust_remote_code=spec.trust_remote_code)
     return config
@@ -328,11 +346,7 @@ def _restore_precision(model: PreTrainedModel, folder: Path, source: ModelSpec) 
 def _add_names_of_transformers_4(folder: Path) -> None:
     """Add what transformers 4 reads: `rope_theta` and `torch_dtype`, where 5 writes `rope_parameters` and `dtype`."""
     config = json.loads((folder / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
+    _name_as_transformers_4(config)
     write_json(folder / "config.json", config)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
@@ -340,3 +354,15 @@ def _add_names_of_transformers_4(folder: Path) -> None:
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":
             tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
             write_json(settings, tokenizer)
+
+
+def _name_as_transformers_4(config: dict[str, Any]) -> None:
+    """Add the older names to a config and to the configs in it: of the text model, of towers."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    for inner in config.values():
+        if isinstance(inner, dict) and {"model_type", "rope_parameters"} & inner.keys():
+            _name_as_transformers_4(inner)

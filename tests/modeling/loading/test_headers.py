@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import multimodal_models
 import pytest
+import torch
 import transformers
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteMoeConfig, PreTrainedModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteMoeConfig, LlamaConfig, PreTrainedModel
 
 from sqft.checkpoints.layout import LeftOut
 from sqft.checkpoints.model_spec import ModelSpec
@@ -117,10 +120,71 @@ def test_many_missing_tensors_are_one_problem(tmp_path: Path) -> None:
 
 
 def test_tensors_that_the_class_does_not_use_are_no_problem(tmp_path: Path) -> None:
-    more = {"mtp.layers.0.one.weight": (3, 3), "mtp.layers.0.two.weight": (4,), "model.layers.0.old_mask": (2, 2)}
+    more = {"mtp.layers.0.one.weight": (3, 3), "mtp.layers.0.two.weight": (4,)}
     found = loaded(tmp_path, written("Lfm3", tmp_path) | more)
     assert not found.problems
     assert found.dropped == (LeftOut("mtp", 13, "as Lfm3ForCausalLM has no place for it"),)
+
+
+def llama(folder: Path) -> Shapes:
+    """The shapes of a small Llama, whose folder holds no tensors: its headers are enough."""
+    config = LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    return {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+
+
+def test_tensors_inside_blocks_that_the_class_does_not_use_are_named(tmp_path: Path) -> None:
+    block = "model.layers.0"
+    more = {f"{block}.extra.one.weight": (3, 3), f"{block}.extra.bias": (4,), f"{block}.self_attn.q_proj.bias": (32,)}
+    found = loaded(tmp_path, llama(tmp_path) | more | {f"{block}.self_attn.sinks": (4,), "lm_head.bias": (64,)})
+    assert not found.problems
+    assert {part.name: part.weights for part in found.dropped} == {
+        f"{block}.extra": 13,
+        f"{block}.self_attn.q_proj.bias": 32,
+        f"{block}.self_attn.sinks": 4,
+        "lm_head.bias": 64,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("rotary_emb.inv_freq", (4,)), ("masked_bias", ()), ("bias", (1, 1, 8, 8)), ("q_proj.bias", (32,))],
+)
+def test_what_old_programs_stored_and_biases_of_zero_are_passed_over(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    name = f"model.layers.1.self_attn.{name}"
+    save_file({name: torch.zeros(shape)}, tmp_path / "model.safetensors")
+    found = loaded(tmp_path, llama(tmp_path) | {name: shape})
+    assert not found.problems and not found.dropped
+
+
+def test_masks_that_the_class_is_known_to_leave_out_are_passed_over(tmp_path: Path) -> None:
+    """Also where a checkpoint leaves out the prefix of its names, as those of the first GPT-2 do."""
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64)
+    config.save_pretrained(tmp_path)
+    shapes = {
+        name.removeprefix("transformer."): tuple(p.shape)
+        for name, p in AutoModelForCausalLM.from_config(config).named_parameters()
+    }
+    found = loaded(tmp_path, shapes | {"h.0.attn.bias": (1, 1, 8, 8), "h.0.attn.more": (2,), "h.1.more": (3,)})
+    assert not found.problems
+    dropped = {part.name: part.weights for part in found.dropped}
+    assert dropped == {"transformer.h.0.attn.more": 2, "transformer.h.1": 3}
+
+
+@pytest.mark.parametrize("architectures", [None, ["Unknown"], ["Llama4ForCausalLM"]])
+def test_how_to_keep_a_tower_is_said_where_the_folder_names_no_class(
+    architectures: list[str] | None, tmp_path: Path
+) -> None:
+    shapes = written("Llama4", tmp_path) | {"mtp.weight": (2,)}
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"architectures": architectures}))
+    reasons = {part.name: part.reason for part in loaded(tmp_path, shapes).dropped}
+    advice = 'config.json names no class that sqft knows: add "architectures": ["Llama4ForConditionalGeneration"]'
+    assert (advice in reasons["vision_model"]) == (architectures != ["Llama4ForCausalLM"])
+    assert reasons["mtp"] == "as Llama4ForCausalLM has no place for it"
 
 
 def test_a_tower_that_a_class_of_text_drops_is_named(tmp_path: Path) -> None:

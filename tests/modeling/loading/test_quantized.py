@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.source import folder_source
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize, fit_grid, quantize_to_codes, same
 from sqft.modeling.adapters.frozen_weight import PackedLinear
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.layout import describe
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import (
@@ -29,8 +31,9 @@ from sqft.modeling.loading.quantized import (
     save_quantized,
 )
 from sqft.types import Grid, Quantized
+from sqft.utils.digests import Digests
 
-LAYER = "model.layers.1.mlp.up_proj"
+LAYER, OTHER = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -102,15 +105,18 @@ def test_a_part_that_does_not_fit(copy: Path) -> None:
     ("change", "words"),
     [
         (lambda t: t.pop("model.norm.weight"), r"disagree about tensor model\.norm\.weight"),
-        (lambda t: t.update({"model.more.weight": torch.ones(2)}), r"disagree about tensor model\.more\.weight"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(2)}),
+            r"disagree about tensor model\.norm\.weight",
+        ),
         (lambda t: t["model.norm.weight"].fill_(torch.nan), r"tensor model\.norm\.weight holds values that are not"),
         (lambda t: t[f"{LAYER}.scales"].fill_(torch.inf), rf"tensor {LAYER}\.scales holds values that are not finite"),
         (
-            lambda t: t.update({f"odd.{part}": t[f"{LAYER}.{part}"] for part in PARTS}),
-            r"odd holds codes \[64, 32\], which belong to no layer of LlamaForCausalLM",
+            lambda t: t.update({f"{OTHER}.{part}": t[f"{LAYER}.{part}"] for part in PARTS}),
+            rf"{OTHER} holds codes \[64, 32\], and config\.json makes it \[32, 32\]",
         ),
     ],
-    ids=["missing", "unknown", "not finite", "scales", "no layer"],
+    ids=["missing", "mis-shaped", "not finite", "scales", "codes of another shape"],
 )
 @pytest.mark.parametrize("load", [load_dequantized, load_packed])
 def test_what_the_model_cannot_be_made_of(
@@ -123,11 +129,40 @@ def test_what_the_model_cannot_be_made_of(
         load(ModelSpec(changed(copy, change)))
 
 
-def test_a_bias_of_zeros_and_old_frequencies_are_passed_over(copy: Path) -> None:
-    expected = load_dequantized(ModelSpec(copy)).state_dict()
-    more = {f"{LAYER}.bias": torch.zeros(64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    found = load_dequantized(ModelSpec(changed(copy, lambda tensors: tensors.update(more)))).state_dict()
+MORE = {
+    f"{LAYER}.bias": torch.ones(64),
+    f"{OTHER}.bias": torch.zeros(32),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    "model.layers.0.self_attn.masked_bias": torch.ones(1),
+    "model.layers.2.input_layernorm.weight": torch.ones(32),
+}
+"""Tensors that a Llama has no place for."""
+
+
+@pytest.mark.parametrize("load", [load_dequantized, load_packed])
+def test_what_the_model_has_no_place_for_is_left_out(copy: Path, load: Callable[[ModelSpec], nn.Module]) -> None:
+    expected = load(ModelSpec(copy)).state_dict()
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors |= MORE | {f"mtp.layers.0.up_proj.{part}": tensors[f"{LAYER}.{part}"] for part in PARTS}
+
+    found = load(ModelSpec(changed(copy, add))).state_dict()
     assert found.keys() == expected.keys() and all(found[name].equal(value) for name, value in expected.items())
+
+
+def test_folders_of_floats_and_of_codes_leave_out_the_same(copy: Path, model_folder: Path, tmp_path: Path) -> None:
+    """What the plan says of both is what their runs do."""
+    floats = Path(shutil.copytree(model_folder, tmp_path / "floats"))
+    changed(floats, lambda tensors: tensors.update(MORE | {"mtp.layers.0.up_proj.weight": torch.ones(64, 32)}))
+    parts = {f"mtp.layers.0.up_proj.{part}": load_file(copy / "model.safetensors")[f"{LAYER}.{part}"] for part in PARTS}
+    changed(copy, lambda tensors: tensors.update(MORE | parts))
+    said = []
+    for folder in (floats, copy):
+        layout = describe(ModelSpec(folder), folder_source(folder, Digests()))
+        assert not layout.problems
+        said.append(sorted((part.name, part.weights) for part in layout.dropped))
+        load_model(ModelSpec(folder))
+    assert said[0] == said[1] == [(f"{LAYER}.bias", 64), ("model.layers.2", 32), ("mtp", 2048)]
 
 
 def test_a_quantized_head_that_is_tied(copy: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import multimodal_models
 import pytest
 import torch
 import transformers
@@ -130,6 +131,20 @@ def test_older_transformers_read_what_is_saved(model_folder: Path, tmp_path: Pat
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_older_transformers_read_the_configs_inside_a_config(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = multimodal_models.make("Mistral3")
+    made.config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e9}
+    made.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    save_model(*load_model(ModelSpec(tmp_path / "theirs")), tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == 1e9
+    assert config["text_config"]["torch_dtype"] == config["vision_config"]["torch_dtype"] == "float32"
+    assert config["vision_config"]["rope_theta"] == config["vision_config"]["rope_parameters"]["rope_theta"]
 
 
 @pytest.mark.parametrize(
