@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.packed_floats import packed_floats
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
@@ -34,6 +35,8 @@ IN_A_BLOCK = re.compile(r"\.\d+\.(.*\.)?(?!embed|wte|wpe)\w+\.weight$")
 """A weight in a numbered block that is not an embedding table (DeepSeek's last block has one)."""
 COMPRESSED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
 """The tensors that compressed-tensors' "pack-quantized" stores instead of a layer's weight."""
+PACKED = ("FP8", "MXFP4")
+"""Formats that a recipe reads as floats."""
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
 """Settings of a GPTQ checkpoint that are shown."""
 
@@ -116,8 +119,10 @@ class Inspection:
             f"size on disk: {human_size(self.size)}",
         ]
         lines.append(f"precision: {weights}")
+        if self.format in PACKED:
+            lines.append('a recipe reads these weights as floats with "dequantize": true in its model')
         if unread := sum(module.zeros is None for module in self.modules):
-            lines.append(f"not counted: {unread} tensors, packed in a format that sqft does not read")
+            lines.append(f"not counted: {unread} tensors, whose packed values are not read here")
         return lines
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -162,7 +167,8 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
 
 
 def _folder(path: Path, track: Track) -> Inspection:
-    names = sorted(name for file in _files(path) for name in safetensors_header(file))
+    shapes = {name: shape for file in _files(path) for name, shape in safetensors_header(file).items()}
+    names, tensors = sorted(shapes), set(shapes)
     reader = FolderReader(path)
     form, details, modules, total = _floats(reader, names)
     if (path / "adapter_config.json").is_file():
@@ -171,6 +177,9 @@ def _folder(path: Path, track: Track) -> Inspection:
         form, details = "sqft adapter", _sqft(read_object(path / "sqft_adapter.json"))
     elif not (path / "config.json").is_file():
         form = "safetensors without config.json"
+    elif (packed := packed_floats(read_object(path / "config.json"))) is not None:
+        tensors = set(floats := packed.float_shapes(path, shapes))
+        form, details, modules, total = _packed(reader, packed.method, floats, packed.parts(shapes))
     elif (stored := read_object(path / "config.json").get("quantization_config")) is not None:
         settings = stored if isinstance(stored, dict) else {}
         method, version = settings.get("quant_method"), settings.get("checkpoint_format") or "gptq"
@@ -183,7 +192,7 @@ def _folder(path: Path, track: Track) -> Inspection:
             details = {key: settings[key] for key in ("bits", "group_size") if key in settings}
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     read = tuple(track(modules, f"reading {path.name}", total))
-    linear = _linear_layers(path, [one.name for one in read], set(names))
+    linear = _linear_layers(path, [one.name for one in read], tensors)
     if linear is not None:
         read = tuple(replace(one, linear=one.name in linear) for one in read)
     return Inspection(path, form, details, size, tuple(sorted(read, key=lambda module: in_order(module.name))))
@@ -284,6 +293,22 @@ def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, 
 
     form = settings.get("format", "")
     return f"compressed-tensors {form}".strip(), {}, modules(), len(layers) + len(floats)
+
+
+def _packed(
+    reader: FolderReader, method: str, floats: Mapping[str, tuple[int, ...]], parts: Mapping[str, Sequence[str]]
+) -> Content:
+    """Return what a folder of FP8 or MXFP4 holds: the floats that its tensors stand for, without their scales. A weight
+    is zero where its code is; the codes of MXFP4 are not counted."""
+
+    def modules() -> Iterator[Module]:
+        for name in sorted(floats):
+            if method == "mxfp4" and len(parts[name]) > 1:
+                yield _module(name, floats[name], method, None)
+            else:
+                yield _float(name, reader.tensor(parts[name][0]))
+
+    return method.upper(), {}, modules(), len(floats)
 
 
 def _split(names: Sequence[str], codes: str, parts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from packed_checkpoints import pack_folder
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
@@ -71,6 +72,29 @@ def test_towers_hold_no_decoder_blocks(family: str, tmp_path: Path) -> None:
     found = inspect_model(tmp_path)
     assert found.linears.weights == expected
     assert not any("vision" in module.name for module in found.modules if module.linear)
+
+
+def test_fp8_is_counted_without_its_scales(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    put = pruned(model)
+    model.save_pretrained(tmp_path)
+    expected = {name.removesuffix(".weight"): tensor for name, tensor in pack_folder(tmp_path, "fp8", (16, 16)).items()}
+    found = inspect_model(tmp_path)
+    assert {module.name: module.shape for module in found.modules} == {n: tuple(t.shape) for n, t in expected.items()}
+    assert zeros(found) == {name: int((expected[name] == 0).sum()) for name in put}
+    assert found.format == "FP8" and any('"dequantize": true' in line for line in found.lines())
+    assert found.precision["float8_e4m3fn"] == found.linears.weights == 18432
+
+
+def test_mxfp4_is_listed_as_the_floats_it_stands_for(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GptOssConfig(vocab_size=64, **sizes, num_key_value_heads=1, head_dim=16, num_local_experts=2)
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    expected = {name.removesuffix(".weight"): tensor for name, tensor in pack_folder(tmp_path, "mxfp4").items()}
+    found = inspect_model(tmp_path)
+    assert {module.name: module.shape for module in found.modules} == {n: tuple(t.shape) for n, t in expected.items()}
+    (down,) = (module for module in found.modules if module.name.endswith("experts.down_proj"))
+    assert (down.linear, down.precision, down.weights, down.zeros) == (True, "mxfp4", 2 * 32 * 32, None)
+    assert found.format == "MXFP4" and any("not counted: 2 tensors" in line for line in found.lines())
 
 
 def test_gptq_zeros_are_codes_at_the_zero_point(quantized_folder: Path) -> None:
