@@ -106,7 +106,7 @@ def settings_of_tasks(report: Mapping[str, Any]) -> list[str]:
     given = [
         f"{name} {json.dumps(value, ensure_ascii=False)}"
         for name, value in asked.items()
-        if name not in ("lm_eval", "tasks") and value not in (None, {})
+        if name not in ("lm_eval", "names", "tasks") and value not in (None, {})
     ]
     return [f"lm-eval {asked['lm_eval']}: {', '.join(given)}"] + [
         f"{task}: {_version(facts['version'])}, {facts['num_fewshot']}-shot, {facts['documents']:,} of {facts['of']:,} "

@@ -354,6 +354,7 @@ class Evaluate(Section):
     )
     add_bos_token: bool | None = Field(
         None,
-        description="begin each text with the tokenizer's special tokens; null: as the tokenizer does by itself",
+        description="begin each text with the tokenizer's special tokens; null: as the tokenizer does by itself, and "
+        "not under a chat template, which writes them",
     )
     log_samples: bool = Field(False, description="store what was asked and answered: samples/TASK.jsonl")

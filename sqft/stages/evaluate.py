@@ -38,18 +38,23 @@ class EvaluateStage:
         self.inputs, self.section = inputs, inputs.section(Evaluate)
 
     def run(self) -> Report:
-        """Write `results.json`: every measurement. What an earlier attempt measured before it failed is kept.
+        """Write `results.json`: every measurement. What an earlier attempt measured before it failed is kept,
+        task by task.
 
         `predictions.jsonl` has each answer of `exact_match`, and `samples/TASK.jsonl` those of an lm-eval task, where
         the recipe asks for them.
         """
         file = self.inputs.scratch / "results.json"
         results: Report = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        measures = {"perplexity": self._perplexity, "exact_match": self._exact_match, "tasks": self._tasks}
+        measures = {"perplexity": self._perplexity, "exact_match": self._exact_match}
         with self._subject() as (model, tokenizer, facts):
             for name, measure in measures.items():
                 if getattr(self.section, name) and name not in results:
                     results |= measure(model, tokenizer)
+                    write_json(file, results)
+            for task in self.section.tasks:
+                if task not in results.get("lm_eval", {}).get("names", ()):
+                    self._task(task, model, tokenizer, results)
                     write_json(file, results)
         return {**results, **facts}
 
@@ -68,7 +73,10 @@ class EvaluateStage:
         write_lines(self.inputs.scratch / PREDICTIONS, found.pop("predictions"))
         return {"exact_match": found}
 
-    def _tasks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
+    def _task(
+        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]
+    ) -> None:
+        """Add what a task, or a group of tasks, gives to the results."""
         from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks
 
         section = self.section
@@ -77,13 +85,17 @@ class EvaluateStage:
         given["chat_template_kwargs"] = (
             self.inputs.plan.recipe.model.chat_template_kwargs | section.chat_template_kwargs
         )
-        settings = TaskSettings(**given)
-        found = lm_eval_tasks(model, tokenizer, section.tasks, folder, settings, self.inputs.track)
+        found = lm_eval_tasks(model, tokenizer, [name], folder, TaskSettings(**given), self.inputs.track)
         for task, samples in found["samples"].items():
             file = self.inputs.scratch / SAMPLES / f"{task.replace('/', '_')}.jsonl"
             file.parent.mkdir(exist_ok=True)
             write_lines(file, samples)
-        return {"tasks": found["metrics"], "lm_eval": found["settings"] | {"tasks": found["tasks"]}}
+        before = results.get("lm_eval", {})
+        results["tasks"] = results.get("tasks", {}) | found["metrics"]
+        results["lm_eval"] = found["settings"] | {
+            "names": [*before.get("names", ()), name],
+            "tasks": before.get("tasks", {}) | found["tasks"],
+        }
 
     def verify(self) -> None:
         """Check nothing: measurements promise nothing of a model, and `run` refuses a perplexity that is not finite."""

@@ -13,6 +13,7 @@ import pytest
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.evaluation.harness import lm_eval_tasks
 from sqft.stages.evaluate import EvaluateStage, count_zeros
 from sqft.stages.inputs import StageInputs
 
@@ -84,6 +85,34 @@ def test_a_task_that_fails_loses_nothing_that_was_measured(
     assert report["lm_eval"]["add_bos_token"] is False and report["lm_eval"]["batch_size"] == 8
     samples = [json.loads(line) for line in (tmp_path / "samples" / "sums.jsonl").read_text().splitlines()]
     assert len(samples) == 5 and samples[0]["arguments"][0][0].count("\n\n") == 2
+
+
+def test_a_task_that_fails_does_not_lose_those_before_it(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a task say something else for standing beside others."""
+    folder, data = tmp_path / "tasks", raw["evaluate"]["exact_match"]["data"]
+    folder.mkdir()
+    for name in ("sums", "late"):
+        text = TASK.replace("task: sums", f"task: {name}").replace(
+            "DATA", str(data if name == "sums" else tmp_path / "d")
+        )
+        (folder / f"{name}.yaml").write_text(text)
+    options = {"tasks": ["sums", "late"], "include_path": str(folder), "limit": 3}
+    with pytest.raises(StageError, match="'late'"):
+        stage_of(raw, registry, tmp_path, **options).run()
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"].keys() == {"sums"}
+    (tmp_path / "d").write_text(Path(data).read_text())
+    asked = []
+
+    def counted(model: Any, tokenizer: Any, names: Any, *rest: Any) -> Any:
+        asked.extend(names)
+        return lm_eval_tasks(model, tokenizer, names, *rest)
+
+    monkeypatch.setattr("sqft.modeling.evaluation.harness.lm_eval_tasks", counted)
+    report = stage_of(raw, registry, tmp_path, **options).run()
+    assert asked == ["late"] and report["tasks"]["sums"] == report["tasks"]["late"]
+    assert report["lm_eval"]["tasks"].keys() == {"sums", "late"} == set(report["lm_eval"]["names"])
 
 
 def test_tasks_get_the_models_arguments_and_their_own(

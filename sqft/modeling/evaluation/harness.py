@@ -57,7 +57,8 @@ class TaskSettings:
     gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Settings of generation that replace those of a task's file."""
     add_bos_token: bool | None = None
-    """Whether a text begins with the tokenizer's special tokens; None: as the tokenizer does it by itself."""
+    """Whether a text begins with the tokenizer's special tokens; None: as the tokenizer does it by itself, and never
+    under a chat template, which writes them."""
     limit: int | None = None
     """Documents of each task; None: all."""
     batch_size: int | Literal["auto"] = 8
@@ -155,7 +156,10 @@ def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
     if include_path is None:
         return _stock_tasks()
     own = TaskManager(include_path=str(include_path), include_defaults=False)
-    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
+    if set(names) <= set(own.all_subtasks):
+        return own
+    # A group of one's own may hold tasks of lm-eval's.
+    return TaskManager(include_path=str(include_path)) if set(names) & set(own.all_tasks) else _stock_tasks()
 
 
 @cache
@@ -202,7 +206,8 @@ def _checked(settings: TaskSettings, tokenizer: Any, device: torch.device) -> Ta
             '"add_bos_token": true in its tokenizer_config.json'
         )
     if settings.add_bos_token is None:
-        settings = replace(settings, add_bos_token=adds)
+        # A chat template writes every token itself, and what it writes is not begun with one in training either.
+        settings = replace(settings, add_bos_token=adds and not settings.apply_chat_template)
     if settings.batch_size == "auto" and device.type == "cpu":
         log.info('evaluate.batch_size: "auto" is %d on a CPU', CPU_BATCH)
         settings = replace(settings, batch_size=CPU_BATCH)

@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sqft.data.conversations import conversation_in
+from sqft.data.encoding import encode_prompt
 from sqft.errors import StageError
 from sqft.modeling.evaluation import exact_match
 from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks, load_tasks
@@ -173,6 +175,27 @@ def test_the_token_that_begins_a_text(
         model.forward = forward
         assert found["settings"]["add_bos_token"] is begins
         assert all((token == 0) == begins for token in seen) and len(seen) >= 4
+
+
+@pytest.mark.parametrize("given", [None, True])
+def test_a_prompt_of_the_template_is_the_one_of_training(
+    model: LlamaForCausalLM, beginning: PreTrainedTokenizerFast, write_tasks: WriteTasks, given: bool | None
+) -> None:
+    """Where the template writes no token at the beginning, the tokenizer adds none, unless the recipe says so."""
+    beginning.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    seen, forward = [], model.forward
+
+    def watched(input_ids: Any = None, **rest: Any) -> Any:
+        seen.append(input_ids[0].tolist())
+        return forward(input_ids=input_ids, **rest)
+
+    model.forward = watched
+    settings = TaskSettings(apply_chat_template=True, add_bos_token=given, limit=1, gen_kwargs={"max_gen_toks": 1})
+    found = lm_eval_tasks(model, beginning, ["toy_say"], write_tasks(DOCUMENTS), settings, silent)
+    messages = [{"role": "user", "content": DOCUMENTS[0]["q"]}, {"role": "assistant", "content": "2"}]
+    prompt = encode_prompt(conversation_in({"messages": messages}), beginning).ids
+    assert found["settings"]["add_bos_token"] is bool(given)
+    assert seen[-1] == ([0, *prompt] if given else prompt)
 
 
 def test_a_token_that_the_tokenizer_does_not_put_there(
