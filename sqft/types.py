@@ -224,12 +224,18 @@ class ModelReader(Protocol):
         ...
 
     def names(self) -> Sequence[str]:
-        """Return its parameters as the float model names them: a quantized layer's weight is "{layer}.weight"."""
+        """Return its parameters as a checkpoint of the float model names them: a quantized layer's weight is
+        "{layer}.weight", or part of the tensor in which such a checkpoint joins all experts."""
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """Return one parameter. A quantized layer's weight [out, in] has the values that its codes stand for, in the
-        precision of the float weights."""
+        """Return one parameter, or one of `floats`, in the shape of such a checkpoint. Where a layer is quantized, it
+        has the values that the codes stand for, in the precision of the float weights."""
+        ...
+
+    def floats(self) -> Sequence[str]:
+        """Return what a folder of codes holds beside them, by its names: where an expert is quantized, the float layers
+        of its mixture one by one."""
         ...
 
     def quantized(self) -> Sequence[str]:

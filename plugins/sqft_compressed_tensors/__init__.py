@@ -16,6 +16,7 @@ class CompressedTensors(Exporter):
 
     name = "compressed-tensors"
     needs_codes = True
+    reads_single_experts = False  # transformers unpacks them into no layer, and fills the experts at random
     max_shard_size: ShardSize = "5GB"
 
     def export(self, model: ModelReader, folder: Path) -> None:

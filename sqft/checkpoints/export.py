@@ -109,9 +109,9 @@ def float_layers(model: ModelReader) -> list[str]:
 
 
 def parameters(model: ModelReader, parts: Callable[[Quantized], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter of the model by name; a quantized layer's weight as the tensors `parts` makes of it."""
+    """Yield every tensor of a folder of codes by name; a quantized layer as the tensors `parts` makes of it."""
     quantized = {f"{layer}.weight": layer for layer in model.quantized()}
-    for name in model.names():
+    for name in sorted([*model.floats(), *quantized]):
         layer = quantized.get(name)
         if layer is None:
             yield name, model.tensor(name)

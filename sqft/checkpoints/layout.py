@@ -51,7 +51,8 @@ class ModelLayout:
     shared: Mapping[str, str] = field(default_factory=dict)
     """A linear layer -> the first of the others that have the same weight."""
     unnamed: Mapping[str, str] = field(default_factory=dict)
-    """A linear layer that has no tensor of its own in the checkpoint -> why."""
+    """A linear layer that has no tensor of its own in checkpoints of the class -> why; of a model that comes as codes,
+    only where it has one all the same."""
     problems: tuple[str, ...] = ()
     """What the checkpoint's headers lack, or have in another shape than the modules."""
     dropped: tuple[LeftOut, ...] = ()

@@ -186,6 +186,9 @@ class Exporter(Component):
     kind: ClassVar[str] = "exporter"
     needs_codes: ClassVar[bool] = False
     """True if it writes codes and grids: the plan refuses it for a model of floats."""
+    reads_single_experts: ClassVar[bool] = True
+    """False if readers of its codes would miss those of experts which the model's class joins: the plan refuses it for
+    them."""
 
     @abstractmethod
     def export(self, model: ModelReader, folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_source import ModelSource
-from sqft.components.kinds import Merger
+from sqft.components.kinds import Exporter, Merger
 from sqft.errors import Problem
 from sqft.types import LinearShape
 from sqft.utils.globs import names_itself, selected
@@ -79,6 +79,18 @@ def codes_apart(layout: ModelLayout, layers: Layers) -> Iterator[str]:
         yield (
             f"codes of {shortened(unnamed)} are stored layer by layer, where a checkpoint of {layout.architecture} has "
             f"none ({layout.unnamed[unnamed[0]]}): sqft reads them, other programs only if they know such names"
+        )
+
+
+def check_codes_apart(layout: ModelLayout, layers: Layers, exporter: Exporter, place: str) -> Iterator[Problem]:
+    """Check that readers of an exporter's codes find those of layers which the class itself does not know."""
+    unnamed = [layer.name for layer in layers if layer.name in layout.unnamed]
+    if unnamed and exporter.needs_codes and not exporter.reads_single_experts:
+        yield Problem(
+            place,
+            f"{layout.architecture} joins {shortened(unnamed)} in its checkpoints ({layout.unnamed[unnamed[0]]}), so "
+            f"that it would not find their codes in a folder of '{exporter.name}', and would fill these layers at "
+            'random; put "*.experts.*" into quantize.exclude, or use the exporter hf',
         )
 
 

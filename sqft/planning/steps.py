@@ -214,6 +214,7 @@ def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBas
         if exporter:
             others = resolver.installed(Exporter)
             resolver.collect(compatibility.check_exporter(exporter, base.kind, others, f"{place}.exporter"))
+            _check_codes(resolver, exporter.component, base, f"{place}.exporter")
         yield Step(
             name="export" if len(sections) == 1 else f"export:{section.exporter.name}-{index}",
             stage="export",
@@ -223,6 +224,19 @@ def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBas
             files=resolver.files(section, place),
             estimate=estimates.estimate_export(resolver.model, resolver.dtype),
         )
+
+
+def _check_codes(resolver: Resolver, exporter: Exporter, base: AdapterBase, place: str) -> None:
+    """Say what becomes of codes that are stored layer by layer: those of `quantize`, or of the recipe's own model."""
+    if not (base.quantized and exporter.needs_codes):
+        return
+    layout, section = resolver.model.layout, resolver.recipe.quantize
+    layers: Sequence[LinearShape] = layout.linears
+    if section:
+        layers = resolver.layers(section.include, section.exclude, "quantize.include")
+    else:  # otherwise said of quantize
+        resolver.note_all((place, note) for note in layout_checks.codes_apart(layout, layers))
+    resolver.collect(layout_checks.check_codes_apart(layout, layers, exporter, place))
 
 
 def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, steps: Steps) -> Iterator[Step]:

@@ -45,7 +45,7 @@ class ExportStage:
         the zeros they had."""
         if not any(self.folder.iterdir()):
             raise ArtifactError(f"export ({self.label}) wrote nothing")
-        written, names = FolderReader(self.folder), set(self.model.names())
+        written, names = FolderReader(self.folder), {*self.model.names(), *self.model.floats()}
         try:
             written.names()
         except ArtifactError as error:

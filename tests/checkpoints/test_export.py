@@ -96,6 +96,9 @@ class Reader:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def floats(self) -> Sequence[str]:
+        return [name for name in self.tensors if name != "m.layers.0.q.weight"]
+
     def quantized(self) -> Sequence[str]:
         return ["m.layers.0.q"]
 

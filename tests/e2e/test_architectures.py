@@ -267,6 +267,58 @@ def test_codes_under_experts(
     assert f"{layer}.qweight" in load_file(finished["merge"].folder / "model" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("family", "floats"),
+    [
+        ("GptOss", ["*.experts.*.up_proj"]),  # a bias beside each weight, and gate and up by turns
+        ("GraniteMoe", ["*.experts.2.*"]),  # joined under names of their own
+        ("Llama4Text", []),
+        ("GPT2", ["*.mlp.c_proj"]),  # [in, out], where codes are [out, in]
+        ("NemotronH", ["*.experts.0.*"]),
+    ],
+)
+def test_floats_of_codes_are_a_checkpoint_of_the_family(
+    family: str, floats: list[str], registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    """Merged codes exported as floats have the original's tensors, and are the same model in the stock class."""
+    folder = save(config_of(family, tokenizer), tokenizer, tmp_path / "model")
+    raw = recipe_of(folder, data, ["*"])
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}, "exclude": floats}
+    raw["finetune"]["merger"], raw["export"] = "qa-sparsepeft", [{"exporter": "hf"}]
+    finished = run(raw, registry, tmp_path / "store")
+    made = finished["export"].folder / "model"
+    before, after = (load_file(one / "model.safetensors") for one in (folder, made))
+    assert after.keys() - {"lm_head.weight"} == before.keys() - {"lm_head.weight"}
+    assert all(after[name].shape == tensor.shape for name, tensor in before.items())
+    found = answers(stock(made))
+    torch.testing.assert_close(found, answers(finished["merge"].load_model()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(answers(stock(made)), found)
+
+
+def test_codes_of_joined_experts_are_not_exported_for_readers_that_would_miss_them(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    """Of `quantize`, or of a folder of codes; where experts stay floats, every exporter takes them."""
+    folder = save(config_of("GptOss", tokenizer), tokenizer, tmp_path / "model")
+    quantize: dict[str, Any] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw = {"name": "codes", "model": {"path": str(folder)}, "quantize": quantize, "export": [{"exporter": "gptq"}]}
+    made = run(raw, registry, tmp_path / "store")["export"].folder / "model"
+    again = {"name": "again", "model": {"path": str(made)}, "export": [{"exporter": "gptq"}]}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    assert any(note.startswith("export.0.exporter: codes of ") for note in orchestrator.plan(Recipe.parse(again)).notes)
+    compressed = {"export": [{"exporter": "compressed-tensors"}]}
+    for recipe in (raw, again):
+        with pytest.raises(RecipeError, match=r"export\.0\.exporter: GptOssForCausalLM joins .*use the exporter hf"):
+            orchestrator.plan(Recipe.parse(recipe | compressed))
+    quantize["exclude"] = ["*.experts.*"]
+    floats = run(raw | compressed, registry, tmp_path / "store")
+    assert not any("stored layer by layer" in note for note in floats.plan.notes)
+    again["model"] = {"path": str(floats["quantize"].folder / "model")}
+    assert not any(
+        "layer by layer" in note for note in run(again | compressed, registry, tmp_path / "store").plan.notes
+    )
+
+
 def test_conv1d_in_stock_peft(registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -340,7 +392,7 @@ def test_codes_of_an_expert_that_no_token_reaches(
     raw = recipe_of(folder, data, ["q_proj"])
     raw["calibration"]["samples"] = 2
     raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32}}}
-    raw["export"] = [{"exporter": "compressed-tensors"}]
+    raw["export"] = [{"exporter": "gptq"}]
     del raw["finetune"], raw["merge"], raw["sparsify"]
     finished = run(raw, registry, tmp_path / "store")
     unreached = f"model.layers.1.{mixture}.experts.2.up_proj"

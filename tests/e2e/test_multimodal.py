@@ -197,6 +197,21 @@ def test_exported_folders_have_the_names_of_the_checkpoint(
                 assert ignored == (name == "lm_head" or name.endswith("k_proj") or "vision_tower" in name), name
 
 
+def test_floats_of_experts_that_the_checkpoint_joins(
+    registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
+) -> None:
+    folder = save("Llama4", tokenizer, tmp_path / "model")
+    quantize = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw = recipe(folder, data, quantize=quantize, export=[{"exporter": "hf"}])
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    finished = run(raw, registry, tmp_path / "store")
+    made = finished["export"].folder / "model"
+    assert_only_the_text_model_differs("Llama4", folder, made)
+    found = logits(stock("Llama4", made), {"input_ids": TEXT})
+    torch.testing.assert_close(found, logits(finished["merge"].load_model(), {"input_ids": TEXT}))
+    assert torch.equal(logits(stock("Llama4", made), {"input_ids": TEXT}), found)
+
+
 def without_tied_head(folder: Path) -> Path:
     tensors = stored(folder)
     del tensors["lm_head.weight"]

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from sqft_compressed_tensors import CompressedTensors
+from sqft_gptq import GptqCheckpoint
+from sqft_hf import HuggingFace
 
 from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_source import ModelSource
@@ -60,6 +63,16 @@ def test_layers_whose_codes_are_stored_apart() -> None:
         "it in b.0.up, with others): sqft reads them, other programs only if they know such names"
     ]
     assert not list(layout_checks.codes_apart(layout, [Q, K]))
+
+
+def test_an_exporter_whose_readers_would_miss_codes() -> None:
+    layout = ModelLayout("A", unnamed={EXPERT.name: "its checkpoint holds it in b.0.up, with others"})
+    (problem,) = said(layout_checks.check_codes_apart(layout, LAYERS, CompressedTensors(), "export.0.exporter"))
+    assert problem.startswith("export.0.exporter: A joins b.0.experts.2.up in its checkpoints (its checkpoint holds it")
+    assert problem.endswith('put "*.experts.*" into quantize.exclude, or use the exporter hf')
+    assert not said(layout_checks.check_codes_apart(layout, [Q, K], CompressedTensors(), "export.0.exporter"))
+    for other in (GptqCheckpoint(), HuggingFace()):
+        assert not said(layout_checks.check_codes_apart(layout, LAYERS, other, "export.0.exporter"))
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ class OneLayer:
     def tensor(self, name: str) -> Tensor:
         return FLOATS[name] if name in FLOATS else dequantize(self.layer)
 
+    def floats(self) -> Sequence[str]:
+        return [*FLOATS]
+
     def quantized(self) -> Sequence[str]:
         return [LAYER]
 

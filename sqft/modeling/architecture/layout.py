@@ -58,10 +58,16 @@ def describe(spec: ModelSpec, source: ModelSource) -> ModelLayout:
         walk_reason=walk.reason,
         unseen=walk.unseen,
         shared=_shared(layers),
-        unnamed={n: why for n, why in names.unnamed.items() if n in layers},
+        unnamed={n: why for n, why in names.unnamed.items() if n in layers and _is_apart(n, names, source)},
         problems=tuple(problems),
         dropped=headers.dropped,
     )
+
+
+def _is_apart(layer: str, names: CheckpointNames, source: ModelSource) -> bool:
+    """Return whether a layer that checkpoints join with others is stored by itself, or would be when it is quantized:
+    a folder of codes has the experts of some mixtures joined."""
+    return source.quantization is None or f"{names.name_of_codes(layer)}.weight" in source.shapes
 
 
 def _headers(spec: ModelSpec, source: ModelSource) -> Headers:

@@ -75,6 +75,20 @@ def from_stored(model: nn.Module, state: dict[str, Tensor]) -> None:
                         state |= {f"{name}.{index}.{inner}": one.contiguous() for index, one in enumerate(of_all)}
 
 
+def layers_of_stored(model: nn.Module) -> dict[str, list[str]]:
+    """Return the tensors that transformers has in a form of its own, each with those of the linear layers it is made
+    of: what `as_stored` needs at once."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Transposed):
+            found[f"{name}.weight"] = [f"{name}.weight"]
+        elif isinstance(module, Experts):
+            for tensor in sorted(module.form.tensors):
+                parts = module.form.parts(tensor)
+                found[f"{name}.{tensor}"] = [f"{name}.{i}.{part}" for i in range(module.count) for part in parts]
+    return found
+
+
 def unsplittable_mixtures(model: nn.Module) -> dict[str, int]:
     """Return the mixtures of experts that `as_linears` cannot take apart, and the number of weights in each."""
     return {
