@@ -141,7 +141,17 @@ def stock_of_codes(folder: Path, base: Path, place: Path, apart: bool) -> tuple[
     return taken_apart(stock(place))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+PLAIN = ("Llama", "Qwen3", "Phi3", "Gemma3Text", "OPT", "GPT2", "Falcon", "Lfm2", "Mamba2", "FalconH1")
+"""Plain families that are tried in the fast tests; the others are like them, and come with the slow ones."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if family.is_plain and name not in PLAIN else [])
+        for name, family in FAMILIES.items()
+    ],
+)
 def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     """Sparsified, tuned and merged, in floats and in INT4, and read back by the stock class."""
     expected = FAMILIES[family]
