@@ -37,7 +37,7 @@ def check_run(
         check_disk(store, steps)
         if missing:
             check_model(plan)
-            check_tasks(missing)
+            check_tasks(plan, missing)
     check_device(device)
     check_training(missing, device, processes.count)
 
@@ -114,18 +114,16 @@ def check_model(plan: Plan) -> None:
     check_fit(plan)
 
 
-def check_tasks(missing: Sequence[Step]) -> None:
-    """Check that the data sets of lm-eval's tasks can be had, where other steps would be made before they are needed.
+def check_tasks(plan: Plan, missing: Sequence[Step]) -> None:
+    """Check that lm-eval's tasks can be had and asked, where other steps would be made before they are needed.
 
     Raises:
-        StageError: naming a task that cannot be loaded, and its data set.
+        StageError: naming a task that cannot be loaded, and its data set, or the setting that does not fit.
     """
     measured = [step for step in missing if isinstance(step.section, Evaluate) and step.section.tasks]
     if not measured or measured[0] is missing[0]:
         return
-    from sqft.modeling.evaluation.harness import load_tasks
+    from sqft.stages.preflight import check_questions
 
-    section, files = measured[0].section, measured[0].files
-    assert isinstance(section, Evaluate)
-    log.info("loading the data sets of %s", ", ".join(section.tasks))
-    load_tasks(section.tasks, files.get("include_path"))
+    log.info("loading the data sets of evaluate.tasks")
+    check_questions(plan, measured[0])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,11 +21,15 @@ from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.loading import load_model
+from sqft.planning.plan import Plan
 from sqft.recipe.sections import Evaluate, ExactMatch, Perplexity
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig, SearchSpace
 from sqft.utils.files import write_json
+
+if TYPE_CHECKING:
+    from sqft.modeling.evaluation.harness import TaskSettings
 
 PREDICTIONS, SAMPLES = "predictions.jsonl", "samples"
 """Names, in the artifact, of a file and a folder of JSON Lines."""
@@ -77,15 +81,11 @@ class EvaluateStage:
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]
     ) -> None:
         """Add what a task, or a group of tasks, gives to the results."""
-        from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks
+        from sqft.modeling.evaluation.harness import lm_eval_tasks
 
-        section = self.section
-        folder = self.inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
-        given = {field.name: getattr(section, field.name) for field in fields(TaskSettings)}
-        given["chat_template_kwargs"] = (
-            self.inputs.plan.recipe.model.chat_template_kwargs | section.chat_template_kwargs
-        )
-        found = lm_eval_tasks(model, tokenizer, [name], folder, TaskSettings(**given), self.inputs.track)
+        inputs, section = self.inputs, self.section
+        folder = inputs.data.file("include_path") if section.include_path else None  # lm-eval reads it at once
+        found = lm_eval_tasks(model, tokenizer, [name], folder, task_settings(inputs.plan, section), inputs.track)
         for task, samples in found["samples"].items():
             file = self.inputs.scratch / SAMPLES / f"{task.replace('/', '_')}.jsonl"
             file.parent.mkdir(exist_ok=True)
@@ -125,6 +125,15 @@ class EvaluateStage:
             config = searcher.search(space, _no_evaluation, Random(self.inputs.seed_for("search")))
         checks.check_choice("the chosen configuration", space, config)
         return config
+
+
+def task_settings(plan: Plan, section: Evaluate) -> TaskSettings:
+    """Return how lm-eval asks: the template's arguments are the model's and the section's own."""
+    from sqft.modeling.evaluation.harness import TaskSettings
+
+    given = {field.name: getattr(section, field.name) for field in fields(TaskSettings)}
+    given["chat_template_kwargs"] = plan.recipe.model.chat_template_kwargs | section.chat_template_kwargs
+    return TaskSettings(**given)
 
 
 def count_zeros(model: PreTrainedModel) -> Report:

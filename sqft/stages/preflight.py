@@ -1,12 +1,14 @@
-"""Check what only a model's modules can show, before any weight is read."""
+"""Check what only a model's modules, its tokenizer and the data sets of tasks can show, before any weight is read."""
 
 from __future__ import annotations
 
 from sqft.components.kinds import Merger
 from sqft.errors import StageError
-from sqft.modeling.loading import load_skeleton
+from sqft.modeling.loading import load_skeleton, load_tokenizer
 from sqft.modeling.loading.transformers_io import quiet_transformers
-from sqft.planning.plan import Plan
+from sqft.planning.plan import Plan, Step
+from sqft.recipe.sections import Evaluate
+from sqft.stages.evaluate import task_settings
 
 
 @quiet_transformers()
@@ -27,3 +29,18 @@ def check_fit(plan: Plan) -> None:
         raise StageError(
             f"finetune.targets: PEFT, for which '{merger.name}' writes its adapter, refuses them: {error}"
         ) from error
+
+
+@quiet_transformers()
+def check_questions(plan: Plan, step: Step) -> None:
+    """Check that lm-eval can load a step's tasks, and ask them as the recipe says.
+
+    Raises:
+        StageError: naming a task that cannot be loaded, and its data set, or the setting that does not fit.
+    """
+    from sqft.modeling.evaluation.harness import ready_tasks
+
+    section, spec = step.section, plan.model_spec
+    assert isinstance(section, Evaluate)
+    config, tokenizer = load_skeleton(spec).config, load_tokenizer(spec)
+    ready_tasks(section.tasks, step.files.get("include_path"), task_settings(plan, section), tokenizer, config)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import DeviceError, StageError, StoreError
 from sqft.execution.preflight import check_device, check_disk, check_tasks, check_training
 from sqft.recipe.sections import Evaluate, Finetune, Merge
@@ -91,7 +92,7 @@ def test_training_fits_the_device_and_the_processes(
             check_training([step(), finetune(**settings)], device, processes)
 
 
-def test_data_sets_of_tasks_are_loaded_before_other_steps(tmp_path: Path) -> None:
+def test_data_sets_of_tasks_are_loaded_before_other_steps(tmp_path: Path, model_folder: Path) -> None:
     """Not where the evaluation comes first: it would load them twice."""
     (tmp_path / "far.yaml").write_text(
         f"task: far\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'none.jsonl'}}}}}\n"
@@ -99,7 +100,9 @@ def test_data_sets_of_tasks_are_loaded_before_other_steps(tmp_path: Path) -> Non
     )
     measured = step("evaluate", section=Evaluate(tasks=("far",)))
     measured.files = {"include_path": tmp_path}
+    recipe = SimpleNamespace(model=SimpleNamespace(chat_template_kwargs={}))
+    plan: Any = SimpleNamespace(recipe=recipe, model_spec=ModelSpec(model_folder))
     for steps in ([measured], [measured, step()], [step()], [step(), step("evaluate", section=Evaluate())]):
-        check_tasks(steps)
+        check_tasks(plan, steps)
     with pytest.raises(StageError, match=r"evaluate.tasks: 'far' \(data set json\) cannot be loaded"):
-        check_tasks([step(), measured])
+        check_tasks(plan, [step(), measured])

@@ -24,3 +24,32 @@ def test_an_adapter_that_stock_peft_refuses(
     plan = orchestrator.plan(Recipe.parse(raw))
     with pytest.raises(StageError, match=r"PEFT, for which 'unmerged' writes its adapter, refuses them: .*Mamba"):
         orchestrator.run(plan)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"gen_kwargs": {"max_gen_tok": 3}}, r"evaluate.gen_kwargs.max_gen_tok: .* did you mean max_gen_toks"),
+        ({"gen_kwargs": {"max_gen_toks": 10**6}}, r"'sums' generates up to 1000000 tokens"),
+        ({"num_fewshot": 100}, r"evaluate.num_fewshot: 'sums' has no 100 examples"),
+        ({"add_bos_token": True}, r"evaluate.add_bos_token: the model's tokenizer puts no token"),
+    ],
+    ids=str,
+)
+def test_a_question_that_cannot_be_asked(
+    setting: dict[str, Any], message: str, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """It is found before anything is trained."""
+    (tmp_path / "tasks").mkdir()
+    data = raw["evaluate"]["exact_match"]["data"]
+    (tmp_path / "tasks" / "sums.yaml").write_text(
+        f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}"
+        "\ntest_split: test\nfewshot_split: test\noutput_type: generate_until\n"
+        "doc_to_text: '{{prompt}}'\ndoc_to_target: '{{completion}}'\n"
+    )
+    raw["evaluate"] = {"of": ["merge"], "tasks": ["sums"], "include_path": str(tmp_path / "tasks"), **setting}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    with pytest.raises(StageError, match=message):
+        orchestrator.run(plan)
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any, Literal
 import lm_eval
 import numpy as np
 import torch
+from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sqft.errors import StageError
 from sqft.modeling.evaluation.generation import eval_mode, finite, greedy
@@ -38,6 +40,13 @@ UNVERSIONED = "Yaml"
 
 CPU_BATCH = 8
 """The batch size that "auto" stands for on a CPU: lm-eval would fill the machine's memory to find one."""
+
+BY_PRECEDENCE = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LENGTHS = frozenset(BY_PRECEDENCE)
+"""lm-eval's names for the most tokens of an answer; of several, it takes the first."""
+
+DEFAULT_LENGTH = 256
+"""The most tokens of an answer where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,11 @@ def lm_eval_tasks(
     Raises:
         StageError: when a task cannot be loaded or asked in this way, or logits are not finite.
     """
-    settings = _checked(settings, tokenizer, model.device)
     with eval_mode(model), finite(model), greedy(model, tokenizer), _undisturbed(model):
-        loaded = load_tasks(names, include_path)
-        for task in loaded["tasks"].values():
-            _configure(task, settings)
+        settings, loaded = ready_tasks(names, include_path, settings, tokenizer, model.config)
+        if settings.batch_size == "auto" and model.device.type == "cpu":
+            log.info('evaluate.batch_size: "auto" is %d on a CPU', CPU_BATCH)
+            settings = replace(settings, batch_size=CPU_BATCH)
         template = settings.apply_chat_template
         several = isinstance(tokenizer.chat_template, dict)
         named = {"chat_template": template} if several and isinstance(template, str) else {}
@@ -119,7 +128,10 @@ def lm_eval_tasks(
                     apply_chat_template=bool(settings.apply_chat_template),
                     fewshot_as_multiturn=settings.fewshot_as_multiturn,
                 )
-            except ValueError as error:  # what a task, or `generate`, says to settings that do not fit it
+            except (
+                ValueError,
+                AssertionError,
+            ) as error:  # what a task, or `generate`, says to settings that do not fit it
                 raise StageError(f"lm-eval: {error}") from error
     return {
         "metrics": {task: _metrics(entries) for task, entries in found["results"].items()},
@@ -131,6 +143,27 @@ def lm_eval_tasks(
 
 _SHOWN = [name for name in TaskSettings.__dataclass_fields__ if name not in ("num_fewshot", "limit", "log_samples")]
 """The settings that are returned: the others are in what is told of each task."""
+
+
+def ready_tasks(
+    names: Sequence[str], include_path: Path | None, settings: TaskSettings, tokenizer: Any, config: Any
+) -> tuple[TaskSettings, dict[str, Any]]:
+    """Return the settings with what they leave open decided, and tasks that ask by them.
+
+    `config` is the model's: no weight is needed to find what cannot work. See `lm_eval_tasks` for the other arguments.
+
+    Raises:
+        StageError: naming a task that cannot be loaded, or the setting that it, or the model, cannot follow.
+    """
+    settings = _checked(settings, tokenizer)
+    check_generation(settings.gen_kwargs)
+    loaded = load_tasks(names, include_path)
+    with _mute():
+        window = resolve_max_length(config, tokenizer)
+        for name, task in loaded["tasks"].items():
+            _configure(task, settings)
+            _check_task(name, task, window)
+    return settings, loaded
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
@@ -184,7 +217,7 @@ def _cannot_load(name: str, manager: TaskManager, error: Exception) -> str:
     return f"evaluate.tasks: '{name}'{data} cannot be loaded: {reason}; {remedy}"
 
 
-def _checked(settings: TaskSettings, tokenizer: Any, device: torch.device) -> TaskSettings:
+def _checked(settings: TaskSettings, tokenizer: Any) -> TaskSettings:
     """Return the settings with what they leave open decided.
 
     Raises:
@@ -208,22 +241,66 @@ def _checked(settings: TaskSettings, tokenizer: Any, device: torch.device) -> Ta
     if settings.add_bos_token is None:
         # A chat template writes every token itself, and what it writes is not begun with one in training either.
         settings = replace(settings, add_bos_token=adds and not settings.apply_chat_template)
-    if settings.batch_size == "auto" and device.type == "cpu":
-        log.info('evaluate.batch_size: "auto" is %d on a CPU', CPU_BATCH)
-        settings = replace(settings, batch_size=CPU_BATCH)
     return settings
 
 
 def _configure(task: Any, settings: TaskSettings) -> None:
     """Put the settings into a task, as lm-eval's own command does it."""
     if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
-        task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
+        own, given = task.get_config("generation_kwargs") or {}, dict(settings.gen_kwargs)
+        if LENGTHS & given.keys():  # one of them, which replaces the task's by whatever name
+            own = {name: value for name, value in own.items() if name not in LENGTHS}
+            given["max_gen_toks"] = given.pop(*LENGTHS & given.keys())
+        task.set_config(key="generation_kwargs", value={**own, **given})
     shots = task.get_config("num_fewshot")
     if settings.num_fewshot is not None and shots != 0:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     elif shots is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=ARRAY_SEED)
+
+
+def check_generation(gen_kwargs: Mapping[str, Any]) -> None:
+    """Check that `generate`, and lm-eval, know settings of generation.
+
+    Raises:
+        StageError: naming one that they do not know or cannot follow.
+    """
+    known = {*GenerationConfig().to_dict(), "until", *LENGTHS}
+    for name, value in gen_kwargs.items():
+        place = f"evaluate.gen_kwargs.{name}"
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see transformers' GenerationConfig"
+            raise StageError(f"{place}: there is no such setting of generation; {hint}")
+        if name == "num_return_sequences" and value != 1:
+            raise StageError(f"{place}: lm-eval takes one answer to a question; remove this")
+        if name in LENGTHS and (not isinstance(value, int) or value < 1):
+            raise StageError(f"{place}: {value!r} is no number of tokens; give one of 1 or more")
+    if len(several := sorted(LENGTHS & gen_kwargs.keys())) > 1:
+        raise StageError(f"evaluate.gen_kwargs: {' and '.join(several)} are names of one thing; keep one")
+
+
+def _check_task(name: str, task: Any, window: int) -> None:
+    """Check that a task's examples are there, and that its answers leave room for a question.
+
+    Raises:
+        StageError: naming the task.
+    """
+    shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if shots and sampler is not None:
+        # lm-eval leaves out the question itself where it is among the examples.
+        has = len(sampler.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)
+        if shots > has:
+            raise StageError(f"evaluate.num_fewshot: '{name}' has no {shots} examples; set it to {has} or less")
+    if task.get_config("output_type") == "generate_until":
+        given = task.get_config("generation_kwargs") or {}
+        tokens = int(next((given[key] for key in BY_PRECEDENCE if given.get(key)), DEFAULT_LENGTH))
+        if tokens >= window:
+            raise StageError(
+                f"evaluate.gen_kwargs.max_gen_toks: '{name}' generates up to {tokens} tokens, and the model's window "
+                f"of {window} leaves no room for a question; set it lower"
+            )
 
 
 def _facts(task: str, found: Mapping[str, Any]) -> dict[str, Any]:

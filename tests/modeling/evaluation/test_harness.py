@@ -25,7 +25,7 @@ from sqft.data.conversations import conversation_in
 from sqft.data.encoding import encode_prompt
 from sqft.errors import StageError
 from sqft.modeling.evaluation import exact_match
-from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks, load_tasks
+from sqft.modeling.evaluation.harness import TaskSettings, lm_eval_tasks, load_tasks, ready_tasks
 from sqft.utils.progress import silent
 
 WriteTasks = Callable[[list[dict[str, Any]]], Path]
@@ -132,13 +132,45 @@ def test_arguments_of_the_template(
         tokenizer.chat_template = own
 
 
-def test_settings_of_generation_that_there_are_not(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, write_tasks: WriteTasks
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gen_kwargs": {"temprature": 2}}, "gen_kwargs.temprature: .* did you mean temperature"),
+        ({"gen_kwargs": {"zzz": 2}}, "gen_kwargs.zzz: there is no such setting .* GenerationConfig"),
+        ({"gen_kwargs": {"num_return_sequences": 2, "num_beams": 2}}, "num_return_sequences: lm-eval takes one answer"),
+        ({"gen_kwargs": {"max_tokens": 0}}, "gen_kwargs.max_tokens: 0 is no number of tokens"),
+        (
+            {"gen_kwargs": {"max_tokens": 2, "max_new_tokens": 2}},
+            "max_new_tokens and max_tokens are names of one thing",
+        ),
+        ({"gen_kwargs": {"max_tokens": 100000}}, "'toy_say' generates up to 100000 tokens, and the model's window of"),
+        ({"num_fewshot": 4}, "evaluate.num_fewshot: 'toy_say' has no 4 examples; set it to 3 or less"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    write_tasks: WriteTasks,
+    settings: dict[str, Any],
+    message: str,
 ) -> None:
-    """What `generate` says to them is one message."""
-    settings = TaskSettings(gen_kwargs={"temprature": 2})
-    with pytest.raises(StageError, match=r"lm-eval: .*temprature"):
-        lm_eval_tasks(model, tokenizer, ["toy_say"], write_tasks(DOCUMENTS), settings, silent)
+    """They are found with the model's configuration alone, and name the field."""
+    folder = write_tasks(DOCUMENTS)
+    task = folder / "say.yaml"
+    task.write_text(task.read_text() + "fewshot_split: test\n")
+    with pytest.raises(StageError, match=rf"evaluate\..*{message.removeprefix('evaluate.')}"):
+        ready_tasks(["toy_say"], folder, TaskSettings(**settings), tokenizer, model.config)
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_the_length_of_an_answer_has_several_names(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, write_tasks: WriteTasks, name: str
+) -> None:
+    """Each replaces the task's own, and what else the task says stays."""
+    settings = TaskSettings(gen_kwargs={name: 2})
+    _, loaded = ready_tasks(["toy_say"], write_tasks(DOCUMENTS), settings, tokenizer, model.config)
+    assert loaded["tasks"]["toy_say"].get_config("generation_kwargs") == {"until": ["<|im_end|>"], "max_gen_toks": 2}
 
 
 @pytest.fixture
