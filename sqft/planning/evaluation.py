@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from sqft.data.chat_template import ChatTemplate
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem
 from sqft.planning.conversations import ConversationCheck
@@ -17,6 +22,20 @@ from sqft.recipe.sections import Evaluate, Finetune, Search
 
 NAMED = re.compile(rb"""^\s*(?:-\s+|["']?(?:task|group|tag)["']?\s*:\s*)["']?([^\s"'#]+)""", re.M)
 """The name that a line of a task file gives, or lists: of a task, a group or a tag."""
+
+OF_TASKS = (
+    "include_path",
+    "limit",
+    "num_fewshot",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "chat_template_kwargs",
+    "system_instruction",
+    "gen_kwargs",
+    "add_bos_token",
+    "log_samples",
+)
+"""Options of lm-eval's tasks alone."""
 
 TUNED = ("search", "merge", "finetune")
 """Stages that leave a tuned model, by which an entry of `evaluate.of` begins."""
@@ -53,6 +72,11 @@ def check_template(section: Evaluate, conversations: ConversationCheck | None) -
         conversations: knows the model's chat template; None when only its tokenizer does.
     """
     template, place = section.apply_chat_template, "evaluate.apply_chat_template"
+    if not section.tasks:
+        for name in OF_TASKS:
+            if getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True):
+                yield Problem(f"evaluate.{name}", "has no effect without tasks; name some, or remove this")
+        return
     if not template:
         for name, given in (
             ("chat_template_kwargs", section.chat_template_kwargs),
@@ -61,7 +85,7 @@ def check_template(section: Evaluate, conversations: ConversationCheck | None) -
             if given:
                 yield Problem(f"evaluate.{name}", "has no effect without a chat template; set apply_chat_template")
         return
-    if conversations is None or not section.tasks:
+    if conversations is None:
         return
     names = sorted(conversations.template.sources)
     if not names:
@@ -73,6 +97,34 @@ def check_template(section: Evaluate, conversations: ConversationCheck | None) -
             conversations.check_arguments(section.chat_template_kwargs)
         except DataError as error:
             yield Problem("evaluate.chat_template_kwargs", str(error))
+            return
+        yield from _check_system_turn(section, conversations.template)
+
+
+def _check_system_turn(section: Evaluate, template: ChatTemplate) -> Iterator[Problem]:
+    """Check that the template shows the system turn; lm-eval leaves out one that it refuses."""
+    if not (text := section.system_instruction):
+        return
+    name = section.apply_chat_template if isinstance(section.apply_chat_template, str) else "default"
+    if name not in template.sources:
+        return
+    chat = dataclasses.replace(template, sources={"default": template.sources[name]}).chat()
+    turns = [{"role": role, "content": said} for role, said in (("system", text), ("user", "x"))]
+
+    def prompt(messages: list[dict[str, str]]) -> str:
+        return chat.prompt({"messages": messages, "chat_template_kwargs": section.chat_template_kwargs}, len(messages))
+
+    try:
+        prompt(turns[1:])
+    except DataError:
+        return  # that is not because of the system turn
+    try:
+        if text.strip() in prompt(turns):
+            return
+        reason = "it does not show it"
+    except DataError as error:
+        reason = str(error)
+    yield Problem("evaluate.system_instruction", f"the chat template takes no system turn ({reason}); remove this")
 
 
 def _mentioned(include_path: Path | None) -> set[str]:
@@ -84,72 +136,101 @@ def _mentioned(include_path: Path | None) -> set[str]:
     return {name.decode(errors="replace") for file in files for name in NAMED.findall(file.read_bytes())}
 
 
-def notes_on_chats(section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step]) -> Notes:
-    """Note where a tuned model is asked without the chat template that it was trained in, or the other way round.
+def notes_on_chats(
+    section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step], arguments: Mapping[str, Any]
+) -> Notes:
+    """Note where a tuned model is asked in another way than it was trained: with or without the chat template.
 
     Args:
         section: what is measured.
         files: its files, by role.
         steps: those planned so far.
+        arguments: the model's own, for its chat template.
     """
     if "finetune" not in steps or not any(name.startswith(TUNED) for name in section.of):
         return
-    trained = _form_of_training(steps["finetune"])
-    if section.tasks and trained == "messages" and not section.apply_chat_template:
-        yield (
-            "evaluate.apply_chat_template",
-            "the model is trained on conversations, in its chat template, and lm-eval asks without it; such numbers "
-            "say little of the model: set this to true",
-        )
-    if section.tasks and trained == "prompt" and section.apply_chat_template:
+    trained = _form_of_training(steps["finetune"], arguments)
+    if section.tasks and trained.kind == "messages":
+        given = {**arguments, **section.chat_template_kwargs}
+        if not section.apply_chat_template:
+            yield (
+                "evaluate.apply_chat_template",
+                "the model is trained on conversations, in its chat template, and lm-eval asks without it; such "
+                "numbers say little of the model: set this to true",
+            )
+        elif given not in trained.arguments:
+            yield "evaluate.chat_template_kwargs", _other_arguments(given, trained)
+    if section.tasks and trained.kind == "prompt" and section.apply_chat_template:
         yield (
             "evaluate.apply_chat_template",
             "the model is trained on prompts without the chat template, and lm-eval asks through it; set this to "
             "false, or train on {messages}",
         )
     if match := section.exact_match:
-        yield from _notes_on_data("evaluate.exact_match.data", files.get("exact_match.data"), match.data, trained)
+        place = "evaluate.exact_match.data"
+        yield from _notes_on_data(place, files.get("exact_match.data"), match.data, trained, arguments)
 
 
-def notes_on_search(section: Search, files: Mapping[str, Path], steps: Mapping[str, Step]) -> Notes:
-    """Note where a search asks without the chat template that training uses, or the other way round.
+def notes_on_search(
+    section: Search, files: Mapping[str, Path], steps: Mapping[str, Step], arguments: Mapping[str, Any]
+) -> Notes:
+    """Note where a search asks in another way than the model was trained.
 
     See `notes_on_chats` for the arguments.
     """
     if section.data:
-        trained = _form_of_training(steps["finetune"])
-        yield from _notes_on_data("search.data", files.get("data"), section.data, trained)
+        trained = _form_of_training(steps["finetune"], arguments)
+        yield from _notes_on_data("search.data", files.get("data"), section.data, trained, arguments)
 
 
-def _notes_on_data(place: str, path: Path | None, data: Data, trained: str | None) -> Notes:
-    """Note that records are conversations and those of training are not, or the other way round."""
-    form = _form([(path, data)]) if path else None
-    if trained == "messages" and form == "prompt":
+@dataclass(frozen=True)
+class _Form:
+    """What data sets hold, judged by the first record of each."""
+
+    kind: str | None
+    """"messages" or "prompt"; None when there are both, or neither. Plain text asks nothing, and does not count."""
+    arguments: list[Mapping[str, Any]]
+    """Those of the chat template, of each data set of conversations."""
+
+
+def _notes_on_data(place: str, path: Path | None, data: Data, trained: _Form, arguments: Mapping[str, Any]) -> Notes:
+    """Note that records are conversations and those of training are not, the other way round, or of other arguments."""
+    asked = _form([(path, data)] if path else [], arguments)
+    if trained.kind == "messages" and asked.kind == "prompt":
         yield (
             place,
             "has prompts, which are asked without the chat template, and the model is trained on conversations; use "
             "records of {messages} here, too",
         )
-    elif trained == "prompt" and form == "messages":
+    elif trained.kind == "prompt" and asked.kind == "messages":
         yield (
             place,
             "has conversations, which are asked through the chat template, and the model is trained on prompts without "
             "it; use records of {prompt, completion} here, too",
         )
+    elif trained.kind == asked.kind == "messages" and asked.arguments[0] not in trained.arguments:
+        yield place, _other_arguments(asked.arguments[0], trained)
 
 
-def _form_of_training(step: Step) -> str | None:
+def _other_arguments(given: Mapping[str, Any], trained: _Form) -> str:
+    """Say that the chat template gets other arguments than in training."""
+    there = " or ".join(json.dumps(one) for one in trained.arguments)
+    return (
+        f"the chat template is given {json.dumps(dict(given))} here, and {there} where the model is trained on it; "
+        "set model.chat_template_kwargs, which is for both"
+    )
+
+
+def _form_of_training(step: Step, arguments: Mapping[str, Any]) -> _Form:
     assert isinstance(step.section, Finetune)
-    return _form((step.files[role], data) for role, data in step.section.data_sets.items())
+    return _form([(step.files[role], data) for role, data in step.section.data_sets.items()], arguments)
 
 
-def _form(data_sets: Iterable[tuple[Path, Data]]) -> str | None:
-    """Return what all data sets hold, judged by the first record of each: "messages", "prompt" or "text".
-
-    None when they differ.
-    """
-    forms = set()
+def _form(data_sets: Iterable[tuple[Path, Data]], arguments: Mapping[str, Any]) -> _Form:
+    kinds, given = set(), []
     for path, data in data_sets:
-        (record,) = records_of(path, data.model_copy(update={"limit": 1}))
-        forms.add(next(form for form in ("messages", "prompt", "text") if form in record))
-    return forms.pop() if len(forms) == 1 else None
+        (record,) = records_of(path, data.model_copy(update={"limit": 1}), arguments)
+        kinds |= {"messages", "prompt"} & record.keys()
+        if "messages" in record:
+            given.append(record.get("chat_template_kwargs") or {})
+    return _Form(kinds.pop() if len(kinds) == 1 else None, given)

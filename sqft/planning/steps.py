@@ -168,7 +168,7 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
     if not resolver.problems:
-        resolver.note_all(evaluation.notes_on_search(section, files, steps))
+        resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
     return Step(
         name="search",
         stage="search",
@@ -248,7 +248,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     resolver.collect(evaluation.check_tasks(section, files.get("include_path")))
     resolver.collect(evaluation.check_template(section, resolver.conversations))
     if not resolver.problems:
-        resolver.note_all(evaluation.notes_on_chats(section, files, steps))
+        resolver.note_all(evaluation.notes_on_chats(section, files, steps, resolver.recipe.model.chat_template_kwargs))
     if section.perplexity:
         shorter = resolver.within_window(section.perplexity, "length", "evaluate.perplexity")
         section = section.model_copy(update={"perplexity": shorter})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,47 @@ def test_a_template_that_the_model_has_not() -> None:
     assert argument == "evaluate.chat_template_kwargs: the chat template has no argument 'think'; it reads thinks"
 
 
+def test_a_system_turn_that_the_template_refuses_or_hides() -> None:
+    """lm-eval would leave it out without a word."""
+    shows = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + shows
+    several = templates(default=shows, strict=refuses, deaf="{{ messages[-1].content }}")
+    assert asked(several, apply_chat_template=True, system_instruction="Be brief") == []
+    for name, reason in (("strict", "no system"), ("deaf", "it does not show it")):
+        assert asked(several, apply_chat_template=name) == []
+        (problem,) = asked(several, apply_chat_template=name, system_instruction="Be brief")
+        assert problem.startswith("evaluate.system_instruction: the chat template takes no system turn (")
+        assert reason in problem
+
+
+@pytest.mark.parametrize("option", [{"apply_chat_template": True}, {"limit": 3}], ids=str)
+def test_options_of_tasks_that_there_are_not(option: dict[str, Any]) -> None:
+    (problem,) = map(str, check_template(Evaluate(**option), None))
+    assert problem == f"evaluate.{next(iter(option))}: has no effect without tasks; name some, or remove this"
+
+
+@pytest.mark.parametrize(("trained", "notes"), [({}, 2), ({"enable_thinking": False}, 0)], ids=str)
+def test_the_template_is_given_other_arguments_than_in_training(
+    trained: dict[str, Any], notes: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(raw["model"]["path"], model)
+    template = (model / "chat_template.jinja").read_text() + "{{ '' if enable_thinking else '' }}"
+    (model / "chat_template.jinja").write_text(template)
+    file = str(write_jsonl(tmp_path / "chats.jsonl", [CHAT] * 3))
+    asked = {"chat_template_kwargs": {"enable_thinking": False}}
+    raw["model"]["path"] = str(model)
+    raw["finetune"]["data"] = {"path": file, "chat_template_kwargs": trained}
+    raw["search"] |= {"data": {"path": file, "chat_template_kwargs": trained}, "metric": "exact_match"}
+    raw["evaluate"] = {"of": ["merge"], "tasks": ["arc_easy"], "apply_chat_template": True, **asked}
+    raw["evaluate"]["exact_match"] = {"data": {"path": file, **asked}}
+    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    found = [
+        note for note in plan.notes if 'the chat template is given {"enable_thinking": false} here, and {}' in note
+    ]
+    assert len(found) == notes
+
+
 CHAT = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
 PLAIN = {"prompt": "1+1=", "completion": "2"}
 TEXT = {"text": "1+1=2"}
@@ -91,6 +133,8 @@ TO_PROMPTS = (
         ([PLAIN], CHAT, True, "search", (*TO_PROMPTS, "search.data: has conversations")),
         ([PLAIN], PLAIN, False, "merge", ()),
         ([TEXT], CHAT, True, "merge", ()),
+        ([CHAT, TEXT], PLAIN, False, "merge", (*TO_CHATS, "search.data: has prompts")),
+        ([PLAIN, TEXT], CHAT, True, "search", (*TO_PROMPTS, "search.data: has conversations")),
     ],
 )
 def test_notes_on_chats(
