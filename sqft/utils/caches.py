@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sqft.utils.files import existing_parent
 
@@ -18,9 +19,21 @@ def use_writable_caches(fallback: Path) -> None:
     home = Path(os.path.expanduser(os.environ.get("HF_HOME") or f"{parent}/huggingface"))
     known = home.is_absolute()  # otherwise it still begins with "~"
     folders = (home, home / "hub", home / "datasets")
-    if known and all(os.access(existing_parent(folder), os.W_OK | os.X_OK) for folder in folders):
+    if known and all(_writable(folder) for folder in folders):
         return
     os.environ["HF_HOME"] = str(fallback.resolve())
     for variable, kept in (("HF_HUB_CACHE", home / "hub"), ("HF_TOKEN_PATH", home / "token")):
         if known and kept.exists():
             os.environ.setdefault(variable, str(kept))
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made: what permits it may still refuse it, as /proc does."""
+    parent = existing_parent(folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return False
+    try:
+        with TemporaryDirectory(dir=parent):
+            return True
+    except OSError:
+        return False

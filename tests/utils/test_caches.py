@@ -48,6 +48,18 @@ def test_a_user_without_a_home(no_settings: pytest.MonkeyPatch, tmp_path: Path) 
     assert found() == {"HF_HOME": str(tmp_path / "cache")}
 
 
+def test_a_home_that_cannot_be_made(no_settings: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its parent may be written, by its mode, and still takes no folder."""
+
+    def refuse(**_: Any) -> Any:
+        raise OSError("no")
+
+    no_settings.setenv("HOME", str(tmp_path / "none"))
+    no_settings.setattr("sqft.utils.caches.TemporaryDirectory", refuse)
+    use_writable_caches(tmp_path / "cache")
+    assert found() == {"HOME": str(tmp_path / "none"), "HF_HOME": str(tmp_path / "cache")}
+
+
 @pytest.mark.parametrize("locked", ["", "datasets"])
 def test_what_lies_in_a_read_only_home_stays_in_use(
     locked: str, no_settings: pytest.MonkeyPatch, tmp_path: Path
