@@ -16,7 +16,7 @@ from typing import Any
 from sqft.planning.plan import Step
 from sqft.recipe.fields import InputPath, NoEffect, OutputPath, Section, fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
-from sqft.recipe.sections import ComponentRef
+from sqft.recipe.sections import ComponentRef, Evaluate
 from sqft.utils.code_digest import digest_files
 
 EVERY_STAGE = (
@@ -122,7 +122,10 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         model: digest of the recipe's own model.
         before: the steps that it reads, with their fingerprints, by name.
     """
-    reads_text = bool(step.files) or step.stage == "evaluate"  # lm-eval's tasks are no files
+    section = step.section
+    renders = bool(step.files)
+    if isinstance(section, Evaluate):  # neither a perplexity nor a task without the template renders anything
+        renders = bool(section.exact_match or (section.tasks and section.apply_chat_template))
     content: dict[str, Any] = {
         "stage": step.stage,
         "settings": settings_of(step.section),
@@ -132,7 +135,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "inputs": {role: before[name].fingerprint for role, name in step.inputs.items()},
         "files": dict(step.digests),
         "model": [model, recipe.model.dtype, recipe.model.trust_remote_code, recipe.model.dequantize],
-        "chat_template_kwargs": recipe.model.chat_template_kwargs if reads_text else {},
+        "chat_template_kwargs": recipe.model.chat_template_kwargs if renders else {},
         "seed": recipe.seed,
     }
     if "calibration" in step.files and recipe.calibration:

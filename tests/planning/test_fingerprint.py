@@ -272,3 +272,32 @@ def test_inputs_and_the_adapter_s_code(
     known = fingerprint_of(bare, recipe, "model", before)
     other_code(registry, monkeypatch)
     assert fingerprint_of(bare, recipe, "model", edited) != known
+
+
+@pytest.mark.parametrize(
+    ("measured", "counts"),
+    [
+        ({"perplexity": {"text": "t.txt"}}, False),
+        ({"tasks": ["arc_easy"]}, False),
+        ({"tasks": ["arc_easy"], "apply_chat_template": True}, True),
+        ({"exact_match": {"data": "a.jsonl"}}, True),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_template_count_where_an_evaluation_renders_it(
+    measured: dict[str, Any], counts: bool, raw: dict[str, Any]
+) -> None:
+    done = set()
+    for arguments in ({}, {"enable_thinking": False}):
+        raw["model"]["chat_template_kwargs"] = arguments
+        asks = Step(
+            name="evaluate:model",
+            stage="evaluate",
+            section=Evaluate.model_validate(measured),
+            components={},
+            inputs={},
+            estimate=ESTIMATE,
+            files={"x": Path("x")},
+        )
+        done.add(fingerprint_of(asks, Recipe.parse(raw), "m", {}))
+    assert len(done) == 1 + counts
