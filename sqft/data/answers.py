@@ -34,6 +34,20 @@ def extract_answer(text: str, mode: Answer) -> str:
     return f"-{number}" if minus and number != "0" else number
 
 
+def without_reasoning(text: str, marker: str, reasons: bool) -> str:
+    """Return what a generated text says after its reasoning; "" when it has not come to an end of that.
+
+    Args:
+        text: with its special tokens.
+        marker: the tags that the chat template writes before an answer ("</think>"); "" for none.
+        reasons: whether generation began inside a block of reasoning.
+    """
+    if marker and marker in text:
+        return text.rpartition(marker)[2]
+    unfinished = reasons or text.lstrip().startswith(("<think>", *[marker[: marker.find(">") + 1]] * bool(marker)))
+    return "" if unfinished and "</think>" not in text else text.rpartition("</think>")[2]
+
+
 def completion_of(record: dict[str, Any]) -> str:
     """Return a record's completion, or the last assistant turn of its conversation; "" for a {text} record."""
     turns = [message.get("content", "") for message in record.get("messages", ()) if message["role"] == "assistant"]

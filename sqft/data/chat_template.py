@@ -6,6 +6,7 @@ Training and evaluation render through the tokenizer itself; a test holds the tw
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -67,6 +68,10 @@ class ChatTemplate:
         """Return the arguments that the template reads besides what it is always given; None if it cannot be parsed."""
         found = [variables_of(source) for source in self.sources.values()]
         return None if None in found else sorted({name for names in found for name in names or ()})
+
+    def reads_tools(self) -> bool:
+        """Return whether a template reads the tools of a conversation."""
+        return any(re.search(r"\btools\b", source) for source in self.sources.values())
 
     def render(self, messages: Messages, generation: bool, tools: Any, arguments: Mapping[str, Any]) -> str:
         """Return messages as text.

@@ -30,9 +30,14 @@ def chat_of(tokenizer: Any) -> Chat:
 
     source = tokenizer.chat_template
     sources = source.values() if isinstance(source, dict) else [source or ""]
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
     variables = sorted({name for text in sources for name in variables_of(text) or ()})
-    return Chat(render, [*added, *tokenizer.all_special_tokens], tokenizer.eos_token, tokenizer.bos_token, variables)
+    return Chat(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token, variables)
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return all special tokens of a tokenizer, those that have no name included."""
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    return [*added, *tokenizer.all_special_tokens]
 
 
 def turn_tokens(tokenizer: Any, record: Mapping[str, Any], turn: Turn) -> tuple[list[int], list[int], list[bool]]:

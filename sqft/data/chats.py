@@ -18,12 +18,21 @@ from sqft.errors import DataError
 Record = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
+CallForm = Callable[[Messages], list[Mapping[str, Any]]]
+"""Writes the tool calls of messages in one form."""
+
 Render = Callable[[Messages, bool, Any, Mapping[str, Any]], str]
 """Renders messages, with the generation prompt or without, with tools (a list, or None) and the template's arguments.
 """
 
 OPENED = re.compile(r"<(\w+)>\s*\Z")
 """A generation prompt's end that opens a block of reasoning: "<think>\\n"."""
+
+BLOCK_TAGS = re.compile(r"</?think(ing)?>")
+"""Tags around a block of reasoning: alone, they say nothing."""
+
+MARKER = re.compile(r"(?:</?[^<>\s]+>\w*)+\Z")
+"""The tags that a template writes right before an answer: "</think>", "<|channel|>final<|message|>"."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that may hold its reasoning."""
@@ -85,11 +94,24 @@ class Chat:
         ends = {token for token in specials if token and (token != bos or token == eos)}
         self._specials = sorted(ends, key=lambda token: (-len(token), token))
         self._closings: dict[tuple[str, str], str] = {}
+        self._call_form: CallForm = _calls_as_objects
 
     def turns(self, record: Record) -> Iterator[Turn]:
-        """Yield the turns of a record that are learnt, in their order."""
+        """Yield the turns of a record that are learnt, in their order.
+
+        A turn of which the template writes nothing, such as tool calls that it does not know, is not learnt: it would
+        teach to answer nothing.
+        """
         for index in learnt(record):
-            yield self.turn(record, index)
+            turn = self.turn(record, index)
+            if self._says_something(turn):
+                yield turn
+
+    def _says_something(self, turn: Turn) -> bool:
+        text = turn.answer
+        for token in self._specials:
+            text = text.replace(token, "")
+        return bool(BLOCK_TAGS.sub("", text).strip())
 
     def prompt(self, record: Record, index: int) -> str:
         """Return what inference starts from to write a message.
@@ -128,6 +150,16 @@ class Chat:
             self._given(record["messages"][: index + 1]), prompt, closing + answer, end, finished, start, len(closing)
         )
 
+    def marker(self, record: Record, index: int, turn: Turn) -> str:
+        """Return the tags that the template writes in an answer right before what it says; "" for none.
+
+        What a model generates before them is reasoning, which is no part of its answer.
+        """
+        said = str(record["messages"][index].get("content") or "").rpartition("</think>")[2].strip()
+        before = turn.answer[: turn.answer.rfind(said)] if said and said in turn.answer else ""
+        found = MARKER.search(before.rstrip())
+        return found[0] if found else ""
+
     def whole(self, record: Record) -> tuple[str, list[Turn]]:
         """Return a whole conversation, to the end of its last turn, and its turns that are switched off.
 
@@ -147,11 +179,23 @@ class Chat:
         return text, skipped
 
     def _rendered(self, record: Record, count: int, generation: bool) -> str:
-        arguments = record.get("chat_template_kwargs") or {}
-        return self.render(self._given(record["messages"][:count]), generation, record.get("tools"), arguments)
+        arguments, messages = record.get("chat_template_kwargs") or {}, record["messages"][:count]
+        if not any(message.get("tool_calls") for message in messages):
+            return self.render(self._given(messages), generation, record.get("tools"), arguments)
+        refused: DataError | None = None
+        for form in dict.fromkeys([self._call_form, *CALL_FORMS]):  # the one that has worked comes first
+            self._call_form = form
+            try:
+                return self.render(self._given(messages), generation, record.get("tools"), arguments)
+            except DataError as error:
+                refused = refused or error
+        self._call_form = CALL_FORMS[0]
+        raise DataError(f"{refused} (arguments of tool calls were tried as objects and as JSON text)")
 
     def _given(self, messages: Messages) -> list[Mapping[str, Any]]:
-        """Return messages as the template reads them; that of a multimodal model may take parts only."""
+        """Return messages as the template reads them; that of a multimodal model may take parts only, and some take the
+        arguments of tool calls as text."""
+        messages = self._call_form(messages)
         return [*(_in_parts(messages) if self._reads_parts else messages)]
 
     @cached_property
@@ -238,6 +282,50 @@ def _in_parts(messages: Messages) -> list[dict[str, Any]]:
         {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else {**message}
         for message in messages
     ]
+
+
+def _calls_as_objects(messages: Messages) -> list[Mapping[str, Any]]:
+    """Return messages with the arguments of tool calls as objects, as most templates expect them."""
+    return [_with_arguments(message, _parsed) for message in messages]
+
+
+def _calls_as_text(messages: Messages) -> list[Mapping[str, Any]]:
+    """Return messages with the arguments of tool calls as JSON text, and a content beside the calls."""
+    return [
+        {"content": "", **_with_arguments(message, _as_text)} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
+CALL_FORMS: tuple[CallForm, ...] = (_calls_as_objects, _calls_as_text)
+"""Ways to write tool calls, in the order in which a template is tried with them."""
+
+
+def _with_arguments(message: Mapping[str, Any], written: Callable[[Any], Any]) -> Mapping[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_rewritten(call, written) for call in calls]}
+
+
+def _rewritten(call: Any, written: Callable[[Any], Any]) -> Any:
+    """Return a tool call, {"function": {"arguments": …}} or {"arguments": …}, with its arguments in another form."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(function := call.get("function"), Mapping):
+        return {**call, "function": _rewritten(function, written)}
+    return {**call, "arguments": written(call["arguments"])} if "arguments" in call else call
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def learnt(record: Record) -> list[int]:

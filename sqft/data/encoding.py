@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from sqft.data.chat_tokens import chat_of, tokens_of, turn_tokens
-from sqft.data.chats import Chat, last_answer
+from sqft.data.chats import OPENED, Chat, last_answer
 from sqft.data.records import locate_errors
 from sqft.errors import DataError
 
@@ -22,11 +22,16 @@ LossOn = Literal["completion", "all"]
 
 class Prompt(NamedTuple):
     """The tokens that generation starts from, the text that is compared with what it adds, and the token that ends that
-    (None: the tokenizer's end of sequence)."""
+    (None: the tokenizer's end of sequence).
+
+    What is generated up to `marker` is reasoning. Where `reasons`, generation starts inside a block of it.
+    """
 
     ids: list[int]
     completion: str
     end: int | None = None
+    marker: str = ""
+    reasons: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +257,11 @@ def _encode_last_turn(record: dict[str, Any], tokenizer: Any, chat: Chat) -> Pro
         turn = chat.turn(record, index)
     except DataError:  # it could not be trained on, but it can be asked
         return Prompt(ids, record["messages"][index].get("content") or "")
-    answer = tokens_of(tokenizer, turn.answer)
+    marker = chat.marker(record, index, turn)
+    answer = tokens_of(tokenizer, turn.answer.rpartition(marker)[2] if marker else turn.answer)
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Prompt(ids, text, tokenizer.convert_tokens_to_ids(turn.end) if turn.end else None)
+    end = tokenizer.convert_tokens_to_ids(turn.end) if turn.end else None
+    return Prompt(ids, text, end, marker, bool(OPENED.search(turn.prompt)))
 
 
 def truncate_prompts(prompts: Sequence[Prompt], window: int, max_new_tokens: int) -> tuple[list[Prompt], int]:

@@ -39,7 +39,7 @@ class ConversationCheck:
         chats = [record for record in records if "messages" in record]
         if chats and not self.template.sources:
             raise DataError(f"{chats[0].location}: {NO_TEMPLATE}")
-        rewrites = endless = closes = False
+        rewrites = endless = closes = hides = False
         for record in _of_each_form(chats):
             try:
                 self.check_arguments(record.get("chat_template_kwargs", {}))
@@ -50,14 +50,22 @@ class ConversationCheck:
                 else:
                     if not learnt(record):
                         raise DataError("no turn of the assistant is to be learnt")
-                    before = ""
-                    for turn in self.chat.turns(record):
+                    before, turns = "", list(self.chat.turns(record))
+                    hides |= len(turns) < len(learnt(record))
+                    for turn in turns:
                         rewrites |= not turn.prompt.startswith(before)
                         endless |= turn.end is None
                         closes |= turn.closes > 0
                         before = turn.text
             except DataError as error:
                 raise DataError(f"{record.location}: {error}") from None
+        if any("tools" in record for record in chats) and not self.template.reads_tools():
+            yield "the chat template does not read tools, so the model does not see them"
+        if hides:
+            yield (
+                "the chat template writes nothing of some of the assistant's turns (tool calls or reasoning that it "
+                "does not know), so they are not learnt"
+            )
         if rewrites:
             yield "one example for each assistant turn: the chat template rewrites earlier turns"
         if closes:

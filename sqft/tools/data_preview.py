@@ -229,7 +229,7 @@ class _Display:
     def asked(self, place: str, records: Sequence[Record], max_new_tokens: int) -> Preview:
         """Make the preview of records whose prompts the model is to complete."""
         prompts, cut = truncate_prompts(encode_prompts(records, self.tokenizer), self.context, max_new_tokens)
-        shown = [[Piece(self._text(ids), False), Piece(wanted, True)] for ids, wanted, _ in prompts[: self.count]]
+        shown = [[Piece(self._text(ids), False), Piece(wanted, True)] for ids, wanted, *_ in prompts[: self.count]]
         facts = {"records": str(len(records)), "tokens of a prompt": _range([len(prompt.ids) for prompt in prompts])}
         return Preview(place, shown, {**facts, "cut to fit": f"{cut} prompts"})
 

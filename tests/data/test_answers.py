@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sqft.data.answers import extract_answer
+from sqft.data.answers import extract_answer, without_reasoning
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,23 @@ from sqft.data.answers import extract_answer
 )
 def test_answers(text: str, mode: Any, answer: str) -> None:
     assert extract_answer(text, mode) == answer
+
+
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "marker", "reasons", "said"),
+    [
+        ("4", "", False, "4"),
+        ("4", "</think>", False, "4"),  # it did not reason
+        ("2 and 2 is 4", "</think>", True, ""),  # cut off inside its reasoning
+        ("2 and 2</think>4", "</think>", True, "4"),
+        ("<think>2 and 2", "", False, ""),
+        ("<think>2 and 2</think>4", "", False, "4"),
+        ("<|channel|>analysis<|message|>2<|end|>", FINAL, False, ""),
+        (f"<|channel|>analysis<|message|>2<|end|>{FINAL}4", FINAL, False, "4"),
+    ],
+)
+def test_reasoning_is_no_answer(text: str, marker: str, reasons: bool, said: str) -> None:
+    assert without_reasoning(text, marker, reasons) == said

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.data.chat_tokens import chat_of
+from sqft.data.conversations import conversation_in
 from sqft.data.encoding import IGNORED, Encoded, Tokenization, encode_prompt
 from sqft.errors import DataError
 from tests.support.chats import TEMPLATES, all_shown, chat_tokenizer, conversation, shown
@@ -246,8 +247,9 @@ def test_an_evaluation_asks_what_training_has_taught(template: str) -> None:
     example = Tokenization(tokenizer, 5000, "completion").encode_record(record)[-1]
     assert list(example.input_ids[: len(prompt.ids)]) == prompt.ids
     after = [label for label in example.labels[len(prompt.ids) :] if label != IGNORED]
-    if template != "marked_without_end":
-        assert prompt.completion == tokenizer.decode(after, skip_special_tokens=True)
+    assert prompt.completion.strip() == "Done."
+    if template != "marked_without_end":  # reasoning that training closes is no part of what is compared
+        assert tokenizer.decode(after, skip_special_tokens=True).endswith(prompt.completion)
     if template == "without_end":
         assert prompt.end is None
     else:
@@ -323,3 +325,45 @@ def test_a_template_is_tried_with_its_own_arguments_only() -> None:
         list(chat.turns(conversation(*THREE)))
     probes = [messages for messages, *_ in calls if any("sqft-next" in m["content"] for m in messages)]
     assert len(probes) == 2  # whether contents are texts, and what follows an answer
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "glm4moe", "qwen3_5_think", "gptoss", "deepseekv3"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_arguments_of_tool_calls_are_written_once(template: str, as_text: bool) -> None:
+    """OpenAI's form has them as JSON text, others as an object; templates expect the one or the other."""
+    arguments = CALL["function"]["arguments"] if as_text else {"a": 1}
+    calls = [{**CALL, "id": "c1", "function": {**CALL["function"], "arguments": arguments}}]
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": calls}]
+    record = conversation_in({"messages": messages})
+    assert record is not None
+    text = "".join(texts(template, record))
+    assert "add" in text and '\\"a' not in text
+    if template != "glm4moe" and template != "qwen3_5_think":  # these write each argument by itself
+        assert '{"a": 1}' in text
+
+
+@pytest.mark.parametrize("template", ["llama3_like", "mistral_like", "cohere_like", "nemotron_like", "phi3_5"])
+def test_a_turn_of_which_the_template_writes_nothing_is_not_learnt(template: str) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    asked = [{"role": "user", "content": "1+1?"}, called, {"role": "user", "content": "so?"}]
+    record = {"messages": [*asked, {"role": "assistant", "content": "2"}]}
+    learnt = [turn.answer for turn in chat_of(chat_tokenizer(template)).turns(record)]
+    assert len(learnt) == 1 and "2" in learnt[0]
+    assert not [*chat_of(chat_tokenizer(template)).turns({"messages": asked[:2]})]
+
+
+@pytest.mark.parametrize(
+    ("template", "marker", "reasons"),
+    [
+        ("gptoss", "<|channel|>final<|message|>", False),
+        ("deepseekv3", "</think>", True),
+        ("qwen3", "</think>", False),
+        ("qwen2_5", "", False),
+    ],
+)
+def test_what_comes_before_an_answer(template: str, marker: str, reasons: bool) -> None:
+    prompt = encode_prompt(conversation(*THREE), chat_tokenizer(template))
+    assert (prompt.marker, prompt.reasons) == (marker, reasons)

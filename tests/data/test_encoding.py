@@ -21,7 +21,7 @@ def test_completion_carries_the_loss(tokenizer: PreTrainedTokenizerFast) -> None
     assert (example.cut, example.answers, example.ends) == (0, 1, (tokenizer.eos_token_id,))
     assert tokenizer.decode(example.input_ids) == "2+2=4<|im_end|>"
     assert [label for label in example.labels if label != IGNORED] == list(example.input_ids[-2:])
-    assert encode_prompt({"prompt": "2+2=", "completion": "4"}, tokenizer) == (
+    assert encode_prompt({"prompt": "2+2=", "completion": "4"}, tokenizer)[:3] == (
         list(example.input_ids[:-2]),
         "4",
         None,
@@ -77,7 +77,7 @@ def test_only_the_assistants_turns_carry_loss(tokenizer: PreTrainedTokenizerFast
     (example,) = Tokenization(tokenizer, 500, "completion").encode_record(record)
     kept = [label for label in example.labels if label != IGNORED]
     assert tokenizer.decode(kept) == "yes<|im_end|>no<|im_end|>"
-    ids, reference, end = encode_prompt(record, tokenizer)
+    ids, reference, end, *_ = encode_prompt(record, tokenizer)
     assert (reference, end) == ("no", tokenizer.eos_token_id) and tokenizer.decode(ids).endswith(
         "<|im_start|>assistant\n"
     )

@@ -18,18 +18,18 @@ PROBED = 16
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig
-) -> list[str]:
-    """Generate from a batch of prompts, padded at the left; return the texts up to their end of sequence."""
-    ids, mask = _padded(prompts, tokenizer.pad_token_id)
+    model: PreTrainedModel, pad_token: int, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+) -> list[list[int]]:
+    """Generate from a batch of prompts, padded at the left; return the tokens of each up to its end of sequence."""
+    ids, mask = _padded(prompts, pad_token)
     output = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
     )
-    texts = []
-    for tokens in output[:, ids.shape[1] :].tolist():
-        end = next((at for at, token in enumerate(tokens) if token in settings.eos_token_id), None)
-        texts.append(tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return texts
+    generated: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    ends = [
+        next((at for at, token in enumerate(tokens) if token in settings.eos_token_id), None) for tokens in generated
+    ]
+    return [tokens[:end] for tokens, end in zip(generated, ends, strict=True)]
 
 
 @torch.inference_mode()

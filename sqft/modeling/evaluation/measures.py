@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sqft.data.answers import Answer, extract_answer
+from sqft.data.answers import Answer, extract_answer, without_reasoning
+from sqft.data.chat_tokens import special_tokens
 from sqft.data.collators import Collator
 from sqft.data.encoding import IGNORED, Example, Prompt, encode_prompts, truncate_prompts
 from sqft.errors import StageError
@@ -89,9 +90,10 @@ def exact_match(
         equal = padding_matters(model, settings.pad_token_id, [prompt.ids for prompt in prompts])
         batches = _batches(prompts, batch_size, equal)
         for batch in track(batches, "generating", len(batches)):
-            texts = generate(model, tokenizer, [prompts[index].ids for index in batch], settings)
-            for index, text in zip(batch, texts, strict=True):
-                found, wanted = (extract_answer(part, answer) for part in (text, prompts[index].completion))
+            answers = generate(model, settings.pad_token_id, [prompts[index].ids for index in batch], settings)
+            for index, tokens in zip(batch, answers, strict=True):
+                text, said = _texts(tokenizer, tokens, prompts[index])
+                found, wanted = (extract_answer(part, answer) for part in (said, prompts[index].completion))
                 predictions[index] = {
                     "record": index + 1,
                     "prompt": tokenizer.decode(prompts[index].ids),
@@ -104,6 +106,19 @@ def exact_match(
     p = correct / n
     error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
     return {"accuracy": p, "stderr": error, "correct": correct, "samples": n, "predictions": predictions}
+
+
+def _texts(tokenizer: Any, tokens: list[int], prompt: Prompt) -> tuple[str, str]:
+    """Return what was generated, and what it says after its reasoning, both without special tokens."""
+    clean, full = (
+        tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (True, False)
+    )
+    said = without_reasoning(full, prompt.marker, prompt.reasons)
+    if said == full:
+        return clean, clean
+    for token in special_tokens(tokenizer):
+        said = said.replace(token, "")
+    return clean, said
 
 
 def _batches(prompts: Sequence[Prompt], batch_size: int, equal: bool) -> list[list[int]]:

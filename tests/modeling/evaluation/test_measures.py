@@ -12,14 +12,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sqft.data.chat_tokens import tokens_of
 from sqft.data.collators import Collator
-from sqft.data.encoding import Tokenization
+from sqft.data.encoding import Prompt, Tokenization
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import DataError, StageError
 from sqft.modeling.evaluation import exact_match, mean_loss, perplexity
+from sqft.modeling.evaluation.measures import _texts
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import silent
+from tests.support.chats import chat_tokenizer
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
 
@@ -147,3 +150,10 @@ def test_measuring_leaves_the_model_as_it_was(
     assert seen and not any(seen)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert model.generation_config is config
+
+
+def test_an_answer_is_found_where_tags_around_reasoning_are_special_tokens() -> None:
+    tokenizer = chat_tokenizer("gptoss")
+    generated = "<|channel|>analysis<|message|>2 and 2<|end|><|start|>assistant<|channel|>final<|message|>4"
+    shown, said = _texts(tokenizer, tokens_of(tokenizer, generated), Prompt([0], "4", None, "final<|message|>"))
+    assert (shown, said) == ("analysis2 and 2assistantfinal4", "4")
