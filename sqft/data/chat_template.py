@@ -73,6 +73,10 @@ class ChatTemplate:
         """Return whether a template reads the tools of a conversation."""
         return any(re.search(r"\btools\b", source) for source in self.sources.values())
 
+    def writes_the_date(self) -> bool:
+        """Return whether a template writes the day on which it is rendered."""
+        return any("strftime_now" in source for source in self.sources.values())
+
     def render(self, messages: Messages, generation: bool, tools: Any, arguments: Mapping[str, Any]) -> str:
         """Return messages as text.
 

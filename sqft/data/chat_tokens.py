@@ -75,7 +75,7 @@ def _marked_spans(tokenizer: Any, record: Mapping[str, Any], turn: Turn) -> Span
     """Return where the template marks the assistant's words in `turn.finished`; None when it marks none."""
     tools, arguments = record.get("tools"), record.get("chat_template_kwargs") or {}
     source = tokenizer.get_chat_template(tools=tools)
-    if not is_marked(source):
+    if not (is_marked(source) and tokenizer.is_fast):  # without offsets, all of the answer is learnt
         return None
     from transformers.utils.chat_template_utils import render_jinja_template
 

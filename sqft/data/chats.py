@@ -265,6 +265,8 @@ class Chat:
             f"message {index + 1}: inference starts it with {_short(prompt[start:])}, where the chat template writes "
             f"{_short(finished[start:])} for the finished turn, so it is not known what must be learnt; "
         )
+        if record["messages"][index - 1]["role"] == "assistant":
+            return message + "two of the assistant's turns follow one another: make them one"
         given = record.get("chat_template_kwargs") or {}
         for name in self.variables if suggest else ():
             for value in (False, True):

@@ -71,7 +71,7 @@ def _turns(fields: dict[str, Any]) -> tuple[Any, int]:
     names = ("messages",) if isinstance(prompt, str) and isinstance(completion, str) else ("messages", "conversations")
     for name in names:
         if fields.get(name) is not None:
-            turns = fields.pop(name)
+            turns = _parsed(fields.pop(name))
             if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
                 raise DataError(f"'{name}' must be {FORM}")
             return turns, 0

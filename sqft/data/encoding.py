@@ -39,7 +39,7 @@ class Example:
     """Token ids and their labels: a label is the token itself, or `IGNORED`.
 
     `answers` of it are learnt; `ends` are the tokens that end them, where they are learnt too; `cut` tokens were left
-    out.
+    out, and with them the beginnings of `lost` answers.
     """
 
     input_ids: tuple[int, ...]
@@ -47,6 +47,7 @@ class Example:
     answers: int = 0
     ends: tuple[int, ...] = ()
     cut: int = 0
+    lost: int = 0
 
 
 class _Answer(NamedTuple):
@@ -99,12 +100,15 @@ class Encoded:
 
     def note(self) -> str | None:
         """Return what became of conversations, where that may surprise."""
-        if not self.rewritten:
-            return None
-        return (
-            f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
-            "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
-        )
+        said = []
+        if self.rewritten:
+            said.append(
+                f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
+                "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
+            )
+        if lost := sum(example.lost for example in self.examples):
+            said.append(f"{lost} early answers were cut away, from conversations longer than max_length")
+        return "; ".join(said) or None
 
     def warning(self) -> str | None:
         """Return how many examples do not teach to stop; None when all do."""
@@ -218,7 +222,9 @@ class Tokenization:
         stop = start + length
         answers = [a for a in sequence.answers if a.begin < a.end and a.begin < stop and a.end > start + 1]
         ends = tuple(ids[answer.end - 1] for answer in answers if answer.ended and answer.end <= stop)
-        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(answers), ends, cut)
+        lost = sum(0 < answer.begin <= start for answer in sequence.answers)
+        kept = sum(not 0 < answer.begin <= start for answer in answers)
+        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), kept, ends, cut, lost)
 
 
 def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Prompt]:

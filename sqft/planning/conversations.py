@@ -61,6 +61,11 @@ class ConversationCheck:
                 raise DataError(f"{record.location}: {error}") from None
         if any("tools" in record for record in chats) and not self.template.reads_tools():
             yield "the chat template does not read tools, so the model does not see them"
+        if self.template.writes_the_date():
+            yield (
+                "the chat template writes today's date, so what is learnt and asked depends on the day; artifacts of "
+                "another day are reused"
+            )
         if hides:
             yield (
                 "the chat template writes nothing of some of the assistant's turns (tool calls or reasoning that it "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from sqft.data.chat_tokens import chat_of, tokens_of, turn_tokens
+from sqft.data.encoding import IGNORED, Tokenization
 from tests.support.chats import chat_tokenizer, conversation
 
 RECORD = conversation(("user", "2+2?"), ("assistant", "4"))
@@ -55,3 +57,11 @@ def test_a_token_across_the_boundary_is_split() -> None:
 def test_a_chat_knows_the_tokenizers_special_tokens(template: str) -> None:
     chat = chat_of(chat_tokenizer(template))
     assert chat.turn(RECORD, 1).end == {"cohere_like": "<|END_OF_TURN_TOKEN|>", "glm4moe": "<|user|>"}[template]
+
+
+def test_without_offsets_all_of_the_answer_is_learnt() -> None:
+    """A tokenizer that is written in Python knows no offsets, by which a template's marks are found."""
+    tokenizer = ByT5Tokenizer(additional_special_tokens=["<|im_start|>", "<|im_end|>"], extra_ids=0)
+    tokenizer.chat_template = chat_tokenizer("marked_without_end").chat_template
+    (example,) = Tokenization(tokenizer, 500, "completion").encode_record(RECORD)
+    assert "4<|im_end|>" in tokenizer.decode([label for label in example.labels if label != IGNORED])

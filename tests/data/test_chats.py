@@ -240,6 +240,18 @@ def test_a_cut_example_says_what_is_left() -> None:
     )
 
 
+def test_answers_that_are_cut_away_are_counted() -> None:
+    """Of a long conversation in one example the first answers go; what is left of one without its prompt does not
+    count."""
+    whole = encoded("qwen2_5", conversation(*THREE)).examples[0]
+    (example,) = encoded("qwen2_5", conversation(*THREE), length=len(whole.input_ids) - 1).examples
+    assert (whole.answers, whole.lost, example.answers, example.lost) == (3, 0, 3, 0)
+    short = encoded("qwen2_5", conversation(*THREE), length=40)
+    (example,) = short.examples
+    assert example.answers + example.lost == 3 and example.lost > 0
+    assert f"{example.lost} early answers were cut away" in str(short.note())
+
+
 @pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
 def test_an_evaluation_asks_what_training_has_taught(template: str) -> None:
     tokenizer, record = chat_tokenizer(template), conversation(*THREE)

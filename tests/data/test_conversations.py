@@ -119,3 +119,10 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, row: dict[str, Any], w
     with pytest.raises(DataError) as caught:
         read_records(file)
     assert "d.jsonl:2: " in str(caught.value) and words in str(caught.value)
+
+
+def test_messages_may_be_json_text_as_columns_of_tables_have_them() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert conversation_in({"messages": json.dumps(messages)}) == {"messages": messages}
+    with pytest.raises(DataError, match="'messages' must be"):
+        conversation_in({"messages": "a talk"})

@@ -115,3 +115,17 @@ def test_every_template_here_is_planned(planned: Any) -> None:
     for path in TEMPLATES.glob("*.jinja"):
         assert path.stem in ENDS or chat_tokenizer(path.stem).eos_token == "<|im_end|>"
         assert planned(path.stem, [conversation(*TURNS)]).steps
+
+
+def test_turns_that_the_template_does_not_write_are_said(planned: Any) -> None:
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    called = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    talk = {"messages": [*called, {"role": "user", "content": "so?"}, {"role": "assistant", "content": "2"}]}
+    notes = [note for note in planned("llama3_like", [{**talk, "tools": [call]}]).notes if "finetune.data" in note]
+    assert any("does not read tools" in note for note in notes) and any("they are not learnt" in note for note in notes)
+    assert not any("learnt" in note for note in planned("qwen2_5", [talk]).notes)
+
+
+def test_a_template_that_writes_the_date_is_said(planned: Any) -> None:
+    assert any("today's date" in note for note in planned("gptoss", [conversation(*TURNS)]).notes)
+    assert not any("today's date" in note for note in planned("qwen2_5", [conversation(*TURNS)]).notes)
