@@ -129,8 +129,8 @@ def gptq_config(
         floats: The linear layers of the decoder blocks that are not quantized. Two programs that read these folders
             each have their own setting for them, and both are written.
         towers: The modules outside the text model, with layers that are not quantized.
-        blocks: The module that is the list of the decoder blocks. A program that reads these folders looks for it under
-            a few names, and is told where there are towers.
+        blocks: The module that is the list of the decoder blocks. Programs that read these folders look for it under
+            a few names; where there are towers, it is stated.
     """
     from sqft.kernels.grids import is_symmetric
 

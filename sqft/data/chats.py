@@ -130,7 +130,7 @@ class Chat:
         may differ in whitespace, or by a block of reasoning that only the prompt has: then what is learnt closes it.
 
         Raises:
-            DataError: when they differ in more, so that nobody can say what comes after the prompt.
+            DataError: when they differ in more, so that it is not known what comes after the prompt.
         """
         if arguments is not None:
             record = {**record, "chat_template_kwargs": arguments}
@@ -259,7 +259,7 @@ class Chat:
         return self._closings[key]
 
     def _mismatch(self, record: Record, index: int, prompt: str, finished: str, suggest: bool) -> str:
-        """Say that a finished turn does not begin as inference does, and which argument would mend that."""
+        """Say that a finished turn does not begin as inference does, and which argument would fix that."""
         start = len(commonprefix([prompt, finished]))  # noqa: RUF071 of characters, as is wanted
         message = (
             f"message {index + 1}: inference starts it with {_short(prompt[start:])}, where the chat template writes "

@@ -100,7 +100,7 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
         speaker = message.pop("from")
         if speaker not in ROLES:
             known = ", ".join(ROLES)
-            raise DataError(f"message {number}: 'from' is {speaker!r}, which stands for no role; known are {known}")
+            raise DataError(f"message {number}: 'from' is {speaker!r}, which is no known role; known are {known}")
         message = {"role": ROLES[speaker], **message}
         if "value" in message:
             message["content"] = message.pop("value")

@@ -87,7 +87,7 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """Return the table as Markdown, what its numbers hang on, and where the answers are."""
+    """Return the table as Markdown, what its numbers depend on, and where the answers are."""
     lines = settings_of_tasks(report)
     lines += [
         f"answers of {row['configuration']}: ../../artifacts/{file}"

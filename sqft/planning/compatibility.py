@@ -54,8 +54,8 @@ def check_grid(
         return
     if reasons:
         layer, reason = reasons[0]
-        mend = _or_exclude([layer for layer, _ in reasons], layers, exclude)
-        yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers{mend})")
+        remedy = _or_exclude([layer for layer, _ in reasons], layers, exclude)
+        yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers{remedy})")
 
 
 def _or_exclude(offending: Sequence[LinearShape], layers: Sequence[LinearShape], exclude: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def test_a_table_fills_in_nulls_and_may_hold_json(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": 4}, ASKED[1]]}, "message 1: 'content' is int, expected text"),
         ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "message 2 of role 'assistant' has no 'content'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASKED[1]]}, "message 1: a part of 'content' is 'image'"),
-        ({"conversations": [{"from": "narrator", "value": "x"}]}, "'from' is 'narrator', which stands for no role; known are human"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "'from' is 'narrator', which is no known role; known are human"),
         ({"prompt": ASKED[:1], "completion": "4"}, "must both be texts, or both lists"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences, which sqft does not train on"),
         ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, "message 2: 'weight' is 0.5; a turn is learnt or not"),

@@ -1,4 +1,4 @@
-"""lm-eval's tasks. Everything that a number hangs on is passed explicitly, and returned with the numbers."""
+"""lm-eval's tasks. Everything that a number depends on is passed explicitly, and returned with the numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LENGTHS = frozenset(BY_PRECEDENCE)
 """lm-eval's names for the most tokens of an answer; of several, it takes the first."""
 
 DEFAULT_LENGTH = 256
-"""The most tokens of an answer where nobody says."""
+"""The most tokens of an answer where neither the recipe nor the task says."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def lm_eval_tasks(
 
 
 _SHOWN = [name for name in TaskSettings.__dataclass_fields__ if name not in ("num_fewshot", "limit", "log_samples")]
-"""The settings that are returned: the others are in what is told of each task."""
+"""The settings that are returned: the others are in the facts of each task."""
 
 
 def ready_tasks(
