@@ -13,13 +13,11 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
+from sqft.data.tool_calls import CallForm, form_taken
 from sqft.errors import DataError
 
 Record = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
-
-CallForm = Callable[[Messages], list[Mapping[str, Any]]]
-"""Writes the tool calls of messages in one form."""
 
 Render = Callable[[Messages, bool, Any, Mapping[str, Any]], str]
 """Renders messages, with the generation prompt or without, with tools (a list, or None) and the template's arguments.
@@ -38,6 +36,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that may hold its reasoning."""
 
 NO_TEMPLATE = "the model's tokenizer has no chat template; use {prompt, completion} records, or add chat_template.jinja"
+
+UNWRITTEN = "the chat template writes nothing of it (tool calls or reasoning that it does not know)"
+"""Why a turn is not learnt that says something."""
 
 ANSWER, NEXT = "sqft-answer", "sqft-next"
 """Contents that are looked for again in a rendered probe."""
@@ -94,18 +95,25 @@ class Chat:
         ends = {token for token in specials if token and (token != bos or token == eos)}
         self._specials = sorted(ends, key=lambda token: (-len(token), token))
         self._closings: dict[tuple[str, str], str] = {}
-        self._call_form: CallForm = _calls_as_objects
+        self._call_forms: dict[bool, CallForm] = {}
 
     def turns(self, record: Record) -> Iterator[Turn]:
         """Yield the turns of a record that are learnt, in their order.
 
         A turn of which the template writes nothing, such as tool calls that it does not know, is not learnt: it would
         teach to answer nothing.
+
+        Raises:
+            DataError: when no turn is learnt, or `turn` refuses one.
         """
-        for index in learnt(record):
+        indices, shown = learnt(record), 0
+        for index in indices:
             turn = self.turn(record, index)
             if self._says_something(turn):
                 yield turn
+                shown += 1
+        if not shown:
+            raise DataError(f"no turn of the assistant is to be learnt{f': {UNWRITTEN}' if indices else ''}")
 
     def _says_something(self, turn: Turn) -> bool:
         text = turn.answer
@@ -146,9 +154,7 @@ class Chat:
         else:
             raise DataError(self._mismatch(record, index, prompt, finished, suggest=arguments is None))
         answer, end = self._ended(finished[start:], record, index)
-        return Turn(
-            self._given(record["messages"][: index + 1]), prompt, closing + answer, end, finished, start, len(closing)
-        )
+        return Turn(self._given(record, index + 1), prompt, closing + answer, end, finished, start, len(closing))
 
     def marker(self, record: Record, index: int, turn: Turn) -> str:
         """Return the tags that the template writes in an answer right before what it says; "" for none.
@@ -156,7 +162,8 @@ class Chat:
         What a model generates before them is reasoning, which is no part of its answer.
         """
         said = str(record["messages"][index].get("content") or "").rpartition("</think>")[2].strip()
-        before = turn.answer[: turn.answer.rfind(said)] if said and said in turn.answer else ""
+        answer = turn.answer.removesuffix(turn.end or "")  # which may hold a short answer: "<|return|>"
+        before = answer[: answer.rfind(said)] if said and said in answer else ""
         found = MARKER.search(before.rstrip())
         return found[0] if found else ""
 
@@ -179,24 +186,35 @@ class Chat:
         return text, skipped
 
     def _rendered(self, record: Record, count: int, generation: bool) -> str:
-        arguments, messages = record.get("chat_template_kwargs") or {}, record["messages"][:count]
-        if not any(message.get("tool_calls") for message in messages):
-            return self.render(self._given(messages), generation, record.get("tools"), arguments)
-        refused: DataError | None = None
-        for form in dict.fromkeys([self._call_form, *CALL_FORMS]):  # the one that has worked comes first
-            self._call_form = form
-            try:
-                return self.render(self._given(messages), generation, record.get("tools"), arguments)
-            except DataError as error:
-                refused = refused or error
-        self._call_form = CALL_FORMS[0]
-        raise DataError(f"{refused} (arguments of tool calls were tried as objects and as JSON text)")
+        arguments = record.get("chat_template_kwargs") or {}
+        return self.render(self._given(record, count), generation, record.get("tools"), arguments)
 
-    def _given(self, messages: Messages) -> list[Mapping[str, Any]]:
-        """Return messages as the template reads them; that of a multimodal model may take parts only, and some take the
-        arguments of tool calls as text."""
-        messages = self._call_form(messages)
+    def _given(self, record: Record, count: int) -> list[Mapping[str, Any]]:
+        """Return a record's first messages as the template reads them.
+
+        That of a multimodal model may take parts only, and tool calls have a form of their own.
+        """
+        messages: Messages = record["messages"][:count]
+        first = next((at for at, message in enumerate(messages, 1) if message.get("tool_calls")), None)
+        if first is not None:
+            messages = self._call_form(record, first).of(messages)
         return [*(_in_parts(messages) if self._reads_parts else messages)]
+
+    def _call_form(self, record: Record, first: int) -> CallForm:
+        """Return the form of tool calls that the template takes, tried with a record's first call."""
+        tools, arguments = record.get("tools"), record.get("chat_template_kwargs") or {}
+
+        def render(messages: Messages) -> str:
+            given = _in_parts(messages) if self._reads_parts else messages
+            return self.render(given, False, tools, arguments)
+
+        key = tools is not None  # there may be a template of its own for conversations with tools
+        if key not in self._call_forms:
+            form = form_taken(record["messages"][:first], render)
+            if form is None:  # it is rejected whatever the form
+                return CallForm()
+            self._call_forms[key] = form
+        return self._call_forms[key]
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -249,7 +267,8 @@ class Chat:
         key = role, json.dumps(arguments, sort_keys=True, default=str)
         if key not in self._closings:
             probe = [("user", "x"), ("assistant", ANSWER), (role, NEXT)]
-            messages = self._given([{"role": speaker, "content": content} for speaker, content in probe])
+            turns = [{"role": speaker, "content": content} for speaker, content in probe]
+            messages = self._given({"messages": turns}, len(turns))
             try:
                 text = self.render(messages, False, None, arguments)
             except DataError:
@@ -284,50 +303,6 @@ def _in_parts(messages: Messages) -> list[dict[str, Any]]:
         {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else {**message}
         for message in messages
     ]
-
-
-def _calls_as_objects(messages: Messages) -> list[Mapping[str, Any]]:
-    """Return messages with the arguments of tool calls as objects, as most templates expect them."""
-    return [_with_arguments(message, _parsed) for message in messages]
-
-
-def _calls_as_text(messages: Messages) -> list[Mapping[str, Any]]:
-    """Return messages with the arguments of tool calls as JSON text, and a content beside the calls."""
-    return [
-        {"content": "", **_with_arguments(message, _as_text)} if message.get("tool_calls") else message
-        for message in messages
-    ]
-
-
-CALL_FORMS: tuple[CallForm, ...] = (_calls_as_objects, _calls_as_text)
-"""Ways to write tool calls, in the order in which a template is tried with them."""
-
-
-def _with_arguments(message: Mapping[str, Any], written: Callable[[Any], Any]) -> Mapping[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_rewritten(call, written) for call in calls]}
-
-
-def _rewritten(call: Any, written: Callable[[Any], Any]) -> Any:
-    """Return a tool call, {"function": {"arguments": …}} or {"arguments": …}, with its arguments in another form."""
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(function := call.get("function"), Mapping):
-        return {**call, "function": _rewritten(function, written)}
-    return {**call, "arguments": written(call["arguments"])} if "arguments" in call else call
-
-
-def _parsed(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def learnt(record: Record) -> list[int]:

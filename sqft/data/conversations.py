@@ -70,8 +70,8 @@ def _turns(fields: dict[str, Any]) -> tuple[Any, int]:
     prompt, completion = fields.get("prompt"), fields.get("completion")
     names = ("messages",) if isinstance(prompt, str) and isinstance(completion, str) else ("messages", "conversations")
     for name in names:
-        if fields.get(name) is not None:
-            turns = _parsed(fields.pop(name))
+        if (turns := _parsed(fields.get(name))) is not None:  # a cell of a CSV file holds JSON text, or nothing
+            fields.pop(name)
             if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
                 raise DataError(f"'{name}' must be {FORM}")
             return turns, 0

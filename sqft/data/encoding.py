@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from sqft.data.chat_tokens import chat_of, tokens_of, turn_tokens
-from sqft.data.chats import OPENED, Chat, last_answer
+from sqft.data.chats import OPENED, UNWRITTEN, Chat, last_answer, learnt
 from sqft.data.records import locate_errors
 from sqft.errors import DataError
 
@@ -69,11 +69,13 @@ class _Sequence(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A data set as examples; `sizes` says how many each record gave, in their order. `rewritten` records gave several
-    since the chat template writes a turn in another way once more turns follow."""
+    since the chat template writes a turn in another way once more turns follow; of `unwritten` turns it writes nothing,
+    so they are not learnt."""
 
     examples: list[Example]
     sizes: list[int]
     rewritten: int
+    unwritten: int = 0
 
     @property
     def records(self) -> int:
@@ -108,6 +110,8 @@ class Encoded:
             )
         if lost := sum(example.lost for example in self.examples):
             said.append(f"{lost} early answers were cut away, from conversations longer than max_length")
+        if self.unwritten:
+            said.append(f"turns of the assistant that are not learnt: {self.unwritten}, each since {UNWRITTEN}")
         return "; ".join(said) or None
 
     def warning(self) -> str | None:
@@ -142,7 +146,7 @@ class Tokenization:
         """
         examples: list[Example] = []
         sizes: list[int] = []
-        rewritten = 0
+        rewritten = unwritten = 0
         for number, record in enumerate(records, 1):
             with locate_errors(record, number):
                 pieces = self.encode_record(record)
@@ -150,8 +154,11 @@ class Tokenization:
                     raise DataError("there is no token to learn from (is the completion empty?)")
             examples += pieces
             sizes.append(len(pieces))
-            rewritten += len(pieces) > 1 and "messages" in record
-        return Encoded(examples, sizes, rewritten)
+            if "messages" in record:
+                rewritten += len(pieces) > 1
+                if self.loss_on == "completion":
+                    unwritten += len(learnt(record)) - sum(piece.answers + piece.lost for piece in pieces)
+        return Encoded(examples, sizes, rewritten, unwritten)
 
     def encode_record(self, record: dict[str, Any]) -> list[Example]:
         """Encode one record.
@@ -220,11 +227,12 @@ class Tokenization:
             begins = [i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
             start = min(cut, begins[-1] - 1) if begins else cut
         stop = start + length
-        answers = [a for a in sequence.answers if a.begin < a.end and a.begin < stop and a.end > start + 1]
-        ends = tuple(ids[answer.end - 1] for answer in answers if answer.ended and answer.end <= stop)
-        lost = sum(0 < answer.begin <= start for answer in sequence.answers)
-        kept = sum(not 0 < answer.begin <= start for answer in answers)
-        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), kept, ends, cut, lost)
+        answers = [answer for answer in sequence.answers if answer.begin < answer.end]
+        first = start + 1 if self.loss_on == "completion" else 0
+        kept = [a for a in answers if first <= a.begin < stop and a.end > start + 1]
+        ends = tuple(ids[answer.end - 1] for answer in kept if answer.ended and answer.end <= stop)
+        lost = len(answers) - len(kept)
+        return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(kept), ends, cut, lost)
 
 
 def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Prompt]:

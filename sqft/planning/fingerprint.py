@@ -35,6 +35,7 @@ EVERY_STAGE = (
     "data/readers",
     "data/records",
     "data/templates",
+    "data/tool_calls",
     "data/windows",
     "kernels",
     "modeling/adapters/frozen_weight",

@@ -217,7 +217,7 @@ def test_a_turn_that_is_switched_off_is_history_only() -> None:
     assert whole.count("⟪") == 2 and "⟫4<|eot_id|>⟪<|start" in whole and "⟫Done.<|eot_id|>" in whole
     with pytest.raises(DataError, match=r"cannot be found; set finetune\.loss_on to 'completion'"):
         encoded("qwen3", record, loss_on="all")
-    with pytest.raises(DataError, match="no token to learn from"):
+    with pytest.raises(DataError, match=r"no turn of the assistant is to be learnt$"):
         encoded("llama3_like", conversation(*THREE, not_learnt=[1, 3, 5]))
 
 
@@ -249,6 +249,7 @@ def test_answers_that_are_cut_away_are_counted() -> None:
     short = encoded("qwen2_5", conversation(*THREE), length=40)
     (example,) = short.examples
     assert example.answers + example.lost == 3 and example.lost > 0
+    assert len(example.ends) == example.answers
     assert f"{example.lost} early answers were cut away" in str(short.note())
 
 
@@ -357,6 +358,35 @@ def test_arguments_of_tool_calls_are_written_once(template: str, as_text: bool) 
         assert '{"a": 1}' in text
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            "{{ m['content'] + '' }}{{ (m.tool_calls or []) | map(attribute='arguments') | list | tojson }}",
+            '[{"a": 1}]',
+        ),
+        ("{% for call in m.tool_calls or [] %}{{ call.arguments }}{% endfor %}", '{"a": 1}'),
+    ],
+)
+def test_arguments_are_written_as_json_where_a_template_needs_more(template: str, text: str, arguments: Any) -> None:
+    """A template may need a content beside the call, or print the arguments as they are."""
+    tokenizer = copy.deepcopy(chat_tokenizer("qwen2_5"))
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}} {template}<|im_end|>{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    called = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": arguments}]}
+    record = {"messages": [{"role": "user", "content": "1+1?"}, called]}
+    assert encode_prompt(record, tokenizer).completion == text
+
+
+def test_arguments_that_are_no_object_are_refused_where_one_is_taken() -> None:
+    called = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "a=2"}]}
+    with pytest.raises(DataError, match=r"message 2: the chat template takes the arguments of a tool call as an obj"):
+        encoded("glm4moe", {"messages": [{"role": "user", "content": "1+1?"}, called]})
+
+
 @pytest.mark.parametrize("template", ["llama3_like", "mistral_like", "cohere_like", "nemotron_like", "phi3_5"])
 def test_a_turn_of_which_the_template_writes_nothing_is_not_learnt(template: str) -> None:
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -364,7 +394,10 @@ def test_a_turn_of_which_the_template_writes_nothing_is_not_learnt(template: str
     record = {"messages": [*asked, {"role": "assistant", "content": "2"}]}
     learnt = [turn.answer for turn in chat_of(chat_tokenizer(template)).turns(record)]
     assert len(learnt) == 1 and "2" in learnt[0]
-    assert not [*chat_of(chat_tokenizer(template)).turns({"messages": asked[:2]})]
+    with pytest.raises(DataError, match=r"no turn of the assistant is to be learnt: the chat template writes nothing"):
+        encoded(template, {"messages": asked[:2]})
+    note = "turns of the assistant that are not learnt: 1, each since the chat template writes nothing of it"
+    assert note in str(encoded(template, record).note())
 
 
 @pytest.mark.parametrize(
@@ -377,5 +410,7 @@ def test_a_turn_of_which_the_template_writes_nothing_is_not_learnt(template: str
     ],
 )
 def test_what_comes_before_an_answer(template: str, marker: str, reasons: bool) -> None:
+    short = encode_prompt(conversation(("user", "?"), ("assistant", "n")), chat_tokenizer(template))
+    assert (short.marker, short.completion.strip()) == (marker, "n")  # a letter of the token that ends the turn
     prompt = encode_prompt(conversation(*THREE), chat_tokenizer(template))
     assert (prompt.marker, prompt.reasons) == (marker, reasons)

@@ -72,6 +72,11 @@ def test_an_empty_column_of_conversations_is_none(tmp_path: Path) -> None:
     assert read_records(tmp_path / "d.jsonl") == [{"prompt": "2+2?", "completion": "4"}]
 
 
+def test_an_empty_cell_of_a_csv_file_is_no_conversation(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("messages,prompt,completion\n,2+2?,4\n")
+    assert read_records(tmp_path / "d.csv") == [{"prompt": "2+2?", "completion": "4"}]
+
+
 def test_a_call_needs_no_content_and_its_fields_stay() -> None:
     call = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}]
     messages = [

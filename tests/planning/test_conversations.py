@@ -124,6 +124,8 @@ def test_turns_that_the_template_does_not_write_are_said(planned: Any) -> None:
     notes = [note for note in planned("llama3_like", [{**talk, "tools": [call]}]).notes if "finetune.data" in note]
     assert any("does not read tools" in note for note in notes) and any("they are not learnt" in note for note in notes)
     assert not any("learnt" in note for note in planned("qwen2_5", [talk]).notes)
+    (message, *_) = refusal(planned, "llama3_like", [{"messages": called}])
+    assert "talk.jsonl:1: no turn of the assistant is to be learnt: the chat template writes nothing of it" in message
 
 
 def test_a_template_that_writes_the_date_is_said(planned: Any) -> None:
