@@ -151,7 +151,7 @@ def check_quantizer(quantizer: Quantizer) -> None:
                 result = quantizer.quantize(pruned, given, stats)
             checks.check_unchanged(label, PLACE, before[0], pruned)
             checks.check_unchanged(label, PLACE, before[1], mask, "the mask")
-            checks.check_quantized(label, PLACE, result, pruned, given)
+            checks.check_quantized(label, PLACE, result, pruned, given, quantizer.gives_compensated)
             again = quantizer.quantize(pruned, given, _stats(shape[1], quantizer.needs))
             if not again.codes.equal(result.codes):
                 raise ContractError(f"{label} gave other codes for the same weight and statistics")

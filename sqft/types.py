@@ -108,10 +108,16 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A quantizer's result: integer codes [out, in] on a grid."""
+    """A quantizer's result: integer codes [out, in] on a grid.
+
+    `compensated` float [out, in] is what the quantizer rounded: the weight after everything that it changed to make up
+    for the errors of others. Rounded to nearest on the grid it gives the codes, and pruned entries are 0. None: the
+    quantizer does not say.
+    """
 
     codes: Tensor
     grid: Grid
+    compensated: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

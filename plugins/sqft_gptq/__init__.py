@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 class _OnGrid(Quantizer):
     """The options of the grid, which both quantizers share."""
 
+    gives_compensated = True
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = Field(
         128, description="inputs that share one scale; -1: all inputs of a row"

@@ -55,11 +55,14 @@ class GroupOrder:
         count, device = len(self.order) // self.size, self.order.device
         return torch.zeros(out, count, device=device), torch.zeros(out, count, dtype=torch.int32, device=device)
 
-    def in_input_order(self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Quantized:
+    def in_input_order(
+        self, codes: Tensor, compensated: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int
+    ) -> Quantized:
         """Return codes [out, in], scales and zero points [out, groups] of all turns in the order of the inputs.
 
         Args:
             codes: in the order of the turns, [out, in].
+            compensated: the floats that were rounded to them, in the same order, [out, in].
             scale: of each turn's group, [out, groups].
             zero: of each turn's group, [out, groups].
             bits: of a code.
@@ -71,7 +74,8 @@ class GroupOrder:
             scale, zero = scale[:, turn], zero[:, turn]
         elif self.static_grid is None and self.size < len(back):
             index = self.groups()[back].int()
-        return Quantized(codes[:, back], Grid(scale.half(), zero, group_size, bits, index))
+        grid = Grid(scale.half(), zero, group_size, bits, index)
+        return Quantized(codes[:, back], grid, compensated[:, back])
 
 
 def gptq(
@@ -112,12 +116,13 @@ def gptq(
                 group = W1[:, j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
                 scale[:, g], zero[:, g] = fit_grid(group, bits, symmetric, clip)
             w, s, z = W1[:, j], scale[:, g], zero[:, g]
+            W[:, i1 + j] = w  # as it is rounded: W is read no more up to i2
             q = quantize_to_codes(w, s, z, top)
             codes[:, i1 + j] = q.to(torch.uint8)
             E1[:, j] = (w - s * (q - z)) / U1[j, j]
             W1[:, j:] -= E1[:, j, None] * U1[j, j:] * keep1[:, j:]  # pruned weights do not compensate
         W[:, i2:] -= (E1 @ U[i1:i2, i2:]) * keep[:, i2:]
-    return turns.in_input_order(codes, scale, zero, bits, group_size)
+    return turns.in_input_order(codes, W, scale, zero, bits, group_size)
 
 
 def by_groups(diagonal: Tensor, size: int) -> Tensor:
@@ -148,4 +153,4 @@ def round_to_nearest(
     groups = W.reshape(len(W), 1 if group_size == -1 else -1, W.shape[1] if group_size == -1 else group_size)
     scale, zero = fit_grid(groups, bits, symmetric, clip)
     grid = Grid(scale.half(), zero, group_size, bits)
-    return Quantized(quantize(W, grid), grid)
+    return Quantized(quantize(W, grid), grid, W)

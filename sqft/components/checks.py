@@ -127,8 +127,11 @@ def check_allocation(label: str, linears: Sequence[LinearShape], sparsity: float
         )
 
 
-def check_quantized(label: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None) -> None:
-    """Check that codes [out, in] lie on a grid as `sqft.types.Grid` describes it, and pruned entries are exactly 0.
+def check_quantized(
+    label: str, place: str, quantized: object, weight: Tensor, mask: Tensor | None, gives_compensated: bool = False
+) -> None:
+    """Check that codes [out, in] lie on a grid as `sqft.types.Grid` describes it, and pruned entries are exactly 0; and
+    that compensated floats, if any, round to the codes.
 
     Args:
         label: the component, as messages name it.
@@ -136,6 +139,7 @@ def check_quantized(label: str, place: str, quantized: object, weight: Tensor, m
         quantized: what the component returned.
         weight: the layer's weight [out, in].
         mask: bool [out, in], false where the weight is pruned; None when nothing is.
+        gives_compensated: whether the component promises compensated floats.
     """
     if not isinstance(quantized, Quantized) or not isinstance(quantized.grid, Grid):
         raise ContractError(f"{label} returned {type(quantized).__name__} for {place}, expected Quantized with a Grid")
@@ -169,6 +173,20 @@ def check_quantized(label: str, place: str, quantized: object, weight: Tensor, m
             raise ContractError(
                 f"{label} changed {changed} pruned weights of {place}, expected their group's zero point"
             )
+    if quantized.compensated is not None or gives_compensated:
+        _check_compensated(label, place, quantized, mask)
+
+
+def _check_compensated(label: str, place: str, quantized: Quantized, mask: Tensor | None) -> None:
+    from sqft.kernels.grids import expand_per_input, quantize_to_codes
+
+    codes, grid, what = quantized.codes, quantized.grid, "compensated weights"
+    floats = _check_tensor(label, place, what, quantized.compensated, tuple(codes.shape), codes.device)
+    rounded = quantize_to_codes(floats.float(), *expand_per_input(grid, codes.shape[1]), 2**grid.bits - 1)
+    if unlike := int((rounded != codes).sum()):
+        raise ContractError(f"{label} returned {what} of {place} of which {unlike} do not round to their codes")
+    if mask is not None and (lost := int(((floats != 0) & ~mask).sum())):
+        raise ContractError(f"{label} returned {what} of {place} that are not 0 where {lost} weights are pruned")
 
 
 def check_space(label: str, linears: Sequence[LinearShape], space: object) -> None:

@@ -99,6 +99,8 @@ class Quantizer(Component):
 
     kind: ClassVar[str] = "quantizer"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.HESSIAN})
+    gives_compensated: ClassVar[bool] = False
+    """True if every result has `compensated`, the floats that were rounded: fine-tuning may then start from them."""
 
     @abstractmethod
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:

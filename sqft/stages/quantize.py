@@ -107,7 +107,7 @@ class QuantizeStage:
             weight, seeded = given[0][name], given[1][name]
             result = self.quantizer.quantize(weight, mask, seeded)
         checks.check_unchanged(self.label, name, weight != 0, mask, "the mask")
-        checks.check_quantized(self.label, name, result, weight, mask)
+        checks.check_quantized(self.label, name, result, weight, mask, self.quantizer.gives_compensated)
         value = dequantize(result)
         assign_weight(self.label, name, linear, value)
         return result, pack_mask(mask).cpu(), _error(weight, value, stats.hessian)

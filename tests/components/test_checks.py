@@ -166,6 +166,26 @@ def test_codes_that_do_not(change: dict[str, Any], message: str, mask: Tensor | 
     assert_rejected(message, checks.check_quantized, PLACE, bad, torch.rand(4, 6), mask)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda floats: floats[:2], f"compensated weights of shape [2, 6] for {PLACE}, expected [4, 6]"),
+        (lambda floats: floats.long(), f"compensated weights of torch.int64 for {PLACE}, expected a floating type"),
+        (lambda floats: floats / 0, f"compensated weights with values that are not finite for {PLACE}"),
+        (lambda floats: floats + 0.06, f"compensated weights of {PLACE} of which 24 do not round to their codes"),
+        (lambda floats: floats + 0.04, f"compensated weights of {PLACE} that are not 0 where 24 weights are pruned"),
+    ],
+)
+def test_compensated_floats(change: Callable[[Tensor], Tensor], message: str) -> None:
+    codes, floats = ZERO.repeat_interleave(3, 1), torch.zeros(4, 6)
+    good, bad = (Quantized(codes, GRID, given) for given in (floats, change(floats)))
+    checks.check_quantized(WHO, PLACE, good, torch.rand(4, 6), PRUNED)
+    assert_rejected(message, checks.check_quantized, PLACE, bad, torch.rand(4, 6), PRUNED)
+    checks.check_quantized(WHO, PLACE, replace(good, compensated=floats + 0.04), torch.rand(4, 6), ~PRUNED)
+    nothing, promised = f"NoneType as compensated weights for {PLACE}", True
+    assert_rejected(nothing, checks.check_quantized, PLACE, Quantized(codes, GRID), floats, PRUNED, promised)
+
+
 def test_no_codes_at_all() -> None:
     assert_rejected(
         f"NoneType for {PLACE}, expected Quantized", checks.check_quantized, PLACE, None, torch.rand(4, 6), None

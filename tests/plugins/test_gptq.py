@@ -45,13 +45,16 @@ def error(weight: Tensor, value: Tensor, stats: LinearStats) -> float:
     return float((difference @ stats.hessian.double() * difference).sum())
 
 
-def exact(weight: Tensor, mask: Tensor | None, H: Tensor, order: list[int], bits: int, size: int) -> Tensor:
+def exact(
+    weight: Tensor, mask: Tensor | None, H: Tensor, order: list[int], bits: int, size: int
+) -> tuple[Tensor, Tensor]:
     """Quantize a column, then solve the least squares of those to come over each row's kept weights, exactly.
 
-    float64; with nothing pruned it is what GPTQ's updates stand for.
+    float64; with nothing pruned it is what GPTQ's updates stand for. Returns the values, and the floats before they
+    were rounded.
     """
     W0, top = weight.double(), 2**bits - 1
-    result = torch.zeros_like(W0)
+    result, compensated = torch.zeros_like(W0), torch.zeros_like(W0)
     for row in range(len(W0)):
         W = W0[row].clone()
         kept = [j for j in order if mask is None or mask[row, j]]
@@ -64,10 +67,11 @@ def exact(weight: Tensor, mask: Tensor | None, H: Tensor, order: list[int], bits
             if j not in kept:
                 continue
             done.append(j)
+            compensated[row, j] = W[j]
             if rest := [k for k in kept if k not in done]:
                 fixed = W0[row, done] - result[row, done]
                 W[rest] = W0[row, rest] + torch.linalg.solve(H[rest][:, rest], H[rest][:, done] @ fixed)
-    return result
+    return result, compensated
 
 
 def remasked(weight: Tensor, mask: Tensor, H: Tensor, bits: int, size: int) -> Tensor:
@@ -104,8 +108,22 @@ def test_with_nothing_pruned_it_solves_the_least_squares(bits: int, how: str, si
         groups.sort(key=lambda group: -max(strength[j] for j in group))
         order = [j for group in groups for j in sorted(group, key=lambda j: -strength[j])]
         assert order != [*range(IN)] and result.grid.group_index is None
-    expected = exact(weight, None, damped(stats, 0.01), order, bits, IN if size == -1 else size)
+    expected, before = exact(weight, None, damped(stats, 0.01), order, bits, IN if size == -1 else size)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert result.compensated is not None
+    torch.testing.assert_close(result.compensated.double(), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, -1])
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"reorder_groups": False}, {"static_groups": True}])
+def test_the_compensated_floats_round_to_the_codes(options: dict[str, Any], size: int, monkeypatch: Any) -> None:
+    """In any order, over several blocks; where weights are pruned they are 0, and elsewhere not the weight itself."""
+    monkeypatch.setattr(module, "BLOCK", 64)
+    weight, mask, stats = problem(9, inputs=192, pruned=0.5)
+    result = Gptq(group_size=size, symmetric=False, clip=True, **options).quantize(weight, mask, stats)
+    assert result.compensated is not None and mask is not None
+    assert grids.quantize(result.compensated, result.grid).equal(result.codes)
+    assert not result.compensated[~mask].any() and (result.compensated != weight)[mask].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("size", [-1, 64])
@@ -181,7 +199,7 @@ def test_the_gap_to_each_rows_exact_optimum_is_small() -> None:
     assert mask is not None
     plain = Gptq(group_size=32, symmetric=False, reorder_groups=False)
     ours = error(weight, dequantize(plain.quantize(weight, mask, stats)), stats)
-    best = error(weight, exact(weight, mask, damped(stats, 0.01), [*range(IN)], 4, 32).float(), stats)
+    best = error(weight, exact(weight, mask, damped(stats, 0.01), [*range(IN)], 4, 32)[0].float(), stats)
     nearest = error(weight, dequantize(Rtn(group_size=32, symmetric=False).quantize(weight, mask, stats)), stats)
     assert best <= ours < nearest
 
@@ -260,10 +278,12 @@ def test_sizes_that_do_not_fit() -> None:
 def test_codes_that_stand_for_more_than_float16_holds(raw: dict[str, Any], tmp_path: Path) -> None:
     class Far(Rtn):
         name = "far"
+        gives_compensated = False
 
         def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
             result = super().quantize(weight, mask, stats)
-            return replace(result, grid=replace(result.grid, scale=torch.full_like(result.grid.scale, 6e4)))
+            grid = replace(result.grid, scale=torch.full_like(result.grid.scale, 6e4))
+            return replace(result, grid=grid, compensated=None)
 
     registry = Registry.discover()
     registry.add(Far)
