@@ -17,7 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from sqft.components import checks
-from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.errors import ContractError
 from sqft.types import (
     BaseKind,
@@ -130,6 +130,32 @@ def check_allocator(allocator: Allocator) -> None:
     for sparsity in (0.1, 0.5, 0.9):
         result = allocator.allocate(LINEARS, sparsity, measured)
         checks.check_allocation(_label(allocator), LINEARS, sparsity, result)
+
+
+@check.register
+def check_updater(updater: Updater) -> None:
+    """Check for a finite weight that is 0 under the mask, the same twice, arguments untouched; dead inputs, zero
+    weights, rows that are pruned or kept as a whole too.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
+    import torch
+
+    _check_options(updater)
+    label = _label(updater)
+    for shape in SHAPES:
+        mask = _weight(shape, 1) > 0
+        mask[0], mask[1] = False, True
+        for weight, given in product((_weight(shape), torch.zeros(shape)), (mask, torch.ones_like(mask))):
+            before, stats = (weight.clone(), given.clone()), _stats(shape[1], updater.needs)
+            with checks.statistics_unchanged(label, {PLACE: stats}):
+                result = updater.update(weight, given, stats)
+            checks.check_unchanged(label, PLACE, before[0], weight)
+            checks.check_unchanged(label, PLACE, before[1], given, "the mask")
+            checks.check_updated(label, PLACE, given, result)
+            if not updater.update(weight, given, _stats(shape[1], updater.needs)).equal(result):
+                raise ContractError(f"{label} gave another weight for the same weight, mask and statistics")
 
 
 @check.register

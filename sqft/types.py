@@ -77,7 +77,7 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class LinearStats:
-    """The statistics of one linear layer's inputs, from calibration. Float32, on the weight's device.
+    """The name of one linear layer, and the statistics of its inputs from calibration. Float32, on the weight's device.
 
     `generator` is seeded from the recipe's seed and the layer's name, for components that need random numbers.
     """
@@ -86,6 +86,8 @@ class LinearStats:
     input_sq_sum: Tensor | None = None  # [in]
     hessian: Tensor | None = None  # [in, in]
     generator: Generator | None = None
+    name: str = ""
+    """The layer's name; empty where a component is tried by itself."""
     unreached: bool = False
     """True for an expert to which no token was routed: its statistics are then those of all tokens."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 from sqft_hf import HuggingFace
+from sqft_least_squares import LeastSquares
 from sqft_nls.adapter import Nls
 from sqft_nls.delta import LowRankDelta
 from sqft_nls.searchers import Heuristic, HillClimbing
@@ -131,6 +132,10 @@ def asking(ranks: Any, samples: Any = lambda: None, base: Any = HillClimbing) ->
     return variant(base, search=search)()
 
 
+def updater(update: Any) -> Any:
+    return variant(LeastSquares, update=lambda self, weight, mask, stats: update(weight, mask, stats))()
+
+
 def merger(combine: Any, derivative: Any = Merger.derivative) -> Any:
     return variant(SparsePEFT, combine=lambda self, base, delta: combine(base, delta), derivative=derivative)()
 
@@ -184,6 +189,13 @@ BREACHES = [
         variant(Uniform, allocate=lambda self, linears, s, measured: {at.name: s for at in linears[1:]})(),
         "the sparsity None",
     ),
+    (updater(lambda weight, mask, stats: weight), "pruned weights of a test layer that are not 0"),
+    (updater(lambda weight, mask, stats: weight.mul_(mask)), "edited the weight"),
+    (updater(lambda weight, mask, stats: weight * mask.logical_not_()), "edited the mask"),
+    (updater(lambda weight, mask, stats: stats.hessian.zero_()[0] + weight * mask), "edited the statistics (hessian)"),
+    (updater(lambda weight, mask, stats: weight * mask / stats.hessian.diagonal()), "not finite"),  # a dead input
+    (updater(lambda weight, mask, stats: weight * mask / (mask.sum(1, keepdim=True))), "not finite"),  # nothing kept
+    (updater(lambda weight, mask, stats: weight * mask * next(turn)), "another weight for the same weight, mask"),
     (quantizer(lambda weight, mask, codes: codes.masked_fill_(~mask, 9)), "pruned weights"),
     (quantizer(lambda weight, mask, codes: codes.add_(8)), "outside [0, 15]"),
     (quantizer(lambda weight, mask, codes: weight.add_(1)), "edited the weight"),

@@ -50,18 +50,24 @@ def check_pruned(label: str, place: str, weight: Tensor, pruned: object, sparsit
     """
     if not isinstance(pruned, tuple) or len(pruned) != 2:
         raise ContractError(f"{label} returned {type(pruned).__name__} for {place}, expected a weight and a mask")
-    new = _check_tensor(label, place, "a weight", pruned[0], tuple(weight.shape), weight.device)
     mask = pruned[1]
     if str(getattr(mask, "dtype", None)) != "torch.bool" or mask.shape != weight.shape or mask.device != weight.device:
         raise ContractError(
             f"{label} returned a mask for {place} that is no bool tensor of the weight's shape and device"
         )
-    if changed := int(((new != 0) & ~mask).sum()):
-        raise ContractError(f"{label} left {changed} pruned weights of {place} that are not 0")
+    new = check_updated(label, place, mask, pruned[0])
     spent = 1 - mask.double().mean().item()
     if abs(spent - sparsity) > 1e-6:
         raise ContractError(f"{label} pruned {spent:.3f} of {place}, but `select` pruned {sparsity:.3f}")
     return new, mask
+
+
+def check_updated(label: str, place: str, mask: Tensor, new: object) -> Tensor:
+    """Check that an updated weight [out, in] is finite and 0 where the mask [out, in] is false."""
+    tensor = _check_tensor(label, place, "a weight", new, tuple(mask.shape), mask.device)
+    if changed := int(((tensor != 0) & ~mask).sum()):
+        raise ContractError(f"{label} left {changed} pruned weights of {place} that are not 0")
+    return tensor
 
 
 def check_measured(label: str, names: Sequence[str], measured: object) -> None:

@@ -1,6 +1,6 @@
 """The hooks that a plugin may implement, and the marker for its implementations.
 
-Seven hooks offer components: each yields *classes*, and the registry finds them by kind and name.
+Eight hooks offer components: each yields *classes*, and the registry finds them by kind and name.
 Two hooks are notifications: their results are ignored, and their exceptions are logged and never fatal.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pluggy
 
-from sqft.components.kinds import KINDS, Adapter, Allocator, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.components.kinds import KINDS, Adapter, Allocator, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.types import ArtifactInfo, StepInfo
 
 hookspec = pluggy.HookspecMarker("sqft")
@@ -71,6 +71,36 @@ def sqft_allocators() -> Iterable[type[Allocator]]:
         @hookimpl
         def sqft_allocators():
             yield Same
+        ```
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def sqft_updaters() -> Iterable[type[Updater]]:
+    """Yield updaters, which change the kept weights to make up for the pruned ones.
+
+    Example:
+        ```python
+        from sqft.api import Statistic, Updater, hookimpl
+
+
+        class Rescaled(Updater):
+            "Each row is scaled so that its output changes least: one factor a row."
+
+            name = "my-rescaled"
+            needs = frozenset({Statistic.HESSIAN})
+
+            def update(self, weight, mask, stats):
+                kept = weight.masked_fill(~mask, 0)
+                through = kept @ stats.hessian  # [out, in]
+                wanted, own = (weight * through).sum(1), (kept * through).sum(1)
+                return kept * (wanted / own.clamp(min=1e-30))[:, None]
+
+
+        @hookimpl
+        def sqft_updaters():
+            yield Rescaled
         ```
     """
     raise NotImplementedError

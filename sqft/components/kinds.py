@@ -94,6 +94,25 @@ class Allocator(Component):
         """
 
 
+class Updater(Component):
+    """Changes the kept weights of a pruned layer, to make up for the pruned ones, whichever scorer chose them."""
+
+    kind: ClassVar[str] = "updater"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.HESSIAN})
+
+    @abstractmethod
+    def update(self, weight: Tensor, mask: Tensor, stats: LinearStats) -> Tensor:
+        """Return the new weight [out, in], finite, any float dtype, 0 where the mask is false.
+
+        It must change none of its arguments.
+
+        Args:
+            weight: the dense weight, float32 [out, in], as it was loaded.
+            mask: bool [out, in], true where the scorer keeps a weight.
+            stats: what `needs` asks for, of inputs that come through the layers that were pruned and updated before.
+        """
+
+
 class Quantizer(Component):
     """Puts a weight on a grid and leaves pruned entries exactly zero."""
 
@@ -198,6 +217,6 @@ class Exporter(Component):
 
 
 KINDS: dict[str, type[Component]] = {
-    cls.kind: cls for cls in (Scorer, Allocator, Quantizer, Adapter, Searcher, Merger, Exporter)
+    cls.kind: cls for cls in (Scorer, Allocator, Updater, Quantizer, Adapter, Searcher, Merger, Exporter)
 }
 """Every kind of component, by its name in recipes and messages."""

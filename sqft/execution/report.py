@@ -10,6 +10,9 @@ from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
 from sqft.utils.text import escaped, human_size, markdown_table
 
+OF_LAYERS = ("layers", "output_errors")
+"""What a step's report says of each layer, which only its manifest repeats."""
+
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """Return a row for each evaluated configuration and an entry for each step, from manifests alone."""
@@ -24,7 +27,7 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
             "seconds": artifact.manifest["seconds"],
             "peak_memory": artifact.manifest["peak_memory"],
             "storage": artifact.size,
-            "report": {key: value for key, value in artifact.report.items() if key != "layers"},
+            "report": {key: value for key, value in artifact.report.items() if key not in OF_LAYERS},
         }
         for name, artifact in artifacts.items()
     ]

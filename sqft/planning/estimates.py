@@ -86,6 +86,7 @@ def estimate_sparsify(
     pruned: Sequence[LinearShape],
     calibration: Calibration | None,
     needs: frozenset[Statistic],
+    sequential: bool,
 ) -> Estimate:
     """Estimate `sparsify`: the model, beside it the calibration or the second model that is read back to verify it.
 
@@ -94,10 +95,11 @@ def estimate_sparsify(
         dtype: its precision.
         pruned: the layers that get a mask.
         calibration: the section, when a component needs it.
-        needs: what the scorer and the allocator need of it.
+        needs: what its components need of it.
+        sequential: whether the layers of a block are pruned one input after the other.
     """
     size, masks = model_bytes(model, dtype), weights_in(pruned) * MASK_BITS // 8
-    walk = calibration_bytes(model, calibration, needs, pruned)
+    walk = calibration_bytes(model, calibration, needs, pruned, sequential)
     return Estimate(model.parameters, size + masks, size + max(size, walk) + RUNTIME_OVERHEAD)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher
+from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.planning import compatibility, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import ResolvedComponent, Step
@@ -38,22 +38,26 @@ def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
     """Plan `sparsify`."""
     scorer = resolver.component(Scorer, section.scorer, "sparsify.scorer")
     allocator = resolver.component(Allocator, section.allocator, "sparsify.allocator")
-    of_scorer = scorer.component.needs if scorer else frozenset()
-    of_allocator = allocator.component.needs if allocator else frozenset()
-    label = f"scorer '{section.scorer.name}'" if of_scorer else f"allocator '{section.allocator.name}'"
+    updater = resolver.component(Updater, section.updater, "sparsify.updater") if section.updater else None
+    components = _found(scorer=scorer, allocator=allocator, updater=updater)
+    needs = {kind: one.component.needs for kind, one in components.items() if one.component.needs}
+    first = next(iter(needs), "scorer")
+    label = f"{first} '{components[first].component.name}'" if needs else ""
+    # An allocator measures all layers of a block together.
+    sequential = updater is not None and Statistic.HESSIAN not in needs.get("allocator", ())
     pruned = resolver.layers(section.include, section.exclude, "sparsify.include")
-    calibration, files = _calibration(resolver, of_scorer or of_allocator, label, pruned, "sparsify.include")
+    calibration, files = _calibration(resolver, needs.get(first, frozenset()), label, pruned, "sparsify.include")
     resolver.collect(compatibility.check_pattern(section, pruned))
     return Step(
         name="sparsify",
         stage="sparsify",
         section=section,
         layers=_names(pruned),
-        components=_found(scorer=scorer, allocator=allocator),
+        components=components,
         inputs={},
         files={**files, **resolver.files(section, "sparsify")},
         estimate=estimates.estimate_sparsify(
-            resolver.model, resolver.dtype, pruned, calibration, of_scorer | of_allocator
+            resolver.model, resolver.dtype, pruned, calibration, frozenset().union(*needs.values()), sequential
         ),
     )
 

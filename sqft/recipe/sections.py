@@ -98,6 +98,9 @@ class Sparsify(Section):
     allocator: Named = Field(
         ComponentRef(name="uniform"), description="component that decides how much sparsity each layer gets"
     )
+    updater: Named | None = Field(
+        None, description="component that changes the kept weights to make up for the pruned ones"
+    )
     sparsity: Fraction = Field(
         0.5, description="fraction of weights set to zero; with N:M it is 1 - N / M, and may be left out"
     )

@@ -29,15 +29,17 @@ def chosen_layers(model: PreTrainedModel, step: Step) -> dict[str, nn.Linear]:
 def guarded(
     label: str, layers: Mapping[str, tuple[nn.Linear, LinearStats]], seed_for: Callable[[str], int]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, LinearStats]]]:
-    """Give a component float32 copies of these layers' weights [out, in] and their statistics, each with a generator
-    seeded for its layer, and check afterwards that it edited none of them.
+    """Give a component float32 copies of these layers' weights [out, in] and their statistics, each with its layer's
+    name and a generator seeded for it, and check afterwards that it edited none of them.
 
     Raises:
         ContractError: when it edited one in place.
     """
     weights = {name: linear.weight.detach().to(torch.float32, copy=True) for name, (linear, _) in layers.items()}
     seeded = {
-        name: dataclasses.replace(stats, generator=torch.Generator(weights[name].device).manual_seed(seed_for(name)))
+        name: dataclasses.replace(
+            stats, name=name, generator=torch.Generator(weights[name].device).manual_seed(seed_for(name))
+        )
         for name, (_, stats) in layers.items()
     }
     with checks.statistics_unchanged(label, seeded):
@@ -60,6 +62,13 @@ def assign_weight(label: str, name: str, linear: nn.Linear, value: Tensor) -> No
             f"{value.abs().max().item():.3g} and {dtype} ends at {torch.finfo(linear.weight.dtype).max:.3g}; set "
             "model.dtype to bfloat16 or float32, or give more calibration text"
         )
+
+
+def output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
+    """Return ‖(V − W) X‖² / ‖W X‖² of a layer's weight W and of what it became, V, both float32 [out, in], given the
+    Hessian X Xᵀ [in, in]."""
+    output, difference = float((weight @ hessian * weight).sum()), value - weight
+    return float((difference @ hessian * difference).sum()) / max(output, 1e-30)
 
 
 def run_calibration(

@@ -21,7 +21,7 @@ from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import other_tensors, read_quantized, save_quantized
-from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
+from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Quantized
 
@@ -139,9 +139,7 @@ def _digest(layer: Quantized) -> str:
 
 def _error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> dict[str, float]:
     """Relative errors: ‖W − Ŵ‖² / ‖W‖², and where calibration saw the inputs ‖(W − Ŵ) X‖² / ‖W X‖²."""
-    difference = value - weight
-    errors = {"weight": float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))}
+    errors = {"weight": float((value - weight).square().sum() / weight.square().sum().clamp(min=1e-30))}
     if hessian is not None:
-        output = float((weight @ hessian * weight).sum())
-        errors["output"] = float((difference @ hessian * difference).sum()) / max(output, 1e-30)
+        errors["output"] = output_error(weight, value, hessian)
     return errors

@@ -1,7 +1,7 @@
 """Set the least important weights to zero (paper §2.1).
 
-Three questions, three places: the scorer says how much a weight matters, the allocator how much
-sparsity a layer gets, and `kernels.masks` which entries are then kept.
+Four questions, four places: the scorer says how much a weight matters, the allocator how much sparsity a layer gets,
+`kernels.masks` which entries are then kept, and the updater, if there is one, which values those take.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.components import checks
-from sqft.components.kinds import Allocator, Scorer
+from sqft.components.kinds import Allocator, Scorer, Updater
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.checksums import sha256
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
@@ -22,7 +22,7 @@ from sqft.modeling.architecture.blocks import decoder_blocks, shape_of
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Sparsify
-from sqft.stages.compress import assign_weight, chosen_layers, guarded, run_calibration
+from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import LinearStats, Pattern
 
@@ -33,8 +33,9 @@ class SparsifyStage:
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs, self.section = inputs, inputs.section(Sparsify)
         self.scorer, self.label = inputs.step.component(Scorer), inputs.step.label(Scorer)
-        self.updates_weights = type(self.scorer).prune is not Scorer.prune
-        # Digests of what is to be read back: every parameter as it was loaded or as the scorer gave it, and the masks.
+        self.updater = inputs.step.component(Updater) if Updater.kind in inputs.step.components else None
+        self.updates_weights = self.updater is not None or type(self.scorer).prune is not Scorer.prune
+        # Digests of what is to be read back: every parameter as it was loaded or as a component gave it, and the masks.
         self.parameters: dict[str, str] = {}
         self.masks: dict[str, str] = {}
 
@@ -48,15 +49,20 @@ class SparsifyStage:
         allocation = self._allocation(model, tokenizer, layers)
         masks: dict[str, Tensor] = {}
         sparsity: dict[str, float] = {}
+        errors: dict[str, dict[str, float]] = {}
         tokens: dict[str, int] = {}
 
         def prune(name: str, linear: nn.Linear, stats: LinearStats) -> None:
-            mask = self._prune(name, linear, stats, allocation[name])
+            mask, errors[name] = self._prune(name, linear, stats, allocation[name])
             masks[name] = pack_mask(mask).cpu()
             sparsity[name] = 1 - mask.float().mean().item()
             tokens[name] = 0 if stats.unreached else stats.tokens
 
-        total = run_calibration(self.inputs, model, tokenizer, layers, self.scorer.needs, prune, "scoring")
+        needs, updates = self.scorer.needs, self.updater is not None
+        if self.updater:
+            needs |= self.updater.needs
+        # What comes late in a block makes up for what became of the layers before it, too.
+        total = run_calibration(self.inputs, model, tokenizer, layers, needs, prune, "pruning", sequential=updates)
         self.masks = {name: sha256(mask) for name, mask in masks.items()}
         save_model(model, tokenizer, scratch / "model", source)
         save_file(masks, scratch / "masks.safetensors")
@@ -68,13 +74,15 @@ class SparsifyStage:
             "weights": weights,
             "parameters": model.num_parameters(),
             "layers": sparsity,
+            "output_error": _means(errors),
+            "output_errors": {name: of_layer for name, of_layer in errors.items() if of_layer},
             "calibration_tokens": total,
             "expert_tokens": {name: count for name, count in tokens.items() if count != total},
         }
 
     def verify(self) -> None:
         """Check that the model as stored opens, and that every parameter is as it was loaded, bit for bit: in pruned
-        layers with the mask applied, or as a scorer that updates weights gave it. What a stored mask prunes is zero."""
+        layers with the mask applied, or as the component that updates weights gave it. What a mask prunes is zero."""
         stored, _ = load_model(self.inputs.plan.spec(self.inputs.scratch / "model"))
         masks = load_file(self.inputs.scratch / "masks.safetensors")
         parameters = dict(stored.named_parameters())
@@ -84,13 +92,17 @@ class SparsifyStage:
             layer = name.removesuffix(".weight")
             if name not in parameters or sha256(parameters[name]) != digest:
                 updated = layer in masks and self.updates_weights
-                expected = "what the scorer gave" if updated else "the original under its mask"
+                giver = "updater" if self.updater else "scorer"
+                expected = f"what the {giver} gave" if updated else "the original under its mask"
                 raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {expected}")
             if layer in masks and (parameters[name][~unpack_mask(masks[layer], parameters[name].shape)] != 0).any():
                 raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
 
-    def _prune(self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float) -> Tensor:
-        """Prune one layer in place, and return its mask [out, in].
+    def _prune(
+        self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Prune one layer in place; return its mask [out, in], and the relative errors of its output where they are
+        known: of the loaded weight under the mask ("masked"), and of what it became ("updated").
 
         Raises:
             ContractError: when its weight is not what was loaded: a component edited it out of turn.
@@ -102,11 +114,34 @@ class SparsifyStage:
             weight, seeded = given[0][name], given[1][name]
             pruned = self.scorer.prune(weight, seeded, select)
         value, mask = checks.check_pruned(self.label, name, weight, pruned, select.pruned_fraction())
-        # The kept weights of a scorer that only scores are the loaded ones; another scorer's are what it gave.
+        if self.updater:
+            value = self._update(self.updater, name, linear, stats, mask)
+        errors = {}
+        if stats.hessian is not None:
+            errors["masked"] = output_error(weight, weight.masked_fill(~mask, 0), stats.hessian)
+            if self.updates_weights:
+                errors["updated"] = output_error(weight, value.float(), stats.hessian)
+        # The kept weights of a scorer that only scores are the loaded ones; otherwise they are what a component gave.
         digest = "" if self.updates_weights else sha256(linear.weight.detach().masked_fill(~mask, 0))
-        assign_weight(self.label, name, linear, value)
+        assign_weight(self.inputs.step.label(Updater) if self.updater else self.label, name, linear, value)
         self.parameters[f"{name}.weight"] = digest or sha256(linear.weight)
-        return mask
+        return mask, errors
+
+    def _update(self, updater: Updater, name: str, linear: nn.Linear, stats: LinearStats, mask: Tensor) -> Tensor:
+        """Return the weight [out, in] that the updater gives a layer, which is dense as yet, under the scorer's mask.
+
+        Args:
+            updater: the component.
+            name: the layer's name.
+            linear: the layer.
+            stats: its statistics.
+            mask: bool [out, in], true where kept.
+        """
+        label, before = self.inputs.step.label(Updater), mask.clone()
+        with guarded(label, {name: (linear, stats)}, partial(self.inputs.seed_for, "update")) as given:
+            value = updater.update(given[0][name], mask, given[1][name])
+        checks.check_unchanged(label, name, before, mask, "the mask")
+        return checks.check_updated(label, name, mask, value)
 
     def _allocation(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
@@ -154,6 +189,12 @@ class SparsifyStage:
 
         run_calibration(self.inputs, model, tokenizer, layers, allocator.needs, collect, "measuring")
         return measured
+
+
+def _means(errors: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over the layers of each of their errors."""
+    kinds = next(iter(errors.values()), {})
+    return {kind: sum(one[kind] for one in errors.values()) / len(errors) for kind in kinds}
 
 
 class Selection:

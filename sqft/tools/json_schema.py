@@ -45,6 +45,8 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
                 }
             )
         place = schema["$defs"][section]["properties"][key]
+        if "default" in place and place["default"] is None:
+            choices.append({"type": "null"})
         kept = {word: place[word] for word in ("default", "description") if word in place}
         schema["$defs"][section]["properties"][key] = {"anyOf": choices, **kept}
     return schema

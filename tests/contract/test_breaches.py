@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sqft_baselines import Magnitude
 from sqft_gptq import Gptq
 from sqft_hf import HuggingFace
+from sqft_least_squares import LeastSquares
 from sqft_nls.adapter import Lora
 from sqft_nls.delta import LowRankDelta
 from sqft_nls.searchers import Heuristic, HillClimbing
@@ -38,6 +39,10 @@ def allocator(change: Any) -> Any:
 
 def scorer(score: Any) -> Any:
     return Magnitude, {"score": lambda self, weight, stats: score(weight)}
+
+
+def updater(update: Any) -> Any:
+    return LeastSquares, {"update": lambda self, weight, mask, stats: update(weight, mask, stats)}
 
 
 def adapter(space: Any = lambda space: space, delta: Any = LowRankDelta, sample: Any = Lora.sample) -> Any:
@@ -117,6 +122,17 @@ BREACHES: list[tuple[tuple[Any, dict[str, Any]], type[SqftError], str]] = [
     (scorer(lambda weight: weight.abs()[:, :1]), ContractError, f"scores of shape [32, 1] for {Q}"),
     (scorer(lambda weight: weight.log()), ContractError, f"not finite for {Q}"),
     (scorer(lambda weight: weight.abs_()), ContractError, f"edited the weight of {Q}"),
+    (updater(lambda weight, mask, stats: weight), ContractError, f"left 512 pruned weights of {Q} that are not 0"),
+    (updater(lambda weight, mask, stats: mask), ContractError, f"a weight of torch.bool for {Q}"),
+    (updater(lambda weight, mask, stats: weight[:1]), ContractError, f"a weight of shape [1, 32] for {Q}"),
+    (updater(lambda weight, mask, stats: (weight / 0) * mask), ContractError, f"not finite for {Q}"),
+    (updater(lambda weight, mask, stats: weight.mul_(mask)), ContractError, f"edited the weight of {Q}"),
+    (updater(lambda weight, mask, stats: weight * mask.logical_not_()), ContractError, f"edited the mask of {Q}"),
+    (
+        updater(lambda weight, mask, stats: damping(stats) or weight * mask),
+        ContractError,
+        f"edited the statistics (hessian) of {Q} in place",
+    ),
     (
         (Wanda, {"score": lambda self, weight, stats: weight * stats.input_sq_sum.sqrt_()}),
         ContractError,
@@ -226,7 +242,7 @@ def test_who_broke_what_is_told(
         "targets": ["q_proj", "up_proj"],
         "steps": 1,
     }
-    if base.kind in ("scorer", "allocator"):
+    if base.kind in ("scorer", "allocator", "updater"):
         raw["sparsify"] |= {base.kind: "bad"}
     elif base.kind == "exporter":
         raw = {key: raw[key] for key in ("schema", "name", "model", "sparsify")} | {"export": [{"exporter": "bad"}]}

@@ -27,6 +27,7 @@ def test_ours_keep_the_contract(entry: Any) -> None:
 NAMES = {
     "scorer": {"magnitude", "random", "sparsegpt", "wanda"},
     "allocator": {"explicit", "owl", "uniform"},
+    "updater": {"least-squares"},
     "quantizer": {"gptq", "rtn"},
     "adapter": {"lora", "nls"},
     "searcher": {"heuristic", "hill-climbing", "maximal", "minimal", "random"},

@@ -46,6 +46,8 @@ def memory(recipe: dict[str, Any], registry: Registry, folder: Path, step: str) 
         ({"scorer": "sparsegpt"}, STATES + BLOCK + WORK),
         ({"scorer": "sparsegpt", "exclude": ["down_proj"]}, SIZE),
         ({"scorer": "sparsegpt", "allocator": "owl"}, STATES + BLOCK + WORK),
+        # One input after the other: q, k, v and o are as much as down, and less than the second model.
+        ({"scorer": "magnitude", "updater": "least-squares"}, max(SIZE, STATES + 4 * 4 * 32**2 + WORK)),
     ],
     ids=str,
 )

@@ -53,7 +53,11 @@ def test_sparsify_reads_calibration_where_a_component_needs_it(raw: dict[str, An
 
 @pytest.mark.parametrize(
     ("sparsify", "label"),
-    [({"scorer": "wanda"}, "scorer 'wanda'"), ({"scorer": "magnitude", "allocator": "owl"}, "allocator 'owl'")],
+    [
+        ({"scorer": "wanda"}, "scorer 'wanda'"),
+        ({"scorer": "magnitude", "allocator": "owl"}, "allocator 'owl'"),
+        ({"scorer": "magnitude", "updater": "least-squares"}, "updater 'least-squares'"),
+    ],
 )
 def test_a_missing_calibration_names_who_needs_it(
     sparsify: dict[str, Any], label: str, raw: dict[str, Any], registry: Registry

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sqft_least_squares import LeastSquares
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
@@ -18,7 +19,7 @@ from sqft.kernels.masks import unpack_mask
 from sqft.stages import sparsify as sparsify_module
 from sqft.stages.inputs import StageInputs
 from sqft.stages.sparsify import Selection, SparsifyStage
-from sqft.types import Pattern
+from sqft.types import LinearStats, Pattern
 
 Q, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens.weight"
 LABEL = "scorer 'mine' (mine 1.0)"
@@ -52,6 +53,67 @@ def test_what_it_writes(
         assert sparse[name][mask].equal(tensor[mask]) == (scorer == "magnitude")
     assert report["sparsity"] == report["zeros"] / report["weights"] == 0.5
     assert report["calibration_tokens"] == (0 if scorer == "magnitude" else 4 * 32)
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "sparsegpt"])
+def test_an_updater_under_the_mask_of_any_scorer(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path, scorer: str
+) -> None:
+    """It solves from the dense weight, and lowers each layer's error; the mask is the scorer's."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def update(self: Any, weight: Tensor, mask: Tensor, stats: LinearStats) -> Tensor:
+        seen[stats.name] = weight.clone(), mask.clone()
+        return LeastSquares.update(self, weight, mask, stats)
+
+    registry.add(type("Seeing", (LeastSquares,), {"name": "seeing", "__module__": __name__, "update": update}))
+    stage = sparsify(raw, registry, tmp_path, scorer=scorer, updater="seeing")
+    report = stage.run()
+    stage.verify()
+    dense, sparse = (load_file(f / "model.safetensors") for f in (model_folder, tmp_path / "scratch" / "model"))
+    masks = load_file(tmp_path / "scratch" / "masks.safetensors")
+    assert list(report["layers"]) == list(report["output_errors"]) and sorted(seen) == sorted(masks)
+    for layer, packed in masks.items():
+        name = f"{layer}.weight"
+        mask = unpack_mask(packed, (dense[name].shape[0], dense[name].shape[1]))
+        assert seen[layer][0].equal(dense[name]) and seen[layer][1].equal(mask)
+        assert not sparse[name][~mask].any() and not sparse[name].equal(dense[name] * mask)
+        errors = report["output_errors"][layer]
+        assert 0 < errors["updated"] < errors["masked"] < 1
+    assert report["sparsity"] == 0.5 and report["calibration_tokens"] == 4 * 32
+    means = {kind: sum(of[kind] for of in report["output_errors"].values()) / 14 for kind in ("masked", "updated")}
+    assert report["output_error"] == pytest.approx(means)
+    edit(tmp_path / "scratch" / "model" / "model.safetensors", f"{Q}.weight", lambda t: t * 2)
+    with pytest.raises(ArtifactError, match=f"{Q}.weight as stored is not what the updater gave"):
+        stage.verify()
+
+
+def test_with_an_updater_layers_see_what_became_of_those_before(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
+) -> None:
+    """The errors that it reports of o_proj are those on inputs that come through the updated q, k and v."""
+    hessians: dict[str, Tensor] = {}
+
+    def update(self: Any, weight: Tensor, mask: Tensor, stats: LinearStats) -> Tensor:
+        assert stats.hessian is not None
+        hessians[stats.name] = stats.hessian.clone()
+        return weight.masked_fill(~mask, 0) * self.damping
+
+    registry.add(type("Seeing", (LeastSquares,), {"name": "seeing", "__module__": __name__, "update": update}))
+    found = []
+    for factor in (1.0, 0.0):  # zero: what comes after attention and MLP is nothing
+        options = {"name": "seeing", "options": {"damping": factor}}
+        (folder := tmp_path / str(factor)).mkdir()
+        sparsify(raw, registry, folder, updater=options).run()
+        found.append(dict(hessians))
+    same = {layer.removeprefix("model.layers.0.") for layer in found[0] if found[0][layer].equal(found[1][layer])}
+    assert same == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+    assert not found[1]["model.layers.0.self_attn.o_proj"].any()
+
+
+def test_output_errors_where_the_hessian_is_at_hand(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    report = sparsify(raw, registry, tmp_path).run()
+    assert (report["output_error"], report["output_errors"]) == ({}, {})
 
 
 def edit(file: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
