@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,7 +21,11 @@ Rank = Annotated[int, Field(ge=1)]
 class _LowRank(Adapter):
     """The options and methods that `nls` and `lora` share."""
 
-    alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A")
+    alpha: float = Field(64.0, gt=0, description="the delta is (alpha / largest rank) · B A; see scaling")
+    scaling: Literal["rank", "root"] = Field(
+        "rank",
+        description="divide alpha by the largest rank, or by its square root (rsLoRA)",
+    )
     dropout: float = Field(
         0.0,
         ge=0,
@@ -35,15 +40,20 @@ class _LowRank(Adapter):
         return self.dropout
 
     def _delta(self, linear: LinearShape, rank: int, generator: Generator) -> DeltaModule:
+        """Make the delta of a layer, of this largest rank.
+
+        Under "root" (Kalajdzievski 2023) the sizes of output and gradients do not depend on the rank.
+        """
         from sqft_nls.delta import LowRankDelta
 
-        return LowRankDelta(linear, rank, self.alpha / rank, generator)
+        divisor = rank if self.scaling == "rank" else math.sqrt(rank)
+        return LowRankDelta(linear, rank, self.alpha / divisor, generator)
 
 
 class Nls(_LowRank):
     """Elastic ranks: each step trains a random rank configuration, and smaller ranks are slices of the largest.
 
-    The scale stays alpha / largest rank for every sub-adapter.
+    The scale of every sub-adapter is that of the largest rank, so a sub-adapter is a part of what was trained.
     """
 
     name = "nls"

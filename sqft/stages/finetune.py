@@ -191,6 +191,7 @@ class FinetuneStage:
             adapted,
             processes,
             logs,
+            section.learning_rate_ratio,
             model=model,
             args=training_arguments(section, scratch / CHECKPOINTS, self.inputs.data.seed, self.inputs.device),
             train_dataset=rows,

@@ -31,7 +31,7 @@ NAMES = {
     "quantizer": {"gptq", "rtn"},
     "adapter": {"lora", "nls"},
     "searcher": {"heuristic", "hill-climbing", "maximal", "minimal", "random"},
-    "merger": {"qa-sparsepeft", "sparsepeft", "unmerged"},
+    "merger": {"hira", "qa-sparsepeft", "sparsepeft", "unmerged"},
     "exporter": {"compressed-tensors", "gptq", "hf"},
 }
 """The components that recipes may count on."""

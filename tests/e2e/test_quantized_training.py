@@ -43,6 +43,8 @@ def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
         ("codes", {"group_size": 32}, {}),
         ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
         ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
+        ("floats", {"group_size": 32, "symmetric": False}, {"merger": "hira", "gradient_checkpointing": True}),
+        ("codes", {"group_size": 32}, {"merger": "hira", "learning_rate": 0.1}),
     ],
 )
 def test_the_merged_codes_are_those_of_equation_3(
@@ -69,7 +71,7 @@ def test_the_merged_codes_are_those_of_equation_3(
     for name, layer in after.items():
         old = before[name]
         scale_multiplier = adapter.get(f"{name}.scale_multiplier", torch.ones(1))
-        assert f"{name}.scale_multiplier" in adapter or "merger" not in change or name not in scales
+        assert f"{name}.scale_multiplier" in adapter or "learn_scales" not in str(change) or name not in scales
         assert layer.grid.scale.equal((old.grid.scale.float() * scale_multiplier).half()) and layer.grid.zero.equal(
             old.grid.zero
         )
@@ -84,7 +86,8 @@ def test_the_merged_codes_are_those_of_equation_3(
             continue
         start = floats[f"{name}.weight"].double() if base == "floats" else scale * (old.codes.double() - zero)
         began = ((start / scale).round() + zero).clamp(0, 2**old.grid.bits - 1)
-        low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double()) * mask
+        low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double())
+        low *= start if change.get("merger") == "hira" else mask
         scale = layer.grid.scale.double()[:, index]
         exact = (start + low) / scale
         code = (exact.round() + zero).clamp(0, 2**old.grid.bits - 1)
@@ -242,7 +245,7 @@ def test_sparse_layers_that_were_left_in_floats(quantized: dict[str, Any], regis
     assert not after.equal(before) and not after[before == 0].any()
 
 
-@pytest.mark.parametrize("merger", ["unmerged", "qa-sparsepeft", "qa-sparsepeft, mask of codes"])
+@pytest.mark.parametrize("merger", ["unmerged", "qa-sparsepeft", "qa-sparsepeft, mask of codes", "hira"])
 def test_somebodys_quantized_model_as_a_base(
     quantized: dict[str, Any], registry: Registry, tmp_path: Path, merger: str
 ) -> None:
@@ -265,6 +268,7 @@ def test_somebodys_quantized_model_as_a_base(
         quantized.pop(section)
     merger, _, masked = merger.partition(",")
     quantized["finetune"] |= {"merger": merger, "mask": "codes" if masked else "base"}
+    quantized["finetune"]["learning_rate"] = 0.1 if merger == "hira" else 0.01  # its deltas are relative
     quantized["evaluate"]["of"] = ["model", "search"]
     if merger == "unmerged":
         quantized.pop("merge")
@@ -276,6 +280,6 @@ def test_somebodys_quantized_model_as_a_base(
     before, after = read_quantized(theirs), read_quantized(finished["merge"].folder / "model")
     assert sum(int((after[name].codes != before[name].codes).sum()) for name in after) > 0
     lost = sum(int(((dequantize(after[n]) != 0) & (dequantize(before[n]) == 0)).sum()) for n in after)
-    assert lost == 0 if masked else lost > 0
+    assert lost == 0 if masked or merger == "hira" else lost > 0
     assert finished["merge"].report["logits_difference"] < 1e-4
     assert finished["merge"].load_model().dtype == torch.float32

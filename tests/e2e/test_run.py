@@ -81,11 +81,13 @@ def test_the_merged_model_in_stock_transformers(raw: dict[str, Any], registry: R
         torch.testing.assert_close(torch.load(out), model(torch.arange(2, 40)[None]).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("searcher", ["minimal", "heuristic"])
+@pytest.mark.parametrize(("searcher", "scaling"), [("minimal", "rank"), ("heuristic", "root")])
 def test_an_unmerged_adapter_in_stock_peft(
-    raw: dict[str, Any], registry: Registry, tmp_path: Path, searcher: str
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, searcher: str, scaling: str
 ) -> None:
+    """At whatever scale: alpha_pattern carries it."""
     raw["finetune"]["merger"] = "unmerged"
+    raw["finetune"]["adapter"]["options"]["scaling"] = scaling
     raw["search"] = {"searcher": searcher}
     raw.pop("merge"), raw.pop("evaluate")
     finished = run(raw, registry, tmp_path)

@@ -85,6 +85,15 @@ def test_smaller_ranks_are_slices_at_one_scale(out: int, inputs: int, unsorted: 
         assert scale == 10 / ranks[0]
 
 
+def test_alpha_over_the_root_of_the_largest_rank() -> None:
+    """rsLoRA's scale, for every sub-adapter."""
+    nls = Nls(ranks=(16, 9), alpha=10, scaling="root").delta(LINEARS[0], seeded())
+    assert [nls.factors(rank)[2] for rank in (16, 9)] == [10 / 4, 10 / 4]
+    assert Lora(rank=9, alpha=6, scaling="root").delta(LINEARS[0], seeded()).factors(9)[2] == 2
+    with pytest.raises(ValidationError, match="scaling"):
+        Lora.model_validate({"scaling": "square"})
+
+
 def test_the_start_is_loras() -> None:
     """B zeros, A uniform in ±1/√in: Kaiming's bound √(6 / ((1 + a²) · in)) with a = √5."""
     linear = LinearShape("l", 7, 400)
@@ -138,6 +147,8 @@ def test_lora_is_one_rank_everywhere() -> None:
     assert one.factors(3)[2] == nls.factors(3)[2] == 2
 
 
-@pytest.mark.parametrize("adapter", [Nls(), Nls(ranks=(8, 6, 4)), Nls(groups=()), Lora(), Lora(rank=1)], ids=repr)
+@pytest.mark.parametrize(
+    "adapter", [Nls(), Nls(ranks=(8, 6, 4)), Nls(groups=()), Lora(), Lora(rank=1, scaling="root")], ids=repr
+)
 def test_the_contract(adapter: Nls) -> None:
     check_adapter(adapter)

@@ -54,6 +54,21 @@ class AdaptedLinear(nn.Module):
         """Compute the one weight [out, in] that the layer is at its current rank; None when it is no single weight."""
         raise NotImplementedError
 
+    def parameters_of_B(self) -> list[nn.Parameter]:
+        """Return the parameters that B is made of, and A is not.
+
+        Found by where gradients lead, so that a delta may hold its parameters under any names.
+        """
+        B, A, _ = self.delta.factors(self.delta.rank)
+        own = [parameter for parameter in cast(nn.Module, self.delta).parameters() if parameter.requires_grad]
+
+        def makes(factor: Tensor) -> list[bool]:
+            if not factor.requires_grad:
+                return [False] * len(own)
+            return [grad is not None for grad in torch.autograd.grad(factor.sum(), own, allow_unused=True)]
+
+        return [p for p, in_B, in_A in zip(own, makes(B), makes(A), strict=True) if in_B and not in_A]
+
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return what trains, by name."""
         held: dict[str, Tensor] = cast(nn.Module, self.delta).state_dict()

@@ -29,19 +29,22 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class DeltaTrainer(Trainer):
-    """Trainer with two changes: the grid's scale multipliers have no weight decay (at 1 they are the base's grid, and
-    decay would pull them towards 0), and `batch_size` is that of all processes together, so that a recipe means the
-    same in any number of them.
+    """Trainer with three changes: the grid's scale multipliers have no weight decay (at 1 they are the base's grid, and
+    decay would pull them towards 0), B may have a learning rate of its own (LoRA+, Hayou et al. 2024), and
+    `batch_size` is that of all processes together, so that a recipe means the same in any number of them.
 
-    `eval_dataset` is a list of `Example`; `logs` is the folder for tensorboard's files.
+    `eval_dataset` is a list of `Example`; `logs` is the folder for tensorboard's files; `rate_ratio` is B's learning
+    rate, as a multiple of what `args` says.
     """
 
     model: CompletionLoss
     control: TrainerControl
 
-    def __init__(self, adapted: AdaptedModel, processes: Processes, logs: Path, **kwargs: Any) -> None:
+    def __init__(
+        self, adapted: AdaptedModel, processes: Processes, logs: Path, rate_ratio: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.adapted, self.processes = adapted, processes
+        self.adapted, self.processes, self.rate_ratio = adapted, processes, rate_ratio
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
@@ -49,6 +52,25 @@ class DeltaTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".scale_multiplier")]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make AdamW, with the parameters of B in groups of their own where B has a learning rate of its own.
+
+        Raises:
+            StageError: when it should have one, but the adapter makes A and B of the same parameters, or trains no B.
+        """
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self.rate_ratio != 1:
+            faster = {parameter for layer in self.adapted.layers.values() for parameter in layer.parameters_of_B()}
+            if not faster:
+                raise StageError("finetune.learning_rate_ratio: the adapter has no parameters for B alone; remove it")
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in faster]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in faster]
+                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.rate_ratio})
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader from which every process draws the same batch; `RankShardCollator` takes the process's rows.

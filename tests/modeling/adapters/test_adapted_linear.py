@@ -189,6 +189,31 @@ def test_dropouts_side_path_keeps_a_small_deltas_digits_in_bfloat16() -> None:
         assert (ours.double() - theirs).abs().max() <= 0.02 * theirs.abs().max()
 
 
+class Shared(nn.Module):
+    """A third party's delta: B is a product, one parameter is in both factors, and another belongs to A alone."""
+
+    rank = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.gate = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.zeros(6, 1))
+        self.both, self.right = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(2, 5))
+        self.fixed = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        return (self.left * self.gate * self.both * self.fixed)[:, :rank], (self.both * self.right)[:rank], 1.0
+
+
+def test_the_parameters_of_b_are_found_whatever_their_names() -> None:
+    linear, shared = FloatWeight(torch.randn(6, 5), False), Shared()
+    found = adapt(linear, None, shared, SparsePEFT()).parameters_of_B()
+    assert [id(p) for p in found] == [id(shared.left), id(shared.gate)]
+    usual = layer(Unmerged())
+    assert [id(p) for p in usual.parameters_of_B()] == [id(usual.delta.B)]  # type: ignore[attr-defined]
+    shared.left.requires_grad_(False), shared.gate.requires_grad_(False), shared.both.requires_grad_(False)
+    assert not adapt(linear, None, shared, SparsePEFT()).parameters_of_B()
+
+
 def test_attach_freezes_all_but_the_deltas() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Sequential(nn.Linear(3, 2))})
     generator = torch.Generator()

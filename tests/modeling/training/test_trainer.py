@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +14,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sqft_sparsepeft import QASparsePEFT
 from transformers import TrainerControl, TrainerState
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.data.collators import Collator, PackingCollator
 from sqft.data.encoding import IGNORED, Example
 from sqft.errors import DeviceError, StageError
-from sqft.modeling.training.trainer import EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
+from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
+from sqft.recipe.sections import Finetune
 from sqft.stages.finetune import RankSampler
+from sqft.stages.training_arguments import training_arguments
 from sqft.utils.distributed import Processes
+
+Make = Callable[..., AdaptedModel]
 
 
 def finetuned(raw: dict[str, Any], registry: Registry, store: Path, **section: Any) -> Path:
@@ -163,6 +170,73 @@ def test_a_chunk_at_a_time_trains_the_same(raw: dict[str, Any], registry: Regist
     ours, theirs = load_file(chunks / "deltas.safetensors"), load_file(whole / "deltas.safetensors")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def trainer_of(adapted: AdaptedModel, folder: Path, ratio: float, **words: Any) -> DeltaTrainer:
+    words = {"adapter": "nls", "merger": "sparsepeft", "data": "x.jsonl", "learning_rate": 0.01, **words}
+    arguments = training_arguments(Finetune.model_validate(words), folder, 0, "cpu")
+    return DeltaTrainer(adapted, Processes(), folder, ratio, model=adapted.model, args=arguments)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0, 0.5])
+def test_b_has_a_learning_rate_of_its_own(adapted_model: Make, tmp_path: Path, ratio: float) -> None:
+    """LoRA+: AdamW's first step is the learning rate against each gradient's sign; the scales of a grid keep theirs."""
+    adapted = adapted_model(QASparsePEFT(), True)
+    trainer = trainer_of(adapted, tmp_path, ratio, schedule="constant")
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer and len(optimizer.param_groups) == (2 if ratio == 1 else 3)
+    trained = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for p in trained.values():
+        p.grad = torch.randn(p.shape).sign() * (0.1 + torch.rand(p.shape))
+    optimizer.step()
+    assert {name.rpartition(".")[2] for name in trained} == {"A", "B", "scale_multiplier"}
+    for name, p in trained.items():
+        assert p.grad is not None
+        step = 0.01 * (ratio if name.endswith(".B") else 1)
+        torch.testing.assert_close(p.detach(), before[name] - step * p.grad.sign(), rtol=1e-5, atol=1e-6)
+
+
+def test_b_decays_and_warms_up_like_a(adapted_model: Make, tmp_path: Path) -> None:
+    trainer = trainer_of(adapted_model(QASparsePEFT(), True), tmp_path, 4.0, weight_decay=0.1, warmup_steps=10)
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(20)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    for _ in range(5):
+        optimizer.step(), scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.005, 0.005, 0.02])
+
+
+def test_an_adapter_without_parameters_for_b_alone(adapted_model: Make, tmp_path: Path) -> None:
+    adapted = adapted_model(QASparsePEFT())
+    for layer in adapted.layers.values():
+        layer.delta.B.requires_grad_(False)  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match=r"finetune\.learning_rate_ratio: the adapter has no parameters for B alone"):
+        trainer_of(adapted, tmp_path, 4.0).create_optimizer()
+
+
+def test_both_learning_rates_go_on_from_a_checkpoint(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = finetuned(raw, registry, tmp_path / "plain")
+    words = {"learning_rate_ratio": 8.0, "warmup_steps": 2}
+    whole = finetuned(raw, registry, tmp_path / "whole", **words)
+    begin = RankSampler.on_step_begin
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RankSampler, "on_step_begin", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetuned(raw, registry, tmp_path / "killed", **words)
+    killed = finetuned(raw, registry, tmp_path / "killed", **words)
+    assert json.loads((killed / "manifest.json").read_text())["report"]["resumed_from"] == "checkpoint-4"
+    one, other, without = (load_file(folder / "deltas.safetensors") for folder in (whole, killed, plain))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not any(torch.equal(one[name], without[name]) for name in one if name.endswith("B"))
 
 
 def test_a_seed_of_its_own_leaves_the_base_alone(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
