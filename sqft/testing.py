@@ -169,16 +169,20 @@ def check_quantizer(quantizer: Quantizer) -> None:
     label = _label(quantizer)
     for shape in ((16, 128), (32, 256)):
         weight = _weight(shape)
+        dense = weight if quantizer.needs_dense() else None
         mask = weight.abs() > weight.abs().median()
         mask[0] = False  # a row with nothing left
         for pruned, given in ((weight * mask, mask), (weight, None)):
-            before, stats = (pruned.clone(), mask.clone()), _stats(shape[1], quantizer.needs)
+            before, stats = (
+                (pruned.clone(), mask.clone()),
+                _stats(shape[1], quantizer.needs, dense),
+            )
             with checks.statistics_unchanged(label, {PLACE: stats}):
                 result = quantizer.quantize(pruned, given, stats)
             checks.check_unchanged(label, PLACE, before[0], pruned)
             checks.check_unchanged(label, PLACE, before[1], mask, "the mask")
             checks.check_quantized(label, PLACE, result, pruned, given, quantizer.gives_compensated)
-            again = quantizer.quantize(pruned, given, _stats(shape[1], quantizer.needs))
+            again = quantizer.quantize(pruned, given, _stats(shape[1], quantizer.needs, dense))
             if not again.codes.equal(result.codes):
                 raise ContractError(f"{label} gave other codes for the same weight and statistics")
 
@@ -356,7 +360,7 @@ def _weight(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _stats(inputs: int, needs: frozenset[Statistic]) -> LinearStats:
+def _stats(inputs: int, needs: frozenset[Statistic], dense: Tensor | None = None) -> LinearStats:
     """Return what the core collects for these needs; without any it does not calibrate and saw no token."""
     import torch
 
@@ -367,4 +371,5 @@ def _stats(inputs: int, needs: frozenset[Statistic]) -> LinearStats:
         input_sq_sum=x.square().sum(0) if Statistic.INPUT_NORM in needs else None,
         hessian=x.T @ x if Statistic.HESSIAN in needs else None,
         generator=torch.Generator().manual_seed(5),
+        dense=dense,
     )

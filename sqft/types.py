@@ -90,6 +90,8 @@ class LinearStats:
     """The layer's name; empty where a component is tried by itself."""
     unreached: bool = False
     """True for an expert to which no token was routed: its statistics are then those of all tokens."""
+    dense: Tensor | None = None  # [out, in]
+    """The layer's weight before pruning, for a quantizer that says that it needs it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sqft.api import (
     Exporter,
@@ -78,8 +78,29 @@ class Gptq(_OnGrid):
         True, description="without act_order, quantize the groups with the largest activations first; any reader works"
     )
 
+    refine: int = Field(
+        0, ge=0, le=20, description="passes over the inputs afterwards, in which each takes its best codes again"
+    )
+    refine_damp: float = Field(
+        0.0, ge=0, description="with refine, added to the Hessian's diagonal, as a fraction of each of its entries"
+    )
+    target: Literal["sparse", "dense"] = Field(
+        "sparse", description="with refine, the weight to match: as it was quantized, or as it was before pruning"
+    )
+
+    @model_validator(mode="after")
+    def _of_refinement(self) -> Self:
+        """Refuse options of the refinement where there is none."""
+        if without := sorted({"refine_damp", "target"} & self.model_fields_set) if not self.refine else []:
+            raise ValueError(f'{without[0]} has no effect without refine; remove it, or set "refine" to 1 or more')
+        return self
+
+    def needs_dense(self) -> bool:
+        return self.target == "dense"
+
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
         from sqft.kernels.hessian import inverse_factor
+        from sqft_gptq.refinement import refine, shrunk
         from sqft_gptq.solver import GroupOrder, gptq
 
         H = stats.hessian
@@ -92,7 +113,7 @@ class Gptq(_OnGrid):
             U = inverse_factor(H[turns.order][:, turns.order], self.damp)
         except ValueError as error:
             raise StageError(str(error)) from error
-        return gptq(
+        result = gptq(
             weight,
             U,
             mask,
@@ -102,6 +123,11 @@ class Gptq(_OnGrid):
             symmetric=self.symmetric,
             clip=self.clip,
         )
+        if not self.refine:
+            return result
+        target = stats.dense if self.needs_dense() else weight
+        assert target is not None
+        return refine(result, target, shrunk(H, self.refine_damp), mask, turns.order, self.refine)
 
 
 class GptqCheckpoint(Exporter):

@@ -107,10 +107,14 @@ def statistics_unchanged(label: str, stats: Mapping[str, LinearStats]) -> Iterat
             raise ContractError(f"{label} edited the statistics ({field}) of {place} in place; it must copy them first")
 
 
+FIELDS = ("input_sq_sum", "hessian", "dense")
+"""The tensors of `LinearStats`."""
+
+
 def _states(stats: Mapping[str, LinearStats]) -> dict[tuple[str, str], tuple[int, int]]:
     from sqft.kernels.checksums import bit_sum
 
-    sums = {(name, field): getattr(one, field) for name, one in stats.items() for field in ("input_sq_sum", "hessian")}
+    sums = {(name, field): getattr(one, field) for name, one in stats.items() for field in FIELDS}
     return {place: (tensor._version, bit_sum(tensor)) for place, tensor in sums.items() if tensor is not None}
 
 

@@ -125,6 +125,11 @@ class Quantizer(Component):
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
         """Return codes and grid for a float32 `weight` [out, in]; where `mask` is false the value is 0."""
 
+    def needs_dense(self) -> bool:
+        """Return whether it needs the weight from before pruning, as `stats.dense`; the plan then asks for a sparsify
+        step."""
+        return False
+
     def incompatibility(self, linear: LinearShape) -> str | None:
         """Return why a layer of this size cannot have the grid of these options, and which sizes it can have; None if
         it can."""

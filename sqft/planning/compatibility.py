@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from typing import TypeVar
 
 from sqft.components import checks
-from sqft.components.kinds import Adapter, Exporter, Merger, Quantizer
+from sqft.components.kinds import Adapter, Component, Exporter, Merger, Quantizer
 from sqft.errors import Problem, SqftError
 from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import BaseKind, LinearShape
 from sqft.utils.globs import selected
+
+C = TypeVar("C", bound=Component)
 
 POLYNOMIAL_END = 1e-7
 """The learning rate at which transformers' polynomial schedule ends."""
@@ -56,6 +59,19 @@ def check_grid(
         layer, reason = reasons[0]
         remedy = _or_exclude([layer for layer, _ in reasons], layers, exclude)
         yield Problem(place, f"{layer.name}: {reason} ({len(reasons)} such layers{remedy})")
+
+
+def check_dense(quantizer: ResolvedComponent[Quantizer], sparsify: Sparsify | None) -> tuple[bool, list[Problem]]:
+    """Return whether the quantizer needs the weight from before pruning, and what is wrong with that."""
+    place = "quantize.quantizer"
+    try:
+        option = option_behind(quantizer.component, place, lambda one: one.needs_dense())
+    except (Exception, SystemExit) as error:  # a plugin's code
+        return False, [Problem(place, f"{quantizer.label} raised {error!r}")]
+    if option is None or sparsify is not None:
+        return option is not None, []
+    message = "would make up for pruned weights, but this recipe prunes none; remove this, or add sparsify"
+    return True, [Problem(option, f"'{quantizer.component.name}' {message}")]
 
 
 def _or_exclude(offending: Sequence[LinearShape], layers: Sequence[LinearShape], exclude: Sequence[str]) -> str:
@@ -106,7 +122,7 @@ def check_dropout(
     if kind is not BaseKind.QUANTIZED or not merger.component.merges:
         return
     try:
-        place = dropout_option(adapter.component)
+        place = option_behind(adapter.component, "finetune.adapter", lambda one: bool(one.input_dropout()))
     except (Exception, SystemExit) as error:  # a plugin's code
         yield Problem("finetune.adapter", f"{adapter.label} raised {error!r}")
         return
@@ -118,15 +134,16 @@ def check_dropout(
         )
 
 
-def dropout_option(adapter: Adapter) -> str | None:
-    """Return the place of the option whose default turns dropout off; None when there is no dropout."""
-    if not adapter.input_dropout():
+def option_behind(component: C, place: str, asks: Callable[[C], bool]) -> str | None:
+    """Return the place of the option with whose default a component, at `place`, no longer asks for something; None
+    when it does not ask."""
+    if not asks(component):
         return None
-    for name in sorted(adapter.model_fields_set):
-        default = type(adapter).model_fields[name].get_default(call_default_factory=True)
-        if not adapter.model_copy(update={name: default}).input_dropout():
-            return f"finetune.adapter.options.{name}"
-    return "finetune.adapter"
+    for name in sorted(component.model_fields_set):
+        default = type(component).model_fields[name].get_default(call_default_factory=True)
+        if not asks(component.model_copy(update={name: default})):
+            return f"{place}.options.{name}"
+    return place
 
 
 def check_start(

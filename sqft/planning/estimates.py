@@ -110,6 +110,7 @@ def estimate_quantize(
     calibration: Calibration | None,
     needs: frozenset[Statistic],
     bits: float | None,
+    dense: bool = False,
 ) -> Estimate:
     """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored.
 
@@ -120,9 +121,11 @@ def estimate_quantize(
         calibration: the section, when the quantizer needs it.
         needs: what the quantizer needs of it.
         bits: of a code, where the quantizer has such an option.
+        dense: whether the weights from before pruning are there too.
     """
     size = model_bytes(model, dtype)
     walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
+    walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
     memory = size + max(size, walk) + 2 * weights_in(layers) + RUNTIME_OVERHEAD
     return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits), memory)
 

@@ -66,8 +66,11 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     """Plan `quantize`, of the recipe's own model or the sparse one."""
     quantizer = resolver.component(Quantizer, section.quantizer, "quantize.quantizer")
     layers = resolver.layers(section.include, section.exclude, "quantize.include")
+    dense = False
     if quantizer:
         resolver.collect(compatibility.check_grid(quantizer, layers, section.exclude))
+        dense, problems = compatibility.check_dense(quantizer, resolver.recipe.sparsify)
+        resolver.collect(problems)
     resolver.collect(compatibility.check_blocks_alike(resolver.model.layout.linears, layers))
     for note in layout_checks.codes_apart(resolver.model.layout, layers):
         resolver.note("quantize.include", note)
@@ -83,7 +86,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
-        estimate=estimates.estimate_quantize(resolver.model, resolver.dtype, layers, calibration, needs, bits),
+        estimate=estimates.estimate_quantize(resolver.model, resolver.dtype, layers, calibration, needs, bits, dense),
     )
 
 

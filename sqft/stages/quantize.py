@@ -48,11 +48,15 @@ class QuantizeStage:
         others = other_tensors(model, self.names, layers, source)
         self.others = {name: sha256(tensor) for name, tensor in others.items()}
         self.masks = {name: sha256(pack_mask(linear.weight != 0)) for name, linear in layers.items()}
+        dense = self._dense()
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
         errors: dict[str, dict[str, float]] = {}
 
         def quantize(name: str, linear: nn.Linear, stats: LinearStats) -> None:
+            if name in dense:
+                before = dense.pop(name).to(linear.weight.device, torch.float32)
+                stats = dataclasses.replace(stats, dense=before)
             result, masks[name], errors[name] = self._quantize(name, linear, stats)
             _check_storable(self.label, name, result, next(iter(quantized.values()), result))
             quantized[name] = _on_cpu(result)
@@ -99,6 +103,13 @@ class QuantizeStage:
             if not coded and sha256(tensor) != self.others.get(name):
                 raise ArtifactError(f"{stage}: {name} as stored is not the base's")
 
+    def _dense(self) -> dict[str, Tensor]:
+        """Return the weight of each layer from before pruning, if the quantizer needs it."""
+        if not self.quantizer.needs_dense():
+            return {}
+        model, _ = load_model(self.inputs.plan.model_spec)
+        return {name: linear.weight.detach() for name, linear in chosen_layers(model, self.inputs.step).items()}
+
     def _quantize(self, name: str, linear: nn.Linear, stats: LinearStats) -> tuple[Quantized, Tensor, dict[str, float]]:
         """Quantize one layer in place, and return codes and grid, the base's mask bit-packed, and the errors made."""
         # What is zero in the base stays zero, whether sqft pruned it or the model came sparse.
@@ -110,7 +121,7 @@ class QuantizeStage:
         checks.check_quantized(self.label, name, result, weight, mask, self.quantizer.gives_compensated)
         value = dequantize(result)
         assign_weight(self.label, name, linear, value)
-        return result, pack_mask(mask).cpu(), _error(weight, value, stats.hessian)
+        return result, pack_mask(mask).cpu(), _errors(weight, value, stats)
 
 
 def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
@@ -137,9 +148,11 @@ def _digest(layer: Quantized) -> str:
     return sha256(layer.codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), index.to(torch.int32))
 
 
-def _error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> dict[str, float]:
-    """Relative errors: ‖W − Ŵ‖² / ‖W‖², and where calibration saw the inputs ‖(W − Ŵ) X‖² / ‖W X‖²."""
+def _errors(weight: Tensor, value: Tensor, stats: LinearStats) -> dict[str, float]:
+    """Return relative errors: ‖W − Ŵ‖² / ‖W‖², and where calibration saw the inputs ‖(W − Ŵ) X‖² / ‖W X‖², of the
+    weight and of the one from before pruning, if it is there."""
     errors = {"weight": float((value - weight).square().sum() / weight.square().sum().clamp(min=1e-30))}
-    if hessian is not None:
-        errors["output"] = output_error(weight, value, hessian)
+    for name, target in (("output", weight), ("dense_output", stats.dense)):
+        if stats.hessian is not None and target is not None:
+            errors[name] = output_error(target, value, stats.hessian)
     return errors

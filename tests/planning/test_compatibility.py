@@ -209,3 +209,19 @@ def test_an_exporter_of_codes_needs_codes() -> None:
         assert said(check.check_exporter(exporter, kind, [], "export.exporter")) == []
     problems = check.check_exporter(codes, BaseKind.SPARSE, [floats.registration.component], "export.1.exporter")
     assert_problem(problems, "export.1.exporter: 'packed' writes codes", "use plain, or add quantize")
+
+
+def test_what_makes_up_for_pruning_has_a_step_that_prunes() -> None:
+    def needs_dense(self: Any) -> bool:
+        return bool(getattr(self, "dense", True))
+
+    assert check.check_dense(resolved(Quantizer, "mine"), None) == (False, [])
+    quantizer = resolved(Quantizer, "mine", {"dense": True}, dense=False, needs_dense=needs_dense)
+    assert check.check_dense(quantizer, sparsify()) == (True, [])
+    needed, problems = check.check_dense(quantizer, None)
+    assert needed
+    assert_problem(problems, "quantize.quantizer.options.dense: 'mine' would make up", "remove this, or add sparsify")
+    _, problems = check.check_dense(resolved(Quantizer, "mine", needs_dense=needs_dense), None)
+    assert_problem(problems, "quantize.quantizer: 'mine' would make up")
+    _, problems = check.check_dense(resolved(Quantizer, "mine", needs_dense=fails), None)
+    assert_problem(problems, "quantizer 'mine' (made 1.0) raised ZeroDivisionError")

@@ -68,6 +68,20 @@ def test_quantize_counts_those_of_one_module(
     assert memory(raw, registry, tmp_path, "quantize") == expected + 2 * CODES
 
 
+def test_quantize_counts_the_weights_from_before_pruning(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    sizes = {}
+    for target in ("sparse", "dense"):
+        options = {"group_size": 32, "refine": 1, "target": target}
+        raw["quantize"] = {"quantizer": {"name": "gptq", "options": options}}
+        kept = {key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify", "quantize")}
+        kept["calibration"] |= {"samples": 64}  # so that the walk is what counts
+        plan = Orchestrator(registry, tmp_path).plan(Recipe.parse(kept))
+        sizes[target] = plan.step("quantize").estimate.memory
+    assert sizes["dense"] - sizes["sparse"] == 4 * CODES
+
+
 @pytest.mark.parametrize(
     ("merger", "base", "packed"),
     [("qa-sparsepeft", "floats", False), ("qa-sparsepeft", "codes", True), ("unmerged", "floats", True)],

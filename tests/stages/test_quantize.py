@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from sqft_gptq import Gptq
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.api import LinearStats, Quantized
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
@@ -105,3 +107,34 @@ def test_what_is_on_disk_is_proved(
     edit(tmp_path / "scratch" / file, name, change)
     with pytest.raises(ArtifactError, match=re.escape(message)):
         stage.verify()
+
+
+def test_codes_that_make_up_for_pruning_see_the_weight_from_before_it(raw: dict[str, Any], tmp_path: Path) -> None:
+    """The one of the recipe's model, in float32; the report says how near the outputs come to the dense layers'."""
+    kept = {key: raw[key] for key in ("schema", "name", "model", "calibration", "sparsify")}
+    dense = load_file(Path(raw["model"]["path"]) / "model.safetensors")
+    seen = {}
+
+    class Seeing(Gptq):
+        name = "seeing"
+
+        def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+            assert stats.dense is not None and mask is not None and weight.equal(stats.dense * mask)
+            seen[len(seen)] = stats.dense.clone()
+            return super().quantize(weight, mask, stats)
+
+    registry = Registry.discover()
+    registry.add(Seeing)
+    orchestrator = Orchestrator(registry, tmp_path)
+    errors = {}
+    for target in ("sparse", "dense"):
+        options = {"group_size": 32, "refine": 3, "target": target}
+        name = "seeing" if target == "dense" else "gptq"
+        quantizer = {"quantizer": {"name": name, "options": options}}
+        run = orchestrator.run(orchestrator.plan(Recipe.parse({**kept, "quantize": quantizer})))
+        errors[target] = run["quantize"].report["layers"]
+    layers = errors["dense"]
+    assert all(seen[i].equal(dense[f"{layer}.weight"].float()) for i, layer in enumerate(layers)) and len(seen) == 14
+    assert all("dense_output" not in layer for layer in errors["sparse"].values())
+    for name, layer in layers.items():  # nearer to the dense layer's output than to the sparse one's
+        assert layer["dense_output"] < layer["output"] and layer["output"] > errors["sparse"][name]["output"]
