@@ -91,8 +91,9 @@ class Gptq(_OnGrid):
     @model_validator(mode="after")
     def _of_refinement(self) -> Self:
         """Refuse options of the refinement where there is none."""
-        if without := sorted({"refine_damp", "target"} & self.model_fields_set) if not self.refine else []:
-            raise ValueError(f'{without[0]} has no effect without refine; remove it, or set "refine" to 1 or more')
+        for name in () if self.refine else ("refine_damp", "target"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name} has no effect without refine; remove it, or set "refine" to 1 or more')
         return self
 
     def needs_dense(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from sqft.api import Grid, LinearStats, Quantized
 from sqft.kernels import grids
 from sqft.kernels.grids import dequantize, expand_per_input, quantize
+from sqft.testing import check
 
 OUT, IN, TOKENS = 6, 64, 256
 
@@ -147,9 +148,9 @@ def test_codes_make_up_for_pruned_weights() -> None:
     """With the dense weight as the target, the output is nearer to the dense layer's, farther from the sparse one's."""
     dense, mask, H = problem(5)
     stats = LinearStats(TOKENS, hessian=H, dense=dense)
+    targets: tuple[Literal["sparse"], Literal["dense"]] = ("sparse", "dense")
     to_sparse, to_dense = (
-        Gptq(group_size=32, refine=5, target=target).quantize(dense * mask, mask, stats)  # type: ignore[arg-type]
-        for target in ("sparse", "dense")
+        Gptq(group_size=32, refine=5, target=target).quantize(dense * mask, mask, stats) for target in targets
     )
     assert error(dense, to_dense, H).sum() < 0.9 * error(dense, to_sparse, H).sum()
     assert error(dense * mask, to_dense, H).sum() > error(dense * mask, to_sparse, H).sum()
@@ -170,3 +171,14 @@ def test_an_input_that_was_always_zero_is_rounded_by_itself() -> None:
     H[:, 5] = H[5] = 0
     found = Gptq(group_size=32, refine=2).quantize(dense, None, LinearStats(TOKENS, hessian=H))
     assert found.codes[:, 5].equal(quantize(dense, Grid(found.grid.scale, found.grid.zero, 32, 4))[:, 5])
+
+
+@pytest.mark.parametrize("target", ["sparse", "dense"])
+def test_it_keeps_the_contract(target: Literal["sparse", "dense"]) -> None:
+    check(Gptq(refine=2, target=target))
+
+
+@pytest.mark.parametrize("options", [{"refine_damp": 0.3}, {"target": "dense"}, {"refine": 0, "target": "dense"}])
+def test_its_options_without_it(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"(refine_damp|target) has no effect without refine; remove it, or set"):
+        Gptq(**options)
