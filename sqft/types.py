@@ -31,6 +31,19 @@ class BaseKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class InputPath:
+    """Marks a field of a recipe, or an option of a component, as the path of a file that a step reads.
+
+    A relative path starts at the recipe's folder, and a component gets the absolute one. The file's content is part of
+    the step's fingerprint, its name is not. `folder`: it is a folder. `hub`: it may be a Hugging Face id instead, which
+    the recipe's section that holds it resolves; no option can be one.
+    """
+
+    folder: bool = False
+    hub: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Pattern:
     """Which entries of a weight [out, in] compete with one another to be kept.
 

@@ -137,6 +137,7 @@ class Orchestrator:
     def _make(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path, label: str) -> Artifact:
         """Run the step's stage, verify what it wrote, and commit that."""
         from sqft.modeling.loading.transformers_io import quiet_transformers
+        from sqft.stages.inputs import StepData
 
         log.info("%s", label)
         self._notify("sqft_stage_started", step=step)
@@ -147,6 +148,7 @@ class Orchestrator:
         with quiet_transformers():
             with peak_memory() as peak:
                 report = stage.run()
+            StepData(plan, step, self.store.digests).check_options()
             seconds = time.monotonic() - start
             stage.verify()
         manifest = {

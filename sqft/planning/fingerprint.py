@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft.planning.plan import Step
-from sqft.recipe.fields import InputPath, NoEffect, OutputPath, Section, fields_marked, fields_of, section_in
+from sqft.recipe.fields import NoEffect, OutputPath, Section, fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef, Evaluate
+from sqft.types import InputPath
 from sqft.utils.code_digest import digest_files
 
 EVERY_STAGE = (

@@ -20,9 +20,16 @@ from sqft.planning.estimates import Estimate
 from sqft.planning.table import plan_table
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
+from sqft.types import InputPath
 
 C = TypeVar("C", bound=Component)
 K = TypeVar("K", bound=Component, covariant=True)
+
+
+def input_paths(component: type[Component]) -> dict[str, InputPath]:
+    """Return the marks of the options of a component that name files, by option."""
+    marks = ((name, mark) for name, field in component.model_fields.items() for mark in field.metadata)
+    return {name: mark for name, mark in marks if isinstance(mark, InputPath)}
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,22 @@ class ResolvedComponent(Generic[K]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the fingerprint and the manifest say of it: name, provider, class, options and a digest of its code."""
+        """What the fingerprint and the manifest say of it: name, provider, class, options (without paths: the files are
+        the step's) and a digest of its code."""
         cls = self.registration.component
         return {
             "name": cls.name,
             "provider": self.registration.provider.source,
             "class": f"{cls.__module__}.{cls.__qualname__}",
-            "options": self.component.model_dump(mode="json"),
+            "options": self.component.model_dump(mode="json", exclude=set(input_paths(cls))),
             "code": self.registration.code,
         }
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files and folders that its options name, by option."""
+        values = {name: getattr(self.component, name) for name in input_paths(type(self.component))}
+        return {name: Path(value) for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -63,10 +77,16 @@ class Step:
     layers: tuple[str, ...] = ()
     """The linear layers that it prunes, quantizes or adapts, in order."""
     files: Mapping[str, Path] = field(default_factory=dict)
+    """What it reads, by role: "calibration", a place in its section, or an option ("scorer.folder")."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digest of each file or folder, as it enters the fingerprint."""
     fingerprint: str = ""
     """Digest of all that its result depends on."""
+
+    def files_of_options(self) -> dict[str, Path]:
+        """Return the files that its components' options name, by role: a kind and an option, "scorer.folder"."""
+        found = ((kind, component.files) for kind, component in self.components.items())
+        return {f"{kind}.{option}": path for kind, files in found for option, path in files.items()}
 
     def component(self, kind: type[C]) -> C:
         """Return this step's component of a kind: `step.component(Scorer)`."""

@@ -6,7 +6,8 @@ No torch: everything that can be checked without loading a model is checked here
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError
@@ -51,7 +52,23 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: De
     for note in layout_checks.notes(resolver.model.layout) if any(step.layers for step in steps) else ():
         resolver.note("model", note)
     steps_done = with_fingerprints(steps, recipe, resolver.model.digest, digests)
+    recipe = with_option_paths(recipe, resolver.option_paths)
     return Plan(recipe, resolver.model, base, steps_done, notes=tuple(resolver.notes))
+
+
+def with_option_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
+    """Return a recipe with these values of components' options, by place, so that it can be stored anywhere: which
+    options name files, only the components know."""
+    if not paths:
+        return recipe
+    raw = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for place, path in paths.items():
+        *parents, option = place.split(".")
+        holder: Any = raw
+        for key in parents:
+            holder = holder[int(key)] if isinstance(holder, list) else holder[key]
+        holder[option] = path
+    return Recipe.parse(raw, recipe.folder, recipe.source)
 
 
 def adapter_base(resolver: Resolver) -> AdapterBase:
@@ -115,6 +132,8 @@ def with_fingerprints(steps: Iterable[Step], recipe: Recipe, model: str, digests
     """
     done: dict[str, Step] = {}
     for step in steps:
-        step = dataclasses.replace(step, digests={role: digests.path(path) for role, path in step.files.items()})
+        files = {**step.files, **step.files_of_options()}
+        taken = {role: digests.path(path) for role, path in files.items()}
+        step = dataclasses.replace(step, files=files, digests=taken)
         done[step.name] = dataclasses.replace(step, fingerprint=fingerprint_of(step, recipe, model, done))
     return tuple(done.values())

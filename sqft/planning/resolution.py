@@ -26,13 +26,13 @@ from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.planning import layout_checks
 from sqft.planning.conversations import ConversationCheck, Use
-from sqft.planning.plan import ResolvedComponent, model_spec
+from sqft.planning.plan import ResolvedComponent, input_paths, model_spec
 from sqft.recipe.data import Data
 from sqft.recipe.diagnostics import problems_of
-from sqft.recipe.fields import InputPath, Section, fields_marked
+from sqft.recipe.fields import Section, fields_marked
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
-from sqft.types import LinearShape
+from sqft.types import InputPath, LinearShape
 from sqft.utils.digests import Digests
 from sqft.utils.globs import names_itself, selected
 from sqft.utils.hub import HUB_ID
@@ -57,6 +57,8 @@ class Resolver:
         """What the plan tells the user, in order, each once."""
         self.broken: dict[str, None] = {}
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
+        self.option_paths: dict[str, str] = {}
+        """The absolute paths of the files that components' options name, by the places of the options in the recipe."""
         self.model = NO_MODEL
         try:
             model = recipe.model
@@ -104,12 +106,22 @@ class Resolver:
             return None
         try:
             component = registration.component.model_validate(ref.options)
-            return ResolvedComponent(registration, cast(C, component))
+            return ResolvedComponent(registration, cast(C, self._with_paths(component, f"{place}.options")))
         except ValidationError as error:
             self.collect(problems_of(error, registration.component, f"{place}.options"))
         except (Exception, SystemExit) as error:  # a validator of the plugin's own
             self.report(f"{place}.options", f"{registration} raised {type(error).__name__}: {error}")
         return None
+
+    def _with_paths(self, component: Component, place: str) -> Component:
+        """Return a component whose options that name files have absolute paths; `place` is that of its options."""
+        absolute: dict[str, str] = {}
+        for name, mark in input_paths(type(component)).items():
+            if (value := getattr(component, name)) is not None:
+                absolute[name] = str(self.file(value, f"{place}.{name}", mark.folder))
+                if name in component.model_fields_set:
+                    self.option_paths[f"{place}.{name}"] = absolute[name]
+        return component.model_copy(update=absolute)
 
     def installed(self, kind: type[C]) -> list[type[C]]:
         """Return the installed components of a kind."""

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from sqft.data.chat_template import RESERVED
 from sqft.data.templates import TEMPLATES, mistake_in
-from sqft.recipe.fields import Count, InputPath, Section, ShortForm
+from sqft.recipe.fields import Count, Section, ShortForm
+from sqft.types import InputPath
 
 
 class Prompt(Section):

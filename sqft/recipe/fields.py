@@ -1,8 +1,8 @@
 """What the sections of a recipe are made of, and what a field says about itself.
 
-A field says once, as `Annotated` metadata, what it is: a path that is read or written, a setting without effect on
-results, a section with a short form. Whatever depends on that asks here: re-running a stored recipe, the fingerprint,
-`sqft init`, `--set` and the files of a plan.
+A field says once, as `Annotated` metadata, what it is: a path that is read (`sqft.types.InputPath`) or written, a
+setting without effect on results, a section with a short form. Whatever depends on that asks here: re-running a stored
+recipe, the fingerprint, `sqft init`, `--set` and the files of a plan.
 """
 
 from __future__ import annotations
@@ -23,17 +23,6 @@ class Section(BaseModel):
     """A part of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class InputPath:
-    """Marks the path of a file that a step reads. Its content is part of the step's fingerprint, its name is not.
-
-    `folder`: it is a folder. `hub`: it may be a Hugging Face id instead, which the section that holds it resolves.
-    """
-
-    folder: bool = False
-    hub: bool = False
 
 
 @dataclass(frozen=True)

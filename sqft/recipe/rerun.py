@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sqft.errors import SqftError
-from sqft.recipe.fields import InputPath, OutputPath, fields_marked
+from sqft.recipe.fields import OutputPath, fields_marked
 from sqft.recipe.reading import read_json
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import DTYPES
 from sqft.recipe.stages import STAGES
+from sqft.types import InputPath
 from sqft.utils.hub import HUB_ID
 
 MEASURES = ("perplexity", "exact_match", "tasks")

@@ -18,8 +18,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sqft.recipe.data import DataRef, DataRefs, TemplateArguments, TrainingData
-from sqft.recipe.fields import Count, Fraction, InputPath, NoEffect, OutputPath, Section, ShortForm
-from sqft.types import Pattern
+from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
+from sqft.types import InputPath, Pattern
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
 ANSWER = "which part of the generated text is compared: all of it, or its first or last number"

@@ -77,6 +77,15 @@ class StepData:
         yield self.file(role)
         self.file(role)
 
+    def check_options(self) -> None:
+        """Check that the files which components read by themselves, as their options say, are what was planned.
+
+        Raises:
+            StageError: when one has changed.
+        """
+        for role in self.step.files_of_options():
+            self.file(role)
+
     def records(self, role: str, how: Data) -> list[Record]:
         """Read the records of one of the step's data sets."""
         with self.reading(role) as path:

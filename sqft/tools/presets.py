@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from sqft.components.registry import Registry
 from sqft.errors import SqftError
-from sqft.recipe.fields import InputPath, fields_marked, fields_of, section_in
+from sqft.recipe.fields import fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
+from sqft.types import InputPath
 from sqft.utils.hub import HUB_ID
 
 MODEL, DATA = "HuggingFaceTB/SmolLM2-360M", "data"

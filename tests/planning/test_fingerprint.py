@@ -18,9 +18,10 @@ from sqft.planning import fingerprint
 from sqft.planning.estimates import Estimate
 from sqft.planning.fingerprint import STAGE_CODE, WITHOUT_EFFECT, code_files, core_digest, fingerprint_of, settings_of
 from sqft.planning.plan import ResolvedComponent, Step
-from sqft.recipe.fields import InputPath, NoEffect, OutputPath
+from sqft.recipe.fields import NoEffect, OutputPath
 from sqft.recipe.sections import Evaluate, Finetune
 from sqft.recipe.stages import STAGES
+from sqft.types import InputPath
 
 ROOT = Path(fingerprint.__file__).parents[1]
 FINETUNE: dict[str, Any] = {"adapter": "lora", "merger": "unmerged", "data": ["a.jsonl", {"path": "b.jsonl"}]}

@@ -18,7 +18,7 @@ from sqft import Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
-from sqft.planning.planner import adapter_base, make_plan, plan_steps, with_fingerprints
+from sqft.planning.planner import adapter_base, make_plan, plan_steps, with_fingerprints, with_option_paths
 from sqft.planning.resolution import Resolver
 from sqft.types import BaseKind
 from sqft.utils.digests import Digests
@@ -47,6 +47,20 @@ def test_steps_are_in_order_and_read_earlier_ones(raw: dict[str, Any], registry:
         assert set(step.inputs.values()) <= set(names[:index])
         assert len(step.fingerprint) == 64 and step.digests.keys() == step.files.keys()
     assert len({step.fingerprint for step in plan.steps}) == len(names) and not plan.reused
+
+
+def test_paths_of_options_are_stored_absolute(raw: dict[str, Any], tmp_path: Path) -> None:
+    """In an object and in a list; all else is as it was, and what was not written is not written."""
+    exporter = {"exporter": {"name": "hf", "options": {"table": "t"}}}
+    recipe = Recipe.parse(raw | {"export": [{"exporter": "hf"}, exporter]}, tmp_path, "here.json")
+    assert with_option_paths(recipe, {}) is recipe
+    places = {"export.1.exporter.options.table": "/t", "finetune.adapter.options.ranks": "/r"}
+    found = with_option_paths(recipe, places)
+    assert (found.folder, found.source) == (tmp_path, "here.json")
+    before, after = (one.model_dump(mode="json", exclude_unset=True) for one in (recipe, found))
+    before["export"][1]["exporter"]["options"]["table"] = "/t"
+    before["finetune"]["adapter"]["options"]["ranks"] = "/r"
+    assert after == before
 
 
 def test_a_search_comes_of_itself_after_fine_tuning(raw: dict[str, Any], registry: Registry) -> None:

@@ -18,7 +18,6 @@ from sqft.planning.resolution import Resolver
 from sqft.recipe.fields import (
     Count,
     Fraction,
-    InputPath,
     NoEffect,
     OutputPath,
     Section,
@@ -32,6 +31,7 @@ from sqft.recipe.reading import apply
 from sqft.recipe.rerun import paths, with_absolute_paths
 from sqft.recipe.sections import Sparsify
 from sqft.tools import presets
+from sqft.types import InputPath
 from sqft.utils.digests import Digests
 
 
