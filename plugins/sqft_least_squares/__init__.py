@@ -19,14 +19,14 @@ class LeastSquares(Updater):
     name = "least-squares"
     needs = frozenset({Statistic.HESSIAN})
     damping: float = Field(
-        0.01, ge=0, description="weight of the penalty that pulls kept weights to their old values; 0: none"
+        0.1, ge=0, description="weight of the penalty that pulls kept weights to their old values; 0: none"
     )
     damping_by: Literal["input", "mean"] = Field(
-        "mean",
+        "input",
         description="what the penalty of an input's weights is a multiple of: its own sum of squares, or the mean of "
         "all inputs'",
     )
-    steps: int = Field(30, ge=1, description="steps of conjugate gradients, if they do not converge before")
+    steps: int = Field(12, ge=1, description="steps of conjugate gradients, if they do not converge before")
 
     def update(self, weight: Tensor, mask: Tensor, stats: LinearStats) -> Tensor:
         from sqft_least_squares.solver import solve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,10 @@ class SparseGpt(Scorer):
 
     name = "sparsegpt"
     needs = frozenset({Statistic.HESSIAN})
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
+    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of damp_by")
+    damp_by: Literal["mean", "input"] = Field(
+        "mean", description="what damp is a fraction of: the mean of the diagonal, or each input's own entry"
+    )
     block: int = Field(128, ge=1, description="number of inputs that are pruned together; with N:M, a multiple of M")
 
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
@@ -28,7 +31,7 @@ class SparseGpt(Scorer):
         if stats.hessian is None or not stats.hessian.isfinite().all():
             raise StageError("sparsegpt needs a finite Hessian; use float32, or other calibration text")
         try:
-            U = inverse_factor(stats.hessian, self.damp)
+            U = inverse_factor(stats.hessian, self.damp, self.damp_by)
         except ValueError as error:
             raise StageError(str(error)) from error
         return sparsegpt(weight, U, select, self.block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,11 @@ ATTEMPTS = 6
 """How often the damping is raised, tenfold each time, while the Hessian is not positive definite."""
 
 
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
+def inverse_factor(H: Tensor, damp: float, damp_by: Literal["mean", "input"] = "mean") -> Tensor:
     """Return the upper Cholesky factor U [in, in] of the damped inverse, H⁻¹ = Uᵀ U, for H [in, in], the sum of x xᵀ.
 
-    `damp` times the mean of the diagonal is added to the diagonal. An input that was always zero gets the others' mean
-    there: its weights are rounded by themselves.
+    `damp` times the mean of the diagonal is added to the diagonal; or, damped by input, `damp` times the entry itself.
+    An input that was always zero gets the others' mean there: its weights are rounded by themselves.
 
     Raises:
         ValueError: when H is not positive definite under any damping tried.
@@ -21,8 +23,9 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
     H = H.clone()
     diagonal, dead = H.diagonal(), H.diagonal() == 0
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    added = diagonal if damp_by == "input" else diagonal.mean().expand_as(diagonal)
     for attempt in range(ATTEMPTS):
-        damped = H + torch.eye(len(H), device=H.device) * (damp * 10**attempt * diagonal.mean())
+        damped = H + (damp * 10**attempt * added).diag()
         L, wrong = torch.linalg.cholesky_ex(damped)
         if not wrong:
             U: Tensor

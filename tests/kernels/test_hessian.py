@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ def hessian(inputs: int, tokens: int = 200) -> Tensor:
     return x.T @ x
 
 
+@pytest.mark.parametrize("by", ["mean", "input"])
 @pytest.mark.parametrize("inputs", [1, 8, 40])
-def test_it_is_the_factor_of_the_damped_inverse(inputs: int) -> None:
+def test_it_is_the_factor_of_the_damped_inverse(inputs: int, by: Literal["mean", "input"]) -> None:
     H = hessian(inputs)
-    before, U = H.clone(), inverse_factor(H, 0.01)
-    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(inputs)
+    before, U = H.clone(), inverse_factor(H, 0.01, by)
+    diagonal = H.diagonal().double()
+    damped = H.double() + 0.01 * torch.diag(diagonal if by == "input" else diagonal.mean().expand(inputs))
     assert U.equal(U.triu()) and (U.diagonal() > 0).all() and H.equal(before)
     torch.testing.assert_close((U.T @ U).double(), torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ def layer(out: int, n: int, tokens: int = 200) -> tuple[Tensor, Tensor]:
     return torch.randn(out, n, generator=generator), x.T @ x
 
 
-def brute(W: Tensor, H: Tensor, select: Any, damp: float, block: int) -> tuple[Tensor, Tensor]:
+def brute(W: Tensor, H: Tensor, select: Any, damp: float, by: str, block: int) -> tuple[Tensor, Tensor]:
     W, H, n = W.double().clone(), H.double(), W.shape[1]
-    H = H + torch.eye(n) * damp * H.diagonal().mean()
+    H = H + damp * (H.diagonal().diag() if by == "input" else torch.eye(n) * H.diagonal().mean())
     mask = torch.ones_like(W, dtype=torch.bool)
     for j in range(n):
         if j % block == 0:
@@ -48,12 +48,12 @@ def error(W: Tensor, V: Tensor, H: Tensor) -> float:
 
 
 @pytest.mark.parametrize("pattern", ["row", "layer", "2:4"])
-@pytest.mark.parametrize(("n", "block"), [(24, 24), (24, 8), (40, 16)])
-def test_the_loop(pattern: str, n: int, block: int) -> None:
+@pytest.mark.parametrize(("n", "block", "by"), [(24, 24, "mean"), (24, 8, "input"), (40, 16, "mean")])
+def test_the_loop(pattern: str, n: int, block: int, by: Literal["mean", "input"]) -> None:
     W, H = layer(6, n)
     select = partial(keep_mask, sparsity=0.5, pattern=pattern)
-    found, mask = SparseGpt(block=block).prune(W, LinearStats(200, hessian=H), select)
-    wanted, kept = brute(W, H, select, 0.01, block)
+    found, mask = SparseGpt(block=block, damp_by=by).prune(W, LinearStats(200, hessian=H), select)
+    wanted, kept = brute(W, H, select, 0.01, by, block)
     assert torch.equal(mask, kept)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
     assert not found[~mask].any()
