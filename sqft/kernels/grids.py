@@ -19,6 +19,8 @@ CLIP_STEPS = 80
 """How many ranges the clip search tries: the full range times 1, 0.99, … 0.21."""
 CLIP_ERROR_POWER = 2.4
 """The power of the error that the clip search minimizes, as in GPTQ's code: between the mean square and the maximum."""
+RESIDUAL_PARTS = 256
+"""Parts of a step that a residual counts: 127 of them, the most it has, are short of the half step that rounds off."""
 
 
 def fit_grid(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
@@ -95,10 +97,32 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
     return quantize_to_codes(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
 
 
-def dequantize(quantized: Quantized) -> Tensor:
-    """Return the weight [out, in] float32 that codes encode: s · (q − z) (paper eq. 4)."""
+def dequantize(quantized: Quantized, residual: Tensor | None = None) -> Tensor:
+    """Return the weight [out, in] float32 that codes encode: s · (q − z) (paper eq. 4).
+
+    With a `residual`, what was rounded to them, to 1/512 of a step: s · (q − z + r / 256). Codes of up to 8 bits are
+    what it rounds to, bit for bit: float32 is wrong by less than the 1/256 of a step that is left to the next code.
+    """
     scale, zero = expand_per_input(quantized.grid, quantized.codes.shape[1])  # [out, in]
-    return scale * (quantized.codes - zero)
+    steps = quantized.codes - zero
+    return scale * (steps if residual is None else steps + residual / RESIDUAL_PARTS)
+
+
+def residual(quantized: Quantized) -> Tensor:
+    """Return how far each compensated float lies from the value of its code, int8 [out, in] in 1/256 of a step.
+
+    It is below half a step, so that the code stays the nearest; a float beyond the range of its grid is put just inside
+    the last code's part of it. A float that the grid holds, as a pruned weight's 0, gets 0.
+
+    Raises:
+        ValueError: when there are no compensated floats.
+    """
+    if quantized.compensated is None:
+        raise ValueError("these codes come without the floats that were rounded to them")
+    scale, zero = expand_per_input(quantized.grid, quantized.codes.shape[1])  # [out, in]
+    steps = quantized.compensated.float() / scale - (quantized.codes - zero)
+    most = RESIDUAL_PARTS // 2 - 1
+    return (steps * RESIDUAL_PARTS).round().clamp(-most, most).to(torch.int8)
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:

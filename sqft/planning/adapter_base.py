@@ -52,3 +52,7 @@ class AdapterBase:
     def masks(self, folders: Mapping[str, Path]) -> Path | None:
         """Return the file of the masks that quantization kept; None when it kept none, as of a model that came so."""
         return folders["base"] / "masks.safetensors" if self.quantized and self.step else None
+
+    def residuals(self, folders: Mapping[str, Path]) -> Path:
+        """Return the file of what `quantize` kept of the floats that it rounded, beside the codes."""
+        return folders["base"] / "compensated.safetensors"

@@ -147,7 +147,11 @@ def option_behind(component: C, place: str, asks: Callable[[C], bool]) -> str | 
 
 
 def check_start(
-    section: Finetune, merger: ResolvedComponent[Merger] | None, kind: BaseKind | None, came_quantized: bool
+    section: Finetune,
+    merger: ResolvedComponent[Merger] | None,
+    kind: BaseKind | None,
+    came_quantized: bool,
+    quantizer: ResolvedComponent[Quantizer] | None = None,
 ) -> Iterator[Problem]:
     """Check that the recipe has what `finetune` is to start from.
 
@@ -156,10 +160,11 @@ def check_start(
         merger: None when it was not found.
         kind: of the base under the adapters; None when it is not known.
         came_quantized: whether the recipe's own model holds codes.
+        quantizer: of the recipe, if it quantizes and this was found.
     """
     if kind is None:
         return
-    if section.base == "codes" and kind is not BaseKind.QUANTIZED:
+    if section.base != "floats" and kind is not BaseKind.QUANTIZED:
         yield Problem(
             "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
         )
@@ -171,6 +176,29 @@ def check_start(
         )
     if came_quantized and section.base == "floats" and "base" in section.model_fields_set:
         yield Problem("finetune.base", 'the model has no floats, only codes; remove this, or set it to "codes"')
+    if section.base == "compensated":
+        yield from _check_compensated(merger, came_quantized, quantizer)
+
+
+def _check_compensated(
+    merger: ResolvedComponent[Merger] | None, came_quantized: bool, quantizer: ResolvedComponent[Quantizer] | None
+) -> Iterator[Problem]:
+    place = "finetune.base"
+    if came_quantized:
+        yield Problem(
+            place,
+            'the model came as codes, without the floats that were rounded to them; remove this, or set it to "codes"',
+        )
+    elif quantizer and not quantizer.component.gives_compensated:
+        yield Problem(
+            place,
+            f"quantizer '{quantizer.component.name}' does not give the floats that it rounded; set this to "
+            '"floats" or "codes"',
+        )
+    if merger and not merger.component.merges:
+        yield Problem(
+            place, f"'{merger.component.name}' leaves the codes as they are, whatever was rounded to them; remove this"
+        )
 
 
 def check_space(adapter: ResolvedComponent[Adapter], targets: Sequence[LinearShape]) -> tuple[int, list[Problem]]:

@@ -25,6 +25,9 @@ DELTA_BYTES_PER_PARAMETER = 4
 MASK_BITS = 1
 """A mask's entry, bit-packed."""
 
+RESIDUAL_BYTES = 1
+"""How far the float that was rounded lies from the value of its code, for each weight."""
+
 GRID_BITS = 0.5
 """The scale and the zero point of a group, for each of its weights: 32 bits for groups of 64."""
 
@@ -111,8 +114,10 @@ def estimate_quantize(
     needs: frozenset[Statistic],
     bits: float | None,
     dense: bool = False,
+    compensated: bool = False,
 ) -> Estimate:
-    """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored.
+    """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored, and a
+    byte that says what was rounded.
 
     Args:
         model: the recipe's model.
@@ -122,12 +127,14 @@ def estimate_quantize(
         needs: what the quantizer needs of it.
         bits: of a code, where the quantizer has such an option.
         dense: whether the weights from before pruning are there too.
+        compensated: whether the quantizer gives the floats that it rounded.
     """
     size = model_bytes(model, dtype)
+    residuals = RESIDUAL_BYTES * weights_in(layers) if compensated else 0
     walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
     walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
-    memory = size + max(size, walk) + 2 * weights_in(layers) + RUNTIME_OVERHEAD
-    return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits), memory)
+    memory = size + max(size, walk) + 2 * weights_in(layers) + residuals + RUNTIME_OVERHEAD
+    return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits) + residuals, memory)
 
 
 def estimate_finetune(model: ModelSource, section: Finetune, trained: int, base: int) -> Estimate:

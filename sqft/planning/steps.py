@@ -77,7 +77,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     needs = quantizer.component.needs if quantizer else frozenset()
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
-    bits = getattr(quantizer.component, "bits", None) if quantizer else None
+    compensated = quantizer is not None and quantizer.component.gives_compensated
     return Step(
         name="quantize",
         stage="quantize",
@@ -86,7 +86,9 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
-        estimate=estimates.estimate_quantize(resolver.model, resolver.dtype, layers, calibration, needs, bits, dense),
+        estimate=estimates.estimate_quantize(
+            resolver.model, resolver.dtype, layers, calibration, needs, _bits(quantizer), dense, compensated
+        ),
     )
 
 
@@ -131,7 +133,8 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         resolver.collect(compatibility.check_base(merger, base.kind, resolver.installed(Merger)))
     if adapter and merger:
         resolver.collect(compatibility.check_dropout(adapter, merger, base.kind))
-    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized))
+    quantizer = _component(steps["quantize"], Quantizer) if "quantize" in steps else None
+    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer))
     if came_quantized:
         section = section.model_copy(update={"base": "codes"})
     targets, trained = resolver.targets(section.targets, "finetune.targets"), 0
@@ -143,7 +146,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     files = resolver.files(section, "finetune")
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
-    loaded = _loaded_base(resolver, merger, steps)
+    loaded = _loaded_base(resolver, merger, steps, _names(targets))
     return Step(
         name="finetune",
         stage="finetune",
@@ -172,7 +175,7 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         )
     elif section.data is None:  # records of the training data are evaluated on, and must have answers
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
-    loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps)
+    loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps, steps["finetune"].layers)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
@@ -193,7 +196,7 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
     if merger and not merger.component.merges:
         resolver.collect(compatibility.check_merge(merger, resolver.installed(Merger)))
         return None
-    stored, loaded = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps)
+    stored, loaded = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps, steps["finetune"].layers)
     return Step(
         name="merge",
         stage="merge",
@@ -326,20 +329,41 @@ def _stored_base(resolver: Resolver, steps: Steps) -> int:
     if model.quantization is not None:
         return estimates.quantized_bytes(model, resolver.dtype, model.layout.linears, model.quantization["bits"])
     if "quantize" in steps:
-        return steps["quantize"].estimate.storage
+        bits = _bits(_component(steps["quantize"], Quantizer))
+        return estimates.quantized_bytes(model, resolver.dtype, _quantized(resolver, steps), bits)
     return estimates.model_bytes(model, resolver.dtype)
 
 
-def _loaded_base(resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps) -> int:
+def _loaded_base(
+    resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps, adapted: Iterable[str]
+) -> int:
     """Return the bytes in memory of the model under the adapters.
 
     Codes stay packed, unless the merger starts from the floats that were quantized.
+
+    Args:
+        resolver: knows the model.
+        merger: None when it was not found.
+        steps: those planned so far.
+        adapted: the layers that have adapters.
     """
-    recipe = resolver.recipe
-    floats = recipe.quantize and recipe.finetune and recipe.finetune.base == "floats"
-    if floats and merger and merger.component.merges:
+    start = resolver.recipe.finetune.base if resolver.recipe.finetune else None
+    if start == "floats" and "quantize" in steps and merger and merger.component.merges:
         return estimates.model_bytes(resolver.model, resolver.dtype)
-    return _stored_base(resolver, steps)
+    under = set(adapted) if start == "compensated" else ()
+    residuals = estimates.weights_in(layer for layer in _quantized(resolver, steps) if layer.name in under)
+    return _stored_base(resolver, steps) + estimates.RESIDUAL_BYTES * residuals
+
+
+def _quantized(resolver: Resolver, steps: Steps) -> list[LinearShape]:
+    """Return the layers that the recipe quantizes."""
+    names = set(steps["quantize"].layers) if "quantize" in steps else ()
+    return [layer for layer in resolver.model.layout.linears if layer.name in names]
+
+
+def _bits(quantizer: ResolvedComponent[Quantizer] | None) -> float | None:
+    """Return the bits of a quantizer's codes; None when it has no such option, or was not found."""
+    return getattr(quantizer.component, "bits", None) if quantizer else None
 
 
 def _names(layers: Iterable[LinearShape]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
-from sqft.errors import ArtifactError, ContractError
+from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import attach
 from sqft.modeling.adapters.adapted_model import AdaptedModel
@@ -38,6 +38,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
 
     Raises:
         ContractError: when the adapter's space or deltas break its contract.
+        StageError: when training is to start from floats that were not kept.
     """
     step, base = plan.step("finetune"), plan.adapter_base
     section, adapter, merger = section_of(step, Finetune), step.component(Adapter), step.component(Merger)
@@ -56,7 +57,8 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
     if on_codes:
         masks = base.masks(folders) if merger.merges else None
-        weights = _codes(layers, masks, section.mask == "codes")
+        residuals = base.residuals(folders) if section.base == "compensated" else None
+        weights = _codes(layers, masks, section.mask == "codes", residuals)
     elif base.quantized:
         weights = _floats_before_quantization(plan, folders, model, layers, masked)
     else:
@@ -82,17 +84,33 @@ def _make_deltas(
     return space, deltas
 
 
-def _codes(layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool) -> dict[str, FrozenWeight]:
-    """Return the layers' own codes as frozen weights.
+def _codes(
+    layers: Mapping[str, nn.Module], masks: Path | None, mask_codes: bool, residuals: Path | None
+) -> dict[str, FrozenWeight]:
+    """Return the layers' own codes as frozen weights; a layer that was left in floats keeps its floats.
 
-    A layer has the mask that the file `masks` has for it, or else, if `mask_codes`, one that keeps every code but those
-    for 0. A layer that was left in floats keeps its floats.
+    Args:
+        layers: by name.
+        masks: the file of their masks, if there is one.
+        mask_codes: whether a layer that it has no mask for keeps every code but those for 0.
+        residuals: the file of their residuals, with which they are the floats that were rounded to the codes.
+
+    Raises:
+        StageError: when training is to start from those floats, and the file has none of a layer.
     """
     stored = load_file(masks) if masks else {}
+    rests = load_file(residuals) if residuals and residuals.is_file() else {}
     weights: dict[str, FrozenWeight] = {}
     for name, layer in layers.items():
         if isinstance(layer, PackedLinear):
             weights[name] = layer.base
+            if residuals and name not in rests:
+                raise StageError(
+                    f"finetune.base: {residuals} has nothing of the floats that were rounded to the codes of {name}; "
+                    'set it to "floats" or "codes", or quantize again'
+                )
+            if residuals:
+                layer.base.set_residual(rests[name])
             if name in stored:
                 layer.base.set_mask(unpack_mask(stored[name], (layer.out_features, layer.in_features)))
             elif mask_codes:

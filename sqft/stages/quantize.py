@@ -13,6 +13,7 @@ from sqft.checkpoints.gptq import GPTQ_BITS, GPTQ_PARTS
 from sqft.components import checks
 from sqft.components.kinds import Quantizer
 from sqft.errors import ArtifactError, ContractError
+from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
@@ -32,14 +33,17 @@ class QuantizeStage:
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs = inputs
         self.quantizer, self.label = inputs.step.component(Quantizer), inputs.step.label(Quantizer)
-        # Digests of what is to be read back: codes and grids, the base's masks, and every tensor left as it was.
+        # Digests of what is to be read back: codes and grids, the floats that were rounded to them, the base's masks,
+        # and every tensor left as it was.
         self.codes: dict[str, str] = {}
+        self.residuals: dict[str, str] = {}
         self.masks: dict[str, str] = {}
         self.others: dict[str, str] = {}
 
     def run(self) -> Report:
-        """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings, and `masks.safetensors`
-        (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero)."""
+        """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings; `masks.safetensors`
+        (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero); and,
+        if the quantizer gives them, the floats that it rounded in `compensated.safetensors`, as residuals of a byte."""
         scratch = self.inputs.scratch
         source = self.inputs.plan.spec(self.inputs.model_path())
         model, tokenizer = load_model(source)
@@ -51,6 +55,7 @@ class QuantizeStage:
         dense = self._dense()
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
+        residuals: dict[str, Tensor] = {}
         errors: dict[str, dict[str, float]] = {}
 
         def quantize(name: str, linear: nn.Linear, stats: LinearStats) -> None:
@@ -59,13 +64,18 @@ class QuantizeStage:
                 stats = dataclasses.replace(stats, dense=before)
             result, masks[name], errors[name] = self._quantize(name, linear, stats)
             _check_storable(self.label, name, result, next(iter(quantized.values()), result))
+            if self.quantizer.gives_compensated:
+                residuals[name] = grids.residual(result).cpu()
             quantized[name] = _on_cpu(result)
 
         needs = self.quantizer.needs
         run_calibration(self.inputs, model, tokenizer, layers, needs, quantize, "quantizing", sequential=True)
         self.codes = {name: _digest(layer) for name, layer in quantized.items()}
+        self.residuals = {name: sha256(tensor) for name, tensor in residuals.items()}
         save_quantized(model, tokenizer, quantized, scratch / "model", source)
         save_file(masks, scratch / "masks.safetensors")
+        if residuals:
+            save_file(residuals, scratch / "compensated.safetensors")
         weights = sum(linear.weight.numel() for linear in layers.values())
         zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
         grid = next(iter(quantized.values())).grid
@@ -83,6 +93,7 @@ class QuantizeStage:
         is the base's, bit for bit."""
         reader, stage = FolderReader(self.inputs.scratch / "model"), f"quantize ({self.label})"
         layers, masks = read_quantized(reader.folder, self.names), load_file(self.inputs.scratch / "masks.safetensors")
+        residuals = load_file(self.inputs.scratch / "compensated.safetensors") if self.residuals else {}
         if different := sorted(layers.keys() ^ self.codes.keys()):
             raise ArtifactError(f"{stage}: {different[0]} was quantized and is not stored, or the other way round")
         for name, layer in layers.items():
@@ -95,6 +106,8 @@ class QuantizeStage:
                 raise ArtifactError(f"{stage}: the mask of {name} as stored is not the base's")
             if lost := int((value[~unpack_mask(masks[name], (value.shape[0], value.shape[1]))] != 0).sum()):
                 raise ArtifactError(f"{stage}: {lost} zeros of the base are not zero in {name} as stored")
+            if self.residuals and (name not in residuals or sha256(residuals[name]) != self.residuals[name]):
+                raise ArtifactError(f"{stage}: the compensated floats of {name} as stored are not the quantizer's")
         if missing := sorted(self.others.keys() - set(reader.names())):
             raise ArtifactError(f"{stage}: {missing[0]} of the base is not stored")
         for name, tensor in reader.tensors():

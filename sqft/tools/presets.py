@@ -96,6 +96,10 @@ PIPELINES = {
         "QA-SparsePEFT from the codes alone: training needs less memory and starts at the quantized model.",
         CODES | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
     ),
+    "qa-sparsepeft-compensated": Pipeline(
+        "QA-SparsePEFT from what the quantizer rounded: it starts at the quantized model, and small steps move codes.",
+        CODES | _tuned(NLS, "qa-sparsepeft", base="compensated") | {"merge": {}} | _answers(*ON_CODES),
+    ),
 }
 
 

@@ -36,4 +36,4 @@ def test_a_recipe_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
 def test_names_of_pipelines_are_completed() -> None:
     complete = init.params[0].shell_complete
     names = [item.value for item in complete(click.Context(init), "qa")]
-    assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory"]
+    assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory", "qa-sparsepeft-compensated"]

@@ -105,9 +105,13 @@ IN_THE_RECIPE: dict[str, tuple[Change, str]] = {
         both(drop("quantize"), section("finetune", base="codes")),
         "finetune.base: there are no codes: this recipe does not quantize",
     ),
+    "what was rounded where nothing is": (
+        both(drop("quantize"), section("finetune", base="compensated")),
+        "finetune.base: there are no codes: this recipe does not quantize",
+    ),
     "a base that is no word": (
         section("finetune", base="int4"),
-        "finetune.base: input should be 'floats' or 'codes', found \"int4\"",
+        "finetune.base: input should be 'floats', 'codes' or 'compensated', found \"int4\"",
     ),
     "a mask of codes over floats": (
         section("finetune", mask="codes"),
@@ -275,6 +279,8 @@ def test_what_cannot_be_done_with_codes(quantized: dict[str, Any], theirs: Path,
     message = said(quantized, tmp_path)
     assert "finetune.base: the model has no floats, only codes" in message
     assert "works on a dense or sparse base, but this recipe's is quantized" in message
+    quantized["finetune"]["base"] = "compensated"
+    assert "finetune.base: the model came as codes, without the floats that were rounded" in said(quantized, tmp_path)
 
 
 def test_a_model_that_is_not_there_is_one_mistake(quantized: dict[str, Any], tmp_path: Path) -> None:

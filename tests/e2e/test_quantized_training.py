@@ -21,6 +21,9 @@ from sqft.kernels.masks import unpack_mask
 from sqft.modeling.loading.quantized import read_quantized
 from sqft.stages import adapted as tuning
 
+LEARNT = {"merger": {"name": "qa-sparsepeft", "options": {"learn_scales": True}}}
+"""Scales that train."""
+
 
 @pytest.fixture
 def quantized(raw: dict[str, Any]) -> dict[str, Any]:
@@ -39,12 +42,13 @@ def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
     ("base", "options", "change"),
     [
         ("floats", {"group_size": 32}, {}),
-        ("codes", {"group_size": 32}, {"merger": {"name": "qa-sparsepeft", "options": {"learn_scales": True}}}),
-        ("codes", {"group_size": 32}, {}),
+        ("codes", {"group_size": 32}, LEARNT),
+        ("compensated", {"group_size": 32, "symmetric": False, "act_order": True}, {}),
         ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
         ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
         ("floats", {"group_size": 32, "symmetric": False}, {"merger": "hira", "gradient_checkpointing": True}),
         ("codes", {"group_size": 32}, {"merger": "hira", "learning_rate": 0.1}),
+        ("compensated", {"group_size": -1, "bits": 3, "clip": True}, LEARNT),
     ],
 )
 def test_the_merged_codes_are_those_of_equation_3(
@@ -66,6 +70,7 @@ def test_the_merged_codes_are_those_of_equation_3(
     adapter = load_file(finished["search"].folder / "adapter" / "adapter.safetensors")
     scales = json.loads((finished["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
     masks = load_file(finished["sparsify"].folder / "masks.safetensors")
+    rests = load_file(finished["quantize"].folder / "compensated.safetensors")
     assert before.keys() == after.keys() and not any("q_proj" in name for name in before.keys() - masks.keys())
     changed = moved = 0
     for name, layer in after.items():
@@ -85,6 +90,9 @@ def test_the_merged_codes_are_those_of_equation_3(
             assert layer.codes.equal(old.codes)
             continue
         start = floats[f"{name}.weight"].double() if base == "floats" else scale * (old.codes.double() - zero)
+        if base == "compensated":
+            start = start + scale * rests[name].double() / 256
+            assert not start[~mask].any() and rests[name][mask].float().abs().mean() > 20
         began = ((start / scale).round() + zero).clamp(0, 2**old.grid.bits - 1)
         low = scales[name] * (adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double())
         low *= start if change.get("merger") == "hira" else mask
@@ -112,7 +120,7 @@ def test_the_merged_codes_are_those_of_equation_3(
 def test_the_grid_of_the_merge_is_the_grid_of_quantize(
     quantized: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, size: int
 ) -> None:
-    """Whatever the group size; and codes that training does not move are the base's, from its codes."""
+    """Whatever the group size; and codes that training does not move are the base's, from what was rounded to them."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "wide")
@@ -120,7 +128,7 @@ def test_the_grid_of_the_merge_is_the_grid_of_quantize(
     quantized["model"]["path"] = str(tmp_path / "wide")
     quantized["quantize"]["quantizer"]["options"] = {"group_size": size, "symmetric": False}
     del quantized["evaluate"], quantized["search"]
-    for base, rate, moves in (("codes", 1e-30, False), ("codes", 0.1, True), ("floats", 0.1, True)):
+    for base, rate, moves in (("compensated", 1e-30, False), ("codes", 0.1, True), ("floats", 0.1, True)):
         quantized["finetune"] |= {"base": base, "learning_rate": rate, "steps": 2}
         finished = run(quantized, registry, tmp_path / "store")
         before = read_quantized(finished["quantize"].folder / "model")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import SMALLEST_SCALE, dequantize, fit_grid, quantize, scale_grid
+from sqft.kernels.grids import SMALLEST_SCALE, dequantize, fit_grid, quantize, residual, scale_grid
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -62,6 +62,59 @@ def test_zero_is_a_point_and_rounding_settles(seed: int, bits: int, symmetric: b
     if not (clip or symmetric):
         # Half a step for the code, half for the zero point at the ends of the range, and float16's share of 255 steps.
         assert ((value - weight).abs() <= 1.13 * scale.repeat_interleave(16, 1)).all()
+
+
+SCALES = st.sampled_from([SMALLEST_SCALE, 3 * SMALLEST_SCALE, 2.0**-14, 1e-3, 0.1, 1.0, 65504.0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 999), BITS, SCALES, st.booleans(), st.sampled_from([None, [0, 1, 0, 1, 1, 0, 1, 0]]))
+def test_what_was_rounded_comes_back_within_its_code(
+    seed: int, bits: int, size: float, symmetric: bool, index: list[int] | None
+) -> None:
+    """To 1/512 of a step, on every scale that float16 holds; beyond the grid just inside its last code."""
+    g, top = torch.Generator().manual_seed(seed), 2**bits - 1
+    scale = (torch.rand(6, 2, generator=g) * size).clamp(min=SMALLEST_SCALE).half()
+    scale[0], scale[1] = size, SMALLEST_SCALE
+    zero = torch.full((6, 2), 2 ** (bits - 1)) if symmetric else torch.randint(0, top + 1, (6, 2), generator=g)
+    grid = Grid(scale, zero.int(), 4, bits, torch.tensor(index).int() if index else None)
+    groups = torch.tensor(index or [0] * 4 + [1] * 4)
+    steps = torch.rand(6, 8, generator=g) * (top + 3) - zero[:, groups] - 1.5  # a step and a half too far, both ways
+    steps[2] = steps[2].floor() + 0.5  # on the edge of two codes
+    kept = torch.rand(6, 8, generator=g) < 0.5
+    floats = steps * scale.float()[:, groups] * kept
+    coded = Quantized(quantize(floats, grid), grid, floats)
+    rest = residual(coded)
+    found = dequantize(coded, rest)
+    assert rest.dtype == torch.int8 and quantize(found, grid).equal(coded.codes)
+    assert not found[~kept].any() and not rest[~kept].any()
+    off = (found.double() - floats.double()) / scale.double()[:, groups]
+    low, high = -zero[:, groups] - 0.5, top - zero[:, groups] + 0.5
+    inside = (steps > low) & (steps < high) | ~kept
+    assert off[inside].abs().max() < 1.51 / 256 and off[inside].abs().median() <= 0.51 / 256
+    assert (
+        (found / scale.float()[:, groups])[~inside]
+        .sub(torch.where(steps < 0, low, high)[~inside])
+        .abs()
+        .le(0.004)
+        .all()
+    )
+
+
+def test_every_residual_keeps_every_code() -> None:
+    """All 255 of them, on each of 256 codes."""
+    codes, rest = torch.arange(256)[:, None].expand(256, 255), torch.arange(-127, 128)[None].expand(256, 255)
+    for size, zero in ((SMALLEST_SCALE, 0), (0.1, 1), (0.3337, 128), (65504.0, 255)):
+        grid = Grid(torch.full((256, 1), size).half(), torch.full((256, 1), zero), -1, 8)
+        floats = dequantize(Quantized(codes, grid), rest.to(torch.int8))
+        assert quantize(floats, grid).equal(codes.to(torch.uint8))
+        assert residual(Quantized(codes, grid, floats)).equal(rest.to(torch.int8))
+
+
+def test_codes_alone_have_no_residual() -> None:
+    grid = Grid(torch.ones(1, 1).half(), torch.zeros(1, 1).int(), -1, 4)
+    with pytest.raises(ValueError, match="without the floats that were rounded"):
+        residual(Quantized(torch.zeros(1, 2).to(torch.uint8), grid))
 
 
 def test_the_clip_search_never_does_worse() -> None:

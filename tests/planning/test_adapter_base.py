@@ -39,6 +39,8 @@ FOLDERS = {"base": Path("/store/base"), "floats": Path("/store/floats")}
 def test_where_the_weights_are(base: AdapterBase, model: Path, floats: Path | None, masks: Path | None) -> None:
     folders = {role: FOLDERS[role] for role in base.inputs}
     assert (base.model(folders), base.floats(folders), base.masks(folders)) == (model, floats, masks)
+    if masks:
+        assert base.residuals(folders) == FOLDERS["base"] / "compensated.safetensors"
 
 
 @pytest.mark.parametrize(

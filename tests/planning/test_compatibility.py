@@ -150,6 +150,14 @@ def test_dropout_is_refused_where_the_merged_weight_is_rounded() -> None:
         ({"mask": "codes"}, BaseKind.QUANTIZED, False, "finetune.mask: only a model that is already quantized"),
         ({"base": "floats"}, BaseKind.QUANTIZED, True, "finetune.base: the model has no floats, only codes"),
         ({"base": "floats"}, BaseKind.QUANTIZED, False, None),
+        ({"base": "compensated"}, BaseKind.QUANTIZED, False, None),
+        ({"base": "compensated"}, BaseKind.SPARSE, False, "finetune.base: there are no codes"),
+        (
+            {"base": "compensated"},
+            BaseKind.QUANTIZED,
+            True,
+            "finetune.base: the model came as codes, without",
+        ),
     ],
 )
 def test_what_training_starts_from(
@@ -157,6 +165,17 @@ def test_what_training_starts_from(
 ) -> None:
     problems = check.check_start(finetune(**settings), merger(), kind, came_quantized)
     assert_problem(problems, problem) if problem else said(problems) == []  # type: ignore[func-returns-value]
+
+
+def test_what_was_rounded_must_be_known_and_used() -> None:
+    section, kind = finetune(base="compensated"), BaseKind.QUANTIZED
+    knows, says_not = (resolved(Quantizer, "mine", gives_compensated=gives) for gives in (True, False))
+    assert said(check.check_start(section, merger(), kind, False, knows)) == []
+    problems = check.check_start(section, merger(), kind, False, says_not)
+    assert_problem(problems, "finetune.base: quantizer 'mine' does not give the floats that it rounded; set this to")
+    assert said(check.check_start(finetune(), merger(), kind, False, says_not)) == []
+    beside = check.check_start(section, merger(merges=False), kind, False, knows)
+    assert_problem(beside, "finetune.base: 'mine' leaves the codes as they are")
 
 
 def test_a_mask_of_codes_needs_a_merger_that_masks() -> None:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import StageError
+from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask
 from sqft.modeling.adapters.frozen_weight import FloatWeight, PackedWeight
 from sqft.modeling.adapters.saving import store_deltas
@@ -76,11 +78,12 @@ def test_a_base_that_came_as_codes(
     assert block.mask is None if mask == "base" else block.mask is not None and block.mask.equal(block.weight != 0)
 
 
-@pytest.mark.parametrize("base", ["floats", "codes"])
+@pytest.mark.parametrize("base", ["floats", "codes", "compensated"])
 def test_a_base_that_the_recipe_quantizes(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, quantized_folder: Path, model_folder: Path, base: str
 ) -> None:
-    """Either the floats before quantization, with the grids, or the codes with the masks of what was kept."""
+    """The floats before quantization, with the grids; or the codes with the masks of what was kept, and what was
+    rounded to them."""
     raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
     raw["finetune"] |= {"targets": ["q_proj"], "merger": "qa-sparsepeft", "base": base}
     raw = {key: raw[key] for key in ("schema", "name", "model", "quantize", "finetune")}
@@ -90,11 +93,19 @@ def test_a_base_that_the_recipe_quantizes(
     (made / "model").symlink_to(quantized_folder)
     kept = torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     save_file({Q: pack_mask(kept)}, made / "masks.safetensors")
+    rest = torch.randint(-127, 128, (32, 32), dtype=torch.int8)
+    second = {Q.replace("0", "1"): rest.clone()}
+    for held in (second, second | {Q: rest}) if base == "compensated" else ():  # refused without the file, or a layer
+        with pytest.raises(StageError, match=r"^finetune.base: .*compensated.safetensors has nothing of the floats"):
+            build_adapted_model(plan, {"base": made}, 0, "cpu")
+        save_file(held, made / "compensated.safetensors")
     weight = build_adapted_model(plan, {"base": made}, 0, "cpu").layers[Q].base
     assert isinstance(weight, FloatWeight if base == "floats" else PackedWeight) and weight.grid() is not None
-    if base == "codes":
+    if base != "floats":
         mask = weight.block().mask
         assert mask is not None and mask.equal(kept)
+        expected = dequantize(weight.codes(), rest if base == "compensated" else None)  # type: ignore[attr-defined]
+        assert weight.block().weight.equal(expected)
     else:
         from safetensors.torch import load_file
 

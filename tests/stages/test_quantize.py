@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from sqft_gptq import Gptq
+from sqft_gptq import Gptq, Rtn
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
@@ -58,16 +59,30 @@ def test_what_it_writes(sparse: dict[str, Any], registry: Registry, tmp_path: Pa
     base = load_file(tmp_path / "sparse" / "model.safetensors")
     layers = read_quantized(tmp_path / "scratch" / "model")
     masks = load_file(tmp_path / "scratch" / "masks.safetensors")
-    assert sorted(layers) == sorted(masks) == sorted(report["layers"]) and len(layers) == 2 * 6
+    rests = load_file(tmp_path / "scratch" / "compensated.safetensors")
+    assert sorted(layers) == sorted(masks) == sorted(rests) == sorted(report["layers"]) and len(layers) == 2 * 6
     for name, layer in layers.items():
         weight = base[f"{name}.weight"]
         kept = unpack_mask(masks[name], (weight.shape[0], weight.shape[1]))
         assert kept.equal(weight != 0) and not dequantize(layer)[~kept].any()
         assert report["layers"][name]["weight"] < 0.02
+        floats = dequantize(layer, rests[name])  # of rounding to nearest, the weight itself
+        assert rests[name].dtype == torch.int8 and not floats[~kept].any()
+        assert (floats - weight).abs().max() < layer.grid.scale.float().max() / 64  # the largest are beyond the grid
     assert not (base[f"{Q}.weight"] != 0).all()
     stored = load_file(tmp_path / "scratch" / "model" / "model.safetensors")
     assert stored[EMBEDDING].equal(base[EMBEDDING]) and stored["lm_head.weight"].equal(base[EMBEDDING])
     assert (report["bits"], report["group_size"]) == (4, 32)
+
+
+def test_a_quantizer_that_does_not_say_what_it_rounded(
+    sparse: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rtn, "gives_compensated", False)
+    stage = quantize(sparse, registry, tmp_path)
+    stage.run()
+    stage.verify()
+    assert not (tmp_path / "scratch" / "compensated.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +105,8 @@ def test_what_it_writes(sparse: dict[str, Any], registry: Registry, tmp_path: Pa
         ("model/model.safetensors", EMBEDDING, lambda t: None, f"{EMBEDDING} of the base is not stored"),
         ("masks.safetensors", Q, lambda t: ~t, f"the mask of {Q} as stored is not the base's"),
         ("masks.safetensors", Q, lambda t: None, f"the mask of {Q} as stored is not the base's"),
+        ("compensated.safetensors", Q, lambda t: -t, f"the compensated floats of {Q} as stored are not the"),
+        ("compensated.safetensors", Q, lambda t: None, f"the compensated floats of {Q} as stored are not the"),
     ],
 )
 def test_what_is_on_disk_is_proved(

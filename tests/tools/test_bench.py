@@ -15,7 +15,7 @@ from sqft_gptq.solver import round_to_nearest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sqft.cli import main
-from sqft.kernels.grids import dequantize
+from sqft.kernels.grids import dequantize, residual
 from sqft.modeling.adapters.frozen_weight import INT4_ROWS, PackedWeight
 from sqft.tools.bench import serve
 
@@ -112,6 +112,10 @@ def test_the_int4_kernel_is_the_dequantized_weight(symmetric: bool) -> None:
         assert (y.double() - exact).abs().max() <= 0.01 * exact.abs().max()
         if rows > INT4_ROWS:
             assert y.equal(F.linear(x, dequantize(quantized).bfloat16()))
+    weight.set_residual(residual(quantized))  # it is no longer the codes' value, which the kernel would give
+    with torch.no_grad():
+        assert weight.linear(x[:1], None).equal(F.linear(x[:1], dequantize(quantized, residual(quantized)).bfloat16()))
+    assert not weight.prepare_int4_kernel()
     part = round_to_nearest(torch.randn(32, 96, generator=g), None, 4, 32, symmetric, False)
     part = replace(part, grid=replace(part.grid, group_size=64))  # of somebody else's, whose last group is short
     assert not PackedWeight(part, None, torch.bfloat16).prepare_int4_kernel()

@@ -91,17 +91,20 @@ class FloatWeight(FrozenWeight):
 class PackedWeight(FrozenWeight):
     """Codes on a grid, packed: at 4 bits and groups of 128, 0.52 bytes a weight, and 0.65 with a mask.
 
-    The base's mask cannot be read from the codes: a kept weight may have been rounded to zero.
+    The base's mask cannot be read from the codes: a kept weight may have been rounded to zero. With residuals, a byte
+    more for each weight, it stands for the floats that were rounded to the codes.
     """
 
     packed: Tensor  # uint8 [out, in · w / 8]
     mask: Tensor | None  # uint8 [out, ⌈in / 8⌉], one bit a weight; every row starts at a new byte
+    residual: Tensor | None  # int8 [out, in]
 
     def __init__(self, quantized: Quantized, mask: Tensor | None, dtype: torch.dtype) -> None:
         out, inputs = quantized.codes.shape
         super().__init__(out, inputs, dtype, quantized.grid)
         self.register_buffer("packed", pack_rows(quantized.codes, self.bits))
         self.register_buffer("mask", None)
+        self.register_buffer("residual", None)
         self.held: Tensor | None = None
         self.kernel: tuple[Tensor, Tensor] | None = None
         if mask is not None:
@@ -112,16 +115,21 @@ class PackedWeight(FrozenWeight):
         padded = F.pad(mask, (0, -self.in_features % 8))
         self.mask = pack_mask(padded).reshape(self.out_features, -1)
 
+    def set_residual(self, residual: Tensor) -> None:
+        """Set how far the weight lies from its codes' values, int8 [out, in]; see `sqft.kernels.grids.residual`."""
+        self.residual, self.kernel = residual, None
+
     def prepare_int4_kernel(self) -> bool:
         """Lay the codes out a second time for torch's int4 kernel on CPUs, for decoding in bfloat16.
 
-        Returns whether the kernel can take this weight.
+        Returns whether the kernel can take this weight, which it cannot with residuals.
         It takes 4 bits, contiguous groups of 32 to 256 and outputs in sixteens, and rounds scales to bfloat16.
         """
         grid = self.grid()
         fits = self.bits == 4 and self.group_size in (32, 64, 128, 256) and self.out_features % 16 == 0
         fits = fits and self.in_features % self.group_size == 0
-        if grid is None or not fits or grid.group_index is not None or self.packed.device.type != "cpu":
+        fits = fits and self.residual is None and self.packed.device.type == "cpu"
+        if grid is None or not fits or grid.group_index is not None:
             return False
         scale = grid.scale.float()
         # The kernel's value of a code is (q − 8) · s + z.
@@ -136,8 +144,12 @@ class PackedWeight(FrozenWeight):
         assert grid is not None
         return Quantized(unpack_rows(self.packed[rows], self.bits)[:, : self.in_features], grid)
 
+    def value(self, rows: slice = slice(None)) -> Tensor:
+        """Return a block of rows of the weight, float32: the codes' values, or with residuals the floats before."""
+        return dequantize(self.codes(rows), None if self.residual is None else self.residual[rows])
+
     def block(self, rows: slice = slice(None)) -> BaseWeight:
-        weight = dequantize(self.codes(rows))
+        weight = self.value(rows)
         if self.mask is None:
             return BaseWeight(weight, None)
         bits = self.mask[rows]
@@ -149,7 +161,7 @@ class PackedWeight(FrozenWeight):
             return self.held
         result = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.packed.device)
         for rows in self.rows():
-            result[rows] = dequantize(self.codes(rows))
+            result[rows] = self.value(rows)
         return result
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sqft.api import Grid, LinearShape, Merger, Quantized
-from sqft.kernels.grids import dequantize, same
+from sqft.kernels.grids import dequantize, residual, same
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, adapt, cached_effective_weights
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 
@@ -66,10 +66,10 @@ def oracle(layer: AdaptedLinear, x: Tensor, start: Tensor, kept: Tensor, grid: G
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 32]), st.booleans(), st.booleans(), st.booleans(),
-    st.booleans(), st.integers(0, 30),
+    st.sampled_from(["floats", "codes", "compensated"]), st.integers(0, 30),
 )  # fmt: skip
 def test_forward_codes_and_gradients_of_a_rounded_weight(
-    bits: int, size: int, symmetric: bool, act_order: bool, codes: bool, learn: bool, seed: int
+    bits: int, size: int, symmetric: bool, act_order: bool, learn: bool, start_from: str, seed: int
 ) -> None:
     weight, kept = sparse(5, 64, seed)
     result = round_to_nearest(weight, kept, bits, size, symmetric, False)
@@ -78,14 +78,23 @@ def test_forward_codes_and_gradients_of_a_rounded_weight(
         result = Quantized(result.codes, Grid(result.grid.scale, result.grid.zero, 32, bits, index))
         _, zero = spread(result.grid, 64)
         result = Quantized(torch.where(kept, result.codes, zero).to(torch.uint8), result.grid)
-    base = PackedWeight(result, kept, torch.float32) if codes else FloatWeight(weight, True, result.grid)
+    base: FrozenWeight = FloatWeight(weight, True, result.grid)
+    start, known = weight, weight != 0
+    if start_from != "floats":
+        base, start, known = PackedWeight(result, kept, torch.float32), dequantize(result), kept
+    if start_from == "compensated":
+        scale, zero = spread(result.grid, 64)
+        rest = ((weight / scale - (result.codes - zero)) * 256).round().clamp(-127, 127)
+        assert isinstance(base, PackedWeight)
+        base.set_residual(rest.to(torch.int8))
+        start = (scale * (result.codes - zero + rest / 256)).float()
+        assert base.block().weight.equal(start) and base.dense().equal(start) and not start[~kept].any()
     layer = adapted(base, QASparsePEFT(), learn_scales=learn)
     if layer.scale_multiplier is not None:
         layer.scale_multiplier.data.uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(seed))
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     probe = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed + 1))
-    start = dequantize(result) if codes else weight
-    y, code, sure = oracle(layer, x, start, kept if codes else weight != 0, result.grid)
+    y, code, sure = oracle(layer, x, start, known, result.grid)
     if not sure:
         return  # float32 may round a half the other way
     assert layer.codes().codes.double().equal(code.detach())
@@ -111,11 +120,20 @@ def test_no_gradient_passes_where_the_clamp_holds() -> None:
     torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 0.02, 0.02]))
 
 
-def test_codes_start_as_the_base_has_them() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("compensated", [True, False])
+def test_codes_start_as_the_base_has_them(compensated: bool, learn: bool, dtype: torch.dtype) -> None:
+    """Bit for bit, their values too; and with what was rounded to them, small deltas move some."""
     weight, kept = sparse(16, 64)
     quantized = round_to_nearest(weight, kept, 4, 32, False, False)
-    layer = adapted(PackedWeight(quantized, kept, torch.float32), QASparsePEFT(), size=0.0)
-    assert same(layer.codes(), quantized)
+    base = PackedWeight(quantized, kept, dtype)
+    if compensated:
+        base.set_residual(residual(quantized))
+    layer = adapted(base, QASparsePEFT(), size=0.0, learn_scales=learn)
+    assert same(layer.codes(), quantized) and layer.effective().equal(dequantize(quantized).to(dtype))  # type: ignore[union-attr]
+    moved = (adapted(base, QASparsePEFT(), size=0.05).codes().codes != quantized.codes).float().mean()  # type: ignore[attr-defined]
+    assert 0 < moved < 0.1 if compensated else moved == 0
 
 
 def test_what_is_trained_through_is_what_is_merged_under_autocast_and_checkpointing() -> None:
@@ -164,9 +182,11 @@ def test_nothing_of_the_weights_size_is_kept_over_codes(merger: Merger) -> None:
 
 
 def test_bytes_a_weight() -> None:
-    """0.6 at 4 bits and groups of 128, 0.7 with the mask: what the documentation promises."""
+    """0.6 at 4 bits and groups of 128, 0.7 with the mask, one more with residuals: what the documentation promises."""
     weight, kept = sparse(128, 1024)
     quantized = round_to_nearest(weight, kept, 4, 128, False, False)
-    for mask, most in ((None, 0.6), (kept, 0.7)):
-        held = PackedWeight(quantized, mask, torch.float32).state_dict().values()
-        assert sum(t.nbytes for t in held) / weight.numel() <= most
+    for mask, rest, most in ((None, None, 0.6), (kept, None, 0.7), (kept, residual(quantized), 1.7)):
+        base = PackedWeight(quantized, mask, torch.float32)
+        if rest is not None:
+            base.set_residual(rest)
+        assert sum(t.nbytes for t in base.state_dict().values()) / weight.numel() <= most
