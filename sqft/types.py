@@ -216,7 +216,8 @@ class DeltaModule(Protocol):
     """One layer's trainable low-rank factors; in practice a `torch.nn.Module`.
 
     `rank` is its largest rank. The delta of rank r is `scale · B @ A`, and a smaller rank uses the
-    first r columns of B and the first r rows of A (paper §2.2).
+    first r columns of B and the first r rows of A (paper §2.2). A learning rate of B's own
+    (`finetune.learning_rate_ratio`) is for the parameters that B is made of, and A is not.
     """
 
     rank: int

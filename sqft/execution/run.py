@@ -101,7 +101,7 @@ def loading_instructions(result: Path, run: Run) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{result}")'
         )
     if (result / "sqft_adapter.json").is_file():
-        return 'this adapter acts only through its mask; add "merge": {} to the recipe to get a model'
+        return 'this adapter acts only through its merger; add "merge": {} to the recipe to get a model'
     return (
         "from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'

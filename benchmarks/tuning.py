@@ -1,0 +1,224 @@
+"""Compare ways to tune one base: the learning rate of each is chosen on validation records, and only it is tested.
+
+    python benchmarks/tuning.py [--recipe examples/recipes/sparsepeft.json] [--ways recipe hira root lora+]
+        [--learning-rates 1e-3 2e-3 4e-3] [--widen 4] [--seeds 0 1 2] [--sweep-seeds 0] [--steps 170]
+        [--store store-tuning]
+
+A way is the recipe with some changes of `finetune`, joined by commas: names in WAYS, or settings as `--set` takes them
+("hira,lora+", "root,adapter.options.alpha=16"). "recipe" changes nothing. The base is made once. A seed decides initial
+factors, data order and ranks (`finetune.seed`). Each learning rate of a way trains with all sweep seeds (unless given,
+all seeds), and the best mean accuracy on validation decides; of equals, the smaller rate. As long as the best is the
+smallest or the largest, one more beyond it is tried. Then that rate trains with all seeds and is measured on the test
+records. Validation records are those of --validation, unless given validation.jsonl beside the recipe's test records.
+Needs the model and data of `make quickstart`.
+
+The store keeps finished steps, and several of these may run at once on one store. Share out the sweep with --no-test,
+which ends after validation. Then run the whole line: it takes what is done from the store, and prints complete tables.
+
+    python benchmarks/tuning.py --ways recipe root --no-test & python benchmarks/tuning.py --ways hira lora+ --no-test
+    wait; python benchmarks/tuning.py --ways recipe root hira lora+
+
+The standard error is over records, of their mean over seeds. "against the first" compares the same records and seeds
+with the first way: how many answers are right only here and only there, and the p of McNemar's exact test. It counts a
+record once a seed, so with several seeds p is somewhat too small. Perplexity is the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import SqftError
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "recipes" / "sparsepeft.json"
+WAYS = {
+    "recipe": "",
+    "sparsepeft": "merger=sparsepeft",
+    "qa-sparsepeft": "merger=qa-sparsepeft",
+    "unmerged": "merger=unmerged",
+    "hira": "merger=hira",
+    "root": "adapter.options.scaling=root",
+    "lora+": "learning_rate_ratio=16",
+    "floats": "base=floats",
+    "codes": "base=codes",
+    "compensated": "base=compensated",
+}
+Answers = dict[tuple[int, int], bool]
+"""Whether an answer is right, by seed and record."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One tuned model: which answers are right, the report's rows (the base first), and the seconds of a step."""
+
+    right: list[bool]
+    rows: list[dict[str, Any]]
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What all trainings share."""
+
+    path: Path
+    validation: Path
+    steps: int | None
+    orchestrator: Orchestrator
+
+    def recipe(self, way: str, rate: float, seed: int, test: bool) -> Recipe:
+        """Return the recipe of one training, measured on the test records or on the validation records."""
+        plain = Recipe.load(self.path)
+        changes = [WAYS.get(part, part) for part in way.split(",")]
+        changes += [f"learning_rate={rate}", f"seed={seed}", f"steps={self.steps}" if self.steps else ""]
+        if test:
+            base = "quantize" if plain.quantize else "sparsify" if plain.sparsify else "model"
+            last = "merge" if plain.merge and "unmerged" not in way else "search"
+            words = [f'evaluate.of=["{base}", "{last}"]']
+        else:
+            records = json.dumps(str(self.validation))
+            words = ['evaluate.of=["search"]', "evaluate.perplexity=null", f"evaluate.exact_match.data={records}"]
+        if not test or "unmerged" in way:
+            words.append("merge=null")
+        return Recipe.load(self.path, [*(f"finetune.{change}" for change in changes if change), *words])
+
+    def measure(self, way: str, rate: float, seeds: list[int], test: bool) -> dict[int, Measured]:
+        """Train and measure with each seed."""
+        found = {}
+        for seed in seeds:
+            run = self.orchestrator.run(self.orchestrator.plan(self.recipe(way, rate, seed, test)))
+            lines = (run[list(run)[-1]].folder / "predictions.jsonl").read_text("utf-8").splitlines()
+            right, rows = [json.loads(line)["right"] for line in lines], run.report["rows"]
+            found[seed] = Measured(right, rows, run["finetune"].report["step_seconds"])
+            print(f"{way}, {rate:g}, seed {seed}: {rows[-1]['accuracy']:.1%} {'test' if test else ''}", flush=True)
+        return found
+
+
+def answers_of(found: dict[int, Measured]) -> Answers:
+    return {(seed, record): right for seed, one in found.items() for record, right in enumerate(one.right)}
+
+
+def accuracy_of(answers: Answers) -> tuple[float, float]:
+    """Return the mean accuracy, and its standard error over records."""
+    by_record: dict[int, list[bool]] = {}
+    for (_, record), right in answers.items():
+        by_record.setdefault(record, []).append(right)
+    means = [statistics.mean(rights) for rights in by_record.values()]
+    return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
+
+
+def mcnemar(first: Answers, other: Answers) -> tuple[int, int, float]:
+    """Count the answers that are right only in `other` and only in `first`; return them with McNemar's exact p."""
+    won = sum(right and not first[key] for key, right in other.items())
+    lost = sum(first[key] and not right for key, right in other.items())
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    return won, lost, min(1.0, 2 * tail)
+
+
+def perplexity_of(rows: list[dict[str, Any]]) -> str:
+    found = [row["perplexity"] for row in rows]
+    return f"{statistics.mean(found):.2f}" if None not in found else "–"
+
+
+def sweep(tuning: Tuning, way: str, rates: list[float], widen: int, seeds: list[int]) -> dict[float, Answers]:
+    """Return the answers on validation at each learning rate, and at up to `widen` more beyond an edge that is best."""
+    found: dict[float, Answers] = {}
+    wanted = sorted(rates)
+    while wanted:
+        found |= {rate: answers_of(tuning.measure(way, rate, seeds, test=False)) for rate in wanted}
+        found, wanted = dict(sorted(found.items())), []
+        low, high = min(found), max(found)
+        factor = (high / low) ** (1 / (len(found) - 1)) if len(found) > 1 else 1.0
+        if len(found) < len(rates) + widen and factor > 1:
+            beyond = {low: low / factor, high: high * factor}.get(best_of(found))
+            wanted = [float(f"{beyond:.3g}")] if beyond else []
+    return found
+
+
+def best_of(found: dict[float, Answers]) -> float:
+    """Return the learning rate of the best mean accuracy; of equals, the smaller."""
+    return max(sorted(found), key=lambda rate: accuracy_of(found[rate])[0])
+
+
+def choose(tuning: Tuning, ways: list[str], rates: list[float], widen: int, seeds: list[int]) -> dict[str, float]:
+    """Print the accuracies on validation; return the best learning rate of each way."""
+    found = {way: sweep(tuning, way, rates, widen, seeds) for way in ways}
+    heads = sorted({rate for answers in found.values() for rate in answers})
+    print(f"\n| validation | {' | '.join(f'{rate:g}' for rate in heads)} | best |\n|{'---|' * (len(heads) + 2)}")
+    for way, answers in found.items():
+        known = {rate: accuracy_of(right) for rate, right in answers.items()}
+        cells = ["{:.1%} ± {:.1%}".format(*known[rate]) if rate in known else "" for rate in heads]
+        best = best_of(answers)
+        edge = ", at the edge" if len(answers) > 1 and best in (min(answers), max(answers)) else ""
+        print(f"| {way} | {' | '.join(cells)} | {best:g}{edge} |")
+    print(flush=True)
+    return {way: best_of(answers) for way, answers in found.items()}
+
+
+def test(tuning: Tuning, best: dict[str, float], seeds: list[int]) -> None:
+    """Print what each way reaches on the test records at the rate that validation chose."""
+    lines: list[str] = []
+    first: Answers = {}
+    for way, rate in best.items():
+        found = tuning.measure(way, rate, seeds, test=True)
+        answers, rows = answers_of(found), [one.rows[-1] for one in found.values()]
+        against = ""
+        if first:
+            won, lost, p = mcnemar(first, answers)
+            against = f"+{won} −{lost}, p = {p:.3f}"
+        else:
+            first, base = answers, found[seeds[0]].rows[0]
+            accuracy = f"{base['accuracy']:.1%} ± {base['stderr']:.1%}"
+            lines.append(f"| {base['configuration']} | | | {accuracy} | | {perplexity_of([base])} | |")
+        mean, error = accuracy_of(answers)
+        by_seed = ", ".join(f"{row['accuracy']:.1%}" for row in rows)
+        step = statistics.mean(one.step_seconds for one in found.values())
+        lines.append(
+            f"| {way} | {rate:g} | {by_seed} | {mean:.1%} ± {error:.1%} | {against} | {perplexity_of(rows)} "
+            f"| {step:.2f} s |"
+        )
+    print("\n| test | learning rate | by seed | accuracy | against the first | perplexity | step |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(lines), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=EXAMPLE)
+    parser.add_argument("--ways", nargs="+", default=["recipe", "hira", "root", "lora+"])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--widen", type=int, default=4, help="rates to try beyond those, while the best is at the edge")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sweep-seeds", type=int, nargs="+", help="seeds of the sweep; unless given, all seeds")
+    parser.add_argument("--steps", type=int, help="unless given, the recipe's")
+    parser.add_argument("--validation", type=Path, help="unless given, validation.jsonl beside the test records")
+    parser.add_argument("--no-test", action="store_true", help="end after validation")
+    parser.add_argument("--store", type=Path, default=Path("store-tuning"))
+    arguments = parser.parse_args()
+    plain = Recipe.load(arguments.recipe)
+    if plain.finetune is None or plain.evaluate is None or plain.evaluate.exact_match is None:
+        parser.error(f"{arguments.recipe} must train, and measure exact_match")
+    records = plain.resolve(plain.evaluate.exact_match.data.path)
+    validation = (arguments.validation or records.with_name("validation.jsonl")).resolve()
+    if validation == records:
+        parser.error("--validation: these are the test records")
+    orchestrator = Orchestrator(Registry.discover(), arguments.store)
+    tuning = Tuning(arguments.recipe, validation, arguments.steps, orchestrator)
+    for way in arguments.ways:  # a mistake shows before anything is made
+        try:
+            orchestrator.plan(tuning.recipe(way, arguments.learning_rates[0], arguments.seeds[0], test=True))
+        except SqftError as error:
+            parser.error(f"{way}: {error}")
+    sweep_seeds = arguments.sweep_seeds or arguments.seeds
+    best = choose(tuning, arguments.ways, arguments.learning_rates, arguments.widen, sweep_seeds)
+    if not arguments.no_test:
+        test(tuning, best, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The benchmark of tuning: its statistics against other ways to compute them, its sweep, and its recipes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqft import Orchestrator, Registry
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "tuning.py"
+
+
+def loaded() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tuning_benchmark", FILE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+tuning = loaded()
+pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40)
+
+
+@given(pairs)
+def test_mcnemars_p_is_the_sign_tests(both: list[tuple[bool, bool]]) -> None:
+    """Under the null each of the n discordant pairs is a fair coin: sum the probabilities of all counts as far off."""
+    first, other = ({(0, n): pair[i] for n, pair in enumerate(both)} for i in (0, 1))
+    won, lost, p = tuning.mcnemar(first, other)
+    assert (won, lost) == (both.count((False, True)), both.count((True, False)))
+    n = won + lost
+    as_far = [k for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2)]
+    assert p == pytest.approx(sum(math.comb(n, k) for k in as_far) / 2**n)
+
+
+@given(pairs)
+def test_the_error_is_over_records(both: list[tuple[bool, bool]]) -> None:
+    """Two seeds that agree count once: the same records are no new ones."""
+    once = {(0, n): right for n, (right, _) in enumerate(both)}
+    twice = once | {(1, n): right for (_, n), right in once.items()}
+    mean, error = tuning.accuracy_of(once)
+    assert tuning.accuracy_of(twice) == pytest.approx((mean, error))
+    assert mean == pytest.approx(statistics.mean(map(float, once.values())))
+    assert error == pytest.approx(math.sqrt(mean * (1 - mean) / (len(both) - 1)))
+
+
+@pytest.mark.parametrize(
+    ("top", "tried", "best"),
+    [
+        (2e-3, [1e-3, 2e-3, 4e-3], 2e-3),
+        (16e-3, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], 16e-3),
+        (0.25e-3, [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3, 0.125e-3], 0.25e-3),
+        (1.0, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], 32e-3),  # no more than three beyond those given
+    ],
+)
+def test_the_sweep_goes_on_while_the_best_is_at_the_edge(top: float, tried: list[float], best: float) -> None:
+    class Fake:
+        def measure(self, way: str, rate: float, seeds: list[int], test: bool) -> Any:
+            right = round(100 / (1 + abs(math.log2(rate / top))))
+            return {seed: tuning.Measured([n < right for n in range(100)], [], 0.0) for seed in seeds}
+
+    found = tuning.sweep(Fake(), "way", [4e-3, 1e-3, 2e-3], 3, [0])
+    assert list(found) == pytest.approx(sorted(tried)) and tuning.best_of(found) == pytest.approx(best)
+    assert list(tuning.sweep(Fake(), "way", [2e-3], 3, [0])) == [2e-3]
+
+
+@pytest.mark.parametrize("way", ["recipe", "hira", "root", "lora+", "hira,root,lora+", "adapter.options.alpha=8,hira"])
+def test_every_way_is_a_recipe_on_the_same_base(raw: dict[str, Any], data: Path, tmp_path: Path, way: str) -> None:
+    """Validation measures no test record, and training does not depend on which of the two is measured."""
+    del raw["search"]
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    made = tuning.Tuning(file, data / "validation.jsonl", 3, Orchestrator(Registry.discover(), tmp_path / "store"))
+    plans = {test: made.orchestrator.plan(made.recipe(way, 0.02, 1, test)) for test in (False, True)}
+    steps = {test: {step.name: step.fingerprint for step in plan.steps} for test, plan in plans.items()}
+    assert list(steps[False]) == ["sparsify", "finetune", "search", "evaluate:search"]
+    assert list(steps[True]) == ["sparsify", "finetune", "search", "merge", "evaluate:sparsify", "evaluate:merge"]
+    assert all(steps[False][name] == steps[True][name] for name in ("sparsify", "finetune", "search"))
+    assert plans[False].step("evaluate:search").files["exact_match.data"] == data / "validation.jsonl"
+    assert plans[True].step("evaluate:merge").files["exact_match.data"] == data / "test.jsonl"
+    section = plans[True].recipe.finetune
+    assert section and (section.learning_rate, section.seed, section.steps) == (0.02, 1, 3)
+    assert section.merger.name == ("hira" if "hira" in way else "sparsepeft")
+    assert section.learning_rate_ratio == (16 if "lora+" in way else 1)
+    assert section.adapter.options.get("scaling") == ("root" if "root" in way else None)
