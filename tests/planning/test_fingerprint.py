@@ -223,6 +223,7 @@ def test_what_a_fingerprint_depends_on(
         changed(calibration__data="elsewhere.jsonl"),
         changed(model__path="elsewhere"),  # its content enters by a digest
         changed(merge=None),
+        changed(sparsify__updater=None),
         fingerprint_of(step(recipe, registry, files={"calibration": Path("d.jsonl")}), recipe, "model", {}),
         fingerprint_of(step(recipe, registry, estimate=Estimate(1, 2, 3)), recipe, "model", {}),
     ]
@@ -233,6 +234,8 @@ def test_what_a_fingerprint_depends_on(
             registry.get("scorer", "magnitude"), registry.get("scorer", "magnitude").component()
         )
     }
+    updater = registry.get("updater", "least-squares")
+    updated = {**step(recipe, registry).components, "updater": ResolvedComponent(updater, updater.component())}
     others = [
         changed(seed=1),
         changed(calibration__samples=3),
@@ -246,6 +249,7 @@ def test_what_a_fingerprint_depends_on(
         fingerprint_of(step(recipe, registry, layers=("model.layers.0.mlp.up_proj",)), recipe, "model", {}),
         fingerprint_of(step(recipe, registry, stage="quantize"), recipe, "model", {}),
         fingerprint_of(step(recipe, registry, components=options), recipe, "model", {}),
+        fingerprint_of(step(recipe, registry, components=updated), recipe, "model", {}),
         fingerprint_of(
             step(recipe, registry, components={"scorer": ResolvedComponent(source, source.component())}),
             recipe,

@@ -60,6 +60,8 @@ def test_everything_referred_to_is_there() -> None:
     text = json.dumps(schema)
     assert '"blue"' in text and '"green"' in text and '"Nested/nested"' in text
     assert "$schema" in schema["properties"]
+    places = schema["$defs"]["Sparsify"]["properties"]
+    assert {"type": "null"} in places["updater"]["anyOf"] and {"type": "null"} not in places["scorer"]["anyOf"]
 
 
 def test_options_as_text() -> None:
