@@ -217,3 +217,18 @@ def test_training_on_a_model_that_came_as_codes(
     resolver = resolver_of(raw, registry)
     assert trained(resolver)["finetune"].section.base == "codes"  # type: ignore[attr-defined]
     assert problems(resolver) == []
+
+
+def test_codes_that_make_up_for_pruning_need_a_step_that_prunes(raw: dict[str, Any], registry: Registry) -> None:
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"group_size": 32, "refine": 1, "target": "dense"}}}
+    assert problems_of_quantize(raw, registry) == []
+    del raw["sparsify"]
+    (problem,) = problems_of_quantize(raw, registry)
+    assert problem.startswith("quantize.quantizer.options.target: 'gptq' would make up for pruned weights, but this")
+
+
+def problems_of_quantize(raw: dict[str, Any], registry: Registry) -> list[str]:
+    resolver = resolver_of(raw, registry)
+    assert resolver.recipe.quantize
+    steps.plan_quantize(resolver.recipe.quantize, resolver)
+    return problems(resolver)
