@@ -20,7 +20,7 @@ CLIP_STEPS = 80
 CLIP_ERROR_POWER = 2.4
 """The power of the error that the clip search minimizes, as in GPTQ's code: between the mean square and the maximum."""
 RESIDUAL_PARTS = 256
-"""Parts of a step that a residual counts: 127 of them, the most it has, are short of the half step that rounds off."""
+"""Parts of the scale that a residual counts: 127, its largest, are less than the half that rounds to another code."""
 
 
 def fit_grid(groups: Tensor, bits: int, symmetric: bool, clip: bool = False) -> tuple[Tensor, Tensor]:
@@ -100,8 +100,8 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
 def dequantize(quantized: Quantized, residual: Tensor | None = None) -> Tensor:
     """Return the weight [out, in] float32 that codes encode: s · (q − z) (paper eq. 4).
 
-    With a `residual`, what was rounded to them, to 1/512 of a step: s · (q − z + r / 256). Codes of up to 8 bits are
-    what it rounds to, bit for bit: float32 is wrong by less than the 1/256 of a step that is left to the next code.
+    With a `residual`, what was rounded to them: s · (q − z + r / 256). It rounds to the codes again, bit for bit, as
+    float32 is wrong by less than the 1/256 of the scale that is left to the next code; of codes with up to 8 bits.
     """
     scale, zero = expand_per_input(quantized.grid, quantized.codes.shape[1])  # [out, in]
     steps = quantized.codes - zero
@@ -109,10 +109,10 @@ def dequantize(quantized: Quantized, residual: Tensor | None = None) -> Tensor:
 
 
 def residual(quantized: Quantized) -> Tensor:
-    """Return how far each compensated float lies from the value of its code, int8 [out, in] in 1/256 of a step.
+    """Return how far each compensated float lies from the value of its code, int8 [out, in] in 1/256 of the scale.
 
-    It is below half a step, so that the code stays the nearest; a float beyond the range of its grid is put just inside
-    the last code's part of it. A float that the grid holds, as a pruned weight's 0, gets 0.
+    At most 127, so that the code stays the nearest: a float beyond the range of its grid is put just inside the last
+    code's part of it. A float that the grid holds, as a pruned weight's 0, gets 0.
 
     Raises:
         ValueError: when there are no compensated floats.

@@ -97,7 +97,7 @@ PIPELINES = {
         CODES | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
     ),
     "qa-sparsepeft-compensated": Pipeline(
-        "QA-SparsePEFT from what the quantizer rounded: it starts at the quantized model, and small steps move codes.",
+        "QA-SparsePEFT from what the quantizer rounded: it starts at the quantized model, and small deltas move codes.",
         CODES | _tuned(NLS, "qa-sparsepeft", base="compensated") | {"merge": {}} | _answers(*ON_CODES),
     ),
 }

@@ -72,14 +72,14 @@ SCALES = st.sampled_from([SMALLEST_SCALE, 3 * SMALLEST_SCALE, 2.0**-14, 1e-3, 0.
 def test_what_was_rounded_comes_back_within_its_code(
     seed: int, bits: int, size: float, symmetric: bool, index: list[int] | None
 ) -> None:
-    """To 1/512 of a step, on every scale that float16 holds; beyond the grid just inside its last code."""
+    """To 1/512 of the scale, on every scale that float16 holds; beyond the grid just inside its last code."""
     g, top = torch.Generator().manual_seed(seed), 2**bits - 1
     scale = (torch.rand(6, 2, generator=g) * size).clamp(min=SMALLEST_SCALE).half()
     scale[0], scale[1] = size, SMALLEST_SCALE
     zero = torch.full((6, 2), 2 ** (bits - 1)) if symmetric else torch.randint(0, top + 1, (6, 2), generator=g)
     grid = Grid(scale, zero.int(), 4, bits, torch.tensor(index).int() if index else None)
     groups = torch.tensor(index or [0] * 4 + [1] * 4)
-    steps = torch.rand(6, 8, generator=g) * (top + 3) - zero[:, groups] - 1.5  # a step and a half too far, both ways
+    steps = torch.rand(6, 8, generator=g) * (top + 3) - zero[:, groups] - 1.5  # up to 1.5 too far, both ways
     steps[2] = steps[2].floor() + 0.5  # on the edge of two codes
     kept = torch.rand(6, 8, generator=g) < 0.5
     floats = steps * scale.float()[:, groups] * kept
