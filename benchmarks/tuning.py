@@ -48,6 +48,7 @@ WAYS = {
     "floats": "base=floats",
     "codes": "base=codes",
     "compensated": "base=compensated",
+    "distilled": "teacher=dense",
 }
 Answers = dict[tuple[int, int], bool]
 """Whether an answer is right, by seed and record."""

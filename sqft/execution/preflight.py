@@ -36,7 +36,7 @@ def check_run(
     if processes.is_main:
         check_disk(store, steps)
         if missing:
-            check_model(plan)
+            check_model(plan, missing)
             check_tasks(plan, missing)
     check_device(device)
     check_training(missing, device, processes.count)
@@ -103,15 +103,17 @@ def check_training(steps: Iterable[Step], device: str, processes: int) -> None:
             )
 
 
-def check_model(plan: Plan) -> None:
-    """Check the plan against the model's own modules, on the meta device: no weight is read.
+def check_model(plan: Plan, missing: Iterable[Step]) -> None:
+    """Check the plan against the model's own modules and the teacher's tokens: no weight is read.
 
     Raises:
         SqftError: when the model is not what the plan expects, or sqft cannot work on it.
     """
-    from sqft.stages.preflight import check_fit
+    from sqft.stages.preflight import check_fit, check_vocabularies
 
     check_fit(plan)
+    if any(isinstance(step.section, Finetune) for step in missing):
+        check_vocabularies(plan)
 
 
 def check_tasks(plan: Plan, missing: Sequence[Step]) -> None:

@@ -137,10 +137,21 @@ def estimate_quantize(
     return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits) + residuals, memory)
 
 
-def estimate_finetune(model: ModelSource, section: Finetune, trained: int, base: int) -> Estimate:
-    """Estimate `finetune` of `trained` parameters on a base that takes `base` bytes of memory."""
-    memory = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section) + RUNTIME_OVERHEAD
-    return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, memory)
+def estimate_finetune(
+    model: ModelSource, section: Finetune, trained: int, base: int, teacher: int | None = None
+) -> Estimate:
+    """Estimate `finetune`.
+
+    Args:
+        model: the recipe's model.
+        section: how it is trained.
+        trained: the number of parameters that train.
+        base: bytes of the base in memory.
+        teacher: bytes of the teacher in memory, if there is one: it is freed before the base is loaded.
+    """
+    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
+    reading = (teacher or 0) + logits_bytes(model, section)
+    return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
 
 
 def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quantized: bool) -> Estimate:
@@ -192,9 +203,15 @@ def activation_bytes(source: ModelSource, section: Finetune) -> int:
     inner = size("intermediate_size", default=4 * hidden)
     tokens = section.batch_size * section.max_length
     kept = (hidden if section.gradient_checkpointing else 14 * hidden + 4 * inner) * layers
+    return 4 * tokens * kept + logits_bytes(source, section)
+
+
+def logits_bytes(source: ModelSource, section: Finetune) -> int:
+    """Return the bytes of a batch's logits with what their loss keeps; beside a teacher it keeps more."""
+    tokens = section.batch_size * section.max_length
     labels = tokens if section.loss_on == "all" else tokens // 4
-    logits = size("vocab_size") * 3 * min(labels, section.loss_chunk or labels)
-    return 4 * (tokens * kept + logits)
+    copies = 5 if section.teacher else 3
+    return 4 * source.size("vocab_size") * copies * min(labels, section.loss_chunk or labels)
 
 
 def calibration_bytes(

@@ -80,7 +80,12 @@ MEASURE = (
 
 TASKS = ("modeling/evaluation/harness", "modeling/evaluation/harness_model")
 
-TRAIN = ("modeling/training/checkpoints", "modeling/training/trainer", "stages/training_arguments")
+TRAIN = (
+    "modeling/training/checkpoints",
+    "modeling/training/teacher",
+    "modeling/training/trainer",
+    "stages/training_arguments",
+)
 
 STAGE_CODE: dict[str, tuple[str, ...]] = {
     "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),

@@ -18,10 +18,10 @@ from sqft.utils.text import shortened
 Layers = Sequence[LinearShape]
 
 
-def check_headers(source: ModelSource) -> Iterator[Problem]:
+def check_headers(source: ModelSource, place: str = "model.path") -> Iterator[Problem]:
     """Check that the checkpoint has every tensor that the modules need, in their shape."""
     for problem in source.layout.problems:
-        yield Problem("model.path", f"{source.path}: {problem}")
+        yield Problem(place, f"{source.path}: {problem}")
 
 
 def check_inside(layout: ModelLayout, patterns: Sequence[str], place: str) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ Pure data, no torch; `sqft.planning.planner` makes it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -123,6 +124,15 @@ class Plan:
     def model_spec(self) -> ModelSpec:
         """The recipe's own model, in the recipe's precision."""
         return model_spec(self.recipe, self.source.path)
+
+    @property
+    def teacher(self) -> ModelSpec | None:
+        """The model whose predictions `finetune` learns, in the recipe's precision; None when there is none."""
+        section = self.recipe.finetune
+        if section is None or section.teacher is None:
+            return None
+        path = self.step("finetune").files.get("teacher.model")  # none for the recipe's own model
+        return dataclasses.replace(self.model_spec, path=path, dequantize=False) if path else self.model_spec
 
     def spec(self, path: Path) -> ModelSpec:
         """Return the spec of a model that a step wrote, in the precision it is stored in, or of the recipe's own."""

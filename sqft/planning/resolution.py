@@ -32,6 +32,7 @@ from sqft.recipe.diagnostics import problems_of
 from sqft.recipe.fields import Section, fields_marked
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
+from sqft.recipe.teacher import DENSE, Teacher
 from sqft.types import InputPath, LinearShape
 from sqft.utils.digests import Digests
 from sqft.utils.globs import names_itself, selected
@@ -51,7 +52,7 @@ class Resolver:
     """Looks up what a recipe names. A mistake becomes a problem with its path in the recipe; nothing is raised."""
 
     def __init__(self, recipe: Recipe, registry: Registry, digests: Digests, describe: Describe) -> None:
-        self.recipe, self.registry = recipe, registry
+        self.recipe, self.registry, self.digests, self.describe = recipe, registry, digests, describe
         self.problems: list[Problem] = []
         self.notes: dict[str, None] = {}
         """What the plan tells the user, in order, each once."""
@@ -59,15 +60,23 @@ class Resolver:
         """Lines about plugins that cannot be used, each once: they may explain several problems."""
         self.option_paths: dict[str, str] = {}
         """The absolute paths of the files that components' options name, by the places of the options in the recipe."""
-        self.model = NO_MODEL
+        self.sizes: dict[str, int] = {}
+        """How many records each data set has, by its place in the recipe."""
+        self._teachers: dict[Teacher, ModelSource | None] = {}
+        own = recipe.model
+        self.model = self._found(own.path, own.revision, own.dequantize, "model.path") or NO_MODEL
+
+    def _found(self, path: str, revision: str | None, dequantize: bool, place: str) -> ModelSource | None:
+        """Return a model with what its modules say; None when it is a mistake, at `place` in the recipe."""
         try:
-            model = recipe.model
-            found = find_model(model.path, recipe.resolve, model.revision, digests, model.dequantize)
-            layout = describe(model_spec(recipe, found.path), found)
-            self.model = dataclasses.replace(found, layout=layout)
+            found = find_model(path, self.recipe.resolve, revision, self.digests, dequantize)
+            spec = dataclasses.replace(model_spec(self.recipe, found.path), dequantize=dequantize)
+            found = dataclasses.replace(found, layout=self.describe(spec, found))
         except SqftError as error:
-            self.report("model.path", str(error))
-        self.collect(layout_checks.check_headers(self.model))
+            self.report(place, str(error))
+            return None
+        self.collect(layout_checks.check_headers(found, place))
+        return found
 
     @property
     def has_model(self) -> bool:
@@ -149,9 +158,20 @@ class Resolver:
                 answer = (answers or {}).get(role)
                 use: Use = "asked" if answer else getattr(section, "loss_on", "completion")
                 files[role] = self.records(owner, f"{place}.{role}", answer, use)
+            elif isinstance(owner, Teacher):
+                if teacher := self.teacher(owner, f"{place}.{'.'.join(parents)}"):
+                    files[role] = teacher.path
             else:
                 files[role] = self.file(marked.value, f"{place}.{role}", marked.marker.folder)
         return files
+
+    def teacher(self, teacher: Teacher, place: str) -> ModelSource | None:
+        """Return the model that a recipe names as a teacher; None when it is a mistake."""
+        if teacher.model == DENSE:
+            return self.model if self.has_model else None
+        if teacher not in self._teachers:
+            self._teachers[teacher] = self._found(teacher.model, teacher.revision, False, f"{place}.model")
+        return self._teachers[teacher]
 
     def file(self, path: str, place: str, folder: bool = False) -> Path:
         """Return the path of a file or folder, which must exist, be readable and not empty."""
@@ -189,6 +209,7 @@ class Resolver:
             return path
         try:
             records = records_of(path, data, self.recipe.model.chat_template_kwargs)
+            self.sizes[place] = len(records)
             if any("messages" in record for record in records):
                 for note in self.conversations.notes(records, use) if self.conversations else ():
                     self.note(place, note)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
-from sqft.planning import compatibility, estimates, evaluation, layout_checks
+from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
@@ -147,6 +147,12 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
     loaded = _loaded_base(resolver, merger, steps, _names(targets))
+    teacher_bytes = None
+    if section.teacher and (teacher := resolver.teacher(section.teacher, "finetune.teacher")):
+        teacher_bytes = estimates.model_bytes(teacher, resolver.dtype)
+        resolver.collect(distillation.check_teacher(section, teacher))
+        for note in distillation.notes(section, resolver, teacher, base.kind):
+            resolver.note("finetune.teacher", note)
     return Step(
         name="finetune",
         stage="finetune",
@@ -155,7 +161,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         components=_found(adapter=adapter, merger=merger),
         inputs=base.inputs,
         files=files,
-        estimate=estimates.estimate_finetune(resolver.model, section, trained, loaded),
+        estimate=estimates.estimate_finetune(resolver.model, section, trained, loaded, teacher_bytes),
     )
 
 

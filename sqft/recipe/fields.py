@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
+from sqft.types import InputPath
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -80,8 +82,15 @@ def fields_marked(
     """
     for key, field in fields_of(model).items() if isinstance(content, dict) else ():
         if key in content:
-            found = [Marked((*place, key), mark, content, key) for mark in field.metadata if isinstance(mark, marker)]
+            marks = _marks(field, marker, content[key])
+            found = [Marked((*place, key), mark, content, key) for mark in marks]
             yield from found or _marked_below(field, marker, content, key, (*place, key))
+
+
+def _marks(field: FieldInfo, marker: type[M] | tuple[type[M], ...], value: Any) -> list[M]:
+    """Return the markers of a field that hold for its value: a word in place of a path is none."""
+    found = [mark for mark in field.metadata if isinstance(mark, marker)]
+    return [mark for mark in found if not (isinstance(mark, InputPath) and value in mark.words)]
 
 
 def _marked_below(
@@ -101,8 +110,8 @@ def _marked_below(
         for index in range(len(value)):
             yield from _marked_below(field, marker, value, index, (*place, str(index)))
     elif section and isinstance(value, str) and short:
-        metadata = section.model_fields[short.field].metadata
-        yield from (Marked(place, mark, holder, key) for mark in metadata if isinstance(mark, marker))
+        marks = _marks(section.model_fields[short.field], marker, value)
+        yield from (Marked(place, mark, holder, key) for mark in marks)
     elif section:
         yield from fields_marked(section, marker, value, place)
 

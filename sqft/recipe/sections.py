@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from sqft.recipe.data import DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
+from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
@@ -220,6 +221,9 @@ class Finetune(Section):
     )
     loss_chunk: Count | None = Field(
         None, description="compute the logits of this many labels at a time, twice, to save memory; null: all at once"
+    )
+    teacher: TeacherRef | None = Field(
+        None, description="model whose predictions are learnt beside the labels; null: only the labels are learnt"
     )
     precision: DTYPES = Field(
         "float32", description="precision of computation (autocast); float16 scales the loss and needs an accelerator"

@@ -7,6 +7,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -26,9 +27,18 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.effective_weight import combine_rows
 from sqft.modeling.adapters.saving import store_deltas
 from sqft.modeling.architecture.experts import Expert
+from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete, resume
-from sqft.modeling.training.loss import CompletionLoss, sees_across
-from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
+from sqft.modeling.training.loss import CompletionLoss, Distillation, sees_across
+from sqft.modeling.training.teacher import Predictions, TaughtCollator, Teacher
+from sqft.modeling.training.trainer import (
+    Collate,
+    DeltaTrainer,
+    EarlyStopping,
+    RankShardCollator,
+    StopOnNonFiniteLoss,
+    first_drawn,
+)
 from sqft.recipe.sections import Finetune
 from sqft.stages.adapted import build_adapted_model, load_deltas
 from sqft.stages.inputs import Report, StageInputs
@@ -58,8 +68,10 @@ class FinetuneStage:
 
     def run(self) -> Report:
         """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (a line for each optimizer step)."""
-        adapted, section, data = self.adapted, self.section, self.inputs.data
-        training = self._encode("data", data.training_records()[0])
+        section, data = self.section, self.inputs.data
+        records = data.training_records()[0]
+        predictions = self._predictions(records) if section.teacher else None  # first: one model at a time in memory
+        adapted, training = self.adapted, self._encode("data", records)
         validation = None
         if section.validation:
             validation = self._encode("validation", data.records("validation", section.validation)).examples
@@ -69,7 +81,8 @@ class FinetuneStage:
             adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
         check_first_combine(adapted, self.merger, self.merger_label)
         rows, collator = self._rows(training.examples)
-        model = CompletionLoss(adapted.model, section.loss_chunk)
+        distillation = Distillation(section.teacher.weight, section.teacher.temperature) if section.teacher else None
+        model = CompletionLoss(adapted.model, section.loss_chunk, distillation)
         if section.loss_chunk:
             model.check_head(torch.tensor([training.examples[0].input_ids[:64]], device=adapted.model.device))
         frozen = _checksums(adapted)
@@ -77,7 +90,8 @@ class FinetuneStage:
         with self.inputs.processes.process_group(self.inputs.device):
             # The trainer is freed inside. After the group is gone, its DDP wrapper would hold Python's lock while it
             # waits for a thread of the group that needs that lock.
-            newest, state, best = self._train(model, rows, collator, validation, progress)
+            collate = TaughtCollator(collator, predictions) if predictions else collator
+            newest, state, best = self._train(model, rows, collate, validation, progress)
         after = _checksums(adapted)
         if changed := [name for name in frozen if after[name] != frozen[name]]:
             raise ContractError(f"{self.merger_label} edited the frozen weight of {changed[0]} in place while training")
@@ -86,7 +100,7 @@ class FinetuneStage:
         if self.inputs.processes.is_main:
             store_deltas(adapted, self.inputs.scratch)
             _write_log(state, self.inputs.scratch / "log.jsonl")
-        last = losses[-AVERAGED_STEPS:]
+        divergences = [entry["kl"] for entry in state.log_history if "kl" in entry]
         return {
             "trainable": adapted.trainable,
             "steps": state.global_step,
@@ -97,7 +111,9 @@ class FinetuneStage:
             "truncated": training.truncated,
             "tokens_cut": training.tokens_cut,
             "loss_first": losses[0],
-            "loss_last": sum(last) / len(last),
+            "loss_last": _last(losses),
+            **({"kl_first": divergences[0], "kl_last": _last(divergences)} if divergences else {}),
+            **({"teacher_forwards": len(predictions.places)} if predictions else {}),
             "step_seconds": statistics.median(progress.seconds) if progress.seconds else None,
             "resumed_from": newest.name if newest else None,
             **({"validation_losses": validation_losses, "best_step": best.step} if validation_losses else {}),
@@ -147,6 +163,36 @@ class FinetuneStage:
             )  # fmt: skip
         return encoded
 
+    def _predictions(self, records: list[Record]) -> Predictions:
+        """Let the teacher read what training will draw, and free it.
+
+        Raises:
+            SqftError: when the teacher cannot be used.
+        """
+        inputs, section, taught = self.inputs, self.section, self.section.teacher
+        spec, plan = inputs.plan.teacher, inputs.plan
+        assert taught and spec
+        tokenizer = load_tokenizer(plan.spec(plan.adapter_base.model(inputs.folders)))
+        examples = Tokenization(tokenizer, section.max_length, section.loss_on).encode(records).examples
+        rows: list[list[Example]] = pack(examples, section.max_length) if section.packing else [[e] for e in examples]
+        # One batch more than the steps take: it is made before the last step ends.
+        batches = section.steps * section.gradient_accumulation + 1 if section.steps else len(rows)
+        drawn = first_drawn(len(rows), batches * section.batch_size, inputs.data.seed)
+        teacher = Teacher(
+            spec,
+            taught.temperature,
+            taught.top_k,
+            plan.source.size("vocab_size", default=len(tokenizer)),
+            section.batch_size,
+            section.loss_chunk,
+            section.precision,
+            inputs.device,
+        )
+        folder = inputs.scratch / CHECKPOINTS / "teacher"  # deleted with the checkpoints
+        read = [example for row in drawn for example in rows[row]]
+        with inputs.data.reading("teacher.model") if "teacher.model" in inputs.step.files else nullcontext():
+            return teacher.predictions(read, folder, inputs.processes, inputs.track)
+
     def _rows(self, examples: list[Example]) -> tuple[Sequence[Any], Collator | PackingCollator]:
         """Return what Trainer draws batches from, and what makes a batch of them.
 
@@ -167,7 +213,7 @@ class FinetuneStage:
         self,
         model: CompletionLoss,
         rows: Sequence[Any],
-        collator: Collator | PackingCollator,
+        collator: Collate,
         validation: list[Example] | None,
         progress: Progress,
     ) -> tuple[Path | None, TrainerState, EarlyStopping]:
@@ -245,6 +291,11 @@ def unknown_ends(model: PreTrainedModel, tokenizer: Any, ends: Iterable[int]) ->
 def _checksums(adapted: AdaptedModel) -> dict[str, int]:
     """Sum the bits of each adapted layer's frozen weight: an edit in place changes the sum."""
     return {name: sum(map(bit_sum, layer.base.state_dict().values())) for name, layer in adapted.layers.items()}
+
+
+def _last(values: list[float]) -> float:
+    """Return the mean of a value in the last optimizer steps."""
+    return statistics.fmean(values[-AVERAGED_STEPS:])
 
 
 def _write_log(state: TrainerState, path: Path) -> None:

@@ -32,6 +32,21 @@ def check_fit(plan: Plan) -> None:
 
 
 @quiet_transformers()
+def check_vocabularies(plan: Plan) -> None:
+    """Check that a teacher reads and predicts the tokens of the recipe's own model.
+
+    Raises:
+        StageError: naming a token that differs.
+        ModelError: when a tokenizer cannot be loaded.
+    """
+    teacher = plan.teacher
+    if teacher is not None and teacher.path != plan.source.path:
+        from sqft.modeling.training.teacher import check_same_tokens
+
+        check_same_tokens(load_tokenizer(plan.model_spec), load_tokenizer(teacher), teacher.path)
+
+
+@quiet_transformers()
 def check_questions(plan: Plan, step: Step) -> None:
     """Check that lm-eval can load a step's tasks, and ask them as the recipe says.
 

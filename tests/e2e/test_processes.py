@@ -60,7 +60,7 @@ def folder(raw: dict[str, Any], data: Path, tmp_path: Path) -> Path:
     raw["finetune"] |= {"steps": None, "epochs": 2, "batch_size": 5, "save_every": 4}
     raw["finetune"]["data"] = {"path": raw["finetune"]["data"], "limit": 61}
     raw["finetune"] |= {"validation": {"path": str(data / "validation.jsonl"), "limit": 7}, "evaluate_every": 5}
-    raw["finetune"] |= {"patience": 6, "loss_chunk": 3}
+    raw["finetune"] |= {"patience": 6, "loss_chunk": 3, "teacher": "dense"}
     (tmp_path / "recipe.json").write_text(json.dumps(raw))
     return tmp_path
 

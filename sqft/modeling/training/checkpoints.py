@@ -53,7 +53,7 @@ def resume(trainer: DeltaTrainer, best: EarlyStopping, newest: Path | None) -> T
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of a checkpoint's files into it, once all of them are on disk."""
+    """Write the checksums of a folder's files into it, once all of them are on disk."""
     digests = Digests()
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
@@ -73,7 +73,7 @@ def _newest_complete(checkpoints: Path) -> Path | None:
     newest = None
     folders = [folder for folder in checkpoints.glob("checkpoint-*") if folder.is_dir()]
     for folder in sorted(folders, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True):
-        if newest is None and _is_complete(folder):
+        if newest is None and is_complete(folder):
             newest = folder
         elif newest is None:
             log.warning("%s was interrupted while it was written and is not used", folder.name)
@@ -81,8 +81,8 @@ def _newest_complete(checkpoints: Path) -> Path | None:
     return newest
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether a checkpoint was sealed, and its files are as they were then."""
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder was sealed, and its files are as they were then."""
     try:
         sealed: dict[str, str] = json.loads((folder / SEAL_FILE).read_text())
         digests = Digests()

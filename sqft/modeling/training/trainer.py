@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,6 +84,14 @@ class DeltaTrainer(Trainer):
             shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return loader
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step's mean divergence from the teacher, in all processes together, beside its loss."""
+        if "loss" in logs and self.model.distillation is not None:
+            own = torch.as_tensor(self.model.divergence, dtype=torch.float32, device=self.args.device)
+            logs["kl"] = float(self.accelerator.reduce(own, "sum"))
+            self.model.divergence = 0.0
+        super().log(logs, start_time)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the mean loss of a label on `eval_dataset`, at the largest ranks; each process measures a part."""
         self.adapted.set_ranks(RankConfig(tuple(max(group.ranks) for group in self.adapted.space.groups)))
@@ -94,6 +103,11 @@ class DeltaTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def first_drawn(rows: int, count: int, seed: int) -> list[int]:
+    """Return which of some rows Trainer draws first, in order: `count` of them, or all in one epoch."""
+    return list(SeedableRandomSampler(range(rows), data_seed=seed))[:count]
 
 
 class EarlyStopping(TrainerCallback):
@@ -151,6 +165,7 @@ class RankShardCollator:
         batch = self.collate(own or examples[:1])
         if not own:
             batch["labels"].fill_(IGNORED)
+            batch |= {name: batch[name][:0] for name in ("probabilities", "tokens") if name in batch}  # [labels, …]
         return batch
 
 

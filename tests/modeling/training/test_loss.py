@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 from sqft.data.collators import Collator, PackingCollator, pack
 from sqft.data.encoding import IGNORED, Tokenization
 from sqft.errors import StageError
-from sqft.modeling.training.loss import CompletionLoss, sees_across
+from sqft.modeling.training.loss import CompletionLoss, Distillation, Prediction, divergence, predict, sees_across
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
 
@@ -94,11 +94,14 @@ def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero(
     """What a process without rows of a batch takes part with: its gradients are there, and nothing."""
     batch = batch_of(SUMS[:1], tokenizer)
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    loss = CompletionLoss(model, chunk)(**batch, num_items_in_batch=7)["loss"]
-    loss.backward()
-    found = gradients(model)
-    assert loss == 0 and found.keys() == dict(model.named_parameters()).keys()
-    assert not any(value.any() for value in found.values())
+    of_no_label = {"probabilities": torch.zeros(0, 4), "tokens": torch.zeros(0, 3, dtype=torch.int32)}
+    for taught in ({}, of_no_label):
+        wrapped = CompletionLoss(model, chunk, Distillation(0.5, 1.0))
+        loss = wrapped(**batch, **taught, num_items_in_batch=7)["loss"]
+        loss.backward()
+        found = gradients(model)
+        assert loss == 0 and found.keys() == dict(model.named_parameters()).keys()
+        assert not any(value.any() for value in found.values())
 
 
 def test_logits_that_are_not_the_head_s_are_refused(model: LlamaForCausalLM) -> None:
@@ -187,6 +190,75 @@ def test_packed_rows_train_as_padded_ones(
     torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
     packed.backward()
     torch.testing.assert_close(gradients(model), wanted, rtol=1e-5, atol=1e-6)
+
+
+# -- a teacher -----------------------------------------------------------------------------------
+
+
+def full_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """KL(teacher ‖ student) summed over rows, of the whole vocabulary, by its definition."""
+    p, q = ((logits.double() / temperature).softmax(-1) for logits in (teacher, student))
+    return (p * (p.log() - q.log())).sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_kl_on_the_most_probable_tokens_is_a_lower_bound(temperature: float) -> None:
+    """By the data-processing inequality it grows with what is told apart, up to that of the whole vocabulary."""
+    generator = torch.Generator().manual_seed(3)
+    teacher, student = (4 * torch.randn(2, 20, 30, generator=generator, dtype=torch.float64)).unbind()
+    wanted = float(full_kl(teacher, student, temperature))
+    found = [
+        float(divergence(predict(teacher, temperature, k), student, temperature)) for k in (1, 2, 5, 17, 29, 30, None)
+    ]
+    assert found == sorted(found) and 0 < found[0] < found[3] < wanted
+    assert found[4:] == pytest.approx([wanted] * 3, rel=1e-12)  # of 30, 29 and the rest are all
+    same = [float(divergence(predict(teacher, temperature, k), teacher, temperature)) for k in (1, 5, 30)]
+    assert same == pytest.approx([0.0] * 3, abs=1e-12)
+
+
+def test_a_certain_teacher_and_a_larger_student() -> None:
+    """Probabilities of 0 and 1 in float32 stay finite; rows that the teacher does not have are no token of its own."""
+    teacher, student = torch.tensor([[200.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    for top_k in (1, 2, None):
+        kl = divergence(predict(teacher, 1.0, top_k), student, 1.0)
+        torch.testing.assert_close(kl, -student.log_softmax(-1)[0, 0])
+        kl.backward()
+        assert student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_mixed_loss_and_its_gradients_are_the_naive_ones(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chunk: int | None, top_k: int | None, weight: float
+) -> None:
+    """Against cross-entropy and KL written out, over all logits in float64, and autograd of that."""
+    model.double()
+    batch, temperature = batch_of(SUMS, tokenizer), 2.0
+    labelled = batch["labels"][:, 1:] != IGNORED
+    generator = torch.Generator().manual_seed(1)
+    theirs = torch.randn(int(labelled.sum()), len(tokenizer), generator=generator, dtype=torch.float64)
+    prediction = predict(theirs, temperature, top_k)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][labelled]
+    cross_entropy = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][labelled])
+    q = (logits / temperature).softmax(-1)
+    if prediction.tokens is not None:
+        top = q.gather(1, prediction.tokens)
+        q = torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+    p = prediction.probabilities
+    kl = (p * (p.log() - q.log())).sum() / len(logits)
+    plain = (1 - weight) * cross_entropy + weight * temperature**2 * kl
+    plain.backward()
+    wanted = gradients(model)
+    loss = CompletionLoss(model, chunk, Distillation(weight, temperature))
+    given = {name: tensor for name, tensor in zip(Prediction._fields, prediction, strict=True) if tensor is not None}
+    ours = loss(**batch, **given)["loss"]
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.as_tensor(loss.divergence), kl.detach(), rtol=1e-12, atol=0)
+    ours.backward()
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-9, atol=1e-12)
+    # Without predictions, as in validation, it is the cross-entropy alone.
+    torch.testing.assert_close(loss(**batch)["loss"], cross_entropy, rtol=1e-12, atol=0)
 
 
 def test_a_model_that_cannot_be_told_where_an_example_begins(model: LlamaForCausalLM) -> None:
