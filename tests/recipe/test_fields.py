@@ -74,6 +74,16 @@ def test_marked_values_in_short_forms_and_whole_ones() -> None:
     assert (logs.place, logs.value) == (("more", "several", "1", "logs"), "l")
 
 
+@pytest.mark.parametrize("teacher", ["dense", "d", {"model": "dense"}, {"model": "d"}], ids=str)
+def test_a_word_in_place_of_a_path_is_none(teacher: Any, tmp_path: Path) -> None:
+    finetune = {"adapter": "a", "merger": "m", "data": "t.jsonl", "teacher": teacher}
+    recipe = Recipe.parse({"name": "x", "model": {"path": "m"}, "finetune": finetune}, tmp_path)
+    named = teacher if isinstance(teacher, str) else teacher["model"]
+    assert ("finetune.teacher.model" in paths(recipe)) == (named == "d")
+    stored = with_absolute_paths(recipe)["finetune"]["teacher"]["model"]
+    assert stored == ("dense" if named == "dense" else str(tmp_path / "d"))
+
+
 @pytest.mark.parametrize("content", [None, 3, [], {"more": 3}, {"more": {"several": [3, None]}}, {"more": {"one": {}}}])
 def test_what_does_not_fit_is_passed_over(content: Any) -> None:
     assert list(fields_marked(MarkedRecipe, (InputPath, OutputPath, NoEffect), content)) == []
