@@ -12,7 +12,7 @@ DATA := examples/quickstart/data
 CONSUMERS ?= gptqmodel compressed_tensors
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: help setup model quickstart check docs test test-fast test-slow kill-test consumers clean
+.PHONY: help setup model quickstart check lint docs test test-fast test-slow kill-test consumers clean
 
 help:
 	@echo "make quickstart | test | check | docs | test-slow | kill-test | clean"
@@ -42,17 +42,19 @@ $(DATA)/heldout.txt: examples/quickstart/make_data.py | $(VENV)/.done
 quickstart: setup $(MODEL) $(DATA)/heldout.txt
 	$(OFFLINE) $(BIN)/sqft run examples/recipes/quickstart.json --store store
 
-check: setup
+check: lint
+	$(OFFLINE) $(BIN)/pytest tests/test_architecture.py tests/test_docs.py
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sqft plugins benchmarks
-	$(OFFLINE) $(BIN)/pytest tests/test_architecture.py tests/test_docs.py
 
 # Warnings are errors: a link to nowhere, or a page that no index names.
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going -n -q -d build/doctrees docs site
 
-test: check test-fast
+test: lint test-fast
 
 test-fast: setup
 	$(OFFLINE) $(BIN)/pytest -m "not slow"

@@ -1,7 +1,7 @@
 """Runs of `sqft` in forks of one process that has done its imports, which may be killed at a chosen moment.
 
-Reads a JSON object a line: {"runs": [{"argv", "said", "stage"?, "after"?, "at"?, "blind"?, "later"?}, …]}, all started
-at once, or some seconds `later`.
+Reads a JSON object a line: {"runs": [{"argv", "said", "code"?, "stage"?, "after"?, "at"?, "blind"?, "later"?}, …]}, all
+started at once, or some seconds `later`. A run with `code` is that of Python, and not of `sqft`.
 A run is killed `after` seconds from the start of `stage`, or `at` its so-many-th change to the file system from there
 on; a `blind` one does not see beforehand that the disk has too little room. Writes a JSON list a line: each run's
 {"status", "seconds", "changes"}, from the start of `stage`.
@@ -9,6 +9,7 @@ on; a `blind` one does not see beforehand that the disk has too little room. Wri
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -70,7 +71,8 @@ def live(run: dict[str, Any], pipe: int) -> None:
     os.dup2(said, 2)
     status = 1
     try:
-        main(run["argv"])
+        exec(run["code"], {"__name__": "__main__"}) if "code" in run else main(run["argv"])
+        status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
@@ -109,6 +111,7 @@ def watch(run: dict[str, Any], child: int, pipe: int) -> dict[str, Any]:
     return {"status": os.waitstatus_to_exitcode(status), "seconds": seconds, "changes": changes}
 
 
+gc.freeze()  # a child's collector leaves alone, and so does not copy, what all of them share
 for line in sys.stdin:
     started = [(run, *start(run)) for run in json.loads(line)["runs"]]
     print(json.dumps([watch(*each) for each in started]), flush=True)

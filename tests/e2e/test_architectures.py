@@ -141,16 +141,17 @@ def stock_of_codes(folder: Path, base: Path, place: Path, apart: bool) -> tuple[
     return taken_apart(stock(place))
 
 
-PLAIN = ("Llama", "Qwen3", "Phi3", "Gemma3Text", "OPT", "GPT2", "Falcon", "Lfm2", "Mamba2", "FalconH1")
-"""Plain families that are tried in the fast tests; the others are like them, and come with the slow ones."""
+DENSE = ("Llama", "Phi3", "OPT", "GPT2", "Mamba2", "Lfm3", "Gemma3n", "Zamba2", "xLSTM")
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Next", "GraniteMoe", "GptOss", "Llama4Text", "NemotronH")
+HYBRIDS = ("KimiLinear", "Jamba")
+FAST = (*DENSE, *MIXTURES, *HYBRIDS)
+"""Families that are tried in the fast tests, one of each kind; the others are like them, and come with the slow ones.
+"""
 
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if family.is_plain and name not in PLAIN else [])
-        for name, family in FAMILIES.items()
-    ],
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FAMILIES],
 )
 def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     """Sparsified, tuned and merged, in floats and in INT4, and read back by the stock class."""

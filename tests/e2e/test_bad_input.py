@@ -560,14 +560,13 @@ def test_a_bad_plugin(case: Case, tuned: Path, name: str, monkeypatch: pytest.Mo
 
 
 REAL = [
-    "file: truncated", "file: too deep", "recipe: an unknown key", "recipe: an N:M that does not divide",
+    "data: a record without its completion", "file: truncated", "file: too deep", "recipe: an unknown key", "recipe: an N:M that does not divide",
     "command line: a store that is a file", "command line: an output that is a file", "command line: set to nowhere",
-    "command line: an output with files", "data: a record without its completion", "model: only a pickle",
-    "model: a header of garbage", "model: nowhere",
+    "command line: an output with files", "model: only a pickle", "model: a header of garbage", "model: nowhere",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [REAL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in REAL[1:])])
 def test_as_a_command(case: Case, name: str) -> None:
     change, words = TABLE[name]
     change(case)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +50,19 @@ elif where == "trial":
 orchestrator = Orchestrator(Registry.discover(), sys.argv[2])
 orchestrator.run(orchestrator.plan(Recipe.load(sys.argv[1])))
 """
+Drive = Callable[..., int]
 
 
-def drive(recipe: Path, store: Path, where: str = "nowhere", at: int = 0) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRIVER, str(recipe), str(store), where, str(at)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+@pytest.fixture
+def drive(fork_server: Any) -> Drive:
+    """Runs a recipe in a store, to its end or to where it dies."""
+
+    def run(recipe: Path, store: Path, where: str = "nowhere", at: int = 0) -> int:
+        ended = fork_server.run(recipe, store, where, at, code=DRIVER)
+        assert ended.status in (0, -signal.SIGKILL), ended.said
+        return int(ended.status)
+
+    return run
 
 
 def only(store: Path, stage: str) -> Path:
@@ -77,7 +80,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [("step", 3, "checkpoint-2"), ("checkpoint", 4, "checkpoint-2"), ("proof", 0, "checkpoint-7"), ("trial", 2, None)],
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(
-    raw: dict[str, Any], uninterrupted: dict[str, Path], tmp_path: Path, where: str, at: int, resumed: str | None
+    raw: dict[str, Any],
+    drive: Drive,
+    uninterrupted: dict[str, Path],
+    tmp_path: Path,
+    where: str,
+    at: int,
+    resumed: str | None,
 ) -> None:
     raw.pop("evaluate")
     raw["finetune"] |= {"schedule": "constant", "steps": 7}  # one step too many would show; none is saved at 7 by rule
@@ -100,7 +109,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     assert report["resumed_from"] == resumed and report["steps"] == 7
 
 
-def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], drive: Drive, tmp_path: Path) -> None:
     raw.pop("evaluate")
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
@@ -112,7 +121,9 @@ def test_checkpoints_hold_only_what_trains(raw: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("where", "at"), [("step", 5), ("proof", 0)], ids=["before it stops", "after"])
-def test_early_stopping_survives_a_kill(raw: dict[str, Any], data: Path, tmp_path: Path, where: str, at: int) -> None:
+def test_early_stopping_survives_a_kill(
+    raw: dict[str, Any], drive: Drive, data: Path, tmp_path: Path, where: str, at: int
+) -> None:
     """The best deltas and the looks without a better one lie in the checkpoint: by then nothing else knows them."""
     raw.pop("evaluate")
     ruinous = {"steps": 30, "learning_rate": 0.3, "schedule": "constant", "save_every": 1}

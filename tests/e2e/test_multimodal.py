@@ -27,7 +27,13 @@ from sqft.modeling.loading.quantized import read_quantized
 WITH_TOWERS = [family for family in FAMILIES if family != "Gemma3n"]
 """The families whose towers need no further package."""
 PROCESSOR = {"preprocessor_config.json": {"size": 8}, "processor_config.json": {}, "video_preprocessor_config.json": {}}
+FAST = ("Gemma3", "Gemma4", "Qwen3_5Moe", "Llama4")
 TEXT = torch.arange(2, 40)[None]
+
+
+def more(*same: str) -> list[Any]:
+    """Cases that are like others, for the slow tests."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in same]
 
 
 def save(family: str, tokenizer: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -99,7 +105,7 @@ def assert_only_the_text_model_differs(family: str, before: Path, after: Path) -
         assert (after / name).read_bytes() == (before / name).read_bytes()
 
 
-@pytest.mark.parametrize("family", WITH_TOWERS)
+@pytest.mark.parametrize("family", [*FAST, *more(*(family for family in WITH_TOWERS if family not in FAST))])
 def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     folder = save(family, tokenizer, tmp_path / "model")
     finished = run(recipe(folder, data), registry, tmp_path / "store")
@@ -121,7 +127,7 @@ def test_a_family(family: str, registry: Registry, tokenizer: Any, data: Path, t
     assert not torch.allclose(found, logits(stock(family, folder), with_image(family)), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5", "Qwen3_5Moe", "Mistral3", "Llama4"])
+@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5Moe", *more("Qwen3_5", "Mistral3", "Llama4")])
 def test_codes(family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path) -> None:
     """An INT4 folder has the checkpoint's names: with the values of its codes it is a folder of the stock class."""
     folder = save(family, tokenizer, tmp_path / "model", torch.bfloat16)
@@ -219,7 +225,7 @@ def without_tied_head(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *more("float32", "float16")])
 def test_towers_keep_their_precision(
     dtype: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
 ) -> None:
@@ -323,7 +329,7 @@ def test_gemma_3n(
     torch.testing.assert_close(found, logits(finished["merge"].load_model(), {"input_ids": TEXT}))
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5", "Llama4"])
+@pytest.mark.parametrize("family", ["Gemma3", *more("Qwen3_5", "Llama4")])
 def test_packed_training_and_evaluation(
     family: str, registry: Registry, tokenizer: Any, data: Path, tmp_path: Path
 ) -> None:

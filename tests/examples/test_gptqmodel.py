@@ -10,9 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SOURCE = Path(__file__).parents[2] / "plugins" / "sqft-gptqmodel"
 
 
+@pytest.mark.slow  # test_ria.py is of the same kind
 def test_a_foreign_quantizer_is_swapped_in_by_pip(call: Any, raw: dict[str, Any], tmp_path: Path) -> None:
     assert sum(len((SOURCE / f).read_text().splitlines()) for f in ("pyproject.toml", "sqft_gptqmodel.py")) < 100
     for section in ("finetune", "search", "merge", "evaluate"):

@@ -51,12 +51,6 @@ class Family:
         """Return the name of the class that transformers has for it."""
         return class_of(getattr(transformers, f"{self.kind}Config"))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has nothing that most dense models do not have."""
-        special = (self.experts, self.narrow, self.unseen, self.floats, self.apart)
-        return self.walk == "blocks" and not any(special)
-
     def notes(self) -> Iterator[str]:
         """Say what a user should know besides."""
         if self.walk == "model":

@@ -101,7 +101,13 @@ def test_not_installed_as_a_package(look: Callable[[], dict[str, Check]], monkey
     assert check.fails and "pip install -e ." in check.note
 
 
-@pytest.mark.parametrize("broken", ["torch", "pydantic", "packaging", "rich", "pluggy", "transformers"])
+MORE_PACKAGES = ["torch", "packaging", "rich", "pluggy", "transformers"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["pydantic", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PACKAGES)],
+)
 def test_it_does_not_crash_where_a_package_is_broken(tmp_path: Path, broken: str) -> None:
     code = f"import sys; sys.modules[{broken!r}] = None\nfrom sqft.cli import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
