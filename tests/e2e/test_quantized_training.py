@@ -47,7 +47,7 @@ def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
         ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
         ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
         ("floats", {"group_size": 32, "symmetric": False}, {"merger": "hira", "gradient_checkpointing": True}),
-        ("codes", {"group_size": 32}, {"merger": "hira", "learning_rate": 0.1}),
+        ("compensated", {"group_size": 32}, {"merger": "hira", "learning_rate": 0.1}),
         ("compensated", {"group_size": -1, "bits": 3, "clip": True}, LEARNT),
     ],
 )
