@@ -77,7 +77,6 @@ class Gptq(_OnGrid):
     reorder_groups: bool = Field(
         True, description="without act_order, quantize the groups with the largest activations first; any reader works"
     )
-
     refine: int = Field(
         0, ge=0, le=20, description="passes over the inputs afterwards, in which each takes its best codes again"
     )

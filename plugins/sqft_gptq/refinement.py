@@ -49,7 +49,8 @@ def refine(start: Quantized, T: Tensor, H: Tensor, mask: Tensor | None, order: T
         moved = False
         for first in range(0, len(order), BLOCK):
             block = order[first : first + BLOCK]
-            G, H1 = H[block] @ E, H[block][:, block]  # [block, out], [block, block]
+            rows = H[block]
+            G, H1 = rows @ E, rows[:, block]  # [block, out], [block, block]
             q, s, z, kept = codes[block].float(), scale[index[block]], zero[index[block]], keep[block]
             for j, h in enumerate(H1):
                 t = s[j] * (q[j] - z[j]) + G[j] / h[j]

@@ -43,7 +43,7 @@ def run(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
     [
         ("floats", {"group_size": 32}, {}),
         ("codes", {"group_size": 32}, LEARNT),
-        ("compensated", {"group_size": 32, "symmetric": False, "act_order": True}, {}),
+        ("compensated", {"group_size": 32, "symmetric": False, "act_order": True, "refine": 2, "target": "dense"}, {}),
         ("floats", {"group_size": 32, "symmetric": False, "act_order": True}, {"precision": "bfloat16"}),
         ("codes", {"group_size": -1, "bits": 3, "clip": True}, {"gradient_checkpointing": True}),
         ("floats", {"group_size": 32, "symmetric": False}, {"merger": "hira", "gradient_checkpointing": True}),
