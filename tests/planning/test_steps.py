@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from layouts import LAYOUTS
+from sqft_gptq import Rtn
 
 from sqft import Recipe, Registry
 from sqft.planning import steps
@@ -114,6 +115,20 @@ def test_a_search_without_data(raw: dict[str, Any], registry: Registry) -> None:
 def test_a_searcher_that_evaluates_nothing_reads_nothing(raw: dict[str, Any], registry: Registry) -> None:
     raw["search"]["searcher"] = "heuristic"
     assert trained(resolver_of(raw, registry))["search"].files == {}
+
+
+def test_what_was_rounded_is_asked_of_the_quantizer(
+    raw: dict[str, Any], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["quantize"], raw["finetune"]["merger"], raw["finetune"]["base"] = CODES, "qa-sparsepeft", "compensated"
+    resolver = resolver_of(raw, registry)
+    with_byte = trained(resolver)["quantize"].estimate.storage
+    assert problems(resolver) == []
+    monkeypatch.setattr(Rtn, "gives_compensated", False)
+    resolver = resolver_of(raw, registry)
+    assert with_byte - trained(resolver)["quantize"].estimate.storage == 2 * 9216  # two layers' weights
+    (problem,) = problems(resolver)
+    assert problem.startswith("finetune.base: quantizer 'rtn' does not give the floats that it rounded")
 
 
 def test_a_merge_reads_all_that_it_is_made_of(raw: dict[str, Any], registry: Registry) -> None:
