@@ -17,7 +17,9 @@ from sqft.errors import SqftError
 @click.argument("subject", metavar="RUN_OR_MODEL", shell_complete=complete_run)
 @click.option("--of", multiple=True, metavar="STAGE", help="What to measure (repeatable).  [default: all that is made]")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks.")
-@click.option("--perplexity", type=click.Path(path_type=Path), metavar="FILE", help="A text.")
+@click.option(
+    "--perplexity", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="A text (repeatable)."
+)
 @click.option("--exact-match", type=click.Path(path_type=Path), metavar="FILE", help="Records with right answers.")
 @set_option
 @device_option
@@ -28,7 +30,7 @@ def evaluate(
     subject: str,
     of: tuple[str, ...],
     tasks: str | None,
-    perplexity: Path | None,
+    perplexity: tuple[Path, ...],
     exact_match: Path | None,
     changes: tuple[str, ...],
     device: str,
@@ -47,7 +49,8 @@ def evaluate(
     from sqft.store.runs import find_run
 
     measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
-    measures |= {"perplexity": {"text": str(perplexity.resolve())}} if perplexity else {}
+    texts = [{"text": str(text.resolve())} for text in perplexity]
+    measures |= {"perplexity": texts if len(texts) > 1 else texts[0]} if texts else {}
     measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
     path = Path(subject)
     if path.exists() and not (path / "recipe.json").is_file():

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
-from sqft.planning.plan import Plan
+from sqft.planning.plan import Plan, Step
+from sqft.recipe.sections import Evaluate
 from sqft.store.artifacts import Artifact
 from sqft.utils.text import escaped, human_size, markdown_table
 
-OF_LAYERS = ("layers", "output_errors")
-"""What a step's report says of each layer, which only its manifest repeats."""
+LONG = ("layers", "output_errors", "texts")
+"""What a step's manifest says of each layer or window, and its report here does not repeat."""
 
 
 def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """Return a row for each evaluated configuration and an entry for each step, from manifests alone."""
     rows = []
+    texts = {step.name: _names_of_texts(step) for step in plan.steps if isinstance(step.section, Evaluate)}
     for name, artifact in artifacts.items():
         if artifact.manifest["stage"] == "evaluate":
-            rows.append(_row(name.partition(":")[2], artifact, artifacts))
+            measured = artifact.report.get("texts", {})
+            named = {text: measured[role] for role, text in texts.get(name, {}).items() if role in measured}
+            rows.append({**_row(name.partition(":")[2], artifact, artifacts), "texts": named})
     steps = [
         {
             "step": name,
@@ -27,11 +32,22 @@ def make_report(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, Any]
             "seconds": artifact.manifest["seconds"],
             "peak_memory": artifact.manifest["peak_memory"],
             "storage": artifact.size,
-            "report": {key: value for key, value in artifact.report.items() if key not in OF_LAYERS},
+            "report": {key: value for key, value in artifact.report.items() if key not in LONG},
         }
         for name, artifact in artifacts.items()
     ]
     return {"recipe": plan.recipe.name, "seed": plan.recipe.seed, "rows": rows, "steps": steps}
+
+
+def _names_of_texts(step: Step) -> dict[str, str]:
+    """Return the names of the texts whose perplexity a step measures, by their roles: of the files, with as many of
+    their folders as tell them apart."""
+    files = {role: step.files[role] for role in cast(Evaluate, step.section).texts}
+    for parts in range(1, max((len(file.parts) for file in files.values()), default=0) + 1):
+        names = {role: Path(*file.parts[-parts:]).as_posix() for role, file in files.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {}
 
 
 def _row(configuration: str, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -62,7 +78,9 @@ def _row(configuration: str, artifact: Artifact, artifacts: Mapping[str, Artifac
 def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the report's rows as text: heads and cells."""
     tasks = sorted({task for row in report["rows"] for task in row["tasks"]})
-    heads = ["configuration", "accuracy", "perplexity", *tasks, "sparsity", "trained", "adds on disk", "made in"]
+    texts = list(dict.fromkeys(text for row in report["rows"] for text in row.get("texts", ())))
+    perplexities = [f"perplexity {text}" for text in texts] if len(texts) > 1 else ["perplexity"]
+    heads = ["configuration", "accuracy", *perplexities, *tasks, "sparsity", "trained", "adds on disk", "made in"]
     heads += ["peak memory", "evaluated in"]
     cells = []
     for row in report["rows"]:
@@ -71,7 +89,7 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 row["configuration"],
                 accuracy,
-                _text(row["perplexity"], "{:.2f}"),
+                *(_text(value, "{:.2f}") for value in _perplexities(row, texts)),
                 *(_task(row["tasks"].get(task, {})) for task in tasks),
                 f"{row['sparsity']:.2%}",
                 _text(row["trainable"], "{:,}"),
@@ -120,6 +138,13 @@ def settings_of_tasks(report: Mapping[str, Any]) -> list[str]:
 
 def _version(version: object) -> str:
     return "no version" if version is None else f"version {version}"
+
+
+def _perplexities(row: Mapping[str, Any], texts: Sequence[str]) -> list[float | None]:
+    """Return the perplexity of each text; of the only one when there are no several."""
+    if len(texts) < 2:
+        return [row["perplexity"]]
+    return [row["texts"].get(text, {}).get("perplexity") for text in texts]
 
 
 def _text(value: float | None, form: str) -> str:

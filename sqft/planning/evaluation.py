@@ -17,8 +17,9 @@ from sqft.data.records import records_of
 from sqft.errors import DataError, Problem
 from sqft.planning.conversations import ConversationCheck
 from sqft.planning.plan import Step
+from sqft.planning.resolution import Resolver
 from sqft.recipe.data import Data
-from sqft.recipe.sections import Evaluate, Finetune, Search
+from sqft.recipe.sections import Evaluate, Finetune, Perplexity, Search
 
 NAMED = re.compile(rb"""^\s*(?:-\s+|["']?(?:task|group|tag)["']?\s*:\s*)["']?([^\s"'#]+)""", re.M)
 """The name that a line of a task file gives, or lists: of a task, a group or a tag."""
@@ -62,6 +63,18 @@ def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Proble
             close = difflib.get_close_matches(task, known, n=3, cutoff=0.75)
             hint = f"did you mean {' or '.join(close)}?" if close else "give your own with evaluate.include_path"
             yield Problem(f"evaluate.tasks.{index}", f"lm-eval has no task '{task}'{where}; {hint}")
+
+
+def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: Resolver) -> Evaluate:
+    """Return the section with windows of each text no longer than the model's; a text may be listed once."""
+    shorter: list[Perplexity] = []
+    for role, text in section.texts.items():
+        place = f"evaluate.{role}".removesuffix(".text")
+        shorter.append(resolver.within_window(text, "length", place))
+        if (first := next(other for other in section.texts if files[other] == files[role])) != role:
+            resolver.report(f"{place}.text", f"is the file of evaluate.{first}, too; name it once")
+    several = isinstance(section.perplexity, tuple)
+    return section.model_copy(update={"perplexity": tuple(shorter) if several else next(iter(shorter), None)})
 
 
 def check_template(section: Evaluate, conversations: ConversationCheck | None) -> Iterator[Problem]:

@@ -76,6 +76,7 @@ MEASURE = (
     "modeling/evaluation/generation",
     "modeling/evaluation/measures",
     "modeling/training/loss",
+    "utils/statistics",
 )
 
 TASKS = ("modeling/evaluation/harness", "modeling/evaluation/harness_model")

@@ -265,9 +265,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     resolver.collect(evaluation.check_template(section, resolver.conversations))
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_chats(section, files, steps, resolver.recipe.model.chat_template_kwargs))
-    if section.perplexity:
-        shorter = resolver.within_window(section.perplexity, "length", "evaluate.perplexity")
-        section = section.model_copy(update={"perplexity": shorter})
+    section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")
     planned = set()

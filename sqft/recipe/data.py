@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from sqft.data.chat_template import RESERVED
 from sqft.data.templates import TEMPLATES, mistake_in
-from sqft.recipe.fields import Count, Section, ShortForm
+from sqft.recipe.fields import Count, Section, ShortForm, one_or_several
 from sqft.types import InputPath
 
 
@@ -88,6 +88,6 @@ DataRef = Annotated[Data, ShortForm("path")]
 _One = Annotated[TrainingData, ShortForm("path")]
 DataRefs = Annotated[
     Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],
-    Discriminator(lambda value: "@several" if isinstance(value, list | tuple) else "@one"),
+    Discriminator(one_or_several),
 ]
-"""One data set, or several. The tags are not part of a path in the recipe: `diagnostics` removes them."""
+"""One data set, or several."""

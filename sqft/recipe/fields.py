@@ -52,6 +52,14 @@ class ShortForm:
         return validator.__get_pydantic_core_schema__(source, handler)
 
 
+def one_or_several(value: Any) -> str:
+    """Return the tag of a field's type: "@several" for a list, else "@one".
+
+    Tags are not part of a path in the recipe: `diagnostics` removes them.
+    """
+    return "@several" if isinstance(value, list | tuple) else "@one"
+
+
 M = TypeVar("M")
 
 

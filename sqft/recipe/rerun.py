@@ -54,7 +54,7 @@ def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Ma
     own: dict[str, Any] = raw.get("evaluate") or {}
     section = {key: value for key, value in own.items() if key not in (*MEASURES, "of")} if measures else {**own}
     for name, value in measures.items():
-        section[name] = {**own.get(name, {}), **value} if isinstance(value, dict) else value
+        section[name] = _with_settings(own.get(name) or {}, value)
     if not any(section.get(name) for name in MEASURES):
         raise SqftError("say what to measure: --tasks, --perplexity or --exact-match; the recipe measures nothing")
     kept = {what.partition(":")[0] for what in of}
@@ -68,6 +68,14 @@ def evaluation_overrides(raw: Mapping[str, Any], of: Sequence[str], measures: Ma
         changes.append("merge={}")
     name = json.dumps(f"{raw['name'].removesuffix(MEASURED)}{MEASURED}")  # `sqft merge NAME` is to find the other one
     return [*changes, "export=[]", f"name={name}", f"evaluate={json.dumps({**section, 'of': list(of)})}"]
+
+
+def _with_settings(own: Any, value: Any) -> Any:
+    """Return what is to be measured, with the recipe's own settings; those of its first text, if it has several."""
+    if isinstance(value, list):
+        return [_with_settings(own, one) for one in value]
+    own = own[0] if isinstance(own, list) and own else own
+    return {**own, **value} if isinstance(value, dict) and isinstance(own, dict) else value
 
 
 def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collection[str]]) -> list[str]:

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sqft.recipe.data import DataRef, DataRefs, TemplateArguments, TrainingData
-from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
+from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm, one_or_several
 from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
 
@@ -69,7 +69,9 @@ class Calibration(Section):
     """Text whose activations the scorers and quantizers see."""
 
     data: Annotated[str, InputPath()] = Field(
-        description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file"
+        description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file. Take general text, "
+        "of several kinds like those that the model was pretrained on, and not the task's: what fits one kind of text "
+        "loses on others"
     )
     samples: Count = Field(128, description="number of windows")
     length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")
@@ -296,6 +298,12 @@ class Perplexity(Section):
     length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in each window")
 
 
+Perplexities = Annotated[
+    Annotated[Perplexity, Tag("@one")] | Annotated[tuple[Perplexity, ...], Field(min_length=1), Tag("@several")],
+    Discriminator(one_or_several),
+]
+
+
 class ExactMatch(Section):
     """Greedy generation from each prompt, compared with its completion."""
 
@@ -324,7 +332,9 @@ class Evaluate(Section):
         description='what to measure: "model", "sparsify", "quantize", "finetune:NAME" (NAME is a searcher that '
         'needs no evaluation), "search", "merge"',
     )
-    perplexity: Perplexity | None = Field(None, description="measure how well a text is predicted")
+    perplexity: Perplexities | None = Field(
+        None, description="measure how well a text is predicted, or a list of several texts"
+    )
     exact_match: ExactMatch | None = Field(None, description="measure how often the answer is right")
     tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks; the fields below are for all of them")
 
@@ -369,3 +379,11 @@ class Evaluate(Section):
         "not under a chat template, which writes them",
     )
     log_samples: bool = Field(False, description="store what was asked and answered: samples/TASK.jsonl")
+
+    @property
+    def texts(self) -> dict[str, Perplexity]:
+        """The texts of `perplexity`, by the key that a step's files have for them: "perplexity.text", or
+        "perplexity.0.text", "perplexity.1.text", …"""
+        if isinstance(self.perplexity, tuple):
+            return {f"perplexity.{index}.text": text for index, text in enumerate(self.perplexity)}
+        return {"perplexity.text": self.perplexity} if self.perplexity else {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.loading import load_model
 from sqft.planning.plan import Plan
-from sqft.recipe.sections import Evaluate, ExactMatch, Perplexity
+from sqft.recipe.sections import Evaluate, ExactMatch
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig, SearchSpace
@@ -45,37 +45,40 @@ class EvaluateStage:
         """Write `results.json`: every measurement. What an earlier attempt measured before it failed is kept,
         task by task.
 
+        `texts` has the perplexity of each text by its role among the step's files, and `perplexity` that of the first.
         `predictions.jsonl` has each answer of `exact_match`, and `samples/TASK.jsonl` those of an lm-eval task, where
         the recipe asks for them.
         """
         file = self.inputs.scratch / "results.json"
         results: Report = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        measures = {"perplexity": self._perplexity, "exact_match": self._exact_match}
         with self._subject() as (model, tokenizer, facts):
-            for name, measure in measures.items():
-                if getattr(self.section, name) and name not in results:
-                    results |= measure(model, tokenizer)
+            for role in self.section.texts:
+                if role not in results.setdefault("texts", {}):
+                    found = results["texts"][role] = self._perplexity(role, model, tokenizer)
+                    results.setdefault("perplexity", {name: found[name] for name in ("perplexity", "nll", "tokens")})
                     write_json(file, results)
+            if self.section.exact_match and "exact_match" not in results:
+                results["exact_match"] = self._exact_match(self.section.exact_match, model, tokenizer)
+                write_json(file, results)
             for task in self.section.tasks:
                 if task not in results.get("lm_eval", {}).get("names", ()):
                     self._task(task, model, tokenizer, results)
                     write_json(file, results)
         return {**results, **facts}
 
-    def _perplexity(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
-        text = cast(Perplexity, self.section.perplexity)
-        with self.inputs.data.reading("perplexity.text") as file:
+    def _perplexity(self, role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
+        text = self.section.texts[role]
+        with self.inputs.data.reading(role) as file:
             windows = text_windows(file, tokenizer, text.tokens, text.length)
-        return {"perplexity": perplexity(model, windows, self.inputs.track)}
+        return perplexity(model, windows, self.inputs.track)
 
-    def _exact_match(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
-        match = cast(ExactMatch, self.section.exact_match)
+    def _exact_match(self, match: ExactMatch, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
         records = self.inputs.data.records("exact_match.data", match.data)
         found = exact_match(
             model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, self.inputs.track
         )
         write_lines(self.inputs.scratch / PREDICTIONS, found.pop("predictions"))
-        return {"exact_match": found}
+        return found
 
     def _task(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from sqft.errors import SqftError
 from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.loading.transformers_io import quiet_transformers
 from sqft.planning.plan import Plan
-from sqft.recipe.sections import Evaluate, Finetune, Search
+from sqft.recipe.sections import Evaluate, Finetune, Perplexity, Search
 from sqft.stages.inputs import StepData
 from sqft.utils.digests import Digests
 
@@ -109,6 +110,10 @@ def _calibration(show: _Display, data: StepData, place: str) -> Preview:
     return show.windows(place, data.calibration(show.tokenizer))
 
 
+def _text(show: _Display, file: Path, text: Perplexity, place: str) -> Preview:
+    return show.text(place, text_windows(file, show.tokenizer, text.tokens, text.length))
+
+
 def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
     section = training.section
     makers: dict[str, Maker] = {f"finetune.{role}": partial(training.preview, show, role) for role in section.data_sets}
@@ -140,11 +145,8 @@ def _of_search(show: _Display, data: StepData, section: Search, training: _Train
 
 def _of_evaluate(show: _Display, data: StepData, section: Evaluate) -> dict[str, Maker]:
     makers: dict[str, Maker] = {}
-    if text := section.perplexity:
-        file = data.step.files["perplexity.text"]
-        makers["evaluate.perplexity"] = lambda place: show.text(
-            place, text_windows(file, show.tokenizer, text.tokens, text.length)
-        )
+    for role, text in section.texts.items():
+        makers[f"evaluate.{role}".removesuffix(".text")] = partial(_text, show, data.step.files[role], text)
     if match := section.exact_match:
         makers["evaluate.exact_match"] = lambda place: show.asked(
             place, data.records("exact_match.data", match.data), match.max_new_tokens

@@ -64,6 +64,24 @@ def test_a_row_for_each_configuration_with_its_makers_cost(plan: Plan) -> None:
     }
 
 
+def test_a_column_for_each_text(raw: dict[str, Any], registry: Registry, data: Path, tmp_path: Path) -> None:
+    """By the names of the files, with folders where two are alike; the first is the row's `perplexity`."""
+    (tmp_path / "other").mkdir()
+    texts = [data / "heldout.txt", tmp_path / "other" / "heldout.txt", tmp_path / "b.txt"]
+    for text in texts[1:]:
+        text.write_text("Words.")
+    raw["evaluate"]["perplexity"] = [{"text": str(text)} for text in texts]
+    plan = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
+    measured = {f"perplexity.{n}.text": {"perplexity": 10.0 + n, "windows": [1.0]} for n in range(3)}
+    report = make_report(plan, {"evaluate:merge": artifact("evaluate", FACTS | PERPLEXITY | {"texts": measured})})
+    (row,) = report["rows"]
+    assert row["perplexity"] == 21.306 and "texts" not in report["steps"][0]["report"]
+    names = [f"{data.name}/heldout.txt", "other/heldout.txt", f"{tmp_path.name}/b.txt"]
+    assert row["texts"] == dict(zip(names, measured.values(), strict=True))
+    heads, (cells,) = table(report)
+    assert heads[2:5] == [f"perplexity {name}" for name in names] and cells[2:5] == ["10.00", "11.00", "12.00"]
+
+
 def test_steps_without_the_detail_of_layers(plan: Plan) -> None:
     report = make_report(plan, {"sparsify": artifact("sparsify", {"layers": {"a": 0.5}, "sparsity": 0.5})})
     assert report["rows"] == [] and table(report)[1] == []

@@ -210,6 +210,17 @@ def test_a_measurement_of_nothing(raw: dict[str, Any], registry: Registry) -> No
     assert problems(resolver) == ["evaluate: measures nothing; add perplexity, exact_match or tasks"]
 
 
+def test_a_text_listed_twice(raw: dict[str, Any], registry: Registry) -> None:
+    text = raw["evaluate"]["perplexity"]
+    raw["evaluate"] = {"of": ["model"], "perplexity": [text, text | {"length": 300}]}
+    resolver = resolver_of(raw, registry)
+    list(steps.plan_evaluate(resolver.recipe.evaluate, resolver, adapter_base(resolver), {}))  # type: ignore[arg-type]
+    assert problems(resolver) == [
+        "evaluate.perplexity.1.length: 300 tokens, but the model's window is 256",
+        "evaluate.perplexity.1.text: is the file of evaluate.perplexity.0.text, too; name it once",
+    ]
+
+
 def test_held_out_records_must_have_answers(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     """Where a search compares them; its loss needs none."""
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')

@@ -140,6 +140,8 @@ def test_only_what_is_measured_is_kept(raw: dict[str, Any]) -> None:
     assert sparse.sparsify and not (sparse.finetune or sparse.search or sparse.merge)
     assert sparse.evaluate and sparse.evaluate.perplexity and not sparse.evaluate.exact_match
     assert (sparse.evaluate.perplexity.text, sparse.evaluate.perplexity.length) == ("other.txt", 64)
+    several = kept("sparsify", perplexity=[{"text": "a.txt"}, {"text": "b.txt"}]).evaluate
+    assert several and [(text.text, text.length) for text in several.texts.values()] == [("a.txt", 64), ("b.txt", 64)]
     tuned = kept("search")
     assert tuned.sparsify and tuned.finetune and tuned.search and not tuned.merge
     assert tuned.evaluate and tuned.evaluate.exact_match and tuned.evaluate.of == ("search",)

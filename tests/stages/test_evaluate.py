@@ -43,13 +43,28 @@ def test_a_model_is_measured_and_every_answer_written_down(
     stage.verify()
     written = json.loads((tmp_path / "results.json").read_text())
     assert math.isfinite(report["perplexity"]["perplexity"]) and report["sparsity"] == 0
-    assert written == {name: report[name] for name in measures}
+    assert written == {name: report[name] for name in (*measures, "texts")}
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     records = [json.loads(line) for line in Path(raw["evaluate"]["exact_match"]["data"]).read_text().splitlines()]
     assert [one["prompt"] for one in predictions] == [record["prompt"] for record in records]
     assert [one["expected"] for one in predictions] == [record["completion"] for record in records]
     assert sum(one["right"] for one in predictions) == written["exact_match"]["correct"]
     assert [one["record"] for one in predictions] == list(range(1, 11))
+
+
+def test_several_texts_each_measured_once(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that failed at the second has the first; `perplexity` is that of the first."""
+    first = raw["evaluate"]["perplexity"]
+    (tmp_path / "other.txt").write_text("Some words of another kind.")
+    texts = [first, {"text": str(tmp_path / "other.txt"), "length": 64}]
+    (tmp_path / "results.json").write_text(json.dumps({"texts": {"perplexity.0.text": {"nll": 1}}, "perplexity": 7}))
+    report = stage_of(raw, registry, tmp_path, perplexity=texts).run()
+    assert report["perplexity"] == 7 and report["texts"]["perplexity.0.text"] == {"nll": 1}
+    assert report["texts"].keys() == {"perplexity.0.text", "perplexity.1.text"}
+    assert report["texts"]["perplexity.1.text"]["window_tokens"] == [26]
+    assert report["texts"]["perplexity.1.text"]["stderr"] is None
 
 
 TASK = """task: sums
@@ -75,7 +90,7 @@ def test_a_task_that_fails_loses_nothing_that_was_measured(
     options |= {"perplexity": raw["evaluate"]["perplexity"], "limit": 5}
     with pytest.raises(StageError, match=r"'sums' \(data set json\) cannot be loaded"):
         stage_of(raw, registry, tmp_path, **options).run()
-    assert json.loads((tmp_path / "results.json").read_text()).keys() == {"perplexity"}
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == {"perplexity", "texts"}
     (tmp_path / "late.jsonl").write_text(Path(raw["evaluate"]["exact_match"]["data"]).read_text())
     monkeypatch.setattr("sqft.stages.evaluate.perplexity", None)
     report = stage_of(raw, registry, tmp_path, **options).run()

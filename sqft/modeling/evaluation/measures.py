@@ -22,24 +22,31 @@ from sqft.errors import StageError
 from sqft.modeling.evaluation.generation import eval_mode, finite, generate, greedy, padding_matters
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import Track
+from sqft.utils.statistics import weighted_mean
 
 log = logging.getLogger("sqft")
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], track: Track) -> dict[str, float]:
-    """Compute exp of the mean negative log-likelihood of every token but each window's first."""
-    total, tokens = 0.0, 0
+def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], track: Track) -> dict[str, Any]:
+    """Compute exp of the mean negative log-likelihood of every token but each window's first.
+
+    Returns `perplexity`, the mean `nll`, its `stderr` by the spread of the windows (None when there is only one), the
+    number of predicted `tokens`, and of each window the mean nll, `windows`, and that number, `window_tokens`.
+    """
+    sums: list[float] = []
     with eval_mode(model):
         for window in track(windows, "perplexity", len(windows)):
             ids = window[None].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            total += F.cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().item()
-            tokens += len(window) - 1
-    nll = total / tokens
+            sums.append(F.cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().item())
+    counts = [len(window) - 1 for window in windows]
+    nll = sum(sums) / sum(counts)
     if not nll < math.log(sys.float_info.max):
         raise StageError("the perplexity is not finite; the model's precision may be too low")
-    return {"perplexity": math.exp(nll), "nll": nll, "tokens": tokens}
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    whole = {"perplexity": math.exp(nll), "nll": nll, "tokens": sum(counts), "stderr": weighted_mean(means, counts)[1]}
+    return {**whole, "windows": means, "window_tokens": counts}
 
 
 @torch.inference_mode()

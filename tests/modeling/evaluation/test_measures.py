@@ -29,15 +29,19 @@ SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) 
 
 def test_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Path) -> None:
     windows = text_windows(data / "heldout.txt", tokenizer, 100, 40)
-    total, count = 0.0, 0
+    total, count, sums = 0.0, 0, [0.0]
     for window in windows:
         probabilities = model(window[None]).logits[0].double().softmax(-1)
         for position in range(len(window) - 1):
             total -= math.log(probabilities[position, window[position + 1]].item())
             count += 1
+        sums.append(total)
     found = perplexity(model, windows, silent)
     assert found["tokens"] == count
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["window_tokens"] == [39, 39, 19] and found["stderr"] > 0
+    means = [(after - before) / tokens for before, after, tokens in zip(sums, sums[1:], [39, 39, 19], strict=False)]
+    assert found["windows"] == pytest.approx(means, rel=1e-5)
 
 
 def test_a_perplexity_that_is_not_finite_is_refused(model: LlamaForCausalLM) -> None:
