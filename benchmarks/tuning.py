@@ -20,7 +20,8 @@ which ends after validation. Then run the whole line: it takes what is done from
 
 The standard error is over records, of their mean over seeds. "against the first" compares the same records and seeds
 with the first way: how many answers are right only here and only there, and the p of McNemar's exact test. It counts a
-record once a seed, so with several seeds p is somewhat too small. Perplexity is the mean over seeds.
+record once a seed, so with several seeds p is somewhat too small. Perplexity is the mean over
+seeds, of each text in the order of the recipe.
 """
 
 from __future__ import annotations
@@ -122,8 +123,10 @@ def mcnemar(first: Answers, other: Answers) -> tuple[int, int, float]:
 
 
 def perplexity_of(rows: list[dict[str, Any]]) -> str:
-    found = [row["perplexity"] for row in rows]
-    return f"{statistics.mean(found):.2f}" if None not in found else "–"
+    """Return the mean perplexity over rows, of each text that the recipe names."""
+    texts = [list(row["texts"].values()) for row in rows]
+    means = [statistics.mean(one["perplexity"] for one in same) for same in zip(*texts, strict=True)]
+    return ", ".join(f"{mean:.2f}" for mean in means) or "–"
 
 
 def sweep(tuning: Tuning, way: str, rates: list[float], widen: int, seeds: list[int]) -> dict[float, Answers]:

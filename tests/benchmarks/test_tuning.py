@@ -111,6 +111,6 @@ def test_both_tables(raw: dict[str, Any], tmp_path: Path, monkeypatch: Any, caps
     assert [line.split(" | ")[0] for line in tables if "---" not in line] == [
         "| validation", "| recipe", "| hira", "| test", "| sparsify", "| recipe", "| hira",
     ]  # fmt: skip
-    assert "p = " in tables[-1] and "p = " not in tables[-2]
+    assert "p = " in tables[-1] and "p = " not in tables[-2] and all("–" not in line for line in tables[-3:-1])
     trained = list((tmp_path / "store" / "artifacts").glob("finetune-*"))
     assert len(trained) == 2 and len(list((tmp_path / "store" / "artifacts").glob("sparsify-*"))) == 1
