@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.data.chat_template import ChatTemplate
+from sqft.data.overlap import RUN, shared_runs
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem
 from sqft.planning.conversations import ConversationCheck
@@ -40,6 +41,9 @@ OF_TASKS = (
 
 TUNED = ("search", "merge", "finetune")
 """Stages that leave a tuned model, by which an entry of `evaluate.of` begins."""
+
+SHARED = 0.01
+"""Share of a text's runs of words in the calibration text from which on both are taken to come from one source."""
 
 Notes = Iterator[tuple[str, str]]
 """Pairs of a place in the recipe and what there is to say about it."""
@@ -75,6 +79,26 @@ def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: 
             resolver.report(f"{place}.text", f"is the file of evaluate.{first}, too; name it once")
     several = isinstance(section.perplexity, tuple)
     return section.model_copy(update={"perplexity": tuple(shorter) if several else next(iter(shorter), None)})
+
+
+def notes_on_calibration(section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step]) -> Notes:
+    """Note where a text whose perplexity is measured is the calibration's, or has much of it word for word.
+
+    See `notes_on_chats` for the arguments.
+    """
+    calibration = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
+    for role in section.texts if calibration else ():
+        assert calibration is not None
+        try:
+            share = shared_runs(files[role], calibration)
+        except DataError:
+            continue  # the stage that reads it says so
+        if share >= SHARED:
+            yield (
+                f"evaluate.{role}",
+                f"{share:.0%} of its runs of {RUN} words occur in {calibration.name}, too, which calibration sees: its "
+                "perplexity flatters what fits that text; measure another text beside it",
+            )
 
 
 def check_template(section: Evaluate, conversations: ConversationCheck | None) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -110,8 +109,10 @@ def _calibration(show: _Display, data: StepData, place: str) -> Preview:
     return show.windows(place, data.calibration(show.tokenizer))
 
 
-def _text(show: _Display, file: Path, text: Perplexity, place: str) -> Preview:
-    return show.text(place, text_windows(file, show.tokenizer, text.tokens, text.length))
+def _text(show: _Display, data: StepData, role: str, text: Perplexity, place: str) -> Preview:
+    preview = show.text(place, text_windows(data.step.files[role], show.tokenizer, text.tokens, text.length))
+    preview.notes.extend(note for note in data.plan.notes if note.startswith(f"evaluate.{role}: "))
+    return preview
 
 
 def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
@@ -146,7 +147,7 @@ def _of_search(show: _Display, data: StepData, section: Search, training: _Train
 def _of_evaluate(show: _Display, data: StepData, section: Evaluate) -> dict[str, Maker]:
     makers: dict[str, Maker] = {}
     for role, text in section.texts.items():
-        makers[f"evaluate.{role}".removesuffix(".text")] = partial(_text, show, data.step.files[role], text)
+        makers[f"evaluate.{role}".removesuffix(".text")] = partial(_text, show, data, role, text)
     if match := section.exact_match:
         makers["evaluate.exact_match"] = lambda place: show.asked(
             place, data.records("exact_match.data", match.data), match.max_new_tokens

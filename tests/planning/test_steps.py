@@ -221,6 +221,20 @@ def test_a_text_listed_twice(raw: dict[str, Any], registry: Registry) -> None:
     ]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_text_that_calibration_sees(raw: dict[str, Any], registry: Registry, tmp_path: Path, same: bool) -> None:
+    seen = Path(raw["calibration"]["data"]).read_text() if same else "Words of quite another kind. " * 9
+    (tmp_path / "text.txt").write_text(seen)
+    raw["evaluate"] = {"of": ["sparsify"], "perplexity": {"text": str(tmp_path / "text.txt")}}
+    resolver = resolver_of(raw, registry)
+    made = {"sparsify": steps.plan_sparsify(resolver.recipe.sparsify, resolver)}  # type: ignore[arg-type]
+    list(steps.plan_evaluate(resolver.recipe.evaluate, resolver, adapter_base(resolver), made))  # type: ignore[arg-type]
+    notes = [note for note in resolver.notes if note.startswith("evaluate.")]
+    assert len(notes) == same
+    if same:
+        assert notes[0].startswith("evaluate.perplexity.text: ") and "occur in calibration.jsonl, too" in notes[0]
+
+
 def test_held_out_records_must_have_answers(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     """Where a search compares them; its loss needs none."""
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
