@@ -81,7 +81,7 @@ class Gptq(_OnGrid):
         0, ge=0, le=20, description="passes over the inputs afterwards, in which each takes its best codes again"
     )
     refine_damp: float = Field(
-        0.0, ge=0, description="with refine, added to the Hessian's diagonal, as a fraction of each of its entries"
+        0.5, ge=0, description="with refine, added to the Hessian's diagonal, as a fraction of each of its entries"
     )
     target: Literal["sparse", "dense"] = Field(
         "sparse", description="with refine, the weight to match: as it was quantized, or as it was before pruning"

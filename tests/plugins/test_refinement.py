@@ -100,13 +100,13 @@ def test_it_is_the_best_code_of_one_input_after_the_other(seed: int, symmetric: 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_it_comes_nearer_to_the_best_of_all_codes(pruned: float, symmetric: bool) -> None:
     """All codes of 4 bits for 4 kept inputs of each row are tried."""
-    gaps = {0: 0.0, 5: 0.0}
+    plain = Gptq(group_size=-1, symmetric=symmetric)
+    gaps = {plain: 0.0, (refined := plain.model_copy(update={"refine": 5, "refine_damp": 0.0})): 0.0}
     for seed in range(5):
         dense, mask, H = problem(seed, inputs=4 if pruned == 0.0 else 6)
         mask = torch.ones_like(mask) if pruned == 0.0 else torch.rand(mask.shape).argsort(1) < 4
         weight, tried = dense * mask, torch.tensor(list(product(range(16), repeat=4)), dtype=torch.float64)
-        for passes in gaps:
-            quantizer = Gptq(group_size=-1, symmetric=symmetric, refine=passes)
+        for quantizer in gaps:
             found = quantizer.quantize(weight, mask, LinearStats(TOKENS, hessian=H))
             scale, zero = (part.double() for part in expand_per_input(found.grid, weight.shape[1]))
             for row, mine in enumerate(error(weight, found, H)):
@@ -114,14 +114,14 @@ def test_it_comes_nearer_to_the_best_of_all_codes(pruned: float, symmetric: bool
                 difference = weight[row, kept] - scale[row, kept] * (tried - zero[row, kept])
                 best = (difference @ H.double()[kept][:, kept] * difference).sum(1).min()
                 assert mine >= best * (1 - 1e-6)
-                gaps[passes] += float(mine / best)
-    assert gaps[5] < gaps[0]
+                gaps[quantizer] += float(mine / best)
+    assert gaps[refined] < gaps[plain]
 
 
 def test_many_passes_end_where_no_single_code_can_be_better() -> None:
     dense, mask, H = problem(3)
     weight = dense * mask
-    found = Gptq(group_size=32, refine=20).quantize(weight, mask, LinearStats(TOKENS, hessian=H))
+    found = Gptq(group_size=32, refine=20, refine_damp=0).quantize(weight, mask, LinearStats(TOKENS, hessian=H))
     again = refine(found, weight, H, mask, torch.arange(IN), 1)
     assert grids.same(found, again) and found.compensated is not None
     lowest = dequantize(found) + (weight - dequantize(found)) @ H / H.diagonal()  # of the parabola of each code alone
