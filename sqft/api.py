@@ -2,7 +2,6 @@
 
 from sqft.checkpoints.export import ShardSize, float_layers, parameters, write_config, write_shards
 from sqft.checkpoints.gptq import gptq_config, gptq_incompatibility, write_gptq_config
-from sqft.checkpoints.safetensors import read_tensor
 from sqft.components.hookspecs import hookimpl
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.errors import ContractError, PluginError, SqftError, StageError
@@ -61,7 +60,6 @@ __all__ = [
     "gptq_incompatibility",
     "hookimpl",
     "parameters",
-    "read_tensor",
     "write_config",
     "write_gptq_config",
     "write_shards",

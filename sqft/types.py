@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -101,12 +101,15 @@ class LinearStats:
     input_sq_sum: Tensor | None = None  # [in]
     hessian: Tensor | None = None  # [in, in]
     generator: Generator | None = None
-    name: str = ""
-    """The layer's name; empty where a component is tried by itself."""
     unreached: bool = False
     """True for an expert to which no token was routed: its statistics are then those of all tokens."""
+    name: str = ""
+    """The layer's name; empty where a component is tried by itself."""
     dense: Tensor | None = None  # [out, in]
     """The layer's weight before pruning, for a quantizer that says that it needs it."""
+    weight_in: Callable[[Path], Tensor] | None = None
+    """For a scorer: a function that returns the same layer's weight [out, in], in its stored precision, of another
+    model's folder. It raises SqftError where that does not hold the layer as floats."""
 
 
 @dataclass(frozen=True, slots=True)

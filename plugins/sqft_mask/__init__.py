@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from sqft.api import SPARSITY_TOLERANCE, InputPath, LinearStats, Scorer, Select, StageError, hookimpl, read_tensor
+from sqft.api import SPARSITY_TOLERANCE, InputPath, LinearStats, Scorer, Select, SqftError, StageError, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,15 +25,19 @@ class Mask(Scorer):
     )
 
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
-        place = f"sparsify.scorer.options.folder: {stats.name}.weight in {self.folder}"
-        other = read_tensor(Path(self.folder), f"{stats.name}.weight")
+        if stats.weight_in is None:
+            raise StageError("scorer 'mask' needs a core that reads other models' layers; run it in the stage sparsify")
+        option = "sparsify.scorer.options.folder"
+        try:
+            other = stats.weight_in(Path(self.folder))
+        except SqftError as error:
+            raise StageError(f"{option}: {error}") from error
+        place = f"{option}: {stats.name}.weight in {self.folder}"
         if other.shape != weight.shape:
             raise StageError(
                 f"{place} has the shape {list(other.shape)}, expected {list(weight.shape)}; name a model of the same "
                 "architecture and size"
             )
-        if not (other.is_floating_point() and other.isfinite().all()):
-            raise StageError(f"{place} does not hold finite floats; name a model that is not quantized")
         other = other.to(weight)
         mask = select(other.abs())
         # A kept weight may have become zero. A pruned one cannot have become anything else.

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqft.errors import ArtifactError, ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -68,23 +65,6 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         cause = error if isinstance(error, ValueError) else "its header is invalid"
         raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
-
-
-def read_tensor(folder: Path, name: str) -> Tensor:
-    """Return one tensor of a model folder, by its name there; no other is read.
-
-    Raises:
-        ArtifactError: when a file is damaged or missing, or none has the tensor.
-        ModelError: when the folder has no weights that transformers would read.
-    """
-    from safetensors import safe_open
-
-    for file, listed in weight_files(folder).items():
-        if name in (listed or {name}) and name in safetensors_header(file):
-            with safe_open(file, "pt") as stream:
-                tensor: Tensor = stream.get_tensor(name)
-            return tensor
-    raise ArtifactError(f"{folder} has no tensor {name}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ TRAIN = (
 )
 
 STAGE_CODE: dict[str, tuple[str, ...]] = {
-    "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
+    "sparsify": (*EVERY_STAGE, *COMPRESS, "modeling/loading/other_model", "stages/sparsify"),
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
     "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),

@@ -7,7 +7,9 @@ Four questions, four places: the scorer says how much a weight matters, the allo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from sqft.kernels.checksums import sha256
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, shape_of
 from sqft.modeling.loading import load_model
+from sqft.modeling.loading.other_model import OtherModel
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Sparsify
 from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
@@ -38,6 +41,7 @@ class SparsifyStage:
         # Digests of what is to be read back: every parameter as it was loaded or as a component gave it, and the masks.
         self.parameters: dict[str, str] = {}
         self.masks: dict[str, str] = {}
+        self.others: dict[Path, OtherModel] = {}
 
     def run(self) -> Report:
         """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
@@ -110,7 +114,8 @@ class SparsifyStage:
         if sha256(linear.weight) != self.parameters[f"{name}.weight"]:
             raise ContractError(f"{name} changed before it was pruned: {self.label}, or the allocator, edited it")
         select = Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
-        with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "sparsify")) as given:
+        readable = replace(stats, weight_in=partial(self._weight_in, layer=name))
+        with guarded(self.label, {name: (linear, readable)}, partial(self.inputs.seed_for, "sparsify")) as given:
             weight, seeded = given[0][name], given[1][name]
             pruned = self.scorer.prune(weight, seeded, select)
         value, mask = checks.check_pruned(self.label, name, weight, pruned, select.pruned_fraction())
@@ -126,6 +131,12 @@ class SparsifyStage:
         assign_weight(self.inputs.step.label(Updater) if self.updater else self.label, name, linear, value)
         self.parameters[f"{name}.weight"] = digest or sha256(linear.weight)
         return mask, errors
+
+    def _weight_in(self, folder: Path, layer: str) -> Tensor:
+        """Return the weight [out, in] of a layer in another model's folder; see `LinearStats.weight_in`."""
+        if folder not in self.others:
+            self.others[folder] = OtherModel(folder, self.inputs.plan.recipe.model.trust_remote_code)
+        return self.others[folder].weight(layer)
 
     def _update(self, updater: Updater, name: str, linear: nn.Linear, stats: LinearStats, mask: Tensor) -> Tensor:
         """Return the weight [out, in] that the updater gives a layer, which is dense as yet, under the scorer's mask.

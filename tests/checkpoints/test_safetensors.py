@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.checkpoints.safetensors import INDEX, read_tensor, safetensors_header
+from sqft.checkpoints.safetensors import safetensors_header
 from sqft.errors import ArtifactError
 
 
@@ -22,21 +22,6 @@ def test_a_header(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(()), "c": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert safetensors_header(tmp_path / "x.safetensors") == {"a": (2, 3), "b": (), "c": (0, 4)}
-
-
-def test_one_tensor(tmp_path: Path) -> None:
-    """Of a folder, whichever file it is in."""
-    save_file({"a": torch.ones(2, 3), "b": torch.zeros(1)}, tmp_path / "one.safetensors")
-    save_file({"c": torch.arange(4)}, tmp_path / "two.safetensors")
-    files = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors", "lost": "two.safetensors"}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
-    assert read_tensor(tmp_path, "a").equal(torch.ones(2, 3)) and read_tensor(tmp_path, "c").equal(torch.arange(4))
-    for name in ("d", "lost"):
-        with pytest.raises(ArtifactError, match=f"{tmp_path} has no tensor {name}"):
-            read_tensor(tmp_path, name)
-    os.truncate(tmp_path / "two.safetensors", 20)
-    with pytest.raises(ArtifactError, match=r"two\.safetensors is not a complete safetensors file"):
-        read_tensor(tmp_path, "c")
 
 
 def header(text: str, size: int = 0) -> bytes:

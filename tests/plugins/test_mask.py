@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS
-from sqft.errors import ArtifactError, RecipeError, StageError
+from sqft.errors import RecipeError, StageError
 from sqft.execution.run_folder import make_run_folder, write_plan
 from sqft.kernels.masks import keep_mask
 
@@ -82,19 +82,23 @@ def as_codes(tensors: dict[str, Tensor]) -> None:
     tensors[Q] = tensors[Q].to(torch.int32)
 
 
+def as_float8(tensors: dict[str, Tensor]) -> None:
+    tensors[Q] = tensors[Q].to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        (lambda tensors: tensors.pop(DOWN), ArtifactError, f"other has no tensor {DOWN}"),
-        (cut, StageError, "has the shape [8, 32], expected [32, 32]; name a model of the same architecture"),
-        (fill, StageError, "has 0.0000 zeros, which are not those of the recipe's pattern and sparsity (512 weights"),
-        (lambda tensors: tensors[Q][0].zero_(), StageError, "16 zeros kept); set sparsify.pattern and"),
-        (as_codes, StageError, "does not hold finite floats; name a model that is not quantized"),
+        (lambda tensors: tensors.pop(DOWN), f"other has no tensor {DOWN}"),
+        (cut, f"other: {Q} has the shape [8, 32], expected [32, 32]; copy it again"),
+        (fill, "has 0.0000 zeros, which are not those of the recipe's pattern and sparsity (512 weights"),
+        (lambda tensors: tensors[Q][0].zero_(), "16 zeros kept); set sparsify.pattern and"),
+        (as_codes, f"other: {Q} is int32; name a model of floats"),
+        (as_float8, f"other: {Q} is float8_e4m3fn; name a model of floats"),
     ],
 )
 def test_a_folder_that_does_not_fit(
     change: Callable[[dict[str, Tensor]], Any],
-    error: type[Exception],
     message: str,
     raw: dict[str, Any],
     registry: Registry,
@@ -105,9 +109,9 @@ def test_a_folder_that_does_not_fit(
     tensors = load_file(other / WEIGHTS)
     change(tensors)
     save_file(tensors, other / WEIGHTS, {"format": "pt"})
-    with pytest.raises(error) as caught:
+    with pytest.raises(StageError, match=r"^sparsify\.scorer\.options\.folder: ") as caught:
         run(Orchestrator(registry, tmp_path / "store"), recipe(raw, "other"), tmp_path)
-    assert message in str(caught.value) and ("q_proj.weight in " in str(caught.value) or error is ArtifactError)
+    assert message in str(caught.value)
 
 
 def test_another_pattern(raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path) -> None:
@@ -132,7 +136,7 @@ def test_the_folder_is_a_file_of_the_plan(
     stored = json.loads((folder / "recipe.json").read_text())
     assert stored["sparsify"] == {"scorer": {"name": "mask", "options": {"folder": str(tmp_path / "one")}}}
     assert orchestrator.plan(Recipe.parse(stored, tmp_path / "one")).step("sparsify").fingerprint == step.fingerprint
-    (tmp_path / "two" / "config.json").write_text("{}")
+    (tmp_path / "two" / "more.json").write_text("{}")
     assert orchestrator.plan(plans[1].recipe).step("sparsify").fingerprint != step.fingerprint
     with pytest.raises(StageError, match=r"sparsify\.scorer\.folder: .*two has changed since the plan"):
         orchestrator.run(plans[1], until="sparsify")
