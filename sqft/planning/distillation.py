@@ -9,7 +9,6 @@ from sqft.checkpoints.model_source import ModelSource
 from sqft.errors import Problem
 from sqft.planning.resolution import Resolver
 from sqft.recipe.sections import Finetune
-from sqft.recipe.teacher import DENSE
 from sqft.types import BaseKind
 
 
@@ -33,19 +32,22 @@ def notes(section: Finetune, resolver: Resolver, teacher: ModelSource, kind: Bas
         kind: of the base under the adapters.
     """
     assert section.teacher is not None
-    kept = section.teacher.top_k or 0
-    per_label = 4 * (2 * kept + 1 if kept else teacher.size("vocab_size"))
+    known = min(model.size("vocab_size") for model in (resolver.model, teacher))
+    kept = None if section.teacher.keeps_all(known) else section.teacher.top_k
+    per_label = 4 * (2 * kept + 1 if kept else known)
     examples = forwards(section, resolver)
+    # A packed row holds several examples: how many of them the steps reach is known once they are packed.
+    about = "at most" if section.steps and section.packing else "about"
     yield (
-        f"before training, a model of {teacher.parameters:,} parameters reads about {examples:,} examples once "
+        f"before training, a model of {teacher.parameters:,} parameters reads {about} {examples:,} examples once "
         f"({examples:,} teacher forwards); {per_label:,} bytes for each label are on disk until the step is done"
     )
-    if section.teacher.model == DENSE and (kind is BaseKind.DENSE or resolver.model.quantization is not None):
+    if teacher.digest == resolver.model.digest and (kind is BaseKind.DENSE or resolver.model.quantization is not None):
         yield "the teacher is the model that training starts from: it holds the student back, and has nothing to add"
 
 
 def forwards(section: Finetune, resolver: Resolver) -> int:
-    """Return about how many examples the teacher reads: one for each record that training reaches."""
+    """Return about how many examples the teacher reads, or how many at most of those that are packed."""
     counts = (resolver.sizes.get(f"finetune.{role}", 0) * min(1, how.weight) for role, how in section.data_sets.items())
     examples = math.ceil(sum(counts) * (1 - section.holdout))
     if section.steps and not section.packing:

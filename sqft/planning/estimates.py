@@ -138,19 +138,22 @@ def estimate_quantize(
 
 
 def estimate_finetune(
-    model: ModelSource, section: Finetune, trained: int, base: int, teacher: int | None = None
+    model: ModelSource, dtype: str, section: Finetune, trained: int, base: int, teacher: ModelSource | None = None
 ) -> Estimate:
     """Estimate `finetune`.
 
     Args:
         model: the recipe's model.
+        dtype: its precision, and the teacher's.
         section: how it is trained.
         trained: the number of parameters that train.
         base: bytes of the base in memory.
-        teacher: bytes of the teacher in memory, if there is one: it is freed before the base is loaded.
+        teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
     """
     student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
-    reading = (teacher or 0) + logits_bytes(model, section)
+    reading = 0
+    if teacher:
+        reading = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
     return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
 
 
@@ -198,20 +201,34 @@ def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:
 
 def activation_bytes(source: ModelSource, section: Finetune) -> int:
     """Return the bytes kept for backward: an upper bound, for every example as long as max_length."""
-    size = source.size
-    hidden, layers = size("hidden_size"), size("num_hidden_layers", default=1)
-    inner = size("intermediate_size", default=4 * hidden)
-    tokens = section.batch_size * section.max_length
-    kept = (hidden if section.gradient_checkpointing else 14 * hidden + 4 * inner) * layers
-    return 4 * tokens * kept + logits_bytes(source, section)
+    hidden = 4 * section.batch_size * section.max_length * source.size("hidden_size")
+    kept = hidden if section.gradient_checkpointing else layer_bytes(source, section)
+    return source.size("num_hidden_layers", default=1) * kept + logits_bytes(source, section)
+
+
+def layer_bytes(source: ModelSource, section: Finetune) -> int:
+    """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`."""
+    hidden = source.size("hidden_size")
+    inner = source.size("intermediate_size", default=4 * hidden)
+    return 4 * section.batch_size * section.max_length * (14 * hidden + 4 * inner)
 
 
 def logits_bytes(source: ModelSource, section: Finetune) -> int:
-    """Return the bytes of a batch's logits with what their loss keeps; beside a teacher it keeps more."""
+    """Return the bytes of a batch's logits and of all that their loss computes from them, counted at its peak.
+
+    Beside a teacher these are more; its complete predictions are there for the whole batch, whatever the chunk.
+    """
+    vocabulary = source.size("vocab_size")
     tokens = section.batch_size * section.max_length
     labels = tokens if section.loss_on == "all" else tokens // 4
-    copies = 5 if section.teacher else 3
-    return 4 * source.size("vocab_size") * copies * min(labels, section.loss_chunk or labels)
+    at_once = min(labels, section.loss_chunk or labels)
+    if section.teacher is None:
+        rows = 3 * at_once
+    elif section.teacher.keeps_all(vocabulary):
+        rows = 8 * at_once + labels
+    else:
+        rows = 6 * at_once
+    return 4 * vocabulary * rows
 
 
 def calibration_bytes(

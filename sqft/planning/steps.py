@@ -147,9 +147,8 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
     loaded = _loaded_base(resolver, merger, steps, _names(targets))
-    teacher_bytes = None
-    if section.teacher and (teacher := resolver.teacher(section.teacher, "finetune.teacher")):
-        teacher_bytes = estimates.model_bytes(teacher, resolver.dtype)
+    teacher = resolver.teacher(section.teacher, "finetune.teacher") if section.teacher else None
+    if teacher:
         resolver.collect(distillation.check_teacher(section, teacher))
         for note in distillation.notes(section, resolver, teacher, base.kind):
             resolver.note("finetune.teacher", note)
@@ -161,7 +160,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         components=_found(adapter=adapter, merger=merger),
         inputs=base.inputs,
         files=files,
-        estimate=estimates.estimate_finetune(resolver.model, section, trained, loaded, teacher_bytes),
+        estimate=estimates.estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher),
     )
 
 

@@ -194,7 +194,7 @@ class Finetune(Section):
         False, description="compute activations again in the backward pass: less memory, more time"
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's learning rate at its highest")
-    learning_rate_ratio: Annotated[float, Field(gt=0)] = Field(
+    learning_rate_ratio: Annotated[float, Field(gt=0, le=10_000)] = Field(
         1.0, description="B's learning rate, as a multiple of learning_rate (LoRA+)"
     )
     schedule: Literal[

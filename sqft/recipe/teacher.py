@@ -24,7 +24,7 @@ class Teacher(Section):
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="share of the teacher in the loss: (1 - weight) · cross-entropy + weight · temperature² · KL"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
         1.0, description="logits of teacher and student are divided by it before they are compared"
     )
     top_k: Count | None = Field(
@@ -32,6 +32,10 @@ class Teacher(Section):
         description="how many tokens of the teacher's prediction are kept for each label, the most probable ones; all "
         "others count as one outcome. null: the complete prediction",
     )
+
+    def keeps_all(self, vocabulary: int) -> bool:
+        """Return whether complete predictions are kept, of so many tokens."""
+        return self.top_k is None or self.top_k >= vocabulary
 
 
 TeacherRef = Annotated[Teacher, ShortForm("model")]

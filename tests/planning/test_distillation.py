@@ -11,6 +11,7 @@ import pytest
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_source import ModelSource
 from sqft.errors import RecipeError, StageError
+from sqft.planning import estimates
 from sqft.planning.plan import Plan
 
 
@@ -25,7 +26,11 @@ def planned(raw: dict[str, Any], store: Path, teacher: Any, **section: Any) -> P
         ("nowhere", r"finetune\.teacher\.model: no file or folder .*nowhere, and 'nowhere' is not a Hugging Face id"),
         ({"model": "dense", "weight": 0}, r"finetune\.teacher\.weight: input should be greater than 0"),
         ({"model": "dense", "weight": 1.1}, r"finetune\.teacher\.weight: input should be less than or equal to 1"),
-        ({"model": "dense", "temperature": 0}, r"finetune\.teacher\.temperature: input should be greater than 0"),
+        (
+            {"model": "dense", "temperature": 0},
+            r"finetune\.teacher\.temperature: input should be greater than or equal to 0\.01",
+        ),
+        ({"model": "dense", "temperature": 101}, r"finetune\.teacher\.temperature: .* less than or equal to 100"),
         ({"model": "dense", "top_k": 0}, r"finetune\.teacher\.top_k: input should be greater than or equal to 1"),
         ({"weight": 1}, r"finetune\.teacher\.model: is missing"),
     ],
@@ -70,13 +75,16 @@ def test_what_it_costs(raw: dict[str, Any], model_folder: Path, tmp_path: Path) 
     everything = {"steps": None, "data": {"path": raw["finetune"]["data"], "weight": 2}, "holdout": 0.25}
     assert "48 teacher forwards" in note("dense", **everything)
     assert "a model of 26,848 parameters" in note(str(model_folder))
-    assert f"{4 * 258:,} bytes for each label" in note({"model": "dense", "top_k": None})
+    for top_k in (None, 258, 1000):
+        assert f"{4 * 258:,} bytes for each label" in note({"model": "dense", "top_k": top_k})
+    assert "reads at most 64 examples once" in note("dense", packing=True)
 
 
 def test_a_teacher_with_nothing_to_teach_is_noted(raw: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
     assert not any("nothing to add" in note for note in planned(raw, tmp_path, "dense").notes)
     raw = {key: raw[key] for key in ("schema", "name", "model", "finetune")}
-    assert any("nothing to add" in note for note in planned(raw, tmp_path, "dense").notes)
+    for teacher in ("dense", raw["model"]["path"]):
+        assert any("nothing to add" in note for note in planned(raw, tmp_path, teacher).notes)
 
 
 def test_training_depends_on_the_teacher_s_content(raw: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
@@ -110,7 +118,10 @@ def test_memory_is_the_larger_of_the_two(raw: dict[str, Any], tmp_path: Path, mo
     def memory(teacher: Any) -> int:
         return planned(raw, tmp_path, teacher, loss_chunk=1).step("finetune").estimate.memory
 
-    logits = 4 * 258
-    assert memory("dense") == memory(None) + 2 * logits
+    logits, layer = 4 * 258, 4 * 4 * 256 * (14 * 32 + 4 * 64)
+    assert memory("dense") == memory(None) + 3 * logits
     monkeypatch.setattr(ModelSource, "parameters", 10**9)
-    assert memory("dense") == max(memory(None) + 2 * logits, 4 * 10**9 + 5 * logits + (1 << 29))
+    reading = 4 * 10**9 + layer + 6 * logits + (1 << 29)
+    assert memory("dense") == max(memory(None) + 3 * logits, reading)
+    monkeypatch.setattr(estimates, "activation_bytes", lambda *_: 0)
+    assert memory("dense") == reading > memory(None)

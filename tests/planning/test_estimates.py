@@ -173,7 +173,7 @@ def test_bytes_of_activations(settings: dict[str, Any], kept: int, labels: int) 
         {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": 4, "max_length": 16, **settings}
     )
     assert activation_bytes(source(), section) == 4 * (4 * 16 * kept * 2 + 10 * 3 * labels)
-    estimate = estimate_finetune(source(), section, 100, 7)
+    estimate = estimate_finetune(source(), "float32", section, 100, 7)
     assert (estimate.parameters, estimate.storage) == (100, 400)
     assert estimate.memory == 7 + 16 * 100 + activation_bytes(source(), section) + (1 << 29)
 

@@ -65,7 +65,9 @@ class AdaptedLinear(nn.Module):
         def makes(factor: Tensor) -> list[bool]:
             if not factor.requires_grad:
                 return [False] * len(own)
-            return [grad is not None for grad in torch.autograd.grad(factor.sum(), own, allow_unused=True)]
+            # Both may come from one graph.
+            found = torch.autograd.grad(factor.sum(), own, retain_graph=True, allow_unused=True)
+            return [grad is not None for grad in found]
 
         return [p for p, in_B, in_A in zip(own, makes(B), makes(A), strict=True) if in_B and not in_A]
 

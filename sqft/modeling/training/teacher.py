@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,13 @@ class Predictions:
         self.tokens = _mapped(folder / "tokens", (labels, tokens), torch.int32) if tokens else None
 
     def write(self, start: int, prediction: Prediction) -> int:
-        """Keep the prediction of the labels from number `start` on; return the number of the label after them."""
+        """Keep the prediction of the labels from number `start` on; return the number of the label after them.
+
+        Raises:
+            StageError: when it is not finite.
+        """
+        if not prediction.probabilities.isfinite().all():
+            raise StageError("finetune.teacher: its logits are not finite; use float32")
         stop = start + len(prediction.probabilities)
         self.probabilities[start:stop] = prediction.probabilities
         if self.tokens is not None and prediction.tokens is not None:
@@ -159,13 +166,11 @@ class Teacher:
                         at = kept.write(at, predict(logits[:, :known], self.temperature, self.top_k))
             processes.barrier()
             if processes.is_main:
-                if not kept.probabilities.isfinite().all():
-                    raise StageError(f"finetune.teacher: logits of {self.spec.path} are not finite; use float32")
                 seal(folder)
 
 
 def _prepare(folder: Path, labels: int, known: int, top_k: int | None) -> None:
-    """Make the files for the predictions of some labels, without content as yet.
+    """Make the files for the predictions of some labels, with all the room that they take, and no content as yet.
 
     Args:
         folder: is made anew.
@@ -180,12 +185,18 @@ def _prepare(folder: Path, labels: int, known: int, top_k: int | None) -> None:
     folder.mkdir(parents=True)
     tokens = 0 if top_k is None or top_k >= known else top_k
     outcomes = tokens + 1 if tokens else known
-    needed, free = 4 * labels * (outcomes + tokens), shutil.disk_usage(folder).free
-    if needed > free:
+    try:
+        for name, columns in (("probabilities", outcomes), ("tokens", tokens)):
+            if columns:
+                with (folder / name).open("wb") as file:
+                    # A mapped file that only finds out while it is written that the disk is full ends the process.
+                    os.posix_fallocate(file.fileno(), 0, 4 * labels * columns)
+    except OSError as error:
+        shutil.rmtree(folder)
         raise StageError(
-            f"finetune.teacher: predictions at {labels:,} labels need {human_size(needed)}, and {folder} has "
-            f"{human_size(free)} free; lower finetune.teacher.top_k, or make room"
-        )
+            f"finetune.teacher: predictions at {labels:,} labels need {human_size(4 * labels * (outcomes + tokens))} "
+            f"in {folder}: {error.strerror}; lower finetune.teacher.top_k, or make room"
+        ) from None
     write_json(folder / SHAPE, {"labels": labels, "outcomes": outcomes, "tokens": tokens})
 
 

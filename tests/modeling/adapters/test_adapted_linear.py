@@ -201,7 +201,8 @@ class Shared(nn.Module):
         self.fixed = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        return (self.left * self.gate * self.both * self.fixed)[:, :rank], (self.both * self.right)[:rank], 1.0
+        both = self.both.square()  # one node of the graph of each
+        return (self.left * self.gate * both * self.fixed)[:, :rank], (both * self.right)[:rank], 1.0
 
 
 def test_the_parameters_of_b_are_found_whatever_their_names() -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from sqft.data.collators import Collator, PackingCollator, pack
 from sqft.data.encoding import IGNORED, Tokenization
 from sqft.errors import StageError
 from sqft.modeling.training.loss import CompletionLoss, Distillation, Prediction, divergence, predict, sees_across
+from sqft.planning.estimates import logits_bytes
+from sqft.recipe.sections import Finetune
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]
 
@@ -259,6 +265,46 @@ def test_the_mixed_loss_and_its_gradients_are_the_naive_ones(
     torch.testing.assert_close(gradients(model), wanted, rtol=1e-9, atol=1e-12)
     # Without predictions, as in validation, it is the cross-entropy alone.
     torch.testing.assert_close(loss(**batch)["loss"], cross_entropy, rtol=1e-12, atol=0)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at once, by their storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_iter((args, result)) if isinstance(t, Tensor)):
+            self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {place: one for place, one in self.live.items() if not one[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("chunk", [None, 6])
+@pytest.mark.parametrize("teacher", [None, {"model": "dense"}, {"model": "dense", "top_k": None}])
+def test_the_plan_counts_what_the_loss_keeps(
+    model: LlamaForCausalLM, chunk: int | None, teacher: dict[str, Any] | None
+) -> None:
+    """Of a vocabulary so large that little else matters: no more than the plan says, and not much less."""
+    vocabulary, ids = 20_000, torch.arange(36).view(4, 9) + 2
+    model = LlamaForCausalLM(model.config.__class__(**model.config.to_dict() | {"vocab_size": vocabulary}))
+    model.requires_grad_(False).model.norm.weight.requires_grad_(True)
+    section = Finetune.model_validate(
+        {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": 4, "max_length": 8, "loss_on": "all"}
+        | {"teacher": teacher, "loss_chunk": chunk}
+    )
+    given: dict[str, Tensor | None] = {}
+    if section.teacher:
+        given = predict(torch.randn(32, vocabulary), 1.0, section.teacher.top_k)._asdict()
+    with Peak() as peak:
+        CompletionLoss(model, chunk, Distillation(0.5, 1.0))(ids, ids, **given)["loss"].backward()
+    planned = logits_bytes(SimpleNamespace(size=lambda name: vocabulary), section)  # type: ignore[arg-type]
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert 0.75 * planned < peak.bytes - weights < 1.02 * planned
 
 
 def test_a_model_that_cannot_be_told_where_an_example_begins(model: LlamaForCausalLM) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
+import os
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -122,9 +123,31 @@ def test_what_a_teacher_has_not_read_is_an_error(model_folder: Path, examples: l
 def test_a_full_disk_is_found_before_the_files_are_written(
     model_folder: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(StageError, match=r"finetune\.teacher: predictions at \d+ labels need .*; lower"):
-        teacher(model_folder).predictions(examples, tmp_path, Processes(), silent)
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    message = r"finetune\.teacher: predictions at \d+ labels need .*t: No space left on device; lower"
+    with pytest.raises(StageError, match=message):
+        teacher(model_folder).predictions(examples, tmp_path / "t", Processes(), silent)
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_files_of_predictions_have_their_room_from_the_start(tmp_path: Path) -> None:
+    teachers._prepare(tmp_path, 50_000, 258, 5)
+    sizes = {name: (tmp_path / name).stat() for name in ("probabilities", "tokens")}
+    assert {name: one.st_size for name, one in sizes.items()} == {"probabilities": 1_200_000, "tokens": 1_000_000}
+    assert all(512 * one.st_blocks >= one.st_size for one in sizes.values())
+
+
+def test_logits_that_are_not_finite(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example], tmp_path: Path
+) -> None:
+    model.model.norm.weight.data.fill_(3e38)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"finetune\.teacher: its logits are not finite; use float32"):
+        teacher(tmp_path).predictions(examples, tmp_path / "t", Processes(), silent)
 
 
 @pytest.mark.parametrize(
