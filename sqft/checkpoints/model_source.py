@@ -24,6 +24,8 @@ class ModelSource:
     """What its modules say; empty until the plan asks for it."""
     quantization: dict[str, Any] | None = None
     """The `quantization_config` of a GPTQ checkpoint; None when the weights are floats."""
+    dequantize: bool = False
+    """Whether the weights are MXFP4 or FP8, which are loaded as floats."""
 
     @property
     def parameters(self) -> int:

@@ -18,7 +18,7 @@ from sqft.utils.hub import HUB_FILES, HUB_ID, fetch
 
 
 def find_model(
-    path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests, dequantize: bool = False
+    path: str, resolve: Callable[[str], Path], revision: str | None, digests: Digests, dequantize: bool | None = False
 ) -> ModelSource:
     """Return the model that a recipe names: a folder, a GGUF file, or a Hugging Face id.
 
@@ -27,7 +27,7 @@ def find_model(
         resolve: Makes a file's path of it, relative to the recipe.
         revision: Branch, tag or commit of a Hugging Face id.
         digests: Computes, and remembers, digests of files.
-        dequantize: Whether a folder's weights are MXFP4 or FP8, to be read as floats.
+        dequantize: Whether a folder's weights are MXFP4 or FP8, to be read as floats; None: as its config says.
 
     Raises:
         SqftError: saying what was looked for, what is wrong with it and how to fix it.
@@ -47,16 +47,17 @@ def find_model(
     raise ModelError(f"no file or folder {local}, and '{path}' is not a Hugging Face id (owner/name)")
 
 
-def folder_source(path: Path, digests: Digests, dequantize: bool = False) -> ModelSource:
+def folder_source(path: Path, digests: Digests, dequantize: bool | None = False) -> ModelSource:
     """Return what the headers in a model folder say of its model: floats or GPTQ codes, or with `dequantize` the floats
-    that MXFP4 or FP8 stand for.
+    that MXFP4 or FP8 stand for; None takes them where they are.
 
     Raises:
         ArtifactError: when a file is damaged, or a tensor or file is missing.
         ModelError: when sqft does not read such a folder.
     """
     config = read_object(path / "config.json")
-    check_dequantize(path, config, dequantize)
+    if dequantize is not None:
+        check_dequantize(path, config, dequantize)
     packed = packed_floats(config)
     quantization = None if packed else gptq_settings(path, config)
     files = weight_files(path)
@@ -77,7 +78,9 @@ def folder_source(path: Path, digests: Digests, dequantize: bool = False) -> Mod
             f"{path} has packed codes (.qweight), but no quantization_config in its config.json that describes them; "
             "add it, or name the float model"
         )
-    return ModelSource("folder", path, _digest(path, digests), shapes, quantization=quantization)
+    return ModelSource(
+        "folder", path, _digest(path, digests), shapes, quantization=quantization, dequantize=packed is not None
+    )
 
 
 def _digest(path: Path, digests: Digests) -> str:

@@ -87,10 +87,10 @@ def notes_on_calibration(section: Evaluate, files: Mapping[str, Path], steps: Ma
     See `notes_on_chats` for the arguments.
     """
     calibration = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
-    for role in section.texts if calibration else ():
+    for role, text in section.texts.items() if calibration else ():
         assert calibration is not None
         try:
-            share = shared_runs(files[role], calibration)
+            share = shared_runs(files[role], calibration, text.tokens)
         except DataError:
             continue  # the stage that reads it says so
         if share >= SHARED:

@@ -113,6 +113,8 @@ class Plan:
     """What lies under the adapters, or would if the recipe trained any."""
     steps: tuple[Step, ...]
     reused: frozenset[str] = frozenset()
+    taught_by: ModelSource | None = None
+    """The model that `finetune` learns from beside the labels, if there is one."""
     notes: tuple[str, ...] = ()
     """What the user should know before the run, though it hinders none: each begins with a place in the recipe."""
 
@@ -128,11 +130,9 @@ class Plan:
     @property
     def teacher(self) -> ModelSpec | None:
         """The model whose predictions `finetune` learns, in the recipe's precision; None when there is none."""
-        section = self.recipe.finetune
-        if section is None or section.teacher is None:
+        if (source := self.taught_by) is None:
             return None
-        path = self.step("finetune").files.get("teacher.model")  # none for the recipe's own model
-        return dataclasses.replace(self.model_spec, path=path, dequantize=False) if path else self.model_spec
+        return dataclasses.replace(self.model_spec, path=source.path, dequantize=source.dequantize)
 
     def spec(self, path: Path) -> ModelSpec:
         """Return the spec of a model that a step wrote, in the precision it is stored in, or of the recipe's own."""

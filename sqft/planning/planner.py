@@ -53,7 +53,9 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: De
         resolver.note("model", note)
     steps_done = with_fingerprints(steps, recipe, resolver.model.digest, digests)
     recipe = with_option_paths(recipe, resolver.option_paths)
-    return Plan(recipe, resolver.model, base, steps_done, notes=tuple(resolver.notes))
+    taught = recipe.finetune and recipe.finetune.teacher
+    teacher = resolver.teacher(taught, "finetune.teacher") if taught else None
+    return Plan(recipe, resolver.model, base, steps_done, taught_by=teacher, notes=tuple(resolver.notes))
 
 
 def with_option_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:

@@ -66,11 +66,11 @@ class Resolver:
         own = recipe.model
         self.model = self._found(own.path, own.revision, own.dequantize, "model.path") or NO_MODEL
 
-    def _found(self, path: str, revision: str | None, dequantize: bool, place: str) -> ModelSource | None:
+    def _found(self, path: str, revision: str | None, dequantize: bool | None, place: str) -> ModelSource | None:
         """Return a model with what its modules say; None when it is a mistake, at `place` in the recipe."""
         try:
             found = find_model(path, self.recipe.resolve, revision, self.digests, dequantize)
-            spec = dataclasses.replace(model_spec(self.recipe, found.path), dequantize=dequantize)
+            spec = dataclasses.replace(model_spec(self.recipe, found.path), dequantize=found.dequantize)
             found = dataclasses.replace(found, layout=self.describe(spec, found))
         except SqftError as error:
             self.report(place, str(error))
@@ -170,7 +170,7 @@ class Resolver:
         if teacher.model == DENSE:
             return self.model if self.has_model else None
         if teacher not in self._teachers:
-            self._teachers[teacher] = self._found(teacher.model, teacher.revision, False, f"{place}.model")
+            self._teachers[teacher] = self._found(teacher.model, teacher.revision, None, f"{place}.model")
         return self._teachers[teacher]
 
     def file(self, path: str, place: str, folder: bool = False) -> Path:

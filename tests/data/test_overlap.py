@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sqft.data.overlap import LIMIT, shared_runs
+from sqft.data import overlap
+from sqft.data.overlap import shared_runs
 
 WORDS = [f"word{number}" for number in range(100)]
 
@@ -23,9 +24,17 @@ def test_the_share_is_that_of_runs_of_13_words(tmp_path: Path) -> None:
     assert shared_runs(text, text) == 1 and shared_runs(none, none) == shared_runs(text, none) == 0
 
 
-def test_only_the_start_of_a_file_is_read(tmp_path: Path) -> None:
-    text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
-    text.write_text(" ".join(WORDS))
-    filler = "x " * (LIMIT // 2)
-    rows.write_text("".join(json.dumps({"text": part}) + "\n" for part in (filler, " ".join(WORDS))))
-    assert shared_runs(text, rows) == 0
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
+def test_how_much_of_each_file_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The text's start, or as much as the tokens take that are measured; far more of the other file."""
+    monkeypatch.setattr(overlap, "BLOCK", 10)
+    monkeypatch.setattr(overlap, "LIMIT", 2000)
+    text, other = tmp_path / "a.txt", tmp_path / name
+    text.write_text(" ".join(WORDS) + " y" * 2000)
+    parts = ["x " * 10_000, "\n".join(WORDS)]
+    other.write_text("".join(parts) if name == "b.txt" else "".join(json.dumps({"text": p}) + "\n" for p in parts))
+    runs = len(text.read_text()[:2000].split()) - 12
+    assert shared_runs(text, other) == pytest.approx(88 / runs)
+    assert shared_runs(text, other, len(" ".join(WORDS)) // 4) > 0.98
+    monkeypatch.setattr(overlap, "OTHER_LIMIT", 20_000)
+    assert shared_runs(text, other) == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packed_checkpoints import pack_folder
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_source import ModelSource
@@ -112,6 +114,9 @@ def test_how_the_teacher_is_loaded(raw: dict[str, Any], model_folder: Path, tmp_
         True,
     )
     assert planned(raw, tmp_path, None).teacher is None
+    pack_folder(tmp_path / "other", "fp8", (32, 32))  # whatever the recipe's own model is
+    packed = planned(raw, tmp_path, str(tmp_path / "other")).teacher
+    assert packed == dataclasses.replace(other.teacher, dequantize=True)
 
 
 def test_memory_is_the_larger_of_the_two(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
