@@ -78,13 +78,16 @@ class StepData:
         self.file(role)
 
     def check_options(self) -> None:
-        """Check that the files which components read by themselves, as their options say, are what was planned.
+        """Check that the files which components read by themselves, as their options say, are what was planned: those
+        of this step, and those of `finetune` where its components run again.
 
         Raises:
             StageError: when one has changed.
         """
         for role in self.step.files_of_options():
             self.file(role)
+        if "finetune" in self.step.inputs:
+            self.of(self.step.inputs["finetune"]).check_options()
 
     def records(self, role: str, how: Data) -> list[Record]:
         """Read the records of one of the step's data sets."""

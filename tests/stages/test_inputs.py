@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from sqft_nls.adapter import Nls
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.api import InputPath
 from sqft.errors import StageError
+from sqft.planning.plan import ResolvedComponent
 from sqft.stages.inputs import StepData
 from sqft.utils import digests
 
@@ -66,6 +70,28 @@ def step_data(own: dict[str, Any], registry: Registry, tmp_path: Path, monkeypat
     plan = orchestrator.plan(Recipe.parse(own))
     step = plan.step("finetune")
     return StepData(plan, step, orchestrator.store.digests)
+
+
+def test_files_of_finetunes_options_count_wherever_its_components_run_again(
+    step_data: StepData, registry: Registry, tmp_path: Path
+) -> None:
+    class WithFile(Nls):
+        file: Annotated[str, InputPath()]
+
+    (tmp_path / "file.txt").write_text("planned")
+    adapter = ResolvedComponent(registry.get("adapter", "nls"), WithFile(ranks=[4], file=str(tmp_path / "file.txt")))
+    tune = replace(
+        step_data.step,
+        components={"adapter": adapter},
+        files={"adapter.file": tmp_path / "file.txt"},
+        digests={"adapter.file": step_data.digests.path(tmp_path / "file.txt")},
+    )
+    steps = tuple(tune if step.name == "finetune" else step for step in step_data.plan.steps)
+    search = replace(step_data, plan=replace(step_data.plan, steps=steps)).of("search")
+    search.check_options()
+    (tmp_path / "file.txt").write_text("another")
+    with pytest.raises(StageError, match=r"finetune\.adapter\.file: .*file\.txt has changed since the plan"):
+        search.check_options()
 
 
 def test_data_that_change_while_they_are_read(step_data: StepData) -> None:
