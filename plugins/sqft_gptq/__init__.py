@@ -71,7 +71,7 @@ class Gptq(_OnGrid):
     """
 
     name = "gptq"
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean")
+    damp: float = Field(0.01, gt=0, le=1e6, description="added to the Hessian's diagonal, as a fraction of its mean")
     act_order: bool = Field(False, description="quantize the inputs with the largest activations first")
     static_groups: bool = Field(False, description="with act_order, keep groups contiguous")
     reorder_groups: bool = Field(
@@ -81,7 +81,10 @@ class Gptq(_OnGrid):
         0, ge=0, le=20, description="passes over the inputs afterwards, in which each takes its best codes again"
     )
     refine_damp: float = Field(
-        0.5, ge=0, description="with refine, added to the Hessian's diagonal, as a fraction of each of its entries"
+        0.5,
+        ge=0,
+        le=1e6,
+        description="with refine, added to the Hessian's diagonal, as a fraction of each of its entries",
     )
     target: Literal["sparse", "dense"] = Field(
         "sparse", description="with refine, the weight to match: as it was quantized, or as it was before pruning"

@@ -18,7 +18,7 @@ class SparseGpt(Scorer):
 
     name = "sparsegpt"
     needs = frozenset({Statistic.HESSIAN})
-    damp: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of damp_by")
+    damp: float = Field(0.01, gt=0, le=1e6, description="added to the Hessian's diagonal, as a fraction of damp_by")
     damp_by: Literal["mean", "input"] = Field(
         "mean", description="what damp is a fraction of: the mean of the diagonal, or each input's own entry"
     )

@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from sqft_gptq import Gptq, Rtn
 from sqft_gptq import solver as module
+from sqft_least_squares import LeastSquares
+from sqft_sparsegpt import SparseGpt
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import LinearShape, LinearStats, Quantized, StageError
+from sqft.api import Component, LinearShape, LinearStats, Quantized, StageError
 from sqft.kernels import grids
 from sqft.kernels.grids import dequantize, fit_grid
 
@@ -293,3 +296,17 @@ def test_codes_that_stand_for_more_than_float16_holds(raw: dict[str, Any], tmp_p
     orchestrator = Orchestrator(registry, tmp_path)
     with pytest.raises(StageError, match=r"quantizer 'far' .*q_proj \d+ weights that float16, the model's precision"):
         orchestrator.run(orchestrator.plan(Recipe.parse(kept)))
+
+
+@pytest.mark.parametrize(
+    ("component", "options"),
+    [
+        (Gptq, {"damp": 1e7}),
+        (Gptq, {"refine": 1, "refine_damp": 1e7}),
+        (SparseGpt, {"damp": 1e7}),
+        (LeastSquares, {"damping": 1e7}),
+    ],
+)
+def test_a_damping_that_float32_may_not_hold_is_refused(component: type[Component], options: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+        component.model_validate(options)
