@@ -36,8 +36,8 @@ class InputPath:
 
     A relative path starts at the recipe's folder, and a component gets the absolute one. The file's content is part of
     the step's fingerprint, its name is not. `folder`: it is a folder. `hub`: it may be a Hugging Face id instead, which
-    the recipe's section that holds it resolves; no option can be one. `words`: texts that mean something else in a
-    recipe; where one of them is written, there is no path.
+    the recipe's section that holds it resolves; no option can be one. `words`: texts that mean something else; where
+    one of them is written, there is no path. An option so marked is str, Path or None.
     """
 
     folder: bool = False

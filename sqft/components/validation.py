@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from sqft.components.kinds import KINDS, Allocator, Component, Scorer
+from sqft.components.options import path_mistake
 from sqft.types import BaseKind, Statistic
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
@@ -32,6 +33,8 @@ def component_mistake(kind: str, hook: str, component: Any) -> str | None:
         if not isinstance(words, frozenset) or not all(isinstance(word, member) for word in words):
             expected = f"a frozenset of {member.__name__}"
             return f"offers {kind} '{name}', whose `{attribute}` is {words!r}, expected {expected}"
+    if wrong := path_mistake(component):
+        return f"offers {kind} '{name}', {wrong}"
     try:
         component.model_json_schema()
     except Exception as error:

@@ -15,22 +15,16 @@ from typing import Any, Generic, TypeVar, cast
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.components.kinds import Component
+from sqft.components.options import input_paths
 from sqft.components.registration import Registration
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.estimates import Estimate
 from sqft.planning.table import plan_table
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
-from sqft.types import InputPath
 
 C = TypeVar("C", bound=Component)
 K = TypeVar("K", bound=Component, covariant=True)
-
-
-def input_paths(component: type[Component]) -> dict[str, InputPath]:
-    """Return the marks of the options of a component that name files, by option."""
-    marks = ((name, mark) for name, field in component.model_fields.items() for mark in field.metadata)
-    return {name: mark for name, mark in marks if isinstance(mark, InputPath)}
 
 
 @dataclass(frozen=True)
@@ -54,15 +48,14 @@ class ResolvedComponent(Generic[K]):
             "name": cls.name,
             "provider": self.registration.provider.source,
             "class": f"{cls.__module__}.{cls.__qualname__}",
-            "options": self.component.model_dump(mode="json", exclude=set(input_paths(cls))),
+            "options": self.component.model_dump(mode="json", exclude=set(input_paths(self.component))),
             "code": self.registration.code,
         }
 
     @property
     def files(self) -> dict[str, Path]:
         """The files and folders that its options name, by option."""
-        values = {name: getattr(self.component, name) for name in input_paths(type(self.component))}
-        return {name: Path(value) for name, value in values.items() if value is not None}
+        return {name: Path(getattr(self.component, name)) for name in input_paths(self.component)}
 
 
 @dataclass(frozen=True)

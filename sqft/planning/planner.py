@@ -68,7 +68,7 @@ def with_option_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
         *parents, option = place.split(".")
         holder: Any = raw
         for key in parents:
-            holder = holder[int(key)] if isinstance(holder, list) else holder[key]
+            holder = holder[int(key)] if isinstance(holder, list) else holder.setdefault(key, {})
         holder[option] = path
     return Recipe.parse(raw, recipe.folder, recipe.source)
 

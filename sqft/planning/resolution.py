@@ -18,6 +18,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.narrow import NARROW
 from sqft.checkpoints.source import find_model
 from sqft.components.kinds import Component
+from sqft.components.options import input_paths
 from sqft.components.registry import Registry
 from sqft.data.answers import Answer, completion_of, extract_answer
 from sqft.data.hub import fetch_data_set
@@ -26,7 +27,7 @@ from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.planning import layout_checks
 from sqft.planning.conversations import ConversationCheck, Use
-from sqft.planning.plan import ResolvedComponent, input_paths, model_spec
+from sqft.planning.plan import ResolvedComponent, model_spec
 from sqft.recipe.data import Data
 from sqft.recipe.diagnostics import problems_of
 from sqft.recipe.fields import Section, fields_marked
@@ -124,12 +125,11 @@ class Resolver:
 
     def _with_paths(self, component: Component, place: str) -> Component:
         """Return a component whose options that name files have absolute paths; `place` is that of its options."""
-        absolute: dict[str, str] = {}
-        for name, mark in input_paths(type(component)).items():
-            if (value := getattr(component, name)) is not None:
-                absolute[name] = str(self.file(value, f"{place}.{name}", mark.folder))
-                if name in component.model_fields_set:
-                    self.option_paths[f"{place}.{name}"] = absolute[name]
+        absolute: dict[str, str | Path] = {}
+        for name, mark in input_paths(component).items():
+            value = getattr(component, name)
+            path = self.option_paths[f"{place}.{name}"] = str(self.file(str(value), f"{place}.{name}", mark.folder))
+            absolute[name] = type(value)(path)
         return component.model_copy(update=absolute)
 
     def installed(self, kind: type[C]) -> list[type[C]]:

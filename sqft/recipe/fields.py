@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
 from sqft.types import InputPath
+from sqft.utils.annotations import parts_of
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -132,18 +133,11 @@ def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
 def section_in(field: FieldInfo) -> type[BaseModel] | None:
     """Return the section that a field holds, alone, in a list or as one of several types."""
     return next(
-        (part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
+        (part for part in parts_of(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
     )
 
 
 def short_form_of(field: FieldInfo) -> ShortForm | None:
     """Return the short form that a field's section may be written in."""
-    parts = (*field.metadata, *_parts(field.annotation))
+    parts = (*field.metadata, *parts_of(field.annotation))
     return next((part for part in parts if isinstance(part, ShortForm)), None)
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield the types and the metadata that an annotation is made of."""
-    yield annotation
-    for inner in (*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())):
-        yield from _parts(inner)

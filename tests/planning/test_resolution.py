@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from layouts import LAYOUTS
+from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import LinearShape, Merger, Scorer
+from sqft.api import InputPath, LinearShape, LinearStats, Merger, Scorer
 from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.narrow import narrow_layers
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
 from sqft.planning.resolution import Resolver
 from sqft.recipe.data import Data
+from sqft.recipe.rerun import with_absolute_paths
 from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Finetune, Perplexity
 from sqft.utils.digests import Digests
 
@@ -49,6 +51,37 @@ def test_a_component_and_its_options(resolver: Resolver) -> None:
     first, second = said(resolver)
     assert first.startswith("here: no scorer named 'sparsepeft'") and second.startswith("there.options.powr: unknown")
     assert {merger.name for merger in resolver.installed(Merger)} >= {"sparsepeft", "unmerged", "qa-sparsepeft"}
+
+
+class Files(Scorer):
+    name = "files"
+    needs = frozenset()
+    file: Annotated[Path, InputPath()]
+    other: Annotated[str, InputPath()] | None = None
+    word: Annotated[str, InputPath(words=("dense",))] = "dense"
+    preset: Annotated[str, InputPath()] = "preset.txt"
+
+    def score(self, weight: Tensor, stats: LinearStats) -> Tensor:
+        return weight.abs()
+
+
+def test_options_that_name_files(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Each keeps its type and is a file of the step, a default too; a stored recipe finds all of them from anywhere."""
+    registry = Registry.discover()
+    registry.add(Files)
+    for name in ("file.txt", "other.txt", "preset.txt"):
+        (tmp_path / name).write_text(name)
+    raw = {key: raw[key] for key in ("schema", "name", "model")}
+    raw["sparsify"] = {"scorer": {"name": "files", "options": {"file": "file.txt", "other": "other.txt"}}}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    plan = orchestrator.plan(Recipe.parse(raw, tmp_path))
+    (step,) = plan.steps
+    assert step.files == {f"scorer.{name}": tmp_path / f"{name}.txt" for name in ("file", "other", "preset")}
+    scorer = step.component(Scorer)
+    assert isinstance(scorer, Files) and scorer.file == tmp_path / "file.txt" and scorer.preset.endswith("preset.txt")
+    assert isinstance(scorer.file, Path) and step.components["scorer"].identity["options"] == {"word": "dense"}
+    again = orchestrator.plan(Recipe.parse(with_absolute_paths(plan.recipe), tmp_path / "elsewhere"))
+    assert again.fingerprint == plan.fingerprint
 
 
 def test_a_problem_is_collected_once(resolver: Resolver) -> None:
