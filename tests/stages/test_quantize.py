@@ -145,7 +145,7 @@ def test_codes_that_make_up_for_pruning_see_the_weight_from_before_it(raw: dict[
     orchestrator = Orchestrator(registry, tmp_path)
     errors = {}
     for target in ("sparse", "dense"):
-        options = {"group_size": 32, "refine": 3, "target": target}
+        options = {"group_size": 32, "refine": 3, "refine_damp": 0, "target": target}
         name = "seeing" if target == "dense" else "gptq"
         quantizer = {"quantizer": {"name": name, "options": options}}
         run = orchestrator.run(orchestrator.plan(Recipe.parse({**kept, "quantize": quantizer})))
