@@ -204,7 +204,10 @@ def main() -> None:
     parser.add_argument("--no-test", action="store_true", help="end after validation")
     parser.add_argument("--store", type=Path, default=Path("store-tuning"))
     arguments = parser.parse_args()
-    plain = Recipe.load(arguments.recipe)
+    try:
+        plain = Recipe.load(arguments.recipe)
+    except SqftError as error:
+        parser.error(str(error))
     if plain.finetune is None or plain.evaluate is None or plain.evaluate.exact_match is None:
         parser.error(f"{arguments.recipe} must train, and measure exact_match")
     records = plain.resolve(plain.evaluate.exact_match.data.path)
@@ -214,10 +217,12 @@ def main() -> None:
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
     tuning = Tuning(arguments.recipe, validation, arguments.steps, orchestrator)
     for way in arguments.ways:  # a mistake shows before anything is made
-        try:
-            orchestrator.plan(tuning.recipe(way, arguments.learning_rates[0], arguments.seeds[0], test=True))
-        except SqftError as error:
-            parser.error(f"{way}: {error}")
+        for test_records in (False, True):
+            try:
+                smallest = min(arguments.learning_rates)
+                orchestrator.plan(tuning.recipe(way, smallest, arguments.seeds[0], test_records))
+            except SqftError as error:
+                parser.error(f"{way}, on {'test' if test_records else 'validation'} records: {error}")
     sweep_seeds = arguments.sweep_seeds or arguments.seeds
     best = choose(tuning, arguments.ways, arguments.learning_rates, arguments.widen, sweep_seeds)
     if not arguments.no_test:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -94,6 +95,34 @@ def test_every_way_is_a_recipe_on_the_same_base(raw: dict[str, Any], data: Path,
     assert section.merger.name == ("hira" if "hira" in way else "sparsepeft")
     assert section.learning_rate_ratio == (16 if "lora+" in way else 1)
     assert section.adapter.options.get("scaling") == ("root" if "root" in way else None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--validation", "nowhere.jsonl"], "recipe, on validation records: .*nowhere.jsonl"),
+        (["--learning-rates", "0.1", "0"], "recipe, on validation records: .*learning_rate"),
+        (["--recipe", "nowhere.json"], "nowhere.json"),
+    ],
+    ids=str,
+)
+def test_a_mistake_shows_before_anything_is_made(
+    raw: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    del raw["search"]
+    file, store = tmp_path / "recipe.json", tmp_path / "store"
+    file.write_text(json.dumps(raw))
+    words = ["--recipe", str(file), "--store", str(store), "--ways", "recipe", *words]
+    monkeypatch.setattr(sys, "argv", ["tuning.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        tuning.main()
+    assert re.search(f"error: .*{message}", capsys.readouterr().err, re.DOTALL)
+    assert not (store / "artifacts").exists()
 
 
 @pytest.mark.slow

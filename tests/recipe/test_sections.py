@@ -67,6 +67,12 @@ def test_data_sets_by_the_key_of_their_files() -> None:
     assert several.data_sets == {"data.0": TrainingData(path="a"), "data.1": TrainingData(path="b")}
 
 
+@pytest.mark.parametrize("ratio", [0, 1e300])
+def test_a_ratio_that_no_learning_rate_can_have(ratio: float) -> None:
+    with pytest.raises(ValidationError, match=r"learning_rate_ratio\n.*(greater than 0|less than or equal to 10000)"):
+        Finetune.model_validate({**FINETUNE, "data": "a", "learning_rate_ratio": ratio})
+
+
 def test_one_tracker_needs_no_list() -> None:
     assert Finetune.model_validate({**FINETUNE, "data": "a", "report_to": "wandb"}).report_to == ("wandb",)
 
