@@ -225,7 +225,7 @@ def logits_bytes(source: ModelSource, section: Finetune) -> int:
     if section.teacher is None:
         rows = 3 * at_once
     elif section.teacher.keeps_all(vocabulary):
-        rows = 8 * at_once + labels
+        rows = 7 * at_once + labels
     else:
         rows = 6 * at_once
     return 4 * vocabulary * rows

@@ -174,7 +174,8 @@ class CompletionLoss(nn.Module):
         logits, positions = self._labelled_columns(given, labelled)
         if teacher is None:
             return self._summed(logits.flatten(0, 1), targets[:, positions].reshape(-1))
-        return self._summed(logits[labelled[:, positions]], targets[labelled], *teacher)
+        logits = logits[labelled[:, positions]]  # frees the other ones
+        return self._summed(logits, targets[labelled], *teacher)
 
     def _in_chunks(self, given: Mapping[str, Tensor], targets: Tensor, teacher: Prediction | None) -> Tensor:
         """Compute the sums of `_summed` with the logits of `chunk` labels at a time, in backward too."""
