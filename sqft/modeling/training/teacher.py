@@ -190,7 +190,11 @@ def _prepare(folder: Path, labels: int, known: int, top_k: int | None) -> None:
             if columns:
                 with (folder / name).open("wb") as file:
                     # A mapped file that only finds out while it is written that the disk is full ends the process.
-                    os.posix_fallocate(file.fileno(), 0, 4 * labels * columns)
+                    size = 4 * labels * columns
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    else:  # macOS
+                        file.truncate(size)
     except OSError as error:
         shutil.rmtree(folder)
         raise StageError(
