@@ -87,7 +87,7 @@ IN_THE_RECIPE: dict[str, tuple[Change, str]] = {
     ),
     "a float merger": (
         section("finetune", merger="sparsepeft"),
-        "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized; use qa-sparsepeft or unmerged",
+        "finetune.merger: 'sparsepeft' works on a dense or sparse base, but this recipe's is quantized; use hira or qa-sparsepeft or unmerged",
     ),
     "a merger that leaves nothing to merge": (
         section("finetune", merger="unmerged"),
