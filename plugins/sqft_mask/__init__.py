@@ -26,7 +26,7 @@ class Mask(Scorer):
 
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
         if stats.weight_in is None:
-            raise StageError("scorer 'mask' needs a core that reads other models' layers; run it in the stage sparsify")
+            raise StageError("scorer 'mask' works in the stage sparsify alone, which reads the other model for it")
         option = "sparsify.scorer.options.folder"
         try:
             other = stats.weight_in(Path(self.folder))
@@ -47,7 +47,8 @@ class Mask(Scorer):
             raise StageError(
                 f"{place} has {zeros:.4f} zeros, which are not those of the recipe's pattern and sparsity "
                 f"({lost} weights of it would be pruned, {spare} zeros kept); set sparsify.pattern and "
-                "sparsify.sparsity to what that model was pruned with, or leave out the layer"
+                f"sparsify.sparsity to what that model was pruned with, here {zeros:.6g} (the allocator 'explicit' gives "
+                "a layer its own), or leave out the layer"
             )
         return weight.masked_fill(~mask, 0), mask
 

@@ -120,6 +120,17 @@ def test_another_pattern(raw: dict[str, Any], registry: Registry, tmp_path: Path
         run(Orchestrator(registry, tmp_path / "store"), recipe(raw, "other", pattern="2:4"), tmp_path)
 
 
+def test_the_message_gives_the_sparsity_to_set(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
+) -> None:
+    """A solver that chooses in blocks of inputs rounds in each: 17 of 32 where 18 are asked for."""
+    pruned(model_folder, tmp_path / "other", "row", 17 / 32)
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    with pytest.raises(StageError, match=r"was pruned with, here 0\.53125 \(the allocator 'explicit'"):
+        run(orchestrator, recipe(raw, "other", sparsity=0.55), tmp_path)
+    assert run(orchestrator, recipe(raw, "other", sparsity=0.53125), tmp_path).report["sparsity"] == 0.53125
+
+
 def test_the_folder_is_a_file_of_the_plan(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, model_folder: Path
 ) -> None:
