@@ -47,8 +47,8 @@ class Mask(Scorer):
             raise StageError(
                 f"{place} has {zeros:.4f} zeros, which are not those of the recipe's pattern and sparsity "
                 f"({lost} weights of it would be pruned, {spare} zeros kept); set sparsify.pattern and "
-                f"sparsify.sparsity to what that model was pruned with, here {zeros:.6g} (the allocator 'explicit' gives "
-                "a layer its own), or leave out the layer"
+                f"sparsify.sparsity to what that model was pruned with, here {zeros:.6g} (the allocator 'explicit' "
+                "gives a layer its own), or leave out the layer"
             )
         return weight.masked_fill(~mask, 0), mask
 
