@@ -36,8 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "wanda": {"scorer": "wanda"},
     "wanda, owl": {"scorer": "wanda", "allocator": OWL},
     "wanda + least-squares": {"scorer": "wanda", "updater": "least-squares"},
-    "wanda + least-squares 0.03": {"scorer": "wanda", "updater": least_squares(damping=0.03)},
-    "wanda + least-squares 0.3": {"scorer": "wanda", "updater": least_squares(damping=0.3)},
+    "wanda + least-squares 0.1": {"scorer": "wanda", "updater": least_squares(damping=0.1)},
+    "wanda + least-squares 1": {"scorer": "wanda", "updater": least_squares(damping=1.0)},
     "wanda + least-squares, mean 0.01": {
         "scorer": "wanda",
         "updater": least_squares(damping=0.01, damping_by="mean", steps=30),

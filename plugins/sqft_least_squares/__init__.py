@@ -19,7 +19,7 @@ class LeastSquares(Updater):
     name = "least-squares"
     needs = frozenset({Statistic.HESSIAN})
     damping: float = Field(
-        0.1, ge=0, le=1e6, description="weight of the penalty that pulls kept weights to their old values; 0: none"
+        0.5, ge=0, le=1e6, description="weight of the penalty that pulls kept weights to their old values; 0: none"
     )
     damping_by: Literal["input", "mean"] = Field(
         "input",
