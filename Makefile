@@ -56,11 +56,14 @@ docs: setup
 
 test: lint test-fast
 
+# A test that hangs in C++, where pytest's timeout cannot stop it, ends the run and shows where it was.
+HANG := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
+
 test-fast: setup
-	$(OFFLINE) $(BIN)/pytest -m "not slow"
+	$(OFFLINE) $(BIN)/pytest -m "not slow" $(HANG)=420
 
 test-slow: setup consumers $(MODEL) $(DATA)/heldout.txt
-	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800
+	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800 $(HANG)=2400
 
 # Seeded kills in every stage; a failure names its seed. KILLS=3 SEED=7 make kill-test
 kill-test: setup
