@@ -35,7 +35,9 @@ def test_install_use_uninstall(call: Any, raw: dict[str, Any], tmp_path: Path) -
     assert removed.returncode == 0, removed.stderr
     missed = call(*command)
     assert missed.returncode == 2
-    assert "sparsify.scorer: no scorer named 'ria'; installed: magnitude, random, sparsegpt, wanda." in missed.stderr
+    assert (
+        "sparsify.scorer: no scorer named 'ria'; installed: magnitude, mask, random, sparsegpt, wanda." in missed.stderr
+    )
 
 
 def test_it_is_small_and_keeps_the_contract() -> None:

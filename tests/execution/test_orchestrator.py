@@ -43,7 +43,7 @@ class OneFile:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> type[OneFile]:
     monkeypatch.setattr("sqft.stages.stage.make_stage", OneFile)
-    monkeypatch.setattr("sqft.execution.preflight.check_model", lambda _: None)
+    monkeypatch.setattr("sqft.execution.preflight.check_model", lambda *_: None)
     monkeypatch.setattr(OneFile, "made", [])
     monkeypatch.setattr(OneFile, "verified", [])
     monkeypatch.setattr(OneFile, "failing", "")
@@ -123,7 +123,7 @@ def test_a_missing_model_is_noticed_before_anything_is_made(
     stages: type[OneFile], orchestrator: Orchestrator, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Plan] = []
-    monkeypatch.setattr("sqft.execution.preflight.check_model", asked.append)
+    monkeypatch.setattr("sqft.execution.preflight.check_model", lambda plan, _: asked.append(plan))
     plan = orchestrator.plan(recipe)
     orchestrator.run(plan)
     assert asked == [plan]
