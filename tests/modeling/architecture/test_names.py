@@ -6,28 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GraniteMoeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-)
+from tiny_configs import GPT2, GRANITE_MOE, HEADS, LLAMA, MIXTRAL, SIZES
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
 
 from sqft.checkpoints.safetensors import safetensors_header
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.architecture.names import CheckpointNames
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-MIXTRAL = MixtralConfig(**SIZES, **HEADS, num_local_experts=3)
 FAMILIES = {
-    "llama": LlamaConfig(**SIZES, **HEADS),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64),
+    "llama": LLAMA,
+    "gpt2": GPT2,
     "mixtral": MIXTRAL,
     "qwen2_moe": Qwen2MoeConfig(**SIZES, **HEADS, num_experts=3, moe_intermediate_size=16),
 }
@@ -67,7 +56,7 @@ def test_names_of_single_experts_are_the_familys_own() -> None:
 
 
 def test_an_expert_that_the_checkpoint_joins_with_others_has_no_name() -> None:
-    names = CheckpointNames(skeleton(GraniteMoeConfig(**SIZES, **HEADS, num_local_experts=3)))
+    names = CheckpointNames(skeleton(GRANITE_MOE))
     with pytest.raises(LookupError, match=r"holds it in model.layers.0.block_sparse_moe.input_linear.weight, with oth"):
         names.checkpoint_name("model.layers.0.block_sparse_moe.experts.1.gate_proj")
     assert names.checkpoint_name("model.layers.0.self_attn.q_proj") == "model.layers.0.self_attn.q_proj"

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GraniteMoeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-)
+from tiny_configs import GPT2, GRANITE_MOE, LLAMA, MIXTRAL
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sqft.checkpoints.safetensors import WEIGHTS
 from sqft.errors import ArtifactError, SqftError
@@ -23,14 +17,11 @@ from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.loading.other_model import OtherModel
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LLAMA = LlamaConfig(**SIZES, **HEADS)
 FAMILIES = {
     "llama": LLAMA,
-    "stored as [in, out]": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64),
-    "other names": MixtralConfig(**SIZES, **HEADS, num_local_experts=3),
-    "joined experts": GraniteMoeConfig(**SIZES, **HEADS, num_local_experts=3),
+    "stored as [in, out]": GPT2,
+    "other names": MIXTRAL,
+    "joined experts": GRANITE_MOE,
 }
 Q = "model.layers.0.self_attn.q_proj"
 
