@@ -4,13 +4,14 @@
         [--learning-rates 1e-3 2e-3 4e-3] [--widen 4] [--seeds 0 1 2] [--sweep-seeds 0] [--steps 170]
         [--store store-tuning]
 
-A way is the recipe with some changes of `finetune`, joined by commas: names in WAYS, or settings as `--set` takes them
-("hira,lora+", "root,adapter.options.alpha=16"). "recipe" changes nothing. The base is made once. A seed decides initial
-factors, data order and ranks (`finetune.seed`). Each learning rate of a way trains with all sweep seeds (unless given,
-all seeds), and the best mean accuracy on validation decides; of equals, the smaller rate. As long as the best is the
-smallest or the largest, one more beyond it is tried. Then that rate trains with all seeds and is measured on the test
-records. Validation records are those of --validation, unless given validation.jsonl beside the recipe's test records.
-Needs the model and data of `make quickstart`.
+A way is the recipe with some changes, joined by commas: names in WAYS, or settings as `--set` takes them, of `finetune`
+unless they name a stage ("hira,lora+", "root,adapter.options.alpha=16", "sparsify.scorer=magnitude"). "recipe" changes
+nothing. A seed decides everything that is random: calibration windows, initial factors, data order and ranks. Each
+learning rate of a way trains with all sweep seeds (unless given, all seeds), and the best mean accuracy on validation
+decides; of equals, the smaller rate. As long as the best is the smallest or the largest, one more beyond it is tried.
+Then that rate trains with all seeds and is measured on the test records, and so is the base before training. Validation
+records are those of --validation, unless given validation.jsonl beside the recipe's test records. Needs the model and
+data of `make quickstart`.
 
 The store keeps finished steps, and several of these may run at once on one store. Share out the sweep with --no-test,
 which ends after validation. Then run the whole line: it takes what is done from the store, and prints complete tables.
@@ -38,18 +39,25 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import SqftError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipes" / "sparsepeft.json"
-WAYS = {
-    "recipe": "",
-    "sparsepeft": "merger=sparsepeft",
-    "qa-sparsepeft": "merger=qa-sparsepeft",
-    "unmerged": "merger=unmerged",
-    "hira": "merger=hira",
-    "root": "adapter.options.scaling=root",
-    "lora+": "learning_rate_ratio=16",
-    "floats": "base=floats",
-    "codes": "base=codes",
-    "compensated": "base=compensated",
-    "distilled": "teacher=dense",
+STAGES = ("sparsify.", "quantize.", "search.")
+WAYS: dict[str, list[str]] = {
+    "recipe": [],
+    "sparsepeft": ["merger=sparsepeft"],
+    "qa-sparsepeft": ["merger=qa-sparsepeft"],
+    "unmerged": ["merger=unmerged"],
+    "hira": ["merger=hira"],
+    "root": ["adapter.options.scaling=root"],
+    "lora+": ["learning_rate_ratio=16"],
+    "floats": ["base=floats"],
+    "codes": ["base=codes"],
+    "compensated": ["base=compensated"],
+    "distilled": ["teacher=dense"],
+    "least-squares": ["sparsify.updater=least-squares"],
+    "refined": [
+        "quantize.quantizer.options.refine=3",
+        "quantize.quantizer.options.refine_damp=0.5",
+        "quantize.quantizer.options.target=dense",
+    ],
 }
 Answers = dict[tuple[int, int], bool]
 """Whether an answer is right, by seed and record."""
@@ -57,10 +65,10 @@ Answers = dict[tuple[int, int], bool]
 
 @dataclass(frozen=True)
 class Measured:
-    """One tuned model: which answers are right, the report's rows (the base first), and the seconds of a step."""
+    """One model: which answers are right, the report's row, and the seconds of a step of its training."""
 
     right: list[bool]
-    rows: list[dict[str, Any]]
+    row: dict[str, Any]
     step_seconds: float
 
 
@@ -73,31 +81,33 @@ class Tuning:
     steps: int | None
     orchestrator: Orchestrator
 
-    def recipe(self, way: str, rate: float, seed: int, test: bool) -> Recipe:
-        """Return the recipe of one training, measured on the test records or on the validation records."""
+    def recipe(self, way: str, rate: float, seed: int, of: str) -> Recipe:
+        """Return one recipe: to measure the "base" or the "tuned" model on test records, or on "validation" records."""
         plain = Recipe.load(self.path)
-        changes = [WAYS.get(part, part) for part in way.split(",")]
-        changes += [f"learning_rate={rate}", f"seed={seed}", f"steps={self.steps}" if self.steps else ""]
-        if test:
-            base = "quantize" if plain.quantize else "sparsify" if plain.sparsify else "model"
-            last = "merge" if plain.merge and "unmerged" not in way else "search"
-            words = [f'evaluate.of=["{base}", "{last}"]']
-        else:
-            records = json.dumps(str(self.validation))
-            words = ['evaluate.of=["search"]', "evaluate.perplexity=null", f"evaluate.exact_match.data={records}"]
-        if not test or "unmerged" in way:
+        changes = [change for part in way.split(",") for change in WAYS.get(part, [part])]
+        changes += [f"learning_rate={rate}"] + ([f"steps={self.steps}"] if self.steps else [])
+        words = [change if change.startswith(STAGES) else f"finetune.{change}" for change in changes]
+        words += [f"seed={seed}", "finetune.seed=null"]
+        last = "merge" if plain.merge and "unmerged" not in way else "search"
+        if of == "base":
+            last = "quantize" if plain.quantize else "sparsify" if plain.sparsify else "model"
+            words = [word for word in words if not word.startswith("finetune.")] + ["finetune=null", "search=null"]
+        elif of == "validation":
+            last = "search"
+            words += ["evaluate.perplexity=null", f"evaluate.exact_match.data={json.dumps(str(self.validation))}"]
+        if last != "merge":
             words.append("merge=null")
-        return Recipe.load(self.path, [*(f"finetune.{change}" for change in changes if change), *words])
+        return Recipe.load(self.path, [*words, f'evaluate.of=["{last}"]'])
 
-    def measure(self, way: str, rate: float, seeds: list[int], test: bool) -> dict[int, Measured]:
+    def measure(self, way: str, rate: float, seeds: list[int], of: str) -> dict[int, Measured]:
         """Train and measure with each seed."""
         found = {}
         for seed in seeds:
-            run = self.orchestrator.run(self.orchestrator.plan(self.recipe(way, rate, seed, test)))
+            run = self.orchestrator.run(self.orchestrator.plan(self.recipe(way, rate, seed, of)))
             lines = (run[list(run)[-1]].folder / "predictions.jsonl").read_text("utf-8").splitlines()
-            right, rows = [json.loads(line)["right"] for line in lines], run.report["rows"]
-            found[seed] = Measured(right, rows, run["finetune"].report["step_seconds"])
-            print(f"{way}, {rate:g}, seed {seed}: {rows[-1]['accuracy']:.1%} {'test' if test else ''}", flush=True)
+            right, row = [json.loads(line)["right"] for line in lines], run.report["rows"][0]
+            found[seed] = Measured(right, row, 0.0 if of == "base" else run["finetune"].report["step_seconds"])
+            print(f"{way}, {rate:g}, seed {seed}: {row['accuracy']:.1%}, {of} {perplexity_of([row])}", flush=True)
         return found
 
 
@@ -134,7 +144,7 @@ def sweep(tuning: Tuning, way: str, rates: list[float], widen: int, seeds: list[
     found: dict[float, Answers] = {}
     wanted = sorted(rates)
     while wanted:
-        found |= {rate: answers_of(tuning.measure(way, rate, seeds, test=False)) for rate in wanted}
+        found |= {rate: answers_of(tuning.measure(way, rate, seeds, "validation")) for rate in wanted}
         found, wanted = dict(sorted(found.items())), []
         low, high = min(found), max(found)
         factor = (high / low) ** (1 / (len(found) - 1)) if len(found) > 1 else 1.0
@@ -169,25 +179,19 @@ def test(tuning: Tuning, best: dict[str, float], seeds: list[int]) -> None:
     lines: list[str] = []
     first: Answers = {}
     for way, rate in best.items():
-        found = tuning.measure(way, rate, seeds, test=True)
-        answers, rows = answers_of(found), [one.rows[-1] for one in found.values()]
-        against = ""
-        if first:
-            won, lost, p = mcnemar(first, answers)
-            against = f"+{won} −{lost}, p = {p:.3f}"
-        else:
-            first, base = answers, found[seeds[0]].rows[0]
-            accuracy = f"{base['accuracy']:.1%} ± {base['stderr']:.1%}"
-            lines.append(f"| {base['configuration']} | | | {accuracy} | | {perplexity_of([base])} | |")
-        mean, error = accuracy_of(answers)
-        by_seed = ", ".join(f"{row['accuracy']:.1%}" for row in rows)
-        step = statistics.mean(one.step_seconds for one in found.values())
-        lines.append(
-            f"| {way} | {rate:g} | {by_seed} | {mean:.1%} ± {error:.1%} | {against} | {perplexity_of(rows)} "
-            f"| {step:.2f} s |"
-        )
-    print("\n| test | learning rate | by seed | accuracy | against the first | perplexity | step |")
-    print("|---|---|---|---|---|---|---|")
+        base, found = tuning.measure(way, rate, seeds, "base"), tuning.measure(way, rate, seeds, "tuned")
+        answers, before = answers_of(found), answers_of(base)
+        first = first or answers
+        won, lost, p = mcnemar(first, answers)
+        cells = [way, f"{rate:g}", f"{accuracy_of(before)[0]:.1%}"]
+        cells += [", ".join(f"{one.row['accuracy']:.1%}" for one in found.values())]
+        cells += ["{:.1%} ± {:.1%}".format(*accuracy_of(answers))]
+        cells += ["" if answers is first else f"+{won} −{lost}, p = {p:.3f}"]
+        cells += [perplexity_of([one.row for one in measured.values()]) for measured in (base, found)]
+        cells += [f"{statistics.mean(one.step_seconds for one in found.values()):.2f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    heads = ["test", "learning rate", "base", "by seed", "accuracy", "against the first"]
+    print(f"\n| {' | '.join([*heads, 'base, perplexity', 'perplexity', 'step'])} |\n{'|---' * 9}|")
     print("\n".join(lines), flush=True)
 
 
@@ -217,12 +221,11 @@ def main() -> None:
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
     tuning = Tuning(arguments.recipe, validation, arguments.steps, orchestrator)
     for way in arguments.ways:  # a mistake shows before anything is made
-        for test_records in (False, True):
+        for of in ("validation", "base", "tuned"):
             try:
-                smallest = min(arguments.learning_rates)
-                orchestrator.plan(tuning.recipe(way, smallest, arguments.seeds[0], test_records))
+                orchestrator.plan(tuning.recipe(way, min(arguments.learning_rates), arguments.seeds[0], of))
             except SqftError as error:
-                parser.error(f"{way}, on {'test' if test_records else 'validation'} records: {error}")
+                parser.error(f"{way}, {of}: {error}")
     sweep_seeds = arguments.sweep_seeds or arguments.seeds
     best = choose(tuning, arguments.ways, arguments.learning_rates, arguments.widen, sweep_seeds)
     if not arguments.no_test:

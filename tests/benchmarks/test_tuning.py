@@ -67,31 +67,36 @@ def test_the_error_is_over_records(both: list[tuple[bool, bool]]) -> None:
 )
 def test_the_sweep_goes_on_while_the_best_is_at_the_edge(top: float, tried: list[float], best: float) -> None:
     class Fake:
-        def measure(self, way: str, rate: float, seeds: list[int], test: bool) -> Any:
+        def measure(self, way: str, rate: float, seeds: list[int], of: str) -> Any:
             right = round(100 / (1 + abs(math.log2(rate / top))))
-            return {seed: tuning.Measured([n < right for n in range(100)], [], 0.0) for seed in seeds}
+            return {seed: tuning.Measured([n < right for n in range(100)], {}, 0.0) for seed in seeds}
 
     found = tuning.sweep(Fake(), "way", [4e-3, 1e-3, 2e-3], 3, [0])
     assert list(found) == pytest.approx(sorted(tried)) and tuning.best_of(found) == pytest.approx(best)
     assert list(tuning.sweep(Fake(), "way", [2e-3], 3, [0])) == [2e-3]
 
 
-@pytest.mark.parametrize("way", ["recipe", "hira,root,lora+", "adapter.options.alpha=8,hira"])
+@pytest.mark.parametrize("way", ["recipe", "hira,root,lora+", "adapter.options.alpha=8,hira,sparsify.scorer=magnitude"])
 def test_every_way_is_a_recipe_on_the_same_base(raw: dict[str, Any], data: Path, tmp_path: Path, way: str) -> None:
     """Validation measures no test record, and training does not depend on which of the two is measured."""
     del raw["search"]
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(raw))
     made = tuning.Tuning(file, data / "validation.jsonl", 3, Orchestrator(Registry.discover(), tmp_path / "store"))
-    plans = {test: made.orchestrator.plan(made.recipe(way, 0.02, 1, test)) for test in (False, True)}
-    steps = {test: {step.name: step.fingerprint for step in plan.steps} for test, plan in plans.items()}
-    assert list(steps[False]) == ["sparsify", "finetune", "search", "evaluate:search"]
-    assert list(steps[True]) == ["sparsify", "finetune", "search", "merge", "evaluate:sparsify", "evaluate:merge"]
-    assert all(steps[False][name] == steps[True][name] for name in ("sparsify", "finetune", "search"))
-    assert plans[False].step("evaluate:search").files["exact_match.data"] == data / "validation.jsonl"
-    assert plans[True].step("evaluate:merge").files["exact_match.data"] == data / "test.jsonl"
-    section = plans[True].recipe.finetune
-    assert section and (section.learning_rate, section.seed, section.steps) == (0.02, 1, 3)
+    plans = {of: made.orchestrator.plan(made.recipe(way, 0.02, 1, of)) for of in ("base", "validation", "tuned")}
+    steps = {of: {step.name: step.fingerprint for step in plan.steps} for of, plan in plans.items()}
+    assert list(steps["base"]) == ["sparsify", "evaluate:sparsify"]
+    assert list(steps["validation"]) == ["sparsify", "finetune", "search", "evaluate:search"]
+    assert list(steps["tuned"]) == ["sparsify", "finetune", "search", "merge", "evaluate:merge"]
+    assert all(steps["validation"][name] == steps["tuned"][name] for name in ("sparsify", "finetune", "search"))
+    assert steps["base"]["sparsify"] == steps["tuned"]["sparsify"]
+    assert plans["validation"].step("evaluate:search").files["exact_match.data"] == data / "validation.jsonl"
+    assert plans["tuned"].step("evaluate:merge").files["exact_match.data"] == data / "test.jsonl"
+    assert plans["tuned"].recipe.seed == 1
+    section = plans["tuned"].recipe.finetune
+    assert section and (section.learning_rate, section.seed, section.steps) == (0.02, None, 3)
+    scorer = plans["base"].recipe.sparsify
+    assert scorer and scorer.scorer.name == ("magnitude" if "magnitude" in way else "wanda")
     assert section.merger.name == ("hira" if "hira" in way else "sparsepeft")
     assert section.learning_rate_ratio == (16 if "lora+" in way else 1)
     assert section.adapter.options.get("scaling") == ("root" if "root" in way else None)
@@ -100,8 +105,8 @@ def test_every_way_is_a_recipe_on_the_same_base(raw: dict[str, Any], data: Path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--validation", "nowhere.jsonl"], "recipe, on validation records: .*nowhere.jsonl"),
-        (["--learning-rates", "0.1", "0"], "recipe, on validation records: .*learning_rate"),
+        (["--validation", "nowhere.jsonl"], "recipe, validation: .*nowhere.jsonl"),
+        (["--learning-rates", "0.1", "0"], "recipe, validation: .*learning_rate"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
     ],
     ids=str,
@@ -138,7 +143,7 @@ def test_both_tables(raw: dict[str, Any], tmp_path: Path, monkeypatch: Any, caps
     shown = capsys.readouterr().out.splitlines()
     tables = [line for line in shown if line.startswith("|")]
     assert [line.split(" | ")[0] for line in tables if "---" not in line] == [
-        "| validation", "| recipe", "| hira", "| test", "| sparsify", "| recipe", "| hira",
+        "| validation", "| recipe", "| hira", "| test", "| recipe", "| hira",
     ]  # fmt: skip
     assert "p = " in tables[-1] and "p = " not in tables[-2] and all("–" not in line for line in tables[-3:-1])
     trained = list((tmp_path / "store" / "artifacts").glob("finetune-*"))
