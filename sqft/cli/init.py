@@ -36,6 +36,7 @@ def init(
     from sqft.recipe.recipe import Recipe
     from sqft.recipe.rerun import paths
     from sqft.tools.presets import DATA, MODEL, PIPELINES, as_text, explanation, starting_recipe
+    from sqft.utils.hub import HUB_ID
 
     if pipeline is None:
         width = max(map(len, PIPELINES))
@@ -61,6 +62,6 @@ def init(
         click.echo(text)
     click.echo(f"written: {output}")
     for path in dict.fromkeys(paths(recipe).values()):
-        if not recipe.resolve(path).exists():
+        if not HUB_ID.fullmatch(path) and not recipe.resolve(path).exists():
             click.echo(f"not there yet: {recipe.resolve(path)}")
     click.echo(f"next: sqft plan {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from sqft.utils.hub import fetch
@@ -24,12 +25,20 @@ NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json"
 """Files that describe the data and hold none."""
 
 
-def fetch_data_set(name: str, revision: str | None, local: Path) -> Path:
+def fetch_data_set(name: str, revision: str | None, local: Path, file: str | None = None) -> Path:
     """Return the folder of a Hugging Face data set in the hub's cache, downloading it when needed; never its code.
 
+    Args:
+        name: its id, "owner/name".
+        revision: branch, tag or commit; None for the main branch.
+        local: the folder that was looked for, for messages.
+        file: the only file of it that is needed; None for all its data.
+
     Raises:
-        SqftError: when it is not in the cache and cannot be downloaded; `local` is the folder that was looked for.
+        SqftError: when it is not in the cache and cannot be downloaded.
     """
+    if file is not None:
+        return fetch("dataset", name, revision, (glob.escape(file),), local)
     folder = fetch("dataset", name, revision, DATA_FILES, local)
     card = folder / "README.md"
     settings = card.read_text("utf-8", "replace").split("\n---", 1)[0] if card.is_file() else ""

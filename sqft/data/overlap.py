@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from sqft.data.conversations import texts_in
-from sqft.data.readers import SUFFIXES, read_rows, read_text, suffix_of
+from sqft.data.readers import is_plain_text, read_rows, read_text
+from sqft.data.records import ReadOptions
 from sqft.errors import DataError
 
 RUN = 13
@@ -24,30 +26,33 @@ BLOCK = 1 << 17
 WORD = re.compile(r"[^\W_]+")
 
 
-def shared_runs(text: Path, other: Path, tokens: int | None = None) -> float:
-    """Return the share of a text's runs of 13 words that occur in the other file too, 0 to 1.
+def shared_runs(
+    texts: Sequence[tuple[Path, int | None]], other: Path, options: ReadOptions | None = None
+) -> list[float]:
+    """Return for each text the share of its runs of 13 words that occur in the other data too, 0 to 1.
 
-    Case and punctuation do not count. A text of fewer words has no runs, and a share of 0. Of the text, 1 Mi characters
-    are looked at, and 32 Mi of the other file.
+    Case and punctuation do not count. A text of fewer words has no runs, and a share of 0. Of each text,
+    1 Mi characters are looked at, and 32 Mi of the other data, once for all texts.
 
     Args:
-        text: whose runs are counted.
+        texts: whose runs are counted, each with the tokens of it that count, from its start (None for all); about as
+            many characters as they take are looked at.
         other: where they are looked for.
-        tokens: of the text that count, from its start; about as many characters as they take are looked at.
+        options: how to read its records.
 
     Raises:
         DataError: when a file cannot be read.
     """
-    runs = list(_runs(text, min(LIMIT, PER_TOKEN * tokens if tokens else LIMIT)))
-    wanted = set(runs)
-    found = {run for run in _runs(other, OTHER_LIMIT) if run in wanted} if wanted else set()
-    return sum(run in found for run in runs) / len(runs) if runs else 0.0
+    runs = [list(_runs(text, min(LIMIT, PER_TOKEN * tokens if tokens else LIMIT))) for text, tokens in texts]
+    wanted = {run for of_text in runs for run in of_text}
+    found = {run for run in _runs(other, OTHER_LIMIT, options) if run in wanted} if wanted else set()
+    return [sum(run in found for run in of_text) / len(of_text) if of_text else 0.0 for of_text in runs]
 
 
-def _runs(file: Path, limit: int) -> Iterator[int]:
+def _runs(file: Path, limit: int, options: ReadOptions | None = None) -> Iterator[int]:
     """Yield the hash of each run of words in the first `limit` characters; a run may go on in the next row."""
     words: list[str] = []
-    for part in _parts(file, limit):
+    for part in _parts(file, limit, options):
         words += WORD.findall(part.lower())
         if len(words) > BLOCK:
             yield from _hashes(words)
@@ -59,13 +64,14 @@ def _hashes(words: list[str]) -> Iterator[int]:
     return map(hash, zip(*(words[start:] for start in range(RUN)), strict=False))
 
 
-def _parts(file: Path, limit: int) -> Iterator[str]:
-    """Yield the texts of a file, up to `limit` characters."""
-    if suffix_of(file) not in SUFFIXES or suffix_of(file) == ".txt":
+def _parts(file: Path, limit: int, options: ReadOptions | None) -> Iterator[str]:
+    """Yield the texts of a file or data set, up to `limit` characters."""
+    if is_plain_text(file):
         content = read_text(file)[:limit]
         yield from (content[start : start + LIMIT] for start in range(0, len(content), LIMIT))
         return
-    for _, row in read_rows(file, None, "train"):
+    rows = read_rows(file, options.config, options.split) if options else read_rows(file, None, "train")
+    for _, row in islice(rows, options.limit if options else None):
         for part in () if isinstance(row, DataError) else texts_in(row):
             yield part[:limit]
             if (limit := limit - len(part)) <= 0:

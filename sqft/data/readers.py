@@ -85,6 +85,11 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
+def is_plain_text(path: Path) -> bool:
+    """Return whether a file is one text, where either text or records may be given: it has no suffix of records."""
+    return path.is_file() and (suffix_of(path) not in SUFFIXES or suffix_of(path) == ".txt")
+
+
 def read_text(path: Path) -> str:
     """Return all text of a file, decompressed.
 
@@ -172,12 +177,16 @@ def _json_lines(path: Path) -> Rows:
 
 
 def _json(path: Path) -> Rows:
-    """Read a list of objects; a file that holds JSON Lines instead is read as such."""
+    """Read a list of objects; a file that holds JSON Lines instead is read as such, line by line."""
     with _bytes(path) as stream:
-        content = stream.read()
-    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        start = b""
+        while (more := stream.read(1 << 16)) and not start:
+            start = more.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
         yield from _json_lines(path)
         return
+    with _bytes(path) as stream:
+        content = stream.read()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -81,22 +81,29 @@ def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: 
     return section.model_copy(update={"perplexity": tuple(shorter) if several else next(iter(shorter), None)})
 
 
-def notes_on_calibration(section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step]) -> Notes:
+def notes_on_calibration(
+    section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step], calibration: Data | None
+) -> Notes:
     """Note where a text whose perplexity is measured is the calibration's, or has much of it word for word.
 
-    See `notes_on_chats` for the arguments.
+    Args:
+        section: what is measured.
+        files: its files, by role.
+        steps: those planned so far.
+        calibration: how the recipe names its calibration text.
     """
-    calibration = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
-    for role, text in section.texts.items() if calibration else ():
-        assert calibration is not None
-        try:
-            share = shared_runs(files[role], calibration, text.tokens)
-        except DataError:
-            continue  # the stage that reads it says so
+    seen = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
+    if not (seen and calibration and section.texts):
+        return
+    try:
+        shares = shared_runs([(files[role], text.tokens) for role, text in section.texts.items()], seen, calibration)
+    except DataError:
+        return  # the stage that reads it says so
+    for role, share in zip(section.texts, shares, strict=True):
         if share >= SHARED:
             yield (
                 f"evaluate.{role}",
-                f"{share:.0%} of its runs of {RUN} words occur in {calibration.name}, too, which calibration sees: its "
+                f"{share:.0%} of its runs of {RUN} words occur in {seen.name}, too, which calibration sees: its "
                 "perplexity flatters what fits that text; measure another text beside it",
             )
 

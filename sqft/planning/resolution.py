@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +20,13 @@ from sqft.components.kinds import Component
 from sqft.components.options import input_paths
 from sqft.components.registry import Registry
 from sqft.data.answers import Answer, completion_of, extract_answer
-from sqft.data.hub import fetch_data_set
-from sqft.data.readers import SUFFIXES, split_names, suffix_of
+from sqft.data.readers import is_plain_text
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem, SqftError
-from sqft.planning import layout_checks
+from sqft.planning import data_sets, layout_checks
 from sqft.planning.conversations import ConversationCheck, Use
 from sqft.planning.plan import ResolvedComponent, model_spec
-from sqft.recipe.data import Data
+from sqft.recipe.data import CalibrationData, Data
 from sqft.recipe.diagnostics import problems_of
 from sqft.recipe.fields import Section, fields_marked
 from sqft.recipe.recipe import Recipe
@@ -37,7 +35,6 @@ from sqft.recipe.teacher import DENSE, Teacher
 from sqft.types import InputPath, LinearShape
 from sqft.utils.digests import Digests
 from sqft.utils.globs import names_itself, selected
-from sqft.utils.hub import HUB_ID
 
 C = TypeVar("C", bound=Component)
 S = TypeVar("S", bound=Section)
@@ -180,12 +177,7 @@ class Resolver:
         except SqftError as error:
             self.report(place, str(error))
             return Path(path)
-        if not (resolved.is_dir() if folder else resolved.is_file()):
-            self.report(place, f"there is no {'folder' if folder else 'file'} {resolved}")
-        elif not os.access(resolved, os.R_OK):
-            self.report(place, f"{resolved} may not be read; change its permissions")
-        elif not folder and resolved.stat().st_size == 0:
-            self.report(place, f"{resolved} is empty")
+        self.collect(data_sets.check_file(resolved, place, folder))
         return resolved
 
     @cached_property
@@ -203,9 +195,10 @@ class Resolver:
             answer: the part of its completion that each record must have, to compare with; None when it needs none.
             use: what it is for.
         """
-        known = len(self.problems)
-        path = self._data_set(data, place)
-        if len(self.problems) > known:
+        path, problems = data_sets.find_data_set(data, place, self.recipe.resolve)
+        plain = isinstance(data, CalibrationData) and is_plain_text(path)
+        self.collect(problems or (data_sets.check_plain_text(data, place) if plain else ()))
+        if problems or plain:
             return path
         try:
             records = records_of(path, data, self.recipe.model.chat_template_kwargs)
@@ -220,26 +213,6 @@ class Resolver:
         except DataError as error:
             self.report(f"{place}.path", str(error).replace("\n", "\n    "))
         return path
-
-    def _data_set(self, data: Data, place: str) -> Path:
-        """Return the path of a file of records, a folder that is a data set, or one fetched from Hugging Face."""
-        try:
-            names = split_names(data.split)
-        except DataError as error:
-            self.report(f"{place}.split", str(error))
-            return Path(data.path)
-        try:
-            path = self.recipe.resolve(data.path)
-            if HUB_ID.fullmatch(data.path) and suffix_of(path) not in SUFFIXES and not path.exists():
-                return fetch_data_set(data.path, data.revision, path)
-        except SqftError as error:
-            self.report(f"{place}.path", str(error))
-            return Path(data.path)
-        if path.is_file() and (given := data.model_fields_set & {"config", "revision"}):
-            self.report(f"{place}.path", f"is a single file and has no {min(given)}; remove that, or name a data set")
-        elif path.is_file() and names != {"train"}:
-            self.report(f"{place}.split", "a single file has only the split 'train', or slices of it (train[:90%])")
-        return self.file(data.path, f"{place}.path", folder=path.is_dir())
 
     def layers(self, include: Sequence[str], exclude: Sequence[str], place: str) -> list[LinearShape]:
         """Return the linear layers of the model that patterns choose to be compressed; narrow ones only by name."""

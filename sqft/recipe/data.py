@@ -64,6 +64,11 @@ class Data(Section):
     )
     limit: Count | None = Field(None, description="use only this many records from the start")
     config: str | None = Field(None, description="configuration of the data set, if it has several")
+    file: str | None = Field(
+        None,
+        description="read only this file of the data set, a path inside it; of a Hugging Face id, nothing else is "
+        "downloaded",
+    )
     split: str = Field(
         "train",
         description='split of the data set, or a slice in the syntax of datasets: "train[:1000]", '
@@ -84,7 +89,12 @@ class TrainingData(Data):
     )
 
 
+class CalibrationData(Data):
+    """Text to calibrate on: records or a data set, as for training, or a plain text file (.txt, or another suffix)."""
+
+
 DataRef = Annotated[Data, ShortForm("path")]
+CalibrationRef = Annotated[CalibrationData, ShortForm("path")]
 _One = Annotated[TrainingData, ShortForm("path")]
 DataRefs = Annotated[
     Annotated[_One, Tag("@one")] | Annotated[tuple[_One, ...], Field(min_length=1), Tag("@several")],

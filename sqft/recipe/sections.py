@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sqft.recipe.data import DataRef, DataRefs, TemplateArguments, TrainingData
+from sqft.recipe.data import CalibrationRef, DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm, one_or_several
 from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
@@ -68,10 +68,9 @@ class Model(Section):
 class Calibration(Section):
     """Text whose activations the scorers and quantizers see."""
 
-    data: Annotated[str, InputPath()] = Field(
-        description="a .jsonl file of {text} (or {prompt, completion}, {messages}), or a text file. Take general text, "
-        "of several kinds like those that the model was pretrained on, and not the task's: what fits one kind of text "
-        "loses on others"
+    data: CalibrationRef = Field(
+        description="a file of records, a data set, or a text file. Take general text, of several kinds like those "
+        "that the model was pretrained on, and not the task's: what fits one kind of text loses on others"
     )
     samples: Count = Field(128, description="number of windows")
     length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")

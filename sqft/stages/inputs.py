@@ -125,7 +125,8 @@ class StepData:
         assert section is not None
         with self.reading("calibration") as file:
             seed, arguments = self.seed_for("calibration"), self.plan.recipe.model.chat_template_kwargs
-            return calibration_windows(file, tokenizer, section.samples, section.length, seed, arguments)
+            how = section.data
+            return calibration_windows(file, tokenizer, section.samples, section.length, seed, how, arguments)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from sqft.types import InputPath
 from sqft.utils.hub import HUB_ID
 
 MODEL, DATA = "HuggingFaceTB/SmolLM2-360M", "data"
+GENERAL_TEXT = {"path": "allenai/c4", "file": "en/c4-train.00000-of-01024.json.gz", "limit": 2000}
+"""What to calibrate on when the user has no text for it: of the web, cleaned. The papers on pruning and GPTQ calibrate
+on this file (Raffel et al. 2020, section 2.2). 0.3 GB are downloaded, once."""
 SPARSIFY = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
 QUANTIZE = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64}}}
 LORA = {"name": "lora", "options": {"rank": 32, "alpha": 64}}
@@ -106,8 +109,9 @@ PIPELINES = {
 def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DATA) -> dict[str, Any]:
     """Return a pipeline's recipe, to be written to the file `output`; its relative paths start at that file's folder.
 
-    `data` is a folder with train.jsonl, calibration.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them.
-    Or it is one file of records, for training and calibration, with the other files next to it.
+    `data` is a folder with train.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them. Or it is one file
+    of records to train on, with the other files next to it. A calibration.jsonl there is used; where there is none,
+    general text is downloaded, because what calibrates on the task's own text loses on other text.
 
     Raises:
         SqftError: when there is no pipeline of this name.
@@ -117,12 +121,14 @@ def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DAT
     place = Path(data).expanduser()
     records = place if place.is_file() or (place.suffix and not place.is_dir()) else None
     folder = place.parent if records else place
-    names = dict.fromkeys(("train.jsonl", "calibration.jsonl"), records.name) if records else {}
+    names = {"train.jsonl": records.name} if records else {}
 
-    calibration = {"data": "calibration.jsonl", "samples": 64, "length": 1024}
+    own = (folder / "calibration.jsonl").is_file()
+    calibration = {"data": "calibration.jsonl" if own else GENERAL_TEXT, "samples": 64, "length": 1024}
     sections = copy.deepcopy({"calibration": calibration, **PIPELINES[name].sections})
     for field in fields_marked(Recipe, InputPath, sections):
-        field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
+        if not (field.marker.hub and HUB_ID.fullmatch(field.value)):
+            field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
     local = Path(model).expanduser()
     path = model if HUB_ID.fullmatch(model) and not local.exists() else _from(output, local)
     return {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}, **sections}

@@ -9,6 +9,7 @@ import pytest
 
 from sqft.data import overlap
 from sqft.data.overlap import shared_runs
+from sqft.recipe.data import CalibrationData
 
 WORDS = [f"word{number}" for number in range(100)]
 
@@ -20,8 +21,9 @@ def test_the_share_is_that_of_runs_of_13_words(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": ", ".join(WORDS[:20]).upper()}, {"role": "assistant", "content": "No."}]
     other.write_text("not JSON\n" + json.dumps({"messages": turns}) + "\n")
     none.write_text("a b c")
-    assert shared_runs(text, other) == pytest.approx(8 / 88)
-    assert shared_runs(text, text) == 1 and shared_runs(none, none) == shared_runs(text, none) == 0
+    assert shared_runs([(text, None), (none, None)], other) == [pytest.approx(8 / 88), 0]
+    assert shared_runs([(text, None)], text) == [1]
+    assert shared_runs([(none, None)], none) == shared_runs([(text, None)], none) == [0] and shared_runs([], text) == []
 
 
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
@@ -34,7 +36,15 @@ def test_how_much_of_each_file_is_looked_at(tmp_path: Path, monkeypatch: pytest.
     parts = ["x " * 10_000, "\n".join(WORDS)]
     other.write_text("".join(parts) if name == "b.txt" else "".join(json.dumps({"text": p}) + "\n" for p in parts))
     runs = len(text.read_text()[:2000].split()) - 12
-    assert shared_runs(text, other) == pytest.approx(88 / runs)
-    assert shared_runs(text, other, len(" ".join(WORDS)) // 4) > 0.98
+    whole, start = shared_runs([(text, None), (text, len(" ".join(WORDS)) // 4)], other)
+    assert whole == pytest.approx(88 / runs) and start > 0.98
     monkeypatch.setattr(overlap, "OTHER_LIMIT", 20_000)
-    assert shared_runs(text, other) == 0
+    assert shared_runs([(text, None)], other) == [0]
+
+
+def test_only_the_rows_that_calibration_reads_count(tmp_path: Path) -> None:
+    text, other = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text(" ".join(WORDS))
+    other.write_text("".join(json.dumps({"body": part}) + "\n" for part in ("x", " ".join(WORDS), "y")))
+    for how, share in ({"limit": 1}, 0), ({"limit": 2}, 1), ({"split": "train[2:]"}, 0), ({"split": "train[:2]"}, 1):
+        assert shared_runs([(text, None)], other, CalibrationData.model_validate({"path": "b.jsonl", **how})) == [share]

@@ -123,11 +123,11 @@ def test_anchored(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["evaluate"] |= {"tasks": ["mine"], "include_path": "../tasks"}
     stored = with_absolute_paths(Recipe.parse(raw, tmp_path / "here"))
     assert stored["model"]["path"] == "someone/model"
-    assert stored["calibration"]["data"] == str(tmp_path / "here" / "c.jsonl")
+    assert stored["calibration"]["data"]["path"] == str(tmp_path / "here" / "c.jsonl")
     assert stored["evaluate"]["include_path"] == str(tmp_path / "tasks")
     again = Recipe.parse(stored, tmp_path)
     assert with_absolute_paths(again) == stored and paths(again).keys() == {
-        "calibration.data", "finetune.data.path", "search.data.path",
+        "calibration.data.path", "finetune.data.path", "search.data.path",
         "evaluate.perplexity.text", "evaluate.exact_match.data.path", "evaluate.include_path",
     }  # fmt: skip
 

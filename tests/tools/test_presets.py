@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
-from sqft.tools.presets import PIPELINES, as_text, explanation, starting_recipe
+from sqft.tools.presets import GENERAL_TEXT, PIPELINES, as_text, explanation, starting_recipe
 
 EXAMPLES = {file.stem: file for file in (Path(__file__).parents[2] / "examples" / "recipes").glob("*.json")}
 QUICKSTART = "quickstart"
@@ -83,13 +83,29 @@ def test_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "mine.jsonl").write_text("")
     raw = starting_recipe("sparsepeft", Path("recipes/r.json"), "model", "mine.jsonl")
     assert raw["model"]["path"] == "../model"
-    assert raw["finetune"]["data"] == raw["calibration"]["data"] == "../mine.jsonl"
+    assert raw["finetune"]["data"] == "../mine.jsonl"
     assert raw["evaluate"]["exact_match"]["data"] == "../test.jsonl"  # never what it trains on
     whole = starting_recipe("sparsify", Path("r.json"), "someone/model", "/some/folder")
-    assert (
-        whole["model"]["path"] == "someone/model" and whole["calibration"]["data"] == "/some/folder/calibration.jsonl"
-    )
+    assert whole["model"]["path"] == "someone/model"
     assert whole["evaluate"]["perplexity"]["text"] == "/some/folder/heldout.txt"
+
+
+def test_general_text_calibrates_unless_there_is_text_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never what it trains on. A data set of the hub is no file that could be missing here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert starting_recipe("lora", Path("r.json"), data="mine.jsonl")["calibration"]["data"] == GENERAL_TEXT
+    shown = CliRunner().invoke(main, ["init", "lora", "--output", "r.json", "--data", "mine.jsonl"])
+    assert (
+        shown.exit_code == 0
+        and "c4" in shown.output
+        and "not there yet: " + str(tmp_path / "test.jsonl") in shown.output
+    )
+    assert "allenai" not in shown.output.partition("written:")[2]
+    (tmp_path / "calibration.jsonl").write_text("")
+    assert (
+        starting_recipe("lora", Path("sub/r.json"), data="mine.jsonl")["calibration"]["data"] == "../calibration.jsonl"
+    )
 
 
 def test_as_text_is_json() -> None:

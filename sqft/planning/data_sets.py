@@ -1,0 +1,88 @@
+"""Find the files and data sets that a recipe names, and check that they can be read as it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from sqft.data.hub import fetch_data_set
+from sqft.data.readers import SUFFIXES, split_names, suffix_of
+from sqft.errors import DataError, Problem, SqftError
+from sqft.recipe.data import Data
+from sqft.utils.hub import HUB_ID
+
+OF_RECORDS = ("limit", "prompt", "chat_template_kwargs")
+"""Fields of a data set that say how records are read."""
+
+
+def find_data_set(data: Data, place: str, resolve: Callable[[str], Path]) -> tuple[Path, list[Problem]]:
+    """Return the path of a file of records or a folder that is a data set, and what is wrong.
+
+    A Hugging Face id is downloaded, if it is not in the hub's cache.
+
+    Args:
+        data: the data set as the recipe describes it.
+        place: where that is in the recipe.
+        resolve: returns the path of what the recipe names.
+    """
+    try:
+        names = split_names(data.split)
+    except DataError as error:
+        return Path(data.path), [Problem(f"{place}.split", str(error))]
+    try:
+        path = resolve(data.path)
+        hub = bool(HUB_ID.fullmatch(data.path)) and suffix_of(path) not in SUFFIXES and not path.exists()
+        if data.file is not None and (mistake := _outside(data.file)):
+            return path, [Problem(f"{place}.file", mistake)]
+        if hub:
+            path = fetch_data_set(data.path, data.revision, path, data.file)
+    except SqftError as error:
+        return Path(data.path), [Problem(f"{place}.path", str(error))]
+    problems = list(_settings(data, place, path, hub, names))
+    if data.file is None:
+        return path, problems or ([] if hub else list(check_file(path, f"{place}.path", path.is_dir())))
+    if problems:
+        return path / data.file, problems
+    if not (path / data.file).is_file():
+        return path / data.file, [Problem(f"{place}.file", f"{data.path} has no file '{data.file}'")]
+    return path / data.file, list(check_file(path / data.file, f"{place}.file"))
+
+
+def _outside(file: str) -> str | None:
+    """Return what is wrong with the name of a file in a data set; None when nothing is."""
+    pure = PurePosixPath(file)
+    inside = file and not pure.is_absolute() and ".." not in pure.parts
+    return None if inside else f"'{file}' is no path inside the data set"
+
+
+def _settings(data: Data, place: str, path: Path, hub: bool, names: set[str]) -> Iterator[Problem]:
+    """Check that a single file is not asked for what only a data set has; `names` are those of its splits."""
+    if data.file is not None and path.is_file():
+        yield Problem(f"{place}.file", f"{path} is a single file itself; remove this, or name the folder that holds it")
+        return
+    if data.file is None and not path.is_file():
+        return
+    only = {"config"} if hub else {"config", "revision"}
+    if given := data.model_fields_set & only:
+        where = f"{place}.path" if data.file is None else f"{place}.file"
+        yield Problem(where, f"is a single file and has no {min(given)}; remove that, or name a data set")
+    elif names != {"train"}:
+        yield Problem(f"{place}.split", "a single file has only the split 'train', or slices of it (train[:90%])")
+
+
+def check_plain_text(data: Data, place: str) -> Iterator[Problem]:
+    """Check that a plain text is not asked for what only records have."""
+    for field in OF_RECORDS:
+        if field in data.model_fields_set:
+            yield Problem(f"{place}.{field}", "has no effect on a plain text; remove it, or give a file of records")
+
+
+def check_file(path: Path, place: str, folder: bool = False) -> Iterator[Problem]:
+    """Check that a file or folder exists, is readable and not empty."""
+    if not (path.is_dir() if folder else path.is_file()):
+        yield Problem(place, f"there is no {'folder' if folder else 'file'} {path}")
+    elif not os.access(path, os.R_OK):
+        yield Problem(place, f"{path} may not be read; change its permissions")
+    elif not folder and path.stat().st_size == 0:
+        yield Problem(place, f"{path} is empty")

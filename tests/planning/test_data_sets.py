@@ -1,0 +1,106 @@
+"""Files and data sets that a recipe names: which are found, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.errors import RecipeError
+from sqft.planning.data_sets import find_data_set
+from sqft.recipe.data import CalibrationData
+from sqft.stages.inputs import StepData
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A data set of two files, of which only one has text."""
+    folder = tmp_path / "set"
+    (folder / "en").mkdir(parents=True)
+    (folder / "en" / "part-0.jsonl").write_text("".join(json.dumps({"text": f"{n} words"}) + "\n" for n in range(9)))
+    (folder / "part-1.jsonl").write_text('{"nothing": 0}\n')
+    (folder / "notes.md").write_text("some words")
+    return folder
+
+
+def found(folder: Path, **how: Any) -> tuple[Path, list[str]]:
+    path, problems = find_data_set(CalibrationData(path="set", **how), "at", lambda name: folder.parent / name)
+    return path, [str(problem) for problem in problems]
+
+
+def test_one_file_of_a_data_set(data_set: Path) -> None:
+    assert found(data_set) == (data_set, [])
+    assert found(data_set, file="en/part-0.jsonl") == (data_set / "en" / "part-0.jsonl", [])
+    assert found(data_set, file="en/part-0.jsonl", split="train[:3]")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"file": "en/part-9.jsonl"}, "at.file: set has no file 'en/part-9.jsonl'"),
+        ({"file": "../secret.jsonl"}, "at.file: '../secret.jsonl' is no path inside the data set"),
+        ({"file": "/etc/passwd"}, "at.file: '/etc/passwd' is no path inside the data set"),
+        ({"file": ""}, "at.file: '' is no path inside the data set"),
+        ({"file": "part-1.jsonl", "config": "en"}, "at.file: is a single file and has no config"),
+        ({"file": "part-1.jsonl", "split": "test"}, "at.split: a single file has only the split 'train'"),
+    ],
+)
+def test_mistakes(data_set: Path, how: dict[str, Any], said: str) -> None:
+    (problem,) = found(data_set, **how)[1]
+    assert problem.startswith(said)
+
+
+def test_a_file_has_no_file_in_it(data_set: Path) -> None:
+    data = CalibrationData(path="part-1.jsonl", file="x")
+    (problem,) = find_data_set(data, "at", lambda name: data_set / name)[1]
+    assert str(problem).startswith("at.file: ") and "is a single file itself" in str(problem)
+
+
+def test_one_file_of_a_hugging_face_id(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that file is asked for, whatever its name means as a pattern; revision and slice are the data set's."""
+    asked = []
+
+    def fetch(kind: str, name: str, revision: str | None, patterns: tuple[str, ...], local: Path) -> Path:
+        asked.append((kind, name, revision, patterns))
+        return data_set
+
+    monkeypatch.setattr("sqft.data.hub.fetch", fetch)
+    data = CalibrationData(path="owner/name", file="en/part-0.jsonl", revision="v1", split="train[:3]")
+    path, problems = find_data_set(data, "at", lambda name: data_set.parent / name)
+    assert (path, problems) == (data_set / "en" / "part-0.jsonl", [])
+    find_data_set(data.model_copy(update={"file": "a[0].json"}), "at", lambda name: data_set.parent / name)
+    assert asked == [("dataset", "owner/name", "v1", (name,)) for name in ("en/part-0.jsonl", "a[[]0].json")]
+
+
+def test_calibration_on_a_part_of_a_data_set(
+    raw: dict[str, Any], data_set: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Its windows are of the rows that the recipe names, made text by its template."""
+    rows = [{"body": f"these are the words of document {number}, and a few more"} for number in range(60)]
+    (data_set / "part-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"bad": 1}, *rows]))
+    how = {"path": str(data_set), "file": "part-1.jsonl", "split": "train[1:41]", "limit": 30}
+    prompt = {"prompt": "Document: ", "completion": "{{ body }}"}
+    raw = {key: raw[key] for key in ("schema", "model", "sparsify")} | {"name": "c"}
+    raw["calibration"] = {"data": {**how, "prompt": prompt}, "samples": 2, "length": 16}
+    plan = Orchestrator(Registry.discover(), tmp_path / "s").plan(Recipe.parse(raw))
+    windows = StepData(plan, plan.step("sparsify")).calibration(tokenizer)
+    text = "".join(f"Document: {row['body']}{tokenizer.eos_token}" for row in rows[:30])
+    tokens = tokenizer(text)["input_ids"]
+    parts = [tokens[start : start + 16] for start in range(0, len(tokens), 16)]
+    assert all(window in parts for window in windows.tolist())
+
+
+def test_a_plain_text_is_one_text(raw: dict[str, Any], data_set: Path, tmp_path: Path) -> None:
+    """Whatever its suffix; what says how to read records has no effect there."""
+    raw = {key: raw[key] for key in ("schema", "model", "sparsify")} | {"name": "c"}
+    (data_set / "notes.md").write_text("{ not JSON\n" + "some words " * 99)
+    raw["calibration"] = {"data": str(data_set / "notes.md"), "samples": 2, "length": 16}
+    orchestrator = Orchestrator(Registry.discover(), tmp_path / "s")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    assert plan.step("sparsify").files["calibration"] == data_set / "notes.md"
+    raw["calibration"]["data"] = {"path": str(data_set / "notes.md"), "limit": 3}
+    with pytest.raises(RecipeError, match=r"calibration\.data\.limit: has no effect on a plain text"):
+        orchestrator.plan(Recipe.parse(raw))
