@@ -1,11 +1,11 @@
 """Measure what codes lose: perplexity of the sparse model after gptq, by its options and bits, on several texts.
 
     python benchmarks/codes.py [--store store-codes] [--bits 4 3 2] [--ways gptq clip …] [--seeds 0 1 2]
-        [--updater least-squares] [--calibration general.jsonl --samples 32] [--texts prose.txt manuals.txt]
+        [--dense | --updater least-squares] [--calibration general.jsonl --samples 32] [--texts prose.txt manuals.txt]
 
-SmolLM2 with half of its weights at zero by wanda, groups of 64. Recipes differ only in the options of gptq. A seed
-decides which windows of the calibration text are drawn. What fits the calibration text is flattered by text of the
-same kind, so give texts of other kinds. The store keeps finished steps.
+SmolLM2 with half of its weights at zero by wanda (with --dense, none), groups of 64. Recipes differ only in the options
+of gptq. A seed decides which windows of the calibration text are drawn. What fits the calibration text is flattered by
+text of the same kind, so give texts of other kinds. The store keeps finished steps.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=[4, 3, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--dense", action="store_true", help="prune nothing")
     parser.add_argument("--updater", help="of the weights that wanda keeps, as in `sparsify.updater`")
     parser.add_argument("--calibration", type=Path, help="records of text; by default the quickstart's")
     parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens")
@@ -58,6 +59,8 @@ def main() -> None:
         kept["calibration"]["data"] = str(arguments.calibration.absolute())
     if arguments.updater:
         kept["sparsify"]["updater"] = arguments.updater
+    if arguments.dense:
+        del kept["sparsify"]
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
 
     def line(bits: str, way: str, step: str, **sections: Any) -> None:
@@ -73,7 +76,7 @@ def main() -> None:
 
     print(f"| bits | way | {' | '.join(Path(text).stem for text in texts)} | made in |")
     print("|---" * (3 + len(texts)) + "|")
-    line("–", "sparse floats", "sparsify")
+    line("–", "floats", "model" if arguments.dense else "sparsify")
     for bits in arguments.bits:
         for way in arguments.ways:
             quantizer = {"name": "gptq", "options": {"bits": bits, "group_size": 64, **WAYS[way]}}

@@ -1,9 +1,12 @@
-"""Perplexity of our gptq and of gptqmodel's, at sparsity 0: same model, grid, damping, order and calibration.
+"""Our gptq and gptqmodel's, on the same model, grid, damping, order and calibration: perplexity, and zeros kept.
 
-    python benchmarks/gptq_against_gptqmodel.py [--python .consumers/gptqmodel/bin/python] [--store DIR]
+    python benchmarks/gptq_against_gptqmodel.py [--sparse] [--orders unchanged reordered act-order] [--seeds 0]
+        [--calibration general.jsonl --samples 16] [--texts prose.txt manuals.txt]
+        [--python .consumers/gptqmodel/bin/python] [--store DIR]
 
-gptqmodel runs in its own environment (`make consumers`). sqft reads and measures both checkpoints, gptqmodel's like any
-model that was quantized elsewhere. Needs the model and data of `make quickstart`.
+With --sparse, both quantize the model of which wanda has set half of the weights to zero; gptqmodel does not keep them
+there. gptqmodel runs in its own environment (`make consumers`). sqft reads and measures both checkpoints, gptqmodel's
+like any model that was quantized elsewhere. Needs the model and data of `make quickstart`.
 """
 
 from __future__ import annotations
@@ -17,67 +20,89 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.modeling.loading import load_model
+from sqft.modeling.loading import load_model, load_tokenizer
 from sqft.modeling.loading.transformers_io import save_model
 from sqft.planning.plan import Plan
+from sqft.stages.inputs import StepData
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = ROOT / "examples" / "quickstart" / "data"
-BITS, GROUP_SIZE, DAMP, SAMPLES, LENGTH = 4, 64, 0.01, 16, 512
+BITS, GROUP_SIZE, DAMP, LENGTH = 4, 64, 0.01, 512
+ORDERS = {"unchanged": (False, False), "reordered": (False, True), "act-order": (True, False)}
+"""act_order and reorder_groups."""
 
 
-def recipe(name: str, model: Path, **sections: Any) -> Recipe:
-    text = {"text": str(DATA / "heldout.txt"), "tokens": 8192, "length": 1024}
-    evaluate = {"of": ["quantize" if "quantize" in sections else "model"], "perplexity": text}
-    return Recipe.parse({"name": name, "model": {"path": str(model)}, **sections, "evaluate": evaluate})
+def recipe(name: str, model: Path, texts: list[Path], **sections: Any) -> Recipe:
+    made = "quantize" if "quantize" in sections else "sparsify" if "sparsify" in sections else "model"
+    measured = [{"text": str(text.absolute()), "tokens": 8192, "length": 1024} for text in texts]
+    raw = {"name": name, "model": {"path": str(model)}, **sections}
+    return Recipe.parse({**raw, "evaluate": {"of": [made], "perplexity": measured}})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparse", action="store_true", help="quantize the model that wanda made half sparse")
+    parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS), help="of the inputs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each draws other calibration windows")
+    parser.add_argument("--calibration", type=Path, default=DATA / "calibration.jsonl")
+    parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument("--texts", nargs="+", type=Path, default=[DATA / "heldout.txt"])
     parser.add_argument("--python", type=Path, default=ROOT / ".consumers" / "gptqmodel" / "bin" / "python")
     parser.add_argument("--store", type=Path, default=Path("store-gptq"))
     arguments = parser.parse_args()
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
 
-    def perplexity(wanted: Recipe) -> float:
-        return float(orchestrator.run(orchestrator.plan(wanted)).report["rows"][0]["perplexity"])
+    def measured(wanted: Recipe) -> str:
+        row = orchestrator.run(orchestrator.plan(wanted)).report["rows"][0]
+        figures = [f"{one['perplexity']:.3f}" for one in row["texts"].values()]
+        return " | ".join([*figures, f"{row['sparsity']:.2%}"])
 
-    calibration = {"data": str(DATA / "calibration.jsonl"), "samples": SAMPLES, "length": LENGTH}
-    dense = recipe("dense", MODEL)
-    print("| inputs | sqft | gptqmodel | ratio |\n|---|---|---|---|")
-    print(f"| (not quantized) | {perplexity(dense):.3f} | | |", flush=True)
-    plan = orchestrator.plan(dense)
-    model, tokenizer = load_model(plan.model_spec)
-    floats = arguments.store / "floats"
-    if not floats.is_dir():
-        save_model(model, tokenizer, floats)
-    windows = arguments.store / "windows.safetensors"
-    for act_order, reorder in ((False, False), (False, True), (True, False)):
-        options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP}
-        options |= {"act_order": act_order, "reorder_groups": reorder}
-        quantize = {"quantizer": {"name": "gptq", "options": options}}
-        ours = recipe("ours", MODEL, calibration=calibration, quantize=quantize)
-        found = perplexity(ours)
-        out = arguments.store / f"theirs-{int(act_order)}{int(reorder)}"
-        if not out.is_dir():
-            save_file({"windows": _windows(orchestrator.plan(ours), tokenizer)}, windows)
-            script = Path(__file__).with_name("quantize_with_gptqmodel.py")
-            words = [floats, windows, out, BITS, GROUP_SIZE, DAMP, int(act_order)]
-            command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"gptqmodel failed:\n{done.stderr[-2000:]}")
-        theirs = perplexity(recipe("theirs", out))
-        order = "act-order" if act_order else "groups reordered" if reorder else "as they stand"
-        print(f"| {order} | {found:.3f} | {theirs:.3f} | {found / theirs:.4f} |", flush=True)
+    print(f"| seed | inputs | made by | {' | '.join(text.stem for text in arguments.texts)} | sparsity |")
+    print("|---" * (4 + len(arguments.texts)) + "|")
+    for seed in arguments.seeds:
+        text = {"data": str(arguments.calibration.absolute()), "samples": arguments.samples, "length": LENGTH}
+        shared: dict[str, Any] = {"seed": seed, "calibration": text}
+        if arguments.sparse:
+            shared["sparsify"] = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
+        floats = _floats(orchestrator, arguments.store, recipe("floats", MODEL, arguments.texts, **shared))
+        print(f"| {seed} | | (floats) | {measured(recipe('floats', MODEL, arguments.texts, **shared))} |", flush=True)
+        for order in arguments.orders:
+            act_order, reorder = ORDERS[order]
+            options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP}
+            options |= {"act_order": act_order, "reorder_groups": reorder}
+            quantize = {"quantizer": {"name": "gptq", "options": options}}
+            ours = recipe("ours", MODEL, arguments.texts, **shared, quantize=quantize)
+            print(f"| {seed} | {order} | sqft | {measured(ours)} |", flush=True)
+            kind = "sparse" if arguments.sparse else "dense"
+            label = f"{kind}-{arguments.calibration.stem}-{arguments.samples}-{seed}"
+            out = arguments.store / f"theirs-{label}-{order}"
+            if not out.is_dir():
+                windows = arguments.store / f"windows-{label}.safetensors"
+                save_file({"windows": _windows(orchestrator.plan(ours))}, windows)
+                script = Path(__file__).with_name("quantize_with_gptqmodel.py")
+                words = [floats, windows, out, BITS, GROUP_SIZE, DAMP, int(act_order)]
+                command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"gptqmodel failed:\n{done.stderr[-2000:]}")
+            print(f"| {seed} | {order} | gptqmodel | {measured(recipe('theirs', out, arguments.texts))} |", flush=True)
 
 
-def _windows(plan: Plan, tokenizer: Any) -> Tensor:
-    """The calibration windows that our quantize step saw."""
-    from sqft.stages.inputs import StepData
+def _floats(orchestrator: Orchestrator, store: Path, wanted: Recipe) -> Path:
+    """Return the folder of the model that both quantize."""
+    plan = orchestrator.plan(wanted)
+    if plan.recipe.sparsify:
+        return orchestrator.run(plan)["sparsify"].folder / "model"
+    folder = store / "floats"
+    if not folder.is_dir():
+        save_model(*load_model(plan.model_spec), folder)
+    return folder
 
-    return StepData(plan, plan.step("quantize")).calibration(tokenizer)
+
+def _windows(plan: Plan) -> Tensor:
+    """Return the calibration windows that our quantize step saw."""
+    return StepData(plan, plan.step("quantize")).calibration(load_tokenizer(plan.model_spec))
 
 
 if __name__ == "__main__":
