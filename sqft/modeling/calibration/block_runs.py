@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from sqft.errors import StageError
 from sqft.modeling.calibration.capture import capture, forward, run_block
 
+NOT_FINITE = "calibration met activations that are not finite; use float32 or other calibration text"
+
 
 @dataclass(frozen=True)
 class BlockRun:
@@ -38,7 +40,7 @@ class BlockRun:
         """
         result = self.run(index)
         if result is not None and not result.isfinite().all():
-            raise StageError("calibration met activations that are not finite; use float32 or other calibration text")
+            raise StageError(NOT_FINITE)
         return result
 
 

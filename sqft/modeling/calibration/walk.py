@@ -11,8 +11,7 @@ There are two ways to run a block, and both give its layers the same inputs (`dr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +20,8 @@ from transformers import PreTrainedModel
 
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.experts import Expert, route_all_tokens
-from sqft.modeling.calibration.block_runs import RUNS, BlockRun
-from sqft.modeling.calibration.statistics import InputStatistics
+from sqft.modeling.calibration.block_runs import RUNS
+from sqft.modeling.calibration.observe import hooked, observe
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic
 from sqft.utils.progress import Track
 
@@ -68,30 +67,28 @@ def walk(
             if isinstance(module, nn.Linear) and f"{name}.{inner}" in chosen
         }
         groups = [layers] if layers else []
+        experts = {f"{name}.{inner}" for inner, module in run.block.named_modules() if isinstance(module, Expert)}
         if sequential and layers:
-            experts = {f"{name}.{inner}" for inner, module in run.block.named_modules() if isinstance(module, Expert)}
             groups = list(_within(HESSIAN_BYTES, _by_input(layers, experts, partial(run, 0))))
         for group in groups:
-            observed = _observe(run, group, needs)
+            steady = way == "blocks" and not _beside(group, experts, name)
+            observed = observe(run, group, needs, steady)
             if unreached := {layer: linear for layer, linear in group.items() if not observed[layer].tokens}:
                 with route_all_tokens(run.block):
-                    observed |= _observe(run, unreached, needs)
+                    observed |= observe(run, unreached, needs)
                 log.warning("no token is routed to %s; measured on every token instead", ", ".join(unreached))
             for layer, linear in group.items():
                 compress(layer, linear, replace(observed[layer].result(layer), unreached=layer in unreached))
 
 
-def _observe(run: BlockRun, layers: Mapping[str, nn.Linear], needs: frozenset[Statistic]) -> dict[str, InputStatistics]:
-    """Run a block on all windows; return the statistics of what these layers are given."""
-    observed = {name: InputStatistics(needs) for name in layers}
+def _beside(layers: Iterable[str], experts: Iterable[str], block: str) -> bool:
+    """Return whether some of these layers are in a part of the block that has experts: which of those run, and how
+    often, depends on the text."""
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, args: observed[name].add(args[0])
+    def part(name: str) -> str:
+        return name.removeprefix(f"{block}.").partition(".")[0]
 
-    with _hooked(layers, hook):
-        for index in range(run.windows):
-            run(index)
-    return observed
+    return not {part(layer) for layer in layers}.isdisjoint(map(part, experts))
 
 
 def _by_input(
@@ -121,7 +118,7 @@ def _by_input(
 
         return collect
 
-    with _hooked(layers, hook):
+    with hooked(layers, hook):
         run()
 
     # 2. Join sets that differ only in which expert their layers belong to.
@@ -151,14 +148,3 @@ def _within(limit: int, sets: list[dict[str, nn.Linear]]) -> Iterator[dict[str, 
                 part = {}
             part[name] = layer
         yield part
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Linear], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    """Call `hook(name)` before each of these layers runs, with the layer and its arguments."""
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
