@@ -42,10 +42,12 @@ def find_data_set(data: Data, place: str, resolve: Callable[[str], Path]) -> tup
     problems = list(_settings(data, place, path, hub, names))
     if data.file is None:
         return path, problems or ([] if hub else list(check_file(path, f"{place}.path", path.is_dir())))
+    problems = problems or ([] if hub else list(check_file(path, f"{place}.path", folder=True)))
     if problems:
         return path / data.file, problems
     if not (path / data.file).is_file():
-        return path / data.file, [Problem(f"{place}.file", f"{data.path} has no file '{data.file}'")]
+        offline = ", or it is not in the hub's cache and could not be downloaded" if hub else ""
+        return path / data.file, [Problem(f"{place}.file", f"{data.path} has no file '{data.file}'{offline}")]
     return path / data.file, list(check_file(path / data.file, f"{place}.file"))
 
 

@@ -59,6 +59,12 @@ def test_a_file_has_no_file_in_it(data_set: Path) -> None:
     assert str(problem).startswith("at.file: ") and "is a single file itself" in str(problem)
 
 
+def test_a_folder_that_is_not_there(data_set: Path) -> None:
+    data = CalibrationData(path="nowhere", file="x")
+    (problem,) = find_data_set(data, "at", lambda name: data_set / name)[1]
+    assert str(problem) == f"at.path: there is no folder {data_set / 'nowhere'}"
+
+
 def test_one_file_of_a_hugging_face_id(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only that file is asked for, whatever its name means as a pattern; revision and slice are the data set's."""
     asked = []
