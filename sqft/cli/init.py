@@ -26,17 +26,21 @@ def complete_pipeline(context: click.Context, parameter: click.Parameter, incomp
 )
 @click.option("--model", metavar="PATH", help="A folder, a GGUF file or a Hugging Face id.")
 @click.option("--data", metavar="PATH", help="A folder with train.jsonl, test.jsonl, …, or a file to train on.")
+@click.option("--paper", is_flag=True, help="The paper's own choices, where sqft's were measured to be better.")
 @disable_option
 @report_errors
 def init(
-    pipeline: str | None, output: Path | None, model: str | None, data: str | None, disable: tuple[str, ...]
+    pipeline: str | None,
+    output: Path | None,
+    model: str | None,
+    data: str | None,
+    paper: bool,
+    disable: tuple[str, ...],
 ) -> None:
     """Write a recipe to start from, and print what each choice in it means. Without PIPELINE, list them."""
     from sqft.components.registry import Registry
     from sqft.recipe.recipe import Recipe
-    from sqft.recipe.rerun import paths
-    from sqft.tools.presets import DATA, MODEL, PIPELINES, as_text, explanation, starting_recipe
-    from sqft.utils.hub import HUB_ID
+    from sqft.tools.presets import DATA, MODEL, PIPELINES, as_text, explanation, missing_files, starting_recipe
 
     if pipeline is None:
         width = max(map(len, PIPELINES))
@@ -44,7 +48,7 @@ def init(
             click.echo(f"{name:{width}}  {preset.summary}")
         return
     output = output or Path(f"{pipeline}.json")
-    raw = starting_recipe(pipeline, output, model or MODEL, data or DATA)
+    raw = starting_recipe(pipeline, output, model or MODEL, data or DATA, paper)
     recipe = Recipe.parse(raw, output.resolve().parent)
     text = explanation(pipeline, raw, Registry.discover(disable))
     try:
@@ -61,7 +65,6 @@ def init(
     else:
         click.echo(text)
     click.echo(f"written: {output}")
-    for path in dict.fromkeys(paths(recipe).values()):
-        if not HUB_ID.fullmatch(path) and not recipe.resolve(path).exists():
-            click.echo(f"not there yet: {recipe.resolve(path)}")
+    for path in missing_files(recipe):
+        click.echo(f"not there yet: {path}")
     click.echo(f"next: sqft plan {output}")

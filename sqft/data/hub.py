@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from sqft.utils.hub import fetch
+from sqft.data.readers import SUFFIXES, suffix_of
+from sqft.utils.hub import HUB_ID, fetch
 
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz")
 
@@ -23,6 +24,11 @@ of requirements would be taken for data."""
 
 NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe the data and hold none."""
+
+
+def is_data_set_id(path: str) -> bool:
+    """Return whether a path may be the id of a data set: two names, and no suffix of a file of records."""
+    return bool(HUB_ID.fullmatch(path)) and suffix_of(Path(path)) not in SUFFIXES
 
 
 def fetch_data_set(name: str, revision: str | None, local: Path, file: str | None = None) -> Path:

@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from sqft.data.hub import fetch_data_set
-from sqft.data.readers import SUFFIXES, split_names, suffix_of
+from sqft.data.hub import fetch_data_set, is_data_set_id
+from sqft.data.readers import split_names
 from sqft.errors import DataError, Problem, SqftError
 from sqft.recipe.data import Data
-from sqft.utils.hub import HUB_ID
 
 OF_RECORDS = ("limit", "prompt", "chat_template_kwargs")
 """Fields of a data set that say how records are read."""
@@ -32,7 +31,7 @@ def find_data_set(data: Data, place: str, resolve: Callable[[str], Path]) -> tup
         return Path(data.path), [Problem(f"{place}.split", str(error))]
     try:
         path = resolve(data.path)
-        hub = bool(HUB_ID.fullmatch(data.path)) and suffix_of(path) not in SUFFIXES and not path.exists()
+        hub = is_data_set_id(data.path) and not path.exists()
         if data.file is not None and (mistake := _outside(data.file)):
             return path, [Problem(f"{place}.file", mistake)]
         if hub:

@@ -1,4 +1,5 @@
-"""Recipes to start from: the paper's pipelines, with an explanation of each choice."""
+"""Recipes to start from: the paper's pipelines, and what we measured to be better in them, with an explanation of each
+choice."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from sqft.components.registry import Registry
+from sqft.data.hub import is_data_set_id
 from sqft.errors import SqftError
 from sqft.recipe.fields import fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
+from sqft.recipe.rerun import paths
 from sqft.recipe.sections import ComponentRef
 from sqft.types import InputPath
 from sqft.utils.hub import HUB_ID
@@ -26,7 +29,9 @@ GENERAL_TEXT = {"path": "allenai/c4", "file": "en/c4-train.00000-of-01024.json.g
 """What to calibrate on when the user has no text for it: of the web, cleaned. The papers on pruning and GPTQ calibrate
 on this file (Raffel et al. 2020, section 2.2). 0.3 GB are downloaded, once."""
 SPARSIFY = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
-QUANTIZE = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64}}}
+GPTQ = {"bits": 4, "group_size": 64}
+REFINE = {"refine": 3, "refine_damp": 0.5, "target": "dense"}
+"""Better codes of a sparse model than GPTQ's alone: docs/results/gptq.md."""
 LORA = {"name": "lora", "options": {"rank": 32, "alpha": 64}}
 NLS = {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}}
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -55,63 +60,83 @@ def _text(*of: str) -> dict[str, Any]:
 
 
 SPARSE: dict[str, Any] = {"sparsify": SPARSIFY}
-CODES: dict[str, Any] = {"sparsify": SPARSIFY, "quantize": QUANTIZE}
 ON_CODES = ("sparsify", "quantize", "search", "merge")
-PIPELINES = {
-    "sparsify": Pipeline(
-        "Only sparsify: half of the weights set to zero, nothing trained.", SPARSE | _text("model", "sparsify")
-    ),
-    "quantize": Pipeline(
-        "Only quantize: INT4 codes in a GPTQ checkpoint, nothing trained.",
-        {"quantize": QUANTIZE} | _text("model", "quantize"),
-    ),
-    "gptq": Pipeline(
-        "Sparsify, then quantize so that every zero stays zero; nothing trained.",
-        SPARSE
-        | {"quantize": {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 64, "symmetric": False}}}}
-        | _text("model", "sparsify", "quantize"),
-    ),
-    "lora": Pipeline(
-        "LoRA on a sparse model. The adapter stays beside the model, because merging it would fill the zeros again.",
-        SPARSE | _tuned(LORA, "unmerged") | _answers("sparsify", "search"),
-    ),
-    "shears": Pipeline(
-        "Shears: elastic adapters on a sparse model, cut to the chosen ranks. The adapter stays beside the model.",
-        SPARSE | _tuned(NLS, "unmerged") | _answers("sparsify", "search"),
-    ),
-    "sparsepeft": Pipeline(
-        "SparsePEFT: elastic adapters trained through the mask, so that they merge and every zero stays zero.",
-        SPARSE | _tuned(NLS, "sparsepeft") | {"merge": {}} | _answers("sparsify", "search", "merge"),
-    ),
-    "gptq-lora": Pipeline(
-        "LoRA on a sparse INT4 model. The adapter stays beside the model, in floats.",
-        CODES | _tuned(LORA, "unmerged") | _answers("sparsify", "quantize", "search"),
-    ),
-    "sqft": Pipeline(
-        "SQFT: elastic adapters on a sparse INT4 model. The adapter stays beside the model, in floats.",
-        CODES | _tuned(NLS, "unmerged") | _answers("sparsify", "quantize", "search"),
-    ),
-    "qa-sparsepeft": Pipeline(
-        "QA-SparsePEFT: elastic adapters trained through the mask and the grid, merged into one sparse INT4 model.",
-        CODES | _tuned(NLS, "qa-sparsepeft") | {"merge": {}} | _answers(*ON_CODES),
-    ),
-    "qa-sparsepeft-low-memory": Pipeline(
-        "QA-SparsePEFT from the codes alone: training needs less memory and starts at the quantized model.",
-        CODES | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
-    ),
-    "qa-sparsepeft-compensated": Pipeline(
-        "QA-SparsePEFT from what the quantizer rounded: it starts at the quantized model, and small deltas move codes.",
-        CODES | _tuned(NLS, "qa-sparsepeft", base="compensated") | {"merge": {}} | _answers(*ON_CODES),
-    ),
-}
 
 
-def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DATA) -> dict[str, Any]:
-    """Return a pipeline's recipe, to be written to the file `output`; its relative paths start at that file's folder.
+def _quantize(**options: Any) -> dict[str, Any]:
+    return {"quantize": {"quantizer": {"name": "gptq", "options": {**GPTQ, **options}}}}
 
-    `data` is a folder with train.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them. Or it is one file
-    of records to train on, with the other files next to it. A calibration.jsonl there is used; where there is none,
-    general text is downloaded, because what calibrates on the task's own text loses on other text.
+
+def _pipelines(refine: Mapping[str, Any], start: str) -> dict[str, Pipeline]:
+    """Return the pipelines by name.
+
+    Args:
+        refine: options of gptq for a sparse model.
+        start: `finetune.base` of QA-SparsePEFT.
+    """
+    codes = SPARSE | _quantize(**refine)
+    base = {} if start == "floats" else {"base": start}
+    return {
+        "sparsify": Pipeline(
+            "Only sparsify: half of the weights set to zero, nothing trained.", SPARSE | _text("model", "sparsify")
+        ),
+        "quantize": Pipeline(
+            "Only quantize: INT4 codes in a GPTQ checkpoint, nothing trained.",
+            _quantize() | _text("model", "quantize"),
+        ),
+        "gptq": Pipeline(
+            "Sparsify, then quantize so that every zero stays zero; nothing trained.",
+            SPARSE | _quantize(symmetric=False, **refine) | _text("model", "sparsify", "quantize"),
+        ),
+        "lora": Pipeline(
+            "LoRA on a sparse model. The adapter stays beside the model, because merging it would fill the zeros.",
+            SPARSE | _tuned(LORA, "unmerged") | _answers("sparsify", "search"),
+        ),
+        "shears": Pipeline(
+            "Shears: elastic adapters on a sparse model, cut to the chosen ranks. The adapter stays beside the model.",
+            SPARSE | _tuned(NLS, "unmerged") | _answers("sparsify", "search"),
+        ),
+        "sparsepeft": Pipeline(
+            "SparsePEFT: elastic adapters trained through the mask, so that they merge and every zero stays zero.",
+            SPARSE | _tuned(NLS, "sparsepeft") | {"merge": {}} | _answers("sparsify", "search", "merge"),
+        ),
+        "gptq-lora": Pipeline(
+            "LoRA on a sparse INT4 model. The adapter stays beside the model, in floats.",
+            codes | _tuned(LORA, "unmerged") | _answers("sparsify", "quantize", "search"),
+        ),
+        "sqft": Pipeline(
+            "SQFT: elastic adapters on a sparse INT4 model. The adapter stays beside the model, in floats.",
+            codes | _tuned(NLS, "unmerged") | _answers("sparsify", "quantize", "search"),
+        ),
+        "qa-sparsepeft": Pipeline(
+            "QA-SparsePEFT: elastic adapters trained through the mask and the grid, merged into one sparse INT4 model.",
+            codes | _tuned(NLS, "qa-sparsepeft", **base) | {"merge": {}} | _answers(*ON_CODES),
+        ),
+        "qa-sparsepeft-low-memory": Pipeline(
+            "QA-SparsePEFT from the codes alone: less memory in training, but small deltas move no code.",
+            codes | _tuned(NLS, "qa-sparsepeft", base="codes") | {"merge": {}} | _answers(*ON_CODES),
+        ),
+    }
+
+
+PIPELINES = _pipelines(REFINE, "compensated")
+PAPER = _pipelines({}, "floats")
+"""The same with the paper's own choices."""
+
+
+def starting_recipe(
+    name: str, output: Path, model: str = MODEL, data: str = DATA, paper: bool = False
+) -> dict[str, Any]:
+    """Return a pipeline's recipe.
+
+    Args:
+        name: of the pipeline.
+        output: the file that the recipe is to be written to; its relative paths start at that file's folder.
+        model: a folder, a GGUF file or a Hugging Face id.
+        data: a folder with train.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them. Or one file of
+            records to train on, with the other files next to it. A calibration.jsonl there is used; where there is
+            none, general text is downloaded, because what calibrates on the task's own text loses on other text.
+        paper: whether its choices are the paper's own, where we measured others to be better.
 
     Raises:
         SqftError: when there is no pipeline of this name.
@@ -125,7 +150,7 @@ def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DAT
 
     own = (folder / "calibration.jsonl").is_file()
     calibration = {"data": "calibration.jsonl" if own else GENERAL_TEXT, "samples": 64, "length": 1024}
-    sections = copy.deepcopy({"calibration": calibration, **PIPELINES[name].sections})
+    sections = copy.deepcopy({"calibration": calibration, **(PAPER if paper else PIPELINES)[name].sections})
     for field in fields_marked(Recipe, InputPath, sections):
         if not (field.marker.hub and HUB_ID.fullmatch(field.value)):
             field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
@@ -137,6 +162,12 @@ def starting_recipe(name: str, output: Path, model: str = MODEL, data: str = DAT
 def _from(output: Path, path: Path) -> str:
     """Return a path as the recipe in the file `output` must name it. An absolute path does not change."""
     return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
+
+
+def missing_files(recipe: Recipe) -> list[Path]:
+    """Return the files and folders of data that a recipe names and that do not exist; the hub's data sets are none."""
+    named = (path for path in paths(recipe).values() if not is_data_set_id(path))
+    return [file for file in dict.fromkeys(map(recipe.resolve, named)) if not file.exists()]
 
 
 def as_text(value: Any, indent: int = 0) -> str:

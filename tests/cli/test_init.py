@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -33,7 +34,17 @@ def test_a_recipe_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "sqft.json").read_text() == "mine"
 
 
+def test_the_papers_own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, ours in ([], True), (["--paper"], False):
+        done = CliRunner().invoke(main, ["init", "qa-sparsepeft", "--output", f"{ours}.json", *words])
+        assert done.exit_code == 0, done.output
+        raw = json.loads((tmp_path / f"{ours}.json").read_text())
+        assert ("base" in raw["finetune"]) == ("refine" in raw["quantize"]["quantizer"]["options"]) == ours
+        assert ("`refine` = `3`" in done.output) == ours
+
+
 def test_names_of_pipelines_are_completed() -> None:
     complete = init.params[0].shell_complete
     names = [item.value for item in complete(click.Context(init), "qa")]
-    assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory", "qa-sparsepeft-compensated"]
+    assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory"]
