@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=[4, 3, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--dense", action="store_true", help="prune nothing")
-    parser.add_argument("--updater", help="of the weights that wanda keeps, as in `sparsify.updater`")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--dense", action="store_true", help="prune nothing, so that no way makes up for pruned weights")
+    base.add_argument("--updater", help="of the weights that wanda keeps, as in `sparsify.updater`")
     parser.add_argument("--calibration", type=Path, help="records of text; by default the quickstart's")
     parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens")
     parser.add_argument("--texts", nargs="+", type=Path, help="texts to measure on; by default the quickstart's")
@@ -77,8 +78,9 @@ def main() -> None:
     print(f"| bits | way | {' | '.join(Path(text).stem for text in texts)} | made in |")
     print("|---" * (3 + len(texts)) + "|")
     line("–", "floats", "model" if arguments.dense else "sparsify")
+    ways = [way for way in arguments.ways if not (arguments.dense and WAYS[way].get("target") == "dense")]
     for bits in arguments.bits:
-        for way in arguments.ways:
+        for way in ways:
             quantizer = {"name": "gptq", "options": {"bits": bits, "group_size": 64, **WAYS[way]}}
             line(str(bits), way, "quantize", quantize={"quantizer": quantizer})
 

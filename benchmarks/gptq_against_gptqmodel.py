@@ -74,12 +74,12 @@ def main() -> None:
             quantize = {"quantizer": {"name": "gptq", "options": options}}
             ours = recipe("ours", MODEL, arguments.texts, **shared, quantize=quantize)
             print(f"| {seed} | {order} | sqft | {measured(ours)} |", flush=True)
-            kind = "sparse" if arguments.sparse else "dense"
-            label = f"{kind}-{arguments.calibration.stem}-{arguments.samples}-{seed}"
-            out = arguments.store / f"theirs-{label}-{order}"
+            plan = orchestrator.plan(ours)
+            label = plan.step("quantize").fingerprint[:12]  # of model, text, seed, order
+            out = arguments.store / f"theirs-{label}"
             if not out.is_dir():
                 windows = arguments.store / f"windows-{label}.safetensors"
-                save_file({"windows": _windows(orchestrator.plan(ours))}, windows)
+                save_file({"windows": _windows(plan)}, windows)
                 script = Path(__file__).with_name("quantize_with_gptqmodel.py")
                 words = [floats, windows, out, BITS, GROUP_SIZE, DAMP, int(act_order)]
                 command = [str(arguments.python), "-P", str(script), *map(str, words), str(int(reorder))]

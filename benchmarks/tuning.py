@@ -39,7 +39,8 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import SqftError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipes" / "sparsepeft.json"
-STAGES = ("sparsify.", "quantize.", "search.")
+OF_RECIPE = Recipe.model_fields.keys() - {"seed", "name"}
+"""The sections that a change may name; any other change is of `finetune`."""
 WAYS: dict[str, list[str]] = {
     "recipe": [],
     "sparsepeft": ["merger=sparsepeft"],
@@ -86,11 +87,12 @@ class Tuning:
         plain = Recipe.load(self.path)
         changes = [change for part in way.split(",") for change in WAYS.get(part, [part])]
         changes += [f"learning_rate={rate}"] + ([f"steps={self.steps}"] if self.steps else [])
-        words = [change if change.startswith(STAGES) else f"finetune.{change}" for change in changes]
+        words = [change if _section(change) in OF_RECIPE else f"finetune.{change}" for change in changes]
         words += [f"seed={seed}", "finetune.seed=null"]
         last = "merge" if plain.merge and "unmerged" not in way else "search"
         if of == "base":
-            last = "quantize" if plain.quantize else "sparsify" if plain.sparsify else "model"
+            changed = Recipe.load(self.path, words)
+            last = "quantize" if changed.quantize else "sparsify" if changed.sparsify else "model"
             words = [word for word in words if not word.startswith("finetune.")] + ["finetune=null", "search=null"]
         elif of == "validation":
             last = "search"
@@ -109,6 +111,10 @@ class Tuning:
             found[seed] = Measured(right, row, 0.0 if of == "base" else run["finetune"].report["step_seconds"])
             print(f"{way}, {rate:g}, seed {seed}: {row['accuracy']:.1%}, {of} {perplexity_of([row])}", flush=True)
         return found
+
+
+def _section(change: str) -> str:
+    return change.partition("=")[0].partition(".")[0]
 
 
 def answers_of(found: dict[int, Measured]) -> Answers:

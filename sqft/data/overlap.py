@@ -72,7 +72,8 @@ def _parts(file: Path, limit: int, options: ReadOptions | None) -> Iterator[str]
         return
     rows = read_rows(file, options.config, options.split) if options else read_rows(file, None, "train")
     for _, row in islice(rows, options.limit if options else None):
-        for part in () if isinstance(row, DataError) else texts_in(row):
+        # The names of fields are no part of the text.
+        for part in () if isinstance(row, DataError) else texts_in([*row.values()] if isinstance(row, dict) else row):
             yield part[:limit]
             if (limit := limit - len(part)) <= 0:
                 return

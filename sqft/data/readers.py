@@ -103,6 +103,19 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
+def read_start(path: Path) -> str:
+    """Return the first characters of a file, decompressed.
+
+    Raises:
+        DataError: when they cannot be read as UTF-8 text.
+    """
+    try:
+        with _text(path) as stream:
+            return stream.read(1 << 16)
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
 def _bytes(path: Path) -> IO[bytes]:
     stream: IO[bytes] = COMPRESSED.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
     return stream

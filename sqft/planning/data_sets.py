@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from sqft.data.hub import fetch_data_set, is_data_set_id
-from sqft.data.readers import split_names
+from sqft.data.readers import SUPPORTED, read_start, split_names
 from sqft.errors import DataError, Problem, SqftError
 from sqft.recipe.data import Data
 
-OF_RECORDS = ("limit", "prompt", "chat_template_kwargs")
+OF_RECORDS = ("limit", "split", "prompt", "chat_template_kwargs")
 """Fields of a data set that say how records are read."""
 
 
@@ -32,8 +32,10 @@ def find_data_set(data: Data, place: str, resolve: Callable[[str], Path]) -> tup
     try:
         path = resolve(data.path)
         hub = is_data_set_id(data.path) and not path.exists()
-        if data.file is not None and (mistake := _outside(data.file)):
-            return path, [Problem(f"{place}.file", mistake)]
+        if data.file is not None:
+            if mistake := _outside(data.file):
+                return path, [Problem(f"{place}.file", mistake)]
+            resolve(str(path / data.file))  # fails for a name that is too long
         if hub:
             path = fetch_data_set(data.path, data.revision, path, data.file)
     except SqftError as error:
@@ -53,8 +55,8 @@ def find_data_set(data: Data, place: str, resolve: Callable[[str], Path]) -> tup
 def _outside(file: str) -> str | None:
     """Return what is wrong with the name of a file in a data set; None when nothing is."""
     pure = PurePosixPath(file)
-    inside = file and not pure.is_absolute() and ".." not in pure.parts
-    return None if inside else f"'{file}' is no path inside the data set"
+    inside = not pure.is_absolute() and ".." not in pure.parts and pure.as_posix() == file != "."
+    return None if inside else f"'{file}' is no path of a file inside the data set, such as en/part-0.jsonl"
 
 
 def _settings(data: Data, place: str, path: Path, hub: bool, names: set[str]) -> Iterator[Problem]:
@@ -72,11 +74,15 @@ def _settings(data: Data, place: str, path: Path, hub: bool, names: set[str]) ->
         yield Problem(f"{place}.split", "a single file has only the split 'train', or slices of it (train[:90%])")
 
 
-def check_plain_text(data: Data, place: str) -> Iterator[Problem]:
-    """Check that a plain text is not asked for what only records have."""
+def check_plain_text(data: Data, path: Path, place: str) -> Iterator[Problem]:
+    """Check that a file is text, as far as its start shows, and is not asked for what only records have."""
     for field in OF_RECORDS:
-        if field in data.model_fields_set:
+        if getattr(data, field) != type(data).model_fields[field].get_default(call_default_factory=True):
             yield Problem(f"{place}.{field}", "has no effect on a plain text; remove it, or give a file of records")
+    try:
+        read_start(path)
+    except DataError as error:
+        yield Problem(f"{place}.{'file' if data.file else 'path'}", f"{error}; formats of records: {SUPPORTED}")
 
 
 def check_file(path: Path, place: str, folder: bool = False) -> Iterator[Problem]:

@@ -97,13 +97,14 @@ def notes_on_calibration(
         return
     try:
         shares = shared_runs([(files[role], text.tokens) for role, text in section.texts.items()], seen, calibration)
-    except DataError:
+    except (DataError, OSError):
         return  # the stage that reads it says so
+    named = Path(calibration.file or calibration.path).name
     for role, share in zip(section.texts, shares, strict=True):
         if share >= SHARED:
             yield (
                 f"evaluate.{role}",
-                f"{share:.0%} of its runs of {RUN} words occur in {seen.name}, too, which calibration sees: its "
+                f"{share:.0%} of its runs of {RUN} words occur in {named}, too, which calibration sees: its "
                 "perplexity flatters what fits that text; measure another text beside it",
             )
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sqft.data.readers import is_plain_text
 from sqft.planning.plan import Step
 from sqft.recipe.fields import NoEffect, OutputPath, Section, fields_marked, fields_of, section_in
 from sqft.recipe.recipe import Recipe
@@ -63,6 +64,7 @@ COMPRESS = (
     "components/checks",
     "modeling/calibration/block_runs",
     "modeling/calibration/capture",
+    "modeling/calibration/observe",
     "modeling/calibration/statistics",
     "modeling/calibration/walk",
     "stages/compress",
@@ -144,6 +146,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "components": {kind: component.identity for kind, component in step.components.items()},
         "inputs": {role: before[name].fingerprint for role, name in step.inputs.items()},
         "files": dict(step.digests),
+        "plain_texts": sorted(role for role, file in step.files.items() if is_plain_text(file)),
         "model": [model, recipe.model.dtype, recipe.model.trust_remote_code, recipe.model.dequantize],
         "chat_template_kwargs": recipe.model.chat_template_kwargs if renders else {},
         "seed": recipe.seed,

@@ -154,6 +154,7 @@ class Resolver:
                 role = ".".join(parents)
                 answer = (answers or {}).get(role)
                 use: Use = "asked" if answer else getattr(section, "loss_on", "completion")
+                use = "all" if isinstance(owner, CalibrationData) else use
                 files[role] = self.records(owner, f"{place}.{role}", answer, use)
             elif isinstance(owner, Teacher):
                 if teacher := self.teacher(owner, f"{place}.{'.'.join(parents)}"):
@@ -197,7 +198,7 @@ class Resolver:
         """
         path, problems = data_sets.find_data_set(data, place, self.recipe.resolve)
         plain = isinstance(data, CalibrationData) and is_plain_text(path)
-        self.collect(problems or (data_sets.check_plain_text(data, place) if plain else ()))
+        self.collect(problems or (data_sets.check_plain_text(data, path, place) if plain else ()))
         if problems or plain:
             return path
         try:
@@ -211,7 +212,8 @@ class Resolver:
                     what = "completion" if answer == "text" else "number in the completion"
                     raise DataError(f"{record.location}: there is no {what} to compare with")
         except DataError as error:
-            self.report(f"{place}.path", str(error).replace("\n", "\n    "))
+            where = "path" if data.file is None else "file"
+            self.report(f"{place}.{where}", str(error).replace("\n", "\n    "))
         return path
 
     def layers(self, include: Sequence[str], exclude: Sequence[str], place: str) -> list[LinearShape]:

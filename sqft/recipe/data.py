@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from sqft.data.chat_template import RESERVED
 from sqft.data.templates import TEMPLATES, mistake_in
-from sqft.recipe.fields import Count, Section, ShortForm, one_or_several
+from sqft.recipe.fields import Count, NoEffect, Section, ShortForm, one_or_several
 from sqft.types import InputPath
 
 
@@ -64,7 +64,7 @@ class Data(Section):
     )
     limit: Count | None = Field(None, description="use only this many records from the start")
     config: str | None = Field(None, description="configuration of the data set, if it has several")
-    file: str | None = Field(
+    file: Annotated[str | None, NoEffect()] = Field(  # its content counts, as that of a path
         None,
         description="read only this file of the data set, a path inside it; of a Hugging Face id, nothing else is "
         "downloaded",
@@ -91,6 +91,11 @@ class TrainingData(Data):
 
 class CalibrationData(Data):
     """Text to calibrate on: records or a data set, as for training, or a plain text file (.txt, or another suffix)."""
+
+    path: Annotated[str, InputPath(hub=True)] = Field(
+        description="a file of records (.jsonl, .json, .csv, .parquet or .arrow), a text file (any other suffix), or a "
+        "Hugging Face data set: a folder or an id"
+    )
 
 
 DataRef = Annotated[Data, ShortForm("path")]

@@ -7,13 +7,13 @@ recipe, the fingerprint, `sqft init`, `--set` and the files of a plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from sqft.types import InputPath
 from sqft.utils.annotations import parts_of
@@ -48,8 +48,13 @@ class ShortForm:
         """Return the section that a text is short for; anything else as it is."""
         return {self.field: value} if isinstance(value, str) else value
 
+    def _validated(self, value: Any) -> Any:
+        if not isinstance(value, str | Mapping | BaseModel):
+            raise PydanticCustomError("short_form", "Input should be a text or an object")
+        return self.expand(value)
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        validator = BeforeValidator(self.expand, json_schema_input_type=str | source)
+        validator = BeforeValidator(self._validated, json_schema_input_type=str | source)
         return validator.__get_pydantic_core_schema__(source, handler)
 
 

@@ -102,6 +102,17 @@ def test_every_way_is_a_recipe_on_the_same_base(raw: dict[str, Any], data: Path,
     assert section.adapter.options.get("scaling") == ("root" if "root" in way else None)
 
 
+def test_a_way_may_change_any_section(raw: dict[str, Any], tmp_path: Path) -> None:
+    """And the base is that of the changed recipe."""
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    made = tuning.Tuning(file, tmp_path, None, Orchestrator(Registry.discover(), tmp_path / "store"))
+    recipe = made.recipe("quantize=null,merger=sparsepeft,calibration.samples=3,seed=5", 0.01, 2, "base")
+    assert recipe.calibration.samples == 3 and recipe.seed == 2 and recipe.evaluate.of == ("sparsify",)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

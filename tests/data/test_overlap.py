@@ -48,3 +48,12 @@ def test_only_the_rows_that_calibration_reads_count(tmp_path: Path) -> None:
     other.write_text("".join(json.dumps({"body": part}) + "\n" for part in ("x", " ".join(WORDS), "y")))
     for how, share in ({"limit": 1}, 0), ({"limit": 2}, 1), ({"split": "train[2:]"}, 0), ({"split": "train[:2]"}, 1):
         assert shared_runs([(text, None)], other, CalibrationData.model_validate({"path": "b.jsonl", **how})) == [share]
+
+
+def test_a_run_goes_on_in_the_next_row(tmp_path: Path) -> None:
+    """The names of the fields come between no two rows."""
+    text, other = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text(" ".join(WORDS))
+    lines = [" ".join(WORDS[start : start + 5]) for start in range(0, 100, 5)]
+    other.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    assert shared_runs([(text, None)], other) == [1]

@@ -41,9 +41,10 @@ def test_one_file_of_a_data_set(data_set: Path) -> None:
     ("how", "said"),
     [
         ({"file": "en/part-9.jsonl"}, "at.file: set has no file 'en/part-9.jsonl'"),
-        ({"file": "../secret.jsonl"}, "at.file: '../secret.jsonl' is no path inside the data set"),
-        ({"file": "/etc/passwd"}, "at.file: '/etc/passwd' is no path inside the data set"),
-        ({"file": ""}, "at.file: '' is no path inside the data set"),
+        *(
+            ({"file": file}, f"at.file: '{file}' is no path of a file inside the data set")
+            for file in ("../secret.jsonl", "/etc/passwd", "", ".", "en/", "./part-1.jsonl", "en//part-0.jsonl")
+        ),
         ({"file": "part-1.jsonl", "config": "en"}, "at.file: is a single file and has no config"),
         ({"file": "part-1.jsonl", "split": "test"}, "at.split: a single file has only the split 'train'"),
     ],
@@ -107,6 +108,41 @@ def test_a_plain_text_is_one_text(raw: dict[str, Any], data_set: Path, tmp_path:
     orchestrator = Orchestrator(Registry.discover(), tmp_path / "s")
     plan = orchestrator.plan(Recipe.parse(raw))
     assert plan.step("sparsify").files["calibration"] == data_set / "notes.md"
-    raw["calibration"]["data"] = {"path": str(data_set / "notes.md"), "limit": 3}
-    with pytest.raises(RecipeError, match=r"calibration\.data\.limit: has no effect on a plain text"):
-        orchestrator.plan(Recipe.parse(raw))
+    for field, value in ("limit", 3), ("split", "train[:9]"):
+        raw["calibration"]["data"] = {"path": str(data_set / "notes.md"), field: value}
+        with pytest.raises(RecipeError, match=rf"calibration\.data\.{field}: has no effect on a plain text"):
+            orchestrator.plan(Recipe.parse(raw))
+    raw["calibration"]["data"] = {"path": str(data_set / "notes.md"), "limit": None, "chat_template_kwargs": {}}
+    assert orchestrator.plan(Recipe.parse(raw)).step("sparsify").fingerprint == plan.step("sparsify").fingerprint
+
+
+def test_what_is_no_text_is_said_in_the_plan(raw: dict[str, Any], data_set: Path, tmp_path: Path) -> None:
+    (data_set / "more.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\xff\xff")
+    raw["calibration"]["data"] = {"path": str(data_set), "file": "more.jsonl.zst"}
+    with pytest.raises(RecipeError, match=r"calibration\.data\.file: .*UTF-8.*; formats of records: \.jsonl"):
+        Orchestrator(Registry.discover(), tmp_path / "s").plan(Recipe.parse(raw))
+    raw["calibration"]["data"] = {"path": str(data_set), "file": "x" * 300}
+    with pytest.raises(RecipeError, match=r"is not a valid path on this machine: .*too long"):
+        Orchestrator(Registry.discover(), tmp_path / "s").plan(Recipe.parse(raw))
+    raw["calibration"]["data"] = {"path": str(data_set), "file": "part-1.jsonl"}
+    with pytest.raises(RecipeError, match=r"calibration\.data\.file: .*part-1\.jsonl:1: expected"):
+        Orchestrator(Registry.discover(), tmp_path / "s").plan(Recipe.parse(raw))
+
+
+def test_how_a_file_is_read_is_in_the_fingerprint_and_its_name_is_not(
+    raw: dict[str, Any], data_set: Path, tmp_path: Path
+) -> None:
+    """The same bytes, as records and as one text."""
+    raw = {key: raw[key] for key in ("schema", "model", "sparsify")} | {"name": "c"}
+    rows = "".join(json.dumps({"text": f"these are the words of document {n}"}) + "\n" for n in range(99))
+    for name in ("a.jsonl", "b.jsonl", "c.md"):
+        (data_set / name).write_text(rows)
+
+    def fingerprint(data: Any) -> str:
+        calibration = {"data": data, "samples": 2, "length": 16}
+        recipe = Recipe.parse({**raw, "calibration": calibration})
+        return Orchestrator(Registry.discover(), tmp_path / "s").plan(recipe).step("sparsify").fingerprint
+
+    records = fingerprint(str(data_set / "a.jsonl"))
+    assert records == fingerprint({"path": str(data_set), "file": "b.jsonl"}) != fingerprint(str(data_set / "c.md"))
+    assert records != fingerprint({"path": str(data_set / "a.jsonl"), "limit": 90})

@@ -51,6 +51,7 @@ CASES = [
     ("model.dtype", "int8", "model.dtype: input should be 'float32'"),
     ("calibration", DELETE, "calibration: is missing: scorer 'wanda' needs input-norm"),
     ("calibration.data", "no.jsonl", "calibration.data.path: there is no file"),
+    ("calibration.data", 5, "calibration.data: input should be a text or an object, found 5"),
     ("calibration.length", 4096, "calibration.length: 4096 tokens, but the model's window is 256"),
     ("sparsify.sparsity", 1.0, "sparsify.sparsity: input should be less than 1"),
     ("sparsify.pattern", "4:2", "sparsify.pattern: pattern '4:2' must be 'row', 'layer' or 'N:M' with 1 <= N <= M"),

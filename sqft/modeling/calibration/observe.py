@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
@@ -30,12 +31,11 @@ def observe(
         steady: whether every window calls these layers equally often, so that a run may end with the last of them.
 
     Raises:
-        StageError: when an activation is not finite.
+        StageError: when what a layer is given is not finite, or what the block gives where it runs to its end.
     """
-    try:
+    with suppress(_NotShared):
         return _Observer(needs, shared=True).observe(run, layers, steady)
-    except _NotShared:
-        return _Observer(needs, shared=False).observe(run, layers, steady)
+    return _Observer(needs, shared=False).observe(run, layers, steady)
 
 
 @contextmanager
@@ -66,8 +66,9 @@ class _Observer:
         self.sums: dict[str, InputStatistics] = {}
         self.leaders: dict[str, str] = {}
         self.calls = Counter[str]()
-        self.given: dict[str, tuple[Tensor, int]] = {}
-        """What each layer with a sum was last given in this window, and how often that had been changed in place."""
+        self.given: dict[str, tuple[ReferenceType[Tensor], int]] = {}
+        """What each layer with a sum was last given in this window, and how often that had been changed in place. It is
+        not kept alive: a tensor that is gone no other layer can be given."""
         self.last_call: int | None = None
         """The number of calls in a window, when a run may end with the last one."""
         self.left: int | None = None
@@ -89,10 +90,9 @@ class _Observer:
 
     def _hook(self, name: str) -> Hook:
         def called(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            given = args[0], args[0]._version
             self.calls[name] += 1
-            if self._leader(name, given) is None:
-                self.given[name] = given
+            if self._leader(name, args[0]) is None:
+                self.given[name] = ref(args[0]), args[0]._version
                 self.sums.setdefault(name, InputStatistics(self.needs)).add(args[0])
             if self.left is not None:
                 if not args[0].isfinite().all():
@@ -103,7 +103,7 @@ class _Observer:
 
         return called
 
-    def _leader(self, name: str, given: tuple[Tensor, int]) -> str | None:
+    def _leader(self, name: str, given: Tensor) -> str | None:
         """Return the layer that this one follows; None when it has a sum of its own.
 
         Raises:
@@ -118,6 +118,6 @@ class _Observer:
             raise _NotShared
         return leader
 
-    def _same(self, other: str, given: tuple[Tensor, int]) -> bool:
-        tensor, version = self.given.get(other, (None, 0))
-        return tensor is given[0] and version == given[1]
+    def _same(self, other: str, given: Tensor) -> bool:
+        tensor, version = self.given.get(other, (lambda: None, 0))
+        return tensor() is given and version == given._version

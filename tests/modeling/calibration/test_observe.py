@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +138,21 @@ def test_what_is_not_finite_is_found_where_a_run_ends_early(model: LlamaForCausa
     model.model.embed_tokens.weight.data[7] = torch.nan
     with pytest.raises(StageError, match="activations that are not finite"):
         halved(model, windows, sequential=True)
+
+
+def test_inputs_are_not_kept() -> None:
+    """Of many layers that are each given a tensor of their own, one after the other, one tensor is alive at a time."""
+    layers = {str(index): nn.Linear(4, 4) for index in range(9)}
+    alive: list[int] = []
+    references: list[weakref.ref[Tensor]] = []
+
+    def run(index: int) -> Tensor:
+        for layer in layers.values():
+            x = torch.randn(5, 4)
+            references.append(weakref.ref(x))
+            layer(x)
+            alive.append(sum(one() is not None for one in references))
+        return torch.zeros(1)
+
+    observe(BlockRun(nn.ModuleList(layers.values()), 3, run), layers, BOTH)
+    assert max(alive) == 1
