@@ -103,26 +103,28 @@ def gptq(
     """
     (out, n), size, top = W.shape, turns.size, 2**bits - 1
     keep = torch.ones_like(W) if mask is None else mask.to(W.dtype)
-    W, keep = (W * keep)[:, turns.order], keep[:, turns.order]
-    groups, (scale, zero) = turns.groups().tolist(), turns.start(out)
-    codes = torch.empty(out, n, dtype=torch.uint8, device=W.device)
+    # An input at a time is read and written: each lies in one piece. So all below is [in, out], and [groups, out].
+    W, keep = (W * keep)[:, turns.order].T.contiguous(), keep[:, turns.order].T.contiguous()
+    groups, (scale, zero) = turns.groups().tolist(), (grid.T.contiguous() for grid in turns.start(out))
+    codes = torch.empty(n, out, dtype=torch.uint8, device=W.device)
     for i1 in range(0, n, BLOCK):
         i2 = min(i1 + BLOCK, n)
-        W1, keep1, U1 = W[:, i1:i2].clone(), keep[:, i1:i2], U[i1:i2, i1:i2]
+        W1, keep1, U1 = W[i1:i2].clone(), keep[i1:i2], U[i1:i2, i1:i2]
         E1 = torch.empty_like(W1)
         for j in range(i2 - i1):
             g = groups[i1 + j]
             if turns.static_grid is None and (i1 + j) % size == 0:
-                group = W1[:, j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
-                scale[:, g], zero[:, g] = fit_grid(group, bits, symmetric, clip)
-            w, s, z = W1[:, j], scale[:, g], zero[:, g]
-            W[:, i1 + j] = w  # as it is rounded: W is read no more up to i2
+                group = W1[j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
+                scale[g], zero[g] = fit_grid(group.T, bits, symmetric, clip)
+            w, s, z = W1[j], scale[g], zero[g]
+            W[i1 + j] = w  # as it is rounded: W is read no more up to i2
             q = quantize_to_codes(w, s, z, top)
-            codes[:, i1 + j] = q.to(torch.uint8)
-            E1[:, j] = (w - s * (q - z)) / U1[j, j]
-            W1[:, j:] -= E1[:, j, None] * U1[j, j:] * keep1[:, j:]  # pruned weights do not compensate
-        W[:, i2:] -= (E1 @ U[i1:i2, i2:]) * keep[:, i2:]
-    return turns.in_input_order(codes, W, scale, zero, bits, group_size)
+            codes[i1 + j] = q.to(torch.uint8)
+            E1[j] = (w - s * (q - z)) / U1[j, j]
+            W1[j:] -= E1[j] * U1[j, j:, None] * keep1[j:]  # pruned weights do not compensate
+        W[i2:] -= (E1.T @ U[i1:i2, i2:]).T * keep[i2:]
+    scale, zero = scale.T.contiguous(), zero.T.contiguous()
+    return turns.in_input_order(codes.T, W.T, scale, zero, bits, group_size)
 
 
 def by_groups(diagonal: Tensor, size: int) -> Tensor:
