@@ -2,6 +2,7 @@
 
     python benchmarks/tuning.py [--recipe examples/recipes/sparsepeft.json] [--ways recipe hira root lora+]
         [--learning-rates 1e-3 2e-3 4e-3] [--widen 4] [--seeds 0 1 2] [--sweep-seeds 0] [--steps 170]
+        [--calibration general.jsonl --samples 32] [--texts prose.txt manuals.txt]
         [--store store-tuning]
 
 A way is the recipe with some changes, joined by commas: names in WAYS, or settings as `--set` takes them, of `finetune`
@@ -81,6 +82,8 @@ class Tuning:
     validation: Path
     steps: int | None
     orchestrator: Orchestrator
+    data: tuple[str, ...] = ()
+    """Changes of the recipe that name the calibration text and the texts of perplexity."""
 
     def recipe(self, way: str, rate: float, seed: int, of: str) -> Recipe:
         """Return one recipe: to measure the "base" or the "tuned" model on test records, or on "validation" records."""
@@ -88,7 +91,7 @@ class Tuning:
         changes = [change for part in way.split(",") for change in WAYS.get(part, [part])]
         changes += [f"learning_rate={rate}"] + ([f"steps={self.steps}"] if self.steps else [])
         words = [change if _section(change) in OF_RECIPE else f"finetune.{change}" for change in changes]
-        words += [f"seed={seed}", "finetune.seed=null"]
+        words += [*self.data, f"seed={seed}", "finetune.seed=null"]
         last = "merge" if plain.merge and "unmerged" not in way else "search"
         if of == "base":
             changed = Recipe.load(self.path, words)
@@ -211,6 +214,9 @@ def main() -> None:
     parser.add_argument("--sweep-seeds", type=int, nargs="+", help="seeds of the sweep; unless given, all seeds")
     parser.add_argument("--steps", type=int, help="unless given, the recipe's")
     parser.add_argument("--validation", type=Path, help="unless given, validation.jsonl beside the test records")
+    parser.add_argument("--calibration", type=Path, help="records of text; unless given, the recipe's")
+    parser.add_argument("--samples", type=int, help="calibration windows; unless given, the recipe's")
+    parser.add_argument("--texts", nargs="+", type=Path, help="texts of perplexity; unless given, the recipe's")
     parser.add_argument("--no-test", action="store_true", help="end after validation")
     parser.add_argument("--store", type=Path, default=Path("store-tuning"))
     arguments = parser.parse_args()
@@ -225,7 +231,12 @@ def main() -> None:
     if validation == records:
         parser.error("--validation: these are the test records")
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
-    tuning = Tuning(arguments.recipe, validation, arguments.steps, orchestrator)
+    data = [f"calibration.data={json.dumps(str(arguments.calibration.absolute()))}"] if arguments.calibration else []
+    data += [f"calibration.samples={arguments.samples}"] if arguments.samples else []
+    if arguments.texts:
+        texts = [{"text": str(text.absolute()), "tokens": 8192, "length": 1024} for text in arguments.texts]
+        data.append(f"evaluate.perplexity={json.dumps(texts)}")
+    tuning = Tuning(arguments.recipe, validation, arguments.steps, orchestrator, tuple(data))
     for way in arguments.ways:  # a mistake shows before anything is made
         for of in ("validation", "base", "tuned"):
             try:
