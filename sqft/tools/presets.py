@@ -67,15 +67,9 @@ def _quantize(**options: Any) -> dict[str, Any]:
     return {"quantize": {"quantizer": {"name": "gptq", "options": {**GPTQ, **options}}}}
 
 
-def _pipelines(refine: Mapping[str, Any], start: str) -> dict[str, Pipeline]:
-    """Return the pipelines by name.
-
-    Args:
-        refine: options of gptq for a sparse model.
-        start: `finetune.base` of QA-SparsePEFT.
-    """
+def _pipelines(refine: Mapping[str, Any]) -> dict[str, Pipeline]:
+    """Return the pipelines by name; `refine` are options of gptq where codes of a sparse model are used as they are."""
     codes = SPARSE | _quantize(**refine)
-    base = {} if start == "floats" else {"base": start}
     return {
         "sparsify": Pipeline(
             "Only sparsify: half of the weights set to zero, nothing trained.", SPARSE | _text("model", "sparsify")
@@ -110,7 +104,8 @@ def _pipelines(refine: Mapping[str, Any], start: str) -> dict[str, Pipeline]:
         ),
         "qa-sparsepeft": Pipeline(
             "QA-SparsePEFT: elastic adapters trained through the mask and the grid, merged into one sparse INT4 model.",
-            codes | _tuned(NLS, "qa-sparsepeft", **base) | {"merge": {}} | _answers(*ON_CODES),
+            # It starts from the floats that were quantized: of the codes' choices, only the grids matter.
+            SPARSE | _quantize() | _tuned(NLS, "qa-sparsepeft") | {"merge": {}} | _answers(*ON_CODES),
         ),
         "qa-sparsepeft-low-memory": Pipeline(
             "QA-SparsePEFT from the codes alone: less memory in training, but small deltas move no code.",
@@ -119,8 +114,8 @@ def _pipelines(refine: Mapping[str, Any], start: str) -> dict[str, Pipeline]:
     }
 
 
-PIPELINES = _pipelines(REFINE, "compensated")
-PAPER = _pipelines({}, "floats")
+PIPELINES = _pipelines(REFINE)
+PAPER = _pipelines({})
 """The same with the paper's own choices."""
 
 

@@ -37,7 +37,7 @@ def test_what_runs_no_recipe_prints_in_every_process(tmp_path: Path, rank: str) 
         (["show"], "se", ["searcher"]),
         (["show", "searcher"], "hill", ["hill-climbing"]),
         (["show", "scorer"], "hill", []),
-        (["init"], "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory", "qa-sparsepeft-compensated"]),
+        (["init"], "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory"]),
         (["merge", "--store", "s"], "ti", ["tiny-00000000"]),
         (["eval", "--store", "s"], "", ["other-00000000", "tiny-00000000"]),
         ([], "doc", ["doctor"]),

@@ -37,10 +37,10 @@ def test_a_recipe_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_papers_own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for words, ours in ([], True), (["--paper"], False):
-        done = CliRunner().invoke(main, ["init", "qa-sparsepeft", "--output", f"{ours}.json", *words])
+        done = CliRunner().invoke(main, ["init", "sqft", "--output", f"{ours}.json", *words])
         assert done.exit_code == 0, done.output
         raw = json.loads((tmp_path / f"{ours}.json").read_text())
-        assert ("base" in raw["finetune"]) == ("refine" in raw["quantize"]["quantizer"]["options"]) == ours
+        assert ("refine" in raw["quantize"]["quantizer"]["options"]) == ours
         assert ("`refine` = `3`" in done.output) == ours
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,8 @@ def test_a_text_listed_twice(raw: dict[str, Any], registry: Registry) -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_text_that_calibration_sees(raw: dict[str, Any], registry: Registry, tmp_path: Path, same: bool) -> None:
-    seen = Path(raw["calibration"]["data"]).read_text() if same else "Words of quite another kind. " * 9
+    rows = [json.loads(line) for line in Path(raw["calibration"]["data"]).read_text().splitlines()]
+    seen = " ".join(row["text"] for row in rows) if same else "Words of quite another kind. " * 9
     (tmp_path / "text.txt").write_text(seen)
     raw["evaluate"] = {"of": ["sparsify"], "perplexity": {"text": str(tmp_path / "text.txt")}}
     resolver = resolver_of(raw, registry)
