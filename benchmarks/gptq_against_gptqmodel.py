@@ -65,8 +65,9 @@ def main() -> None:
         shared: dict[str, Any] = {"seed": seed, "calibration": text}
         if arguments.sparse:
             shared["sparsify"] = {"scorer": "wanda", "sparsity": 0.5, "pattern": "row"}
-        floats = _floats(orchestrator, arguments.store, recipe("floats", MODEL, arguments.texts, **shared))
-        print(f"| {seed} | | (floats) | {measured(recipe('floats', MODEL, arguments.texts, **shared))} |", flush=True)
+        base = recipe("floats", MODEL, arguments.texts, **shared)
+        floats = _floats(orchestrator, arguments.store, base)
+        print(f"| {seed} | | (floats) | {measured(base)} |", flush=True)
         for order in arguments.orders:
             act_order, reorder = ORDERS[order]
             options = {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP}

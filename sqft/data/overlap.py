@@ -67,7 +67,7 @@ def _hashes(words: list[str]) -> Iterator[int]:
 def _parts(file: Path, limit: int, options: ReadOptions | None) -> Iterator[str]:
     """Yield the texts of a file or data set, up to `limit` characters."""
     if is_plain_text(file):
-        content = read_text(file)[:limit]
+        content = read_text(file, limit)
         yield from (content[start : start + LIMIT] for start in range(0, len(content), LIMIT))
         return
     rows = read_rows(file, options.config, options.split) if options else read_rows(file, None, "train")

@@ -90,28 +90,15 @@ def is_plain_text(path: Path) -> bool:
     return path.is_file() and (suffix_of(path) not in SUFFIXES or suffix_of(path) == ".txt")
 
 
-def read_text(path: Path) -> str:
-    """Return all text of a file, decompressed.
+def read_text(path: Path, limit: int = -1) -> str:
+    """Return the text of a file, decompressed: all of it, or the first `limit` characters.
 
     Raises:
         DataError: when it cannot be read as UTF-8 text.
     """
     try:
         with _text(path) as stream:
-            return stream.read()
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def read_start(path: Path) -> str:
-    """Return the first characters of a file, decompressed.
-
-    Raises:
-        DataError: when they cannot be read as UTF-8 text.
-    """
-    try:
-        with _text(path) as stream:
-            return stream.read(1 << 16)
+            return stream.read(limit)
     except (OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
 

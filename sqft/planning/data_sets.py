@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from sqft.data.hub import fetch_data_set, is_data_set_id
-from sqft.data.readers import SUPPORTED, read_start, split_names
+from sqft.data.readers import SUPPORTED, read_text, split_names
 from sqft.errors import DataError, Problem, SqftError
 from sqft.recipe.data import Data
 
+START = 1 << 16
+"""Characters of a plain text that the plan reads, to see that it is text."""
 OF_RECORDS = ("limit", "split", "prompt", "chat_template_kwargs")
 """Fields of a data set that say how records are read."""
 
@@ -80,7 +82,7 @@ def check_plain_text(data: Data, path: Path, place: str) -> Iterator[Problem]:
         if getattr(data, field) != type(data).model_fields[field].get_default(call_default_factory=True):
             yield Problem(f"{place}.{field}", "has no effect on a plain text; remove it, or give a file of records")
     try:
-        read_start(path)
+        read_text(path, START)
     except DataError as error:
         yield Problem(f"{place}.{'file' if data.file else 'path'}", f"{error}; formats of records: {SUPPORTED}")
 

@@ -20,7 +20,7 @@ from sqft.planning.conversations import ConversationCheck
 from sqft.planning.plan import Step
 from sqft.planning.resolution import Resolver
 from sqft.recipe.data import Data
-from sqft.recipe.sections import Evaluate, Finetune, Perplexity, Search
+from sqft.recipe.sections import Calibration, Evaluate, Finetune, Perplexity, Search
 
 NAMED = re.compile(rb"""^\s*(?:-\s+|["']?(?:task|group|tag)["']?\s*:\s*)["']?([^\s"'#]+)""", re.M)
 """The name that a line of a task file gives, or lists: of a task, a group or a tag."""
@@ -82,7 +82,7 @@ def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: 
 
 
 def notes_on_calibration(
-    section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step], calibration: Data | None
+    section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step], calibration: Calibration | None
 ) -> Notes:
     """Note where a text whose perplexity is measured is the calibration's, or has much of it word for word.
 
@@ -90,16 +90,18 @@ def notes_on_calibration(
         section: what is measured.
         files: its files, by role.
         steps: those planned so far.
-        calibration: how the recipe names its calibration text.
+        calibration: the recipe's section; None when it has none.
     """
     seen = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
     if not (seen and calibration and section.texts):
         return
     try:
-        shares = shared_runs([(files[role], text.tokens) for role, text in section.texts.items()], seen, calibration)
+        shares = shared_runs(
+            [(files[role], text.tokens) for role, text in section.texts.items()], seen, calibration.data
+        )
     except (DataError, OSError):
         return  # the stage that reads it says so
-    named = Path(calibration.file or calibration.path).name
+    named = Path(calibration.data.file or calibration.data.path).name
     for role, share in zip(section.texts, shares, strict=True):
         if share >= SHARED:
             yield (

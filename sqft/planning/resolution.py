@@ -60,6 +60,7 @@ class Resolver:
         """The absolute paths of the files that components' options name, by the places of the options in the recipe."""
         self.sizes: dict[str, int] = {}
         """How many records each data set has, by its place in the recipe."""
+        self._data_sets: dict[tuple[str, Answer | None, Use], Path] = {}
         self._teachers: dict[Teacher, ModelSource | None] = {}
         own = recipe.model
         self.model = self._found(own.path, own.revision, own.dequantize, "model.path") or NO_MODEL
@@ -155,7 +156,10 @@ class Resolver:
                 answer = (answers or {}).get(role)
                 use: Use = "asked" if answer else getattr(section, "loss_on", "completion")
                 use = "all" if isinstance(owner, CalibrationData) else use
-                files[role] = self.records(owner, f"{place}.{role}", answer, use)
+                read = f"{place}.{role}", answer, use
+                if read not in self._data_sets:  # sparsify and quantize have one calibration
+                    self._data_sets[read] = self.records(owner, *read)
+                files[role] = self._data_sets[read]
             elif isinstance(owner, Teacher):
                 if teacher := self.teacher(owner, f"{place}.{'.'.join(parents)}"):
                     files[role] = teacher.path

@@ -147,7 +147,7 @@ def starting_recipe(
     calibration = {"data": "calibration.jsonl" if own else GENERAL_TEXT, "samples": 64, "length": 1024}
     sections = copy.deepcopy({"calibration": calibration, **(PAPER if paper else PIPELINES)[name].sections})
     for field in fields_marked(Recipe, InputPath, sections):
-        if not (field.marker.hub and HUB_ID.fullmatch(field.value)):
+        if not is_data_set_id(field.value):
             field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
     local = Path(model).expanduser()
     path = model if HUB_ID.fullmatch(model) and not local.exists() else _from(output, local)
