@@ -2,7 +2,7 @@
 
     python benchmarks/tuning.py [--recipe examples/recipes/sparsepeft.json] [--ways recipe hira root lora+]
         [--learning-rates 1e-3 2e-3 4e-3] [--widen 4] [--seeds 0 1 2] [--sweep-seeds 0] [--steps 170]
-        [--calibration general.jsonl --samples 32] [--texts prose.txt manuals.txt]
+        [--calibration general.jsonl --samples 32] [--texts prose.txt manuals.txt] [--test test.jsonl]
         [--store store-tuning]
 
 A way is the recipe with some changes, joined by commas: names in WAYS, or settings as `--set` takes them, of `finetune`
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="records of text; unless given, the recipe's")
     parser.add_argument("--samples", type=int, help="calibration windows; unless given, the recipe's")
     parser.add_argument("--texts", nargs="+", type=Path, help="texts of perplexity; unless given, the recipe's")
+    parser.add_argument("--test", type=Path, help="test records; unless given, the recipe's")
     parser.add_argument("--no-test", action="store_true", help="end after validation")
     parser.add_argument("--store", type=Path, default=Path("store-tuning"))
     arguments = parser.parse_args()
@@ -226,13 +227,15 @@ def main() -> None:
         parser.error(str(error))
     if plain.finetune is None or plain.evaluate is None or plain.evaluate.exact_match is None:
         parser.error(f"{arguments.recipe} must train, and measure exact_match")
-    records = plain.resolve(plain.evaluate.exact_match.data.path)
-    validation = (arguments.validation or records.with_name("validation.jsonl")).resolve()
-    if validation == records:
+    records = (arguments.test or plain.resolve(plain.evaluate.exact_match.data.path)).absolute()
+    validation = (arguments.validation or records.with_name("validation.jsonl")).absolute()
+    if validation.resolve() == records.resolve():
         parser.error("--validation: these are the test records")
     orchestrator = Orchestrator(Registry.discover(), arguments.store)
     data = [f"calibration.data={json.dumps(str(arguments.calibration.absolute()))}"] if arguments.calibration else []
     data += [f"calibration.samples={arguments.samples}"] if arguments.samples else []
+    if arguments.test:
+        data.append(f"evaluate.exact_match.data={json.dumps(str(records))}")
     if arguments.texts:
         texts = [{"text": str(text.absolute()), "tokens": 8192, "length": 1024} for text in arguments.texts]
         data.append(f"evaluate.perplexity={json.dumps(texts)}")

@@ -1,6 +1,6 @@
 """Write the quickstart's data, with nothing but the standard library.
 
-    python make_data.py OUT_DIR [--seed 0]
+    python make_data.py OUT_DIR [--seed 0] [--test-problems 204]
 
 The quickstart must run offline on a small CPU, so its data are made here instead of downloaded:
 
@@ -21,7 +21,8 @@ How the splits are kept apart:
   calibration shares with the held-out text is removed from calibration.
 
 The same seed gives the same bytes. The word problems do not depend on the version of Python. The language
-reference does, and so does the prose among the problems, because each version ships its own.
+reference does, and so does the prose among the problems, because each version ships its own. With more test problems,
+all else stays the same.
 """
 
 import argparse
@@ -98,12 +99,12 @@ def split_pairs(rng: random.Random) -> dict[str, dict[str, list[Pair]]]:
     return splits
 
 
-def word_problems(split: str, pairs: Mapping[str, list[Pair]], rng: random.Random) -> list[Record]:
+def word_problems(split: str, size: int, pairs: Mapping[str, list[Pair]], rng: random.Random) -> list[Record]:
     # Templates and pairs take turns instead of being drawn, so all of them are used equally often.
     turns = cycle((operation, template) for operation in TEMPLATES for template in TEMPLATES[operation])
     next_pair = {operation: cycle(pairs[operation]) for operation in TEMPLATES}
     answers: dict[str, int] = {}  # by prompt, so that a repeated prompt counts once
-    while len(answers) < SIZES[split]:
+    while len(answers) < size:
         operation, template = next(turns)
         b, a = next(next_pair[operation])
         if operation == "+" and rng.random() < 0.5:
@@ -180,12 +181,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's data.")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test-problems", type=int, default=SIZES["test"], help="more take longer and say more")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
 
     # One generator for each source: the language reference changes with Python, the word problems must not.
     rng = random.Random(f"word problems {args.seed}")
-    problems = {split: word_problems(split, pairs, rng) for split, pairs in split_pairs(rng).items()}
+    sizes = {**SIZES, "test": args.test_problems}
+    problems = {split: word_problems(split, sizes[split], pairs, rng) for split, pairs in split_pairs(rng).items()}
     calibration, heldout = split_topics(random.Random(f"topics {args.seed}"))
     mixing = random.Random(f"mix {args.seed}")
     texts = prose((record["text"] for record in calibration), mixing)

@@ -43,7 +43,7 @@ TUNED = ("search", "merge", "finetune")
 """Stages that leave a tuned model, by which an entry of `evaluate.of` begins."""
 
 SHARED = 0.01
-"""Share of a text's runs of words in the calibration text from which on both are taken to come from one source."""
+"""Share of a text's runs of words in another one from which on both are taken to come from one source."""
 
 Notes = Iterator[tuple[str, str]]
 """Pairs of a place in the recipe and what there is to say about it."""
@@ -81,10 +81,10 @@ def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: 
     return section.model_copy(update={"perplexity": tuple(shorter) if several else next(iter(shorter), None)})
 
 
-def notes_on_calibration(
+def notes_on_seen_text(
     section: Evaluate, files: Mapping[str, Path], steps: Mapping[str, Step], calibration: Calibration | None
 ) -> Notes:
-    """Note where a text whose perplexity is measured is the calibration's, or has much of it word for word.
+    """Note where a text whose perplexity is measured has much word for word of what calibration or training sees.
 
     Args:
         section: what is measured.
@@ -92,23 +92,26 @@ def notes_on_calibration(
         steps: those planned so far.
         calibration: the recipe's section; None when it has none.
     """
-    seen = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
-    if not (seen and calibration and section.texts):
-        return
-    try:
-        shares = shared_runs(
-            [(files[role], text.tokens) for role, text in section.texts.items()], seen, calibration.data
-        )
-    except (DataError, OSError):
-        return  # the stage that reads it says so
-    named = Path(calibration.data.file or calibration.data.path).name
-    for role, share in zip(section.texts, shares, strict=True):
-        if share >= SHARED:
-            yield (
-                f"evaluate.{role}",
-                f"{share:.0%} of its runs of {RUN} words occur in {named}, too, which calibration sees: its "
-                "perplexity flatters what fits that text; measure another text beside it",
-            )
+    seen: list[tuple[Path, Data, str]] = []
+    read = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
+    if read and calibration:
+        seen.append((read, calibration.data, "calibration sees: its perplexity flatters what fits that text"))
+    if "finetune" in steps and any(name.startswith(TUNED) for name in section.of):
+        trained = "training sees: after tuning, its perplexity is that of known text"
+        seen += [(path, data, trained) for path, data in _training_data(steps["finetune"])]
+    texts = [(files[role], text.tokens) for role, text in section.texts.items()]
+    for path, data, why in seen if texts else ():
+        try:
+            shares = shared_runs(texts, path, data)
+        except (DataError, OSError):
+            continue  # the stage that reads it says so
+        for role, share in zip(section.texts, shares, strict=True):
+            if share >= SHARED:
+                yield (
+                    f"evaluate.{role}",
+                    f"{share:.0%} of its runs of {RUN} words occur in {Path(data.file or data.path).name}, too, which "
+                    f"{why}; measure another text beside it",
+                )
 
 
 def check_template(section: Evaluate, conversations: ConversationCheck | None) -> Iterator[Problem]:
@@ -269,8 +272,12 @@ def _other_arguments(given: Mapping[str, Any], trained: _Form) -> str:
 
 
 def _form_of_training(step: Step, arguments: Mapping[str, Any]) -> _Form:
+    return _form(_training_data(step), arguments)
+
+
+def _training_data(step: Step) -> list[tuple[Path, Data]]:
     assert isinstance(step.section, Finetune)
-    return _form([(step.files[role], data) for role, data in step.section.data_sets.items()], arguments)
+    return [(step.files[role], data) for role, data in step.section.data_sets.items()]
 
 
 def _form(data_sets: Iterable[tuple[Path, Data]], arguments: Mapping[str, Any]) -> _Form:

@@ -264,7 +264,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     resolver.collect(evaluation.check_template(section, resolver.conversations))
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_chats(section, files, steps, resolver.recipe.model.chat_template_kwargs))
-        resolver.note_all(evaluation.notes_on_calibration(section, files, steps, resolver.recipe.calibration))
+        resolver.note_all(evaluation.notes_on_seen_text(section, files, steps, resolver.recipe.calibration))
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")

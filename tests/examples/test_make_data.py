@@ -54,6 +54,14 @@ def sums(prompts: list[str]) -> set[tuple[str, frozenset[int]]]:
     return {(operation(prompt), frozenset(numbers(prompt))) for prompt in prompts}
 
 
+def test_more_test_problems_change_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path / "few")
+    make(tmp_path / "many", "--test-problems", "300")
+    few, many = contents(tmp_path / "few"), contents(tmp_path / "many")
+    assert many["test.jsonl"].startswith(few["test.jsonl"]) and len(records(tmp_path / "many", "test")) == 300
+    assert {**many, "test.jsonl": b""} == {**few, "test.jsonl": b""}
+
+
 def long_paragraphs(text: str) -> list[str]:
     stripped = (paragraph.strip() for paragraph in re.split(r"\n\s*\n", text))
     return [paragraph for paragraph in stripped if len(paragraph) >= 80]

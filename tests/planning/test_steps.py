@@ -237,6 +237,23 @@ def test_a_text_that_calibration_sees(raw: dict[str, Any], registry: Registry, t
         assert notes[0].startswith("evaluate.perplexity.text: ") and "occur in calibration.jsonl, too" in notes[0]
 
 
+def test_a_text_that_training_sees(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """It matters where a tuned model is measured."""
+    seen = "Some words that are in the training records and nowhere else, as far as anyone can say. " * 3
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": f"Before. {seen}"}) + "\n")
+    (tmp_path / "text.txt").write_text(seen)
+    raw["finetune"]["data"] = str(tmp_path / "train.jsonl")
+    for of, expected in (("sparsify", False), ("search", True)):
+        raw["evaluate"] = {"of": [of], "perplexity": {"text": str(tmp_path / "text.txt")}}
+        resolver = resolver_of(raw, registry)
+        made = trained(resolver)
+        list(steps.plan_evaluate(resolver.recipe.evaluate, resolver, adapter_base(resolver), made))  # type: ignore[arg-type]
+        notes = [note for note in resolver.notes if "of its runs of 13 words" in note]
+        assert len(notes) == expected
+        if expected:
+            assert notes[0].startswith("evaluate.perplexity.text: 100% of") and "which training sees" in notes[0]
+
+
 def test_held_out_records_must_have_answers(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     """Where a search compares them; its loss needs none."""
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
