@@ -132,21 +132,39 @@ def gptq_config(
         blocks: The module that is the list of the decoder blocks. Programs that read these folders look for it under
             a few names; where there are towers, it is stated.
     """
+    return config_of({name: grid_settings(grid) for name, grid in grids.items()}, floats, towers, blocks)
+
+
+def grid_settings(grid: Grid) -> dict[str, Any]:
+    """Return what a `quantization_config` says of a layer's grid."""
     from sqft.kernels.grids import is_symmetric
 
-    first = next(iter(grids.values()))
+    return {
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "sym": is_symmetric(grid),
+        "desc_act": grid.group_index is not None,
+    }
+
+
+def config_of(
+    settings: Mapping[str, Mapping[str, Any]], floats: Iterable[str], towers: Iterable[str], blocks: str
+) -> dict[str, Any]:
+    """Return what `gptq_config` does, given the `grid_settings` of each quantized layer."""
+    first = next(iter(settings.values()))
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": first.bits,
-        "group_size": first.group_size,
-        "sym": all(map(is_symmetric, grids.values())),
-        "desc_act": any(grid.group_index is not None for grid in grids.values()),
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in grids),
+        "bits": first["bits"],
+        "group_size": first["group_size"],
+        "sym": all(of_layer["sym"] for of_layer in settings.values()),
+        "desc_act": any(of_layer["desc_act"] for of_layer in settings.values()),
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in settings),
     }
     apart = [f"-:^{re.escape(name)}$" for name in sorted(floats)]
     if apart:
-        inner = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in grids if name.rpartition(".")[2] != "lm_head"}
+        layers = (name for name in settings if name.rpartition(".")[2] != "lm_head")
+        inner = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in layers}
         config["modules_in_block_to_quantize"] = [sorted(inner)]
     if names := sorted({name.rpartition(".")[2] for name in towers}):
         # Programs differ in what comes before a tower's own name.

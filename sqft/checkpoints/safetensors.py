@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import ArtifactError, ModelError
+from sqft.utils.files import sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -65,6 +68,46 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         cause = error if isinstance(error, ValueError) else "its header is invalid"
         raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
+
+
+def data_bytes(path: Path) -> int:
+    """Return the bytes of the tensors in a safetensors file that is known to be complete."""
+    return path.stat().st_size - _raw_header(path)[1]
+
+
+def join(files: Sequence[Path], target: Path) -> None:
+    """Write the tensors of several safetensors files, which have no name in common, into one; none is held in memory.
+
+    The files are known to be complete, and `target` is as soon as it exists.
+    """
+    entries: dict[str, Any] = {}
+    starts, size = [], 0
+    for file in files:
+        header, start = _raw_header(file)
+        starts.append(start)
+        for name, entry in header.items():
+            entries[name] = entry | {"data_offsets": [size + offset for offset in entry["data_offsets"]]}
+        size += file.stat().st_size - start
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("wb") as output:
+        output.write(struct.pack("<Q", len(text)) + text)
+        for file, start in zip(files, starts, strict=True):
+            with file.open("rb") as part:
+                part.seek(start)
+                shutil.copyfileobj(part, output, 1 << 22)
+    sync(temporary)
+    temporary.replace(target)
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the entries of the tensors in a file's header, and where the data begin."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
@@ -117,6 +117,14 @@ def reverted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, T
     """Return tensors of a model's modules as transformers would store them: named, split and laid out as on disk."""
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     return stored
+
+
+def without_tied(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `save_pretrained` would write of tensors of a model's modules: tied ones once."""
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored}
+    saved: dict[str, Tensor] = remove_tied_weights_from_state_dict(kept, model)
+    return saved
 
 
 def load_converted(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[str]:

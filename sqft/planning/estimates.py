@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,9 @@ RESIDUAL_BYTES = 1
 
 GRID_BITS = 0.5
 """The scale and the zero point of a group, for each of its weights: 32 bits for groups of 64."""
+
+COPIES_OF_LAYER = 4
+"""Copies of a layer in float32, while it is compressed: the weight, its scores, what it becomes."""
 
 EVALUATION_OVERHEAD = 1 << 30
 """The process with the caches of generation and the harness."""
@@ -90,6 +94,7 @@ def estimate_sparsify(
     calibration: Calibration | None,
     needs: frozenset[Statistic],
     sequential: bool,
+    streamed: bool = False,
 ) -> Estimate:
     """Estimate `sparsify`: the model, beside it the calibration or the second model that is read back to verify it.
 
@@ -100,9 +105,12 @@ def estimate_sparsify(
         calibration: the section, when a component needs it.
         needs: what its components need of it.
         sequential: whether the layers of a block are pruned one input after the other.
+        streamed: whether one block at a time is there.
     """
     size, masks = model_bytes(model, dtype), weights_in(pruned) * MASK_BITS // 8
     walk = calibration_bytes(model, calibration, needs, pruned, sequential)
+    if streamed:
+        return Estimate(model.parameters, size + masks, streamed_bytes(model, dtype, pruned, walk))
     return Estimate(model.parameters, size + masks, size + max(size, walk) + RUNTIME_OVERHEAD)
 
 
@@ -115,6 +123,7 @@ def estimate_quantize(
     bits: float | None,
     dense: bool = False,
     compensated: bool = False,
+    streamed: bool = False,
 ) -> Estimate:
     """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored, and a
     byte that says what was rounded.
@@ -128,13 +137,36 @@ def estimate_quantize(
         bits: of a code, where the quantizer has such an option.
         dense: whether the weights from before pruning are there too.
         compensated: whether the quantizer gives the floats that it rounded.
+        streamed: whether one block at a time is there.
     """
     size = model_bytes(model, dtype)
     residuals = RESIDUAL_BYTES * weights_in(layers) if compensated else 0
     walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
+    stored = quantized_bytes(model, dtype, layers, bits) + residuals
+    if streamed:
+        return Estimate(model.parameters, stored, streamed_bytes(model, dtype, layers, walk))
     walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
     memory = size + max(size, walk) + 2 * weights_in(layers) + residuals + RUNTIME_OVERHEAD
-    return Estimate(model.parameters, quantized_bytes(model, dtype, layers, bits) + residuals, memory)
+    return Estimate(model.parameters, stored, memory)
+
+
+def streamed_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape], walk: int) -> int:
+    """Return the bytes of a step that has one block of a model at a time in memory, or what lies outside the blocks.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision.
+        layers: those that are compressed.
+        walk: bytes of calibration.
+    """
+    sizes = Counter[str]()
+    for name, shape in model.shapes.items():
+        start = BLOCK.match(name)
+        sizes[start[0] if start else ""] += math.prod(shape) * DTYPE_BYTES[dtype]
+    outside = sizes.pop("", 0)
+    widest = 4 * max((layer.out_features * layer.in_features for layer in layers), default=0)
+    block = max(sizes.values(), default=0)
+    return max(outside, 2 * block + COPIES_OF_LAYER * widest + walk) + RUNTIME_OVERHEAD
 
 
 def estimate_finetune(
@@ -253,14 +285,19 @@ def calibration_bytes(
     if calibration is None:
         return 0
     states = 3 * calibration.samples * calibration.length * source.size("hidden_size") * 4
+    summed: set[tuple[str, str, int]] = set()
     together: Counter[tuple[str, ...]] = Counter()
     widest = 0
     for layer in layers if Statistic.HESSIAN in needs else ():
         block, inner = BLOCK.match(layer.name), layer.in_features
         within = layer.name[block.end() :] if block else layer.name
+        start, path = block[0] if block else "", within.rpartition(".")[0]
+        if sequential and (start, path, inner) in summed:  # queries, keys and values have one input, and one sum
+            continue
+        summed.add((start, path, inner))
         # Experts are one module, whatever their number.
-        module = (re.sub(r"\d+", "*", within.rpartition(".")[0]), str(inner)) if sequential else ()
-        together[block[0] if block else "", *module] += 4 * inner**2
+        module = (re.sub(r"\d+", "*", path), str(inner)) if sequential else ()
+        together[start, *module] += 4 * inner**2
         widest = max(widest, 4 * inner**2)
     at_once = max(together.values(), default=0)
     return states + (min(at_once, max(HESSIAN_BYTES, widest)) if sequential else at_once) + 3 * widest

@@ -64,10 +64,15 @@ COMPRESS = (
     "components/checks",
     "modeling/calibration/block_runs",
     "modeling/calibration/capture",
+    "modeling/calibration/hidden_states",
     "modeling/calibration/observe",
     "modeling/calibration/statistics",
     "modeling/calibration/walk",
+    "modeling/loading/other_model",
+    "modeling/loading/part_writer",
+    "modeling/loading/parts",
     "stages/compress",
+    "stages/step_parts",
 )
 
 ADAPT = ("components/checks", "modeling/adapters", "stages/adapted")
@@ -92,7 +97,7 @@ TRAIN = (
 )
 
 STAGE_CODE: dict[str, tuple[str, ...]] = {
-    "sparsify": (*EVERY_STAGE, *COMPRESS, "modeling/loading/other_model", "stages/sparsify"),
+    "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
     "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),

@@ -70,6 +70,8 @@ class Step:
     estimate: Estimate
     layers: tuple[str, ...] = ()
     """The linear layers that it prunes, quantizes or adapts, in order."""
+    streamed: bool = False
+    """Whether it reads, changes and writes the model one decoder block at a time, and never has all of it in memory."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """What it reads, by role: "calibration", a place in its section, or an option ("scorer.folder")."""
     digests: Mapping[str, str] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from sqft.planning import compatibility, distillation, estimates, evaluation, la
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
+from sqft.planning.streaming import is_streamed
 from sqft.recipe.sections import (
     Calibration,
     ComponentRef,
@@ -48,16 +49,24 @@ def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
     pruned = resolver.layers(section.include, section.exclude, "sparsify.include")
     calibration, files = _calibration(resolver, needs.get(first, frozenset()), label, pruned, "sparsify.include")
     resolver.collect(compatibility.check_pattern(section, pruned))
+    streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=False)
     return Step(
         name="sparsify",
         stage="sparsify",
         section=section,
         layers=_names(pruned),
+        streamed=streamed,
         components=components,
         inputs={},
         files={**files, **resolver.files(section, "sparsify")},
         estimate=estimates.estimate_sparsify(
-            resolver.model, resolver.dtype, pruned, calibration, frozenset().union(*needs.values()), sequential
+            resolver.model,
+            resolver.dtype,
+            pruned,
+            calibration,
+            frozenset().union(*needs.values()),
+            sequential,
+            streamed,
         ),
     )
 
@@ -78,16 +87,18 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
     compensated = quantizer is not None and quantizer.component.gives_compensated
+    streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=resolver.recipe.sparsify is not None)
     return Step(
         name="quantize",
         stage="quantize",
         section=section,
         layers=_names(layers),
+        streamed=streamed,
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
         estimate=estimates.estimate_quantize(
-            resolver.model, resolver.dtype, layers, calibration, needs, _bits(quantizer), dense, compensated
+            resolver.model, resolver.dtype, layers, calibration, needs, _bits(quantizer), dense, compensated, streamed
         ),
     )
 

@@ -74,6 +74,9 @@ class Calibration(Section):
     )
     samples: Count = Field(128, description="number of windows")
     length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in each window")
+    memory: Annotated[float, Field(gt=0), NoEffect()] = Field(
+        4.0, description="GiB of the windows' hidden states that stay in memory; the others are in a file meanwhile"
+    )
 
 
 def _pattern(value: Any) -> Pattern:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
 from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.kernels.finite import all_finite
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import attach
 from sqft.modeling.adapters.adapted_model import AdaptedModel
@@ -170,7 +171,7 @@ def load_deltas(adapted: AdaptedModel, folder: Path, label: str) -> None:
     if differing := sorted(stored.keys() ^ expected.keys()):
         raise ArtifactError(f"{path} and the adapter disagree about tensor {differing[0]}")
     for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape or not tensor.isfinite().all():
+        if tensor.shape != expected[name].shape or not all_finite(tensor):
             raise ArtifactError(f"{path}: {name} is mis-shaped or not finite")
     for name, layer in adapted.layers.items():
         layer.load_trainable_tensors({key: stored[f"{name}.{key}"] for key in layer.trainable_tensors()})

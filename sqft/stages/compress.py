@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,10 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.components import checks
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.calibration.capture import Hold
+from sqft.modeling.calibration.hidden_states import HiddenStates
 from sqft.modeling.calibration.walk import walk
+from sqft.modeling.loading.parts import WholeModel
 from sqft.planning.plan import Step
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
+
+GIB = 1 << 30
 
 
 def chosen_layers(model: PreTrainedModel, step: Step) -> dict[str, nn.Linear]:
@@ -73,31 +78,43 @@ def output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
 
 def run_calibration(
     inputs: StageInputs,
-    model: PreTrainedModel,
+    opened: WholeModel,
     tokenizer: PreTrainedTokenizerBase,
     layers: Mapping[str, nn.Linear],
     needs: frozenset[Statistic],
     compress: Callable[[str, nn.Linear, LinearStats], None],
     label: str,
     sequential: bool = False,
+    around: Hold | None = None,
+    done: Container[str] = (),
 ) -> int:
     """Call `compress` on each layer with the statistics it needs; return how many calibration tokens that took.
 
     Args:
         inputs: the stage's inputs, for its calibration data, device and display.
-        model: the model, on the CPU.
+        opened: the model, on the CPU.
         tokenizer: its tokenizer.
         layers: the linear layers by name.
         needs: statistics to collect; without any, no text is read.
         compress: called with a layer's name, the layer and its statistics; it edits the weight in place.
         label: the word of the display.
         sequential: whether later layers of a block see what the earlier ones became.
+        around: see `walk`.
+        done: see `walk`.
     """
     if not needs:
-        for name, linear in inputs.track(layers.items(), label, len(layers)):
-            compress(name, linear, LinearStats(tokens=0))
+        of_block: dict[str, list[str]] = {block: [] for block in opened.blocks}
+        for name in layers:
+            of_block[opened.part_of(name)].append(name)
+        for block, names in inputs.track(of_block.items(), label, len(of_block)):
+            with (around or opened.held)(block):
+                for name in names if block not in done else ():
+                    compress(name, layers[name], LinearStats(tokens=0))
         return 0
-    windows = inputs.data.calibration(tokenizer)
+    section = inputs.plan.recipe.calibration
+    assert section is not None
+    windows, hidden = inputs.data.calibration(tokenizer), HiddenStates(int(section.memory * GIB), inputs.scratch)
     way = inputs.plan.source.layout.walk
-    walk(model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
+    what = (opened.model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
+    walk(*what, opened.held, around, done, hidden)
     return windows.numel()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sqft.components.kinds import Exporter
 from sqft.errors import ArtifactError, ContractError
+from sqft.kernels.finite import all_finite
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.stages.inputs import Report, StageInputs
@@ -51,7 +52,7 @@ class ExportStage:
         except ArtifactError as error:
             raise ArtifactError(f"export ({self.label}): {error}") from None
         for name, tensor in written.tensors():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise ArtifactError(
                     f"export ({self.label}): {name} holds values that are not finite as {tensor.dtype}; "
                     "export a wider precision"

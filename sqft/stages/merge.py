@@ -16,6 +16,7 @@ from sqft.data.encoding import Example, Tokenization
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
+from sqft.kernels.finite import all_finite
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
 from sqft.modeling.adapters.saving import read_ranks
@@ -85,7 +86,7 @@ class MergeStage:
                         f"merge ({self.label}): codes or grid of {name} as stored are not those that training used"
                     )
         for name, tensor in stored_tensors.items():
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise ArtifactError(f"merge ({self.label}): {name} as stored holds values that are not finite")
             if sha256(tensor) != self.digests[name]:
                 raise ArtifactError(f"merge ({self.label}): {name} as stored is not the weight that training used")

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sqft.checkpoints.gptq import GPTQ_BITS, GPTQ_PARTS
+from sqft.checkpoints.gptq import GPTQ_BITS, GPTQ_PARTS, grid_settings
 from sqft.components import checks
 from sqft.components.kinds import Quantizer
 from sqft.errors import ArtifactError, ContractError
 from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
+from sqft.kernels.finite import all_finite
 from sqft.kernels.grids import dequantize, group_index
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.words import fills_words
-from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.quantized import other_tensors, read_quantized, save_quantized
+from sqft.modeling.loading.other_model import OtherModel
+from sqft.modeling.loading.parts import OUTSIDE, WholeModel
+from sqft.modeling.loading.quantized import (
+    GptqFolder,
+    other_tensors,
+    read_layer,
+    save_quantized,
+    save_settings_of_codes,
+    tensors_of_codes,
+)
 from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
 from sqft.stages.inputs import Report, StageInputs
+from sqft.stages.step_parts import StepParts
 from sqft.types import LinearStats, Quantized
 
 
@@ -33,98 +44,163 @@ class QuantizeStage:
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs = inputs
         self.quantizer, self.label = inputs.step.component(Quantizer), inputs.step.label(Quantizer)
-        # Digests of what is to be read back: codes and grids, the floats that were rounded to them, the base's masks,
-        # and every tensor left as it was.
-        self.codes: dict[str, str] = {}
-        self.residuals: dict[str, str] = {}
-        self.masks: dict[str, str] = {}
-        self.others: dict[str, str] = {}
+        self.grid: dict[str, Any] = {}  # the settings of the first layer's
+
+    @cached_property
+    def parts(self) -> StepParts:
+        """The model that is quantized, opened once."""
+        return StepParts(self.inputs, self.inputs.plan.spec(self.inputs.model_path()), self._reload)
 
     def run(self) -> Report:
         """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings; `masks.safetensors`
         (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero); and,
         if the quantizer gives them, the floats that it rounded in `compensated.safetensors`, as residuals of a byte."""
-        scratch = self.inputs.scratch
-        source = self.inputs.plan.spec(self.inputs.model_path())
-        model, tokenizer = load_model(source)
-        self.names = CheckpointNames(model)
-        layers = chosen_layers(model, self.inputs.step)
-        others = other_tensors(model, self.names, layers, source)
-        self.others = {name: sha256(tensor) for name, tensor in others.items()}
-        self.masks = {name: sha256(pack_mask(linear.weight != 0)) for name, linear in layers.items()}
-        dense = self._dense()
+        parts, opened = self.parts, self.parts.opened
+        source, folder = self.inputs.plan.spec(self.inputs.model_path()), self.inputs.scratch / "model"
+        layers, dense = chosen_layers(opened.model, self.inputs.step), self._dense()
+        whole: dict[str, Quantized] = {}  # where the model is not streamed
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
         residuals: dict[str, Tensor] = {}
-        errors: dict[str, dict[str, float]] = {}
+        known: dict[str, dict[str, Any]] = {}
+        before: dict[str, dict[str, dict[str, str]]] = {}
+
+        def floats(part: str) -> dict[str, Tensor]:
+            return other_tensors(opened.model, opened.names, layers, source, opened.state(part))
+
+        def begin(part: str) -> None:
+            """Remember the base's masks, and every tensor that is left as it is."""
+            if part not in before:
+                of_part = {name: linear for name, linear in layers.items() if opened.part_of(name) == part}
+                before[part] = {
+                    "masks": {name: sha256(pack_mask(linear.weight != 0)) for name, linear in of_part.items()},
+                    "others": {name: sha256(tensor) for name, tensor in floats(part).items()},
+                }
 
         def quantize(name: str, linear: nn.Linear, stats: LinearStats) -> None:
-            if name in dense:
-                before = dense.pop(name).to(linear.weight.device, torch.float32)
-                stats = dataclasses.replace(stats, dense=before)
-            result, masks[name], errors[name] = self._quantize(name, linear, stats)
-            _check_storable(self.label, name, result, next(iter(quantized.values()), result))
+            if dense:
+                weight = dense(name).to(linear.weight.dtype).to(linear.weight.device, torch.float32)
+                stats = dataclasses.replace(stats, dense=weight)
+            masks[name] = pack_mask(linear.weight != 0).cpu()
+            result, errors = self._quantize(name, linear, stats)
+            _check_storable(self.label, name, result, self.grid)
+            self.grid = self.grid or grid_settings(result.grid)
             if self.quantizer.gives_compensated:
                 residuals[name] = grids.residual(result).cpu()
             quantized[name] = _on_cpu(result)
+            known[name] = {
+                "errors": errors,
+                "grid": grid_settings(result.grid),
+                "zeros": int((linear.weight == 0).sum()),
+                "weights": linear.weight.numel(),
+                "codes": _digest(result),
+                "residual": sha256(residuals[name]) if name in residuals else "",
+            }
 
-        needs = self.quantizer.needs
-        run_calibration(self.inputs, model, tokenizer, layers, needs, quantize, "quantizing", sequential=True)
-        self.codes = {name: _digest(layer) for name, layer in quantized.items()}
-        self.residuals = {name: sha256(tensor) for name, tensor in residuals.items()}
-        save_quantized(model, tokenizer, quantized, scratch / "model", source)
-        save_file(masks, scratch / "masks.safetensors")
-        if residuals:
-            save_file(residuals, scratch / "compensated.safetensors")
-        weights = sum(linear.weight.numel() for linear in layers.values())
-        zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
-        grid = next(iter(quantized.values())).grid
+        def end(part: str) -> None:
+            record = {"layers": dict(known), **before.pop(part)}
+            beside = {"masks": masks, **({"compensated": residuals} if residuals else {})}
+            parts.seal(part, record, lambda: tensors_of_codes(opened.names, quantized, floats(part)), beside)
+            if not parts.streamed:
+                whole.update(quantized)
+            for of_part in (quantized, masks, residuals, known):
+                of_part.clear()
+
+        for part in () if parts.streamed else opened.parts:
+            begin(part)
+        around = partial(parts.held, begin=begin, end=end)
+        with around(OUTSIDE):
+            pass
+        run_calibration(
+            self.inputs,
+            opened,
+            parts.tokenizer,
+            layers,
+            self.quantizer.needs,
+            quantize,
+            "quantizing",
+            True,
+            around,
+            parts.records,
+        )
+        of_layers = self._known()
+        if parts.streamed:
+            parts.writer.write_index()
+            settings = {name: of_layer["grid"] for name, of_layer in of_layers.items()}
+            save_settings_of_codes(opened.model, parts.tokenizer, opened.names, settings, folder, source)
+        else:
+            save_quantized(opened.model, parts.tokenizer, {name: whole[name] for name in layers}, folder, source)
+        parts.write_beside(["masks", *(["compensated"] if self.quantizer.gives_compensated else [])])
+        weights, zeros = (sum(layer[count] for layer in of_layers.values()) for count in ("weights", "zeros"))
+        first = next(iter(of_layers.values()))["grid"]
         return {
-            "bits": grid.bits,
-            "group_size": grid.group_size,
+            "bits": first["bits"],
+            "group_size": first["group_size"],
             "weights": weights,
             "zeros": zeros,
             "sparsity": zeros / weights,
-            "layers": errors,
+            "layers": {name: of_layer["errors"] for name, of_layer in of_layers.items()},
         }
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of each layer, in order."""
+        found = self.parts.all("layers")
+        return {name: found[name] for name in self.inputs.step.layers}
+
+    def _reload(self, opened: WholeModel, part: str, written: FolderReader) -> None:
+        """Give the layers of a part the values of the codes that were written of them."""
+        for name, layer in self.parts.records[part]["layers"].items():
+            linear = cast(nn.Linear, opened.model.get_submodule(name))
+            codes = read_layer(written, opened.names.name_of_codes(name), layer["grid"])
+            assign_weight(self.label, name, linear, dequantize(codes))
+            self.grid = self.grid or layer["grid"]
 
     def verify(self) -> None:
         """Check that codes and grids as stored are the quantizer's, that zeros of the base are zero, and that all else
         is the base's, bit for bit."""
-        reader, stage = FolderReader(self.inputs.scratch / "model"), f"quantize ({self.label})"
-        layers, masks = read_quantized(reader.folder, self.names), load_file(self.inputs.scratch / "masks.safetensors")
-        residuals = load_file(self.inputs.scratch / "compensated.safetensors") if self.residuals else {}
-        if different := sorted(layers.keys() ^ self.codes.keys()):
+        scratch, stage = self.inputs.scratch, f"quantize ({self.label})"
+        names, known, others = self.parts.opened.names, self._known(), self.parts.all("others")
+        bases = self.parts.all("masks")
+        stored = GptqFolder(scratch / "model", names)
+        masks = FolderReader(scratch, [scratch / "masks.safetensors"])
+        gives = self.quantizer.gives_compensated
+        residuals = FolderReader(scratch, [scratch / "compensated.safetensors"] if gives else [])
+        if different := sorted(stored.layers.keys() ^ known.keys()):
             raise ArtifactError(f"{stage}: {different[0]} was quantized and is not stored, or the other way round")
-        for name, layer in layers.items():
+        for name, expected in known.items():
+            layer = stored.layer(name)
             value = dequantize(layer)
-            if not value.isfinite().all():
+            if not all_finite(value):
                 raise ArtifactError(f"{stage}: {name} as stored holds values that are not finite")
-            if _digest(layer) != self.codes[name]:
+            if _digest(layer) != expected["codes"]:
                 raise ArtifactError(f"{stage}: codes or grid of {name} as stored are not the quantizer's")
-            if name not in masks or sha256(masks[name]) != self.masks[name]:
+            if name not in masks or sha256(mask := masks.tensor(name)) != bases[name]:
                 raise ArtifactError(f"{stage}: the mask of {name} as stored is not the base's")
-            if lost := int((value[~unpack_mask(masks[name], (value.shape[0], value.shape[1]))] != 0).sum()):
+            if lost := int((value[~unpack_mask(mask, (value.shape[0], value.shape[1]))] != 0).sum()):
                 raise ArtifactError(f"{stage}: {lost} zeros of the base are not zero in {name} as stored")
-            if self.residuals and (name not in residuals or sha256(residuals[name]) != self.residuals[name]):
+            if gives and (name not in residuals or sha256(residuals.tensor(name)) != expected["residual"]):
                 raise ArtifactError(f"{stage}: the compensated floats of {name} as stored are not the quantizer's")
-        if missing := sorted(self.others.keys() - set(reader.names())):
+        if missing := sorted(others.keys() - set(stored.reader.names())):
             raise ArtifactError(f"{stage}: {missing[0]} of the base is not stored")
-        for name, tensor in reader.tensors():
+        for name, tensor in stored.reader.tensors():
             owner, _, part = name.rpartition(".")
-            coded = part in GPTQ_PARTS and self.names.layer(owner) in layers
-            if not coded and sha256(tensor) != self.others.get(name):
+            coded = part in GPTQ_PARTS and names.layer(owner) in known
+            if not coded and sha256(tensor) != others.get(name):
                 raise ArtifactError(f"{stage}: {name} as stored is not the base's")
 
-    def _dense(self) -> dict[str, Tensor]:
-        """Return the weight of each layer from before pruning, if the quantizer needs it."""
+    def _dense(self) -> Callable[[str], Tensor] | None:
+        """Return what gives the weight of each layer from before pruning, if the quantizer needs it."""
         if not self.quantizer.needs_dense():
-            return {}
-        model, _ = load_model(self.inputs.plan.model_spec)
-        return {name: linear.weight.detach() for name, linear in chosen_layers(model, self.inputs.step).items()}
+            return None
+        spec = self.inputs.plan.model_spec
+        if self.inputs.step.streamed and not spec.is_gguf and not spec.dequantize:
+            return OtherModel(spec.path, spec.trust_remote_code).weight
+        model, _ = load_model(spec)
+        weights = {n: linear.weight.detach() for n, linear in chosen_layers(model, self.inputs.step).items()}
+        return weights.pop
 
-    def _quantize(self, name: str, linear: nn.Linear, stats: LinearStats) -> tuple[Quantized, Tensor, dict[str, float]]:
-        """Quantize one layer in place, and return codes and grid, the base's mask bit-packed, and the errors made."""
+    def _quantize(self, name: str, linear: nn.Linear, stats: LinearStats) -> tuple[Quantized, dict[str, float]]:
+        """Quantize one layer in place, and return codes and grid, and the errors made."""
         # What is zero in the base stays zero, whether sqft pruned it or the model came sparse.
         mask = linear.weight.detach() != 0
         with guarded(self.label, {name: (linear, stats)}, partial(self.inputs.seed_for, "quantize")) as given:
@@ -134,15 +210,15 @@ class QuantizeStage:
         checks.check_quantized(self.label, name, result, weight, mask, self.quantizer.gives_compensated)
         value = dequantize(result)
         assign_weight(self.label, name, linear, value)
-        return result, pack_mask(mask).cpu(), _errors(weight, value, stats)
+        return result, _errors(weight, value, stats)
 
 
-def _check_storable(label: str, name: str, result: Quantized, first: Quantized) -> None:
+def _check_storable(label: str, name: str, result: Quantized, first: Mapping[str, Any]) -> None:
     """Check that all layers have one number of bits and one group size, full words, and scales that float16 holds."""
     grid, (out, inputs) = result.grid, result.codes.shape
     if grid.bits not in GPTQ_BITS or not (fills_words(inputs, grid.bits) and fills_words(out, grid.bits)):
         raise ContractError(f"{label} gave {name} [{out}, {inputs}] {grid.bits} bits, which fill no words of 32")
-    if (grid.bits, grid.group_size) != (first.grid.bits, first.grid.group_size):
+    if first and (grid.bits, grid.group_size) != (first["bits"], first["group_size"]):
         raise ContractError(f"{label} gave {name} other bits or another group size than the layers before")
     if not grid.scale.half().to(grid.scale.dtype).equal(grid.scale):
         raise ContractError(f"{label} gave {name} scales that float16 does not hold; round them before taking codes")

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.components import checks
 from sqft.components.kinds import Allocator, Scorer, Updater
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.checksums import sha256
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
-from sqft.modeling.architecture.blocks import decoder_blocks, shape_of
-from sqft.modeling.loading import load_model
+from sqft.modeling.architecture.blocks import shape_of
+from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.other_model import OtherModel
-from sqft.modeling.loading.transformers_io import save_model
+from sqft.modeling.loading.part_writer import float_tensors
+from sqft.modeling.loading.parts import OUTSIDE, open_in_parts
+from sqft.modeling.loading.transformers_io import save_model, save_settings
 from sqft.recipe.sections import Sparsify
 from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
 from sqft.stages.inputs import Report, StageInputs
+from sqft.stages.step_parts import StepParts, reload_floats
 from sqft.types import LinearStats, Pattern
 
 
@@ -38,69 +40,123 @@ class SparsifyStage:
         self.scorer, self.label = inputs.step.component(Scorer), inputs.step.label(Scorer)
         self.updater = inputs.step.component(Updater) if Updater.kind in inputs.step.components else None
         self.updates_weights = self.updater is not None or type(self.scorer).prune is not Scorer.prune
-        # Digests of what is to be read back: every parameter as it was loaded or as a component gave it, and the masks.
+        # The digest of every parameter, as it was loaded or as a component gave it: it is to be read back.
         self.parameters: dict[str, str] = {}
-        self.masks: dict[str, str] = {}
         self.others: dict[Path, OtherModel] = {}
+
+    @cached_property
+    def parts(self) -> StepParts:
+        """The recipe's model, opened once."""
+        return StepParts(self.inputs, self.inputs.plan.model_spec, reload_floats)
 
     def run(self) -> Report:
         """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
-        scratch = self.inputs.scratch
-        source = self.inputs.plan.model_spec
-        model, tokenizer = load_model(source)
-        layers = chosen_layers(model, self.inputs.step)
-        self.parameters = {name: sha256(parameter) for name, parameter in model.named_parameters()}
-        allocation = self._allocation(model, tokenizer, layers)
+        parts, source, updates = self.parts, self.inputs.plan.model_spec, self.updater is not None
+        layers = chosen_layers(parts.opened.model, self.inputs.step)
+        for part in () if parts.streamed else parts.opened.parts:
+            self._begin(part)
+        allocation = self._allocation(layers)
+        pruned: dict[str, dict[str, Any]] = {}
         masks: dict[str, Tensor] = {}
-        sparsity: dict[str, float] = {}
-        errors: dict[str, dict[str, float]] = {}
-        tokens: dict[str, int] = {}
 
         def prune(name: str, linear: nn.Linear, stats: LinearStats) -> None:
-            mask, errors[name] = self._prune(name, linear, stats, allocation[name])
+            mask, errors = self._prune(name, linear, stats, allocation[name])
             masks[name] = pack_mask(mask).cpu()
-            sparsity[name] = 1 - mask.float().mean().item()
-            tokens[name] = 0 if stats.unreached else stats.tokens
+            pruned[name] = {
+                "sparsity": 1 - mask.float().mean().item(),
+                "errors": errors,
+                "tokens": 0 if stats.unreached else stats.tokens,
+                "zeros": int((linear.weight == 0).sum()),
+                "weights": linear.weight.numel(),
+                "mask": sha256(masks[name]),
+            }
 
-        needs, updates = self.scorer.needs, self.updater is not None
-        if self.updater:
-            needs |= self.updater.needs
+        def end(part: str) -> None:
+            record: dict[str, Any] = {
+                "parameters": {name: self.parameters[name] for name in parts.opened.parameters(part)}
+            }
+            record["layers"] = dict(pruned)
+            parts.seal(part, record, lambda: float_tensors(parts.opened, part, source), {"masks": masks})
+            pruned.clear()
+            masks.clear()
+
+        around = partial(parts.held, begin=self._begin, end=end)
+        with around(OUTSIDE):
+            pass
+        needs = self.scorer.needs | (self.updater.needs if self.updater else frozenset())
         # What comes late in a block makes up for what became of the layers before it, too.
-        total = run_calibration(self.inputs, model, tokenizer, layers, needs, prune, "pruning", sequential=updates)
-        self.masks = {name: sha256(mask) for name, mask in masks.items()}
-        save_model(model, tokenizer, scratch / "model", source)
-        save_file(masks, scratch / "masks.safetensors")
-        weights = sum(linear.weight.numel() for linear in layers.values())
-        zeros = sum(int((linear.weight == 0).sum()) for linear in layers.values())
+        total = run_calibration(
+            self.inputs, parts.opened, parts.tokenizer, layers, needs, prune, "pruning", updates, around, parts.records
+        )
+        if parts.streamed:
+            parts.writer.write_index()
+            save_settings(parts.opened.model, parts.tokenizer, parts.writer.folder, source)
+        else:
+            save_model(parts.opened.model, parts.tokenizer, parts.writer.folder, source)
+        parts.write_beside(["masks"])
+        return self._report({name: parts.all("layers")[name] for name in layers}, total)
+
+    def _report(self, layers: Mapping[str, Mapping[str, Any]], tokens: int) -> Report:
+        """Return the numbers to report.
+
+        Args:
+            layers: what is known of each pruned layer.
+            tokens: of calibration.
+        """
+        weights, zeros = (sum(layer[count] for layer in layers.values()) for count in ("weights", "zeros"))
+        errors = {name: layer["errors"] for name, layer in layers.items()}
         return {
             "sparsity": zeros / weights,
             "zeros": zeros,
             "weights": weights,
-            "parameters": model.num_parameters(),
-            "layers": sparsity,
+            "parameters": self.parts.opened.model.num_parameters(),
+            "layers": {name: layer["sparsity"] for name, layer in layers.items()},
             "output_error": _means(errors),
             "output_errors": {name: of_layer for name, of_layer in errors.items() if of_layer},
-            "calibration_tokens": total,
-            "expert_tokens": {name: count for name, count in tokens.items() if count != total},
+            "calibration_tokens": tokens,
+            "expert_tokens": {name: layer["tokens"] for name, layer in layers.items() if layer["tokens"] != tokens},
         }
+
+    def _begin(self, part: str) -> None:
+        """Remember the parameters of a part as they were loaded."""
+        for name, parameter in self.parts.opened.parameters(part).items():
+            if name not in self.parameters:
+                self.parameters[name] = sha256(parameter)
 
     def verify(self) -> None:
         """Check that the model as stored opens, and that every parameter is as it was loaded, bit for bit: in pruned
         layers with the mask applied, or as the component that updates weights gave it. What a mask prunes is zero."""
-        stored, _ = load_model(self.inputs.plan.spec(self.inputs.scratch / "model"))
-        masks = load_file(self.inputs.scratch / "masks.safetensors")
-        parameters = dict(stored.named_parameters())
-        if {name: sha256(mask) for name, mask in masks.items()} != self.masks:
+        stored, _ = open_in_parts(self.inputs.plan.spec(self.inputs.scratch / "model"), self.inputs.step.streamed)
+        masks = FolderReader(self.inputs.scratch, [self.inputs.scratch / "masks.safetensors"])
+        expected = self.parts.all("parameters")
+        known = {name: layer["mask"] for name, layer in self.parts.all("layers").items()}
+        if {name: sha256(mask) for name, mask in masks.tensors()} != known:
             raise ArtifactError(f"sparsify ({self.label}): the masks as stored are not what the scorer gave")
-        for name, digest in self.parameters.items():
-            layer = name.removesuffix(".weight")
-            if name not in parameters or sha256(parameters[name]) != digest:
-                updated = layer in masks and self.updates_weights
-                giver = "updater" if self.updater else "scorer"
-                expected = f"what the {giver} gave" if updated else "the original under its mask"
-                raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {expected}")
-            if layer in masks and (parameters[name][~unpack_mask(masks[layer], parameters[name].shape)] != 0).any():
-                raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
+        seen = set[str]()
+        for part in stored.parts:
+            with stored.held(part):
+                for name, parameter in stored.parameters(part).items():
+                    layer = name.removesuffix(".weight")
+                    self._check(name, parameter, expected.get(name), masks.tensor(layer) if layer in known else None)
+                    seen.add(name)
+        for name in expected.keys() - seen:
+            raise ArtifactError(f"sparsify ({self.label}): {name} is not stored")
+
+    def _check(self, name: str, parameter: Tensor, expected: str | None, mask: Tensor | None) -> None:
+        """Check a parameter as stored.
+
+        Args:
+            name: its name.
+            parameter: as it was read back.
+            expected: its digest; None where it was not there before.
+            mask: bit-packed, of the weight of a layer that was pruned.
+        """
+        if sha256(parameter) != expected:
+            updated, giver = mask is not None and self.updates_weights, "updater" if self.updater else "scorer"
+            what = f"what the {giver} gave" if updated else "the original under its mask"
+            raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {what}")
+        if mask is not None and (parameter[~unpack_mask(mask, (parameter.shape[0], parameter.shape[1]))] != 0).any():
+            raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
 
     def _prune(
         self, name: str, linear: nn.Linear, stats: LinearStats, sparsity: float
@@ -154,37 +210,28 @@ class SparsifyStage:
         checks.check_unchanged(label, name, before, mask, "the mask")
         return checks.check_updated(label, name, mask, value)
 
-    def _allocation(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, nn.Linear]
-    ) -> Mapping[str, float]:
+    def _allocation(self, layers: Mapping[str, nn.Linear]) -> Mapping[str, float]:
         """Return each layer's sparsity, as the allocator has it."""
         allocator, label = self.inputs.step.component(Allocator), self.inputs.step.label(Allocator)
         shapes = tuple(shape_of(name, linear) for name, linear in layers.items())
-        measured = self._measured(allocator, label, model, tokenizer, layers) if allocator.needs else {}
+        measured = self._measured(allocator, label, layers) if allocator.needs else {}
         allocation = allocator.allocate(shapes, self.section.sparsity, measured)
         checks.check_allocation(label, shapes, self.section.sparsity, allocation)
         return allocation
 
-    def _measured(
-        self,
-        allocator: Allocator,
-        label: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layers: Mapping[str, nn.Linear],
-    ) -> dict[str, float]:
+    def _measured(self, allocator: Allocator, label: str, layers: Mapping[str, nn.Linear]) -> dict[str, float]:
         """Return what the allocator measures of the dense layers, block by block.
 
         Args:
             allocator: measures the layers of one block at a time.
             label: the allocator, as messages name it.
-            model: the dense model.
-            tokenizer: encodes the calibration text.
             layers: the linear layers to prune, by name.
         """
         measured: dict[str, float] = {}
-        blocks = [[name for name in layers if name.startswith(f"{block}.")] for block in decoder_blocks(model)]
-        of_block = {name: names for names in blocks for name in names}
+        blocks = {
+            block: [n for n in layers if self.parts.opened.part_of(n) == block] for block in self.parts.opened.blocks
+        }
+        of_block = {name: names for names in blocks.values() for name in names}
         waiting: dict[str, tuple[nn.Linear, LinearStats]] = {}
 
         def collect(name: str, linear: nn.Linear, stats: LinearStats) -> None:
@@ -198,7 +245,8 @@ class SparsifyStage:
             measured.update(numbers)
             waiting.clear()
 
-        run_calibration(self.inputs, model, tokenizer, layers, allocator.needs, collect, "measuring")
+        opened, tokenizer = self.parts.opened, self.parts.tokenizer
+        run_calibration(self.inputs, opened, tokenizer, layers, allocator.needs, collect, "measuring")
         return measured
 
 

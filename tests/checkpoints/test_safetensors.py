@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.checkpoints.safetensors import safetensors_header
+from sqft.checkpoints.safetensors import data_bytes, join, safetensors_header
 from sqft.errors import ArtifactError
 
 
@@ -132,3 +132,21 @@ def test_a_config_that_is_none(
     if content is not None:
         (folder / "config.json").write_bytes(content)
     assert_rejected(folder, str(folder), words)
+
+
+def test_joined_files_hold_the_tensors_of_all(tmp_path: Path) -> None:
+    parts = [
+        {"a": torch.arange(5, dtype=torch.uint8), "b": torch.randn(3, 2)},
+        {},
+        {"c": torch.randn(7).to(torch.bfloat16), "d": torch.tensor(3, dtype=torch.int64)},
+    ]
+    files = [tmp_path / f"{number}.safetensors" for number in range(len(parts))]
+    for part, file in zip(parts, files, strict=True):
+        save_file(part, file)
+        assert data_bytes(file) == sum(tensor.nbytes for tensor in part.values())
+    join(files, tmp_path / "all.safetensors")
+    found = load_file(tmp_path / "all.safetensors")
+    expected = {name: tensor for part in parts for name, tensor in part.items()}
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == tensor.dtype and found[name].equal(tensor) for name, tensor in expected.items())
+    assert data_bytes(tmp_path / "all.safetensors") == sum(map(data_bytes, files))

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -325,3 +327,14 @@ FAMILIES: dict[str, Family] = {
         narrow=("igate_preact", "fgate_preact"),
     ),
 }
+
+
+def save_family(family: str, tokenizer: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the tiny model of a family, with its tokenizer."""
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 1}
+    kind = getattr(transformers, f"{FAMILIES[family].kind}Config")
+    config = kind(**common | {"pad_token_id": 1} | FAMILIES[family].sizes)
+    torch.manual_seed(0)
+    getattr(transformers, class_of(config))(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

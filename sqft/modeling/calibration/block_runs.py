@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqft.errors import StageError
-from sqft.modeling.calibration.capture import capture, forward, run_block
+from sqft.modeling.calibration.capture import Hold, capture, forward, in_memory, run_block
+from sqft.modeling.calibration.hidden_states import HiddenStates
 
 NOT_FINITE = "calibration met activations that are not finite; use float32 or other calibration text"
 
@@ -45,39 +46,62 @@ class BlockRun:
 
 
 def replayed(
-    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor, device: str
+    model: PreTrainedModel,
+    blocks: Mapping[str, nn.Module],
+    windows: Tensor,
+    device: str,
+    hold: Hold = in_memory,
+    around: Hold = in_memory,
+    hidden: HiddenStates | None = None,
 ) -> Iterator[tuple[str, BlockRun]]:
     """Yield each block's name and its run by itself, in order.
 
     On an accelerator one block at a time lives there, with one window's activations; the hidden states of all windows
     stay on the CPU, in the model's precision.
 
+    Args:
+        model: the model.
+        blocks: its blocks by name.
+        windows: token ids [samples, length].
+        device: where a block is run.
+        hold: has a block in memory while its call is captured, and what lies outside the blocks, "".
+        around: has a block in memory while it is yielded, and until its outputs are known.
+        hidden: keeps the hidden states of all windows; without it, memory does.
+
     Raises:
         ModelError: when the blocks cannot be replayed.
     """
-    calls, hidden, slot = capture(model, blocks, windows)
+    with hold(""):
+        calls, hidden, slot = capture(model, blocks, windows, hold, hidden)
     for name, block in blocks.items():
-        block.to(device)
         own = calls.pop(name)
+        with around(name):
+            block.to(device)
 
-        def run(index: int, block: nn.Module = block, own: Any = own) -> Tensor:
-            return run_block(block, own[index], slot, hidden[index], device).to("cpu")
+            def run(index: int, block: nn.Module = block, own: Any = own) -> Tensor:
+                return run_block(block, own[index], slot, hidden[index], device).to("cpu")
 
-        yield name, (block_run := BlockRun(block, len(windows), run))
-        for index in range(len(windows)):  # one window at a time, what comes out enters the next block
-            after = block_run(index)
-            assert after is not None
-            hidden[index] = after
-        block.to("cpu")
+            yield name, (block_run := BlockRun(block, len(windows), run))
+            for index in range(len(windows)):  # one window at a time, what comes out enters the next block
+                after = block_run(index)
+                assert after is not None
+                hidden[index] = after
+            block.to("cpu")
 
 
 def in_model(
-    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor, device: str
+    model: PreTrainedModel,
+    blocks: Mapping[str, nn.Module],
+    windows: Tensor,
+    device: str,
+    hold: Hold = in_memory,
+    around: Hold = in_memory,
+    hidden: HiddenStates | None = None,
 ) -> Iterator[tuple[str, BlockRun]]:
     """Yield each block's name and its run inside the model, in the order in which the model first runs them.
 
-    A block that the model runs several times is run as often; one that it does not run comes last. On an accelerator
-    the whole model lives there.
+    A block that the model runs several times is run as often; one that it does not run comes last. The whole model must
+    be in memory, and on an accelerator it lives there. See `replayed` for the arguments.
     """
     model.to(device)
     times = _times(model, blocks, windows[:1].to(device))
@@ -86,7 +110,8 @@ def in_model(
         def run(index: int, block: nn.Module = blocks[name], times: int = times[name]) -> Tensor | None:
             return _until(model, block, times, windows[index : index + 1].to(device))
 
-        yield name, BlockRun(blocks[name], len(windows), run)
+        with around(name):
+            yield name, BlockRun(blocks[name], len(windows), run)
     model.to("cpu")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,20 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqft.errors import ModelError
+from sqft.modeling.calibration.hidden_states import HiddenStates
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call of a block: positional, and by keyword."""
+Hold = Callable[[str], AbstractContextManager[None]]
+"""Enters what has a part of a model in memory: a block by its name, or what lies outside the blocks, ""."""
 Slot = int | str
 """The argument of a block's call that carries the hidden states: its position, or its keyword."""
 
 
+def in_memory(_: str) -> AbstractContextManager[None]:
+    """The `Hold` of a model that is in memory as a whole."""
+    return nullcontext()
+
+
 def capture(
-    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor
-) -> tuple[dict[str, list[Call]], list[Tensor], Slot]:
+    model: PreTrainedModel,
+    blocks: Mapping[str, nn.Module],
+    windows: Tensor,
+    hold: Hold = in_memory,
+    hidden: HiddenStates | None = None,
+) -> tuple[dict[str, list[Call]], HiddenStates, Slot]:
     """Record how each block is called, so that it can be run by itself.
 
     Two passes: one window is run for real, to learn which argument is the hidden states; then all windows are run
     with blocks that compute nothing and only record.
+
+    Args:
+        model: the model, of which the blocks may be elsewhere.
+        blocks: its blocks by name.
+        windows: token ids [samples, length].
+        hold: has a block in memory.
+        hidden: what is to keep the hidden states of all windows; without it, memory does.
 
     Returns:
         The calls of each block, one a window, without the hidden states; the hidden states that enter the first block,
@@ -33,9 +53,10 @@ def capture(
     Raises:
         ModelError: when the blocks cannot be replayed one by one.
     """
-    slot, rest = _probe(model, blocks, windows[:1])
+    with _held_in_turn(blocks, hold):
+        slot, rest = _probe(model, blocks, windows[:1])
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
-    hidden: list[Tensor] = []
+    hidden = HiddenStates() if hidden is None else hidden
     first = next(iter(blocks))
 
     def recorder(name: str) -> Callable[..., Any]:
@@ -58,6 +79,30 @@ def capture(
         for block in blocks.values():
             vars(block).pop("forward", None)  # the class's own again
     return calls, hidden, slot
+
+
+@contextmanager
+def _held_in_turn(blocks: Mapping[str, nn.Module], hold: Hold) -> Iterator[None]:
+    """Have each block in memory while it runs, and no longer."""
+    replaced = {name: vars(block).get("forward") for name, block in blocks.items()}
+
+    def held(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with hold(name):
+                return forward(*args, **kwargs)
+
+        return run
+
+    try:
+        for name, block in blocks.items():
+            block.forward = held(name, block.forward)
+        yield
+    finally:
+        for name, block in blocks.items():
+            if (own := replaced[name]) is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own
 
 
 def _probe(

@@ -85,7 +85,7 @@ def _seen_in_blocks(model: PreTrainedModel, windows: Tensor) -> set[str]:
             hooks.append(blocks[first].register_forward_hook(output.keep))
             for name in others:
                 blocks[name].forward = output
-        calls, (state,), slot = capture(model, blocks, windows)
+        calls, hidden, slot = capture(model, blocks, windows)
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,7 +94,7 @@ def _seen_in_blocks(model: PreTrainedModel, windows: Tensor) -> set[str]:
     # 2. Replay the first block of each kind, and note what runs in it.
     for names in kinds.values():
         block, (call, *_) = blocks[names[0]], calls[names[0]]
-        inside = _run_in(block, partial(run_block, block, call, slot, state, "meta"))
+        inside = _run_in(block, partial(run_block, block, call, slot, hidden[0], "meta"))
         seen |= {f"{name}.{inner}" for name in names for inner in inside}
     return seen
 

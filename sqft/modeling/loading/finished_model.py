@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sqft.checkpoints.gptq import GPTQ_FILE
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
+from sqft.kernels.finite import all_finite
 from sqft.kernels.grids import dequantize
 from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.linears import as_stored, layers_of_stored
@@ -99,7 +100,7 @@ class FinishedModel:
         if layer != name and self._codes is not None and layer in self._codes.layers:
             return dequantize(self.codes(layer)).to(self._dtype)
         tensor = self._files.tensor(name)
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{self.folder}: tensor {name} holds values that are not finite")
         return tensor
 

@@ -53,6 +53,11 @@ class FolderReader:
             for name, file in sorted(self._files.items()):
                 yield name, streams[file].get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from its file's header."""
+        with _open(self._files[name]) as stream:
+            return tuple(stream.get_slice(name).get_shape())
+
     @cached_property
     def precisions(self) -> dict[str, torch.dtype]:
         """The precision of each tensor of floats, from the headers alone."""

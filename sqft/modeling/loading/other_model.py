@@ -11,6 +11,7 @@ from sqft.checkpoints.gptq import gptq_settings
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import read_object, weight_files
 from sqft.errors import ArtifactError, SqftError
+from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.linears import as_stored, layers_of_stored
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import reverted
@@ -79,7 +80,7 @@ class OtherModel:
             raise ArtifactError(f"{place} has the shape {list(tensor.shape)}, expected {list(expected)}; copy it again")
         if tensor.dtype not in PRECISIONS.values():
             raise ArtifactError(f"{place} is {str(tensor.dtype).removeprefix('torch.')}; name a model of floats")
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{place} holds values that are not finite; copy it again")
         return tensor
 

@@ -14,9 +14,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_config, gptq_settings, write_gptq_config
+from sqft.checkpoints.gptq import GPTQ_PARTS, config_of, gptq_settings, grid_settings, write_gptq_config
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError
+from sqft.kernels.finite import all_finite
 from sqft.kernels.grids import dequantize
 from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
@@ -59,29 +60,63 @@ def save_quantized(
         source: what the model was loaded from; see `save_model`.
     """
     names = CheckpointNames(model)
-    tensors = other_tensors(model, names, layers, source)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # tied ones get their own
-    for name, layer in layers.items():
-        tensors |= {f"{names.name_of_codes(name)}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
-    save_settings(model, tokenizer, folder, source)
-    grids = {name: layer.grid for name, layer in layers.items()}
-    floats = unquantized(model, layers)
-    named = {*floats, *map(names.name_of_codes, floats)}
-    write_gptq_config(folder, gptq_config(grids, named, towers(model), block_list(model)))
+    tensors = tensors_of_codes(names, layers, other_tensors(model, names, layers, source))
+    grids = {name: grid_settings(layer.grid) for name, layer in layers.items()}
+    save_settings_of_codes(model, tokenizer, names, grids, folder, source)
     save_torch_state_dict(tensors, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def other_tensors(
-    model: PreTrainedModel, names: CheckpointNames, layers: Collection[str], source: ModelSpec | None = None
+def tensors_of_codes(
+    names: CheckpointNames, layers: Mapping[str, Quantized], others: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what a GPTQ folder holds of a model besides these layers' codes, by the names of its checkpoint.
+    """Return the tensors of a GPTQ folder: the parts of these layers, and `other_tensors`."""
+    tensors = {name: tensor.contiguous().clone() for name, tensor in others.items()}  # tied ones get their own
+    for name, layer in layers.items():
+        tensors |= {f"{names.name_of_codes(name)}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
+    return tensors
 
-    See `save_quantized` for the arguments.
+
+def save_settings_of_codes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: CheckpointNames,
+    grids: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    source: ModelSpec | None = None,
+) -> None:
+    """Write all of a GPTQ folder but its tensors.
+
+    Args:
+        model: after `as_linears`.
+        tokenizer: the model's.
+        names: those of its checkpoint.
+        grids: the `grid_settings` of each quantized layer, by the names of their modules.
+        folder: is made.
+        source: what the model was loaded from.
     """
-    floats = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers}
-    state, mixtures = as_stored(model, codes=layers, state=floats), _mixtures_of(model, layers)
-    apart = {name: tensor for name, tensor in state.items() if name.startswith(mixtures)}
-    stored = reverted(model, {name: tensor for name, tensor in state.items() if name not in apart})
+    save_settings(model, tokenizer, folder, source)
+    floats = unquantized(model, grids)
+    named = {*floats, *map(names.name_of_codes, floats)}
+    write_gptq_config(folder, config_of(grids, named, towers(model), block_list(model)))
+
+
+def other_tensors(
+    model: PreTrainedModel,
+    names: CheckpointNames,
+    layers: Collection[str],
+    source: ModelSpec | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return what a GPTQ folder holds of a model, or of `state`, a part of it, besides these layers' codes, by the
+    names of its checkpoint.
+
+    See `save_quantized` for the other arguments.
+    """
+    state = model.state_dict() if state is None else state
+    floats = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in layers}
+    own, mixtures = as_stored(model, codes=layers, state=floats), _mixtures_of(model, layers)
+    apart = {name: tensor for name, tensor in own.items() if name.startswith(mixtures)}
+    stored = reverted(model, {name: tensor for name, tensor in own.items() if name not in apart})
     for name, tensor in apart.items():
         layer, _, part = name.rpartition(".")
         stored[f"{names.name_of_codes(layer)}.{part}"] = tensor
@@ -144,7 +179,7 @@ def read_layer(reader: FolderReader, name: str, settings: Mapping[str, Any]) -> 
         layer = from_gptq(parts, settings["bits"], settings["group_size"])
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
-    if not layer.grid.scale.isfinite().all():
+    if not all_finite(layer.grid.scale):
         raise ArtifactError(f"{reader.folder}: tensor {name}.scales holds values that are not finite")
     return layer
 
@@ -313,5 +348,5 @@ def _check_complete(model: PreTrainedModel, folder: Path, unlike: Sequence[str])
     if disagreeing := [*missing, *unlike]:
         raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {disagreeing[0]}")
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not all_finite(parameter):
             raise ArtifactError(f"{folder}: tensor {name} holds values that are not finite")

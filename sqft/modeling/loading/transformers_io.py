@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ModelError
+from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import towers
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
@@ -169,7 +170,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     _forget_quantization(model)
     check_vocabulary(model, tokenizer, path)
     for name, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
     model.requires_grad_(False)
     return as_linears(model).eval(), tokenizer

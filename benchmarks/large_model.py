@@ -1,0 +1,114 @@
+"""What it takes to compress a model that does not fit into memory: peak memory, seconds and bytes of each step.
+
+    python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
+        [--bits 4] [--work large]
+
+Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by wanda,
+and INT4 by gptq in groups of 128. Interrupt it, or kill it, and start it again: it goes on at the next block. Needs the
+model of `make quickstart`, for its tokenizer, and its calibration text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from sqft import Orchestrator, Recipe, Registry
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.modeling.loading import load_tokenizer
+from sqft.utils.files import write_json
+from sqft.utils.text import human_size
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = ROOT / "examples" / "quickstart" / "data" / "calibration.jsonl"
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+}
+BLOCKS = {"1b": 16, "8b": 32}
+
+
+def make_model(folder: Path, shape: str, blocks: int) -> None:
+    """Write the model, a file for each block; the folder is complete once it has its index."""
+    tied = shape == "1b"
+    config = LlamaConfig(
+        vocab_size=128256,
+        num_hidden_layers=blocks,
+        rope_theta=500000.0,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        **SHAPES[shape],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    load_tokenizer(ModelSpec(TOKENIZER)).save_pretrained(folder)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = hidden * config.num_key_value_heads // config.num_attention_heads
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    head = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    head |= {} if tied else {"lm_head.weight": (config.vocab_size, hidden)}
+    files = [{f"model.layers.{i}.{name}.weight": size for name, size in block.items()} for i in range(blocks)]
+    norms = [[f"model.layers.{i}.{n}_layernorm.weight" for n in ("input", "post_attention")] for i in range(blocks)]
+    file_of: dict[str, str] = {}
+    for number, (sizes, ones) in enumerate([*zip(files, norms, strict=True), (head, ["model.norm.weight"])]):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {
+            n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for n, s in sizes.items()
+        }
+        tensors |= {name: torch.ones(hidden, dtype=torch.bfloat16) for name in ones}
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(tensors, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": file_of})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--blocks", type=int, help="of the model; unless given, as many as Llama 3 has")
+    parser.add_argument("--samples", type=int, default=4, help="calibration windows")
+    parser.add_argument("--length", type=int, default=64, help="tokens in each")
+    parser.add_argument("--until", choices=["sparsify", "quantize"], default="quantize")
+    parser.add_argument("--work", type=Path, default=Path("large"))
+    arguments = parser.parse_args()
+    blocks = arguments.blocks or BLOCKS[arguments.shape]
+    folder = arguments.work / f"{arguments.shape}-{blocks}"
+    if not (folder / "model.safetensors.index.json").is_file():
+        make_model(folder, arguments.shape, blocks)
+    raw: dict[str, Any] = {
+        "name": "large",
+        "model": {"path": str(folder.absolute()), "dtype": "bfloat16"},
+        "calibration": {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length},
+        "sparsify": {"scorer": "wanda", "sparsity": 0.5},
+    }
+    if arguments.until == "quantize":
+        raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 128}}}
+    orchestrator = Orchestrator(Registry.discover(), arguments.work / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    run = orchestrator.run(plan)
+    print("| step | estimated | peak | seconds | verified in | on disk |\n|---|---|---|---|---|---|")
+    for name, outcome in run.items():
+        manifest = outcome.artifact.manifest
+        sizes = [human_size(size) for size in (plan.step(name).estimate.memory, manifest["peak_memory"])]
+        seconds = [f"{manifest[key]:.0f} s" for key in ("seconds", "verify_seconds")]
+        print(f"| {name} | {' | '.join([*sizes, *seconds])} | {human_size(outcome.artifact.size)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Whether all numbers of a tensor are finite."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor of floats holds neither NaN nor infinity: in one pass, and no memory of its size."""
+    if tensor.numel() == 0:
+        return True
+    least, most = tensor.aminmax()  # NaN if any is
+    return bool(least.isfinite() and most.isfinite())

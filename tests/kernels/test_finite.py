@@ -1,0 +1,20 @@
+"""One number that is not finite is found, wherever it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sqft.kernels.finite import all_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_not_finite(dtype: torch.dtype) -> None:
+    tensor = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(tensor) and all_finite(tensor.T) and all_finite(torch.empty(0, 3, dtype=dtype))
+    assert all_finite(torch.tensor(torch.finfo(dtype).max, dtype=dtype))
+    for value in ("nan", "inf", "-inf"):
+        for place in (0, 100, -1):
+            wrong = tensor.clone()
+            wrong.view(-1)[place] = float(value)
+            assert not all_finite(wrong)
