@@ -9,5 +9,7 @@ def all_finite(tensor: Tensor) -> bool:
     """Return whether a tensor of floats holds neither NaN nor infinity: in one pass, and no memory of its size."""
     if tensor.numel() == 0:
         return True
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch has no extremes of eight bits
     least, most = tensor.aminmax()  # NaN if any is
     return bool(least.isfinite() and most.isfinite())

@@ -1,7 +1,8 @@
 """Runs of `sqft` in forks of one process that has done its imports, which may be killed at a chosen moment.
 
-Reads a JSON object a line: {"runs": [{"argv", "said", "code"?, "stage"?, "after"?, "at"?, "blind"?, "later"?}, …]}, all
-started at once, or some seconds `later`. A run with `code` is that of Python, and not of `sqft`.
+Reads a JSON object a line: {"runs": [{"argv", "said", "code"?, "stage"?, "after"?, "at"?, "blind"?, "later"?,
+"streamed"?}, …]}, all started at once, or some seconds `later`. A run with `code` is that of Python, and not of `sqft`.
+A `streamed` one goes through models of any size one block at a time.
 A run is killed `after` seconds from the start of `stage`, or `at` its so-many-th change to the file system from there
 on; a `blind` one does not see beforehand that the disk has too little room. Writes a JSON list a line: each run's
 {"status", "seconds", "changes"}, from the start of `stage`.
@@ -37,6 +38,7 @@ import sqft.stages.sparsify  # noqa: E402, F401
 from sqft.cli import main  # noqa: E402
 from sqft.components.registry import Registry  # noqa: E402
 from sqft.execution import preflight  # noqa: E402
+from sqft.planning import streaming  # noqa: E402
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "fcntl.flock"}
 
@@ -61,6 +63,8 @@ def live(run: dict[str, Any], pipe: int) -> None:
         return notified(self, hook, **arguments)
 
     notified, Registry.notify = Registry.notify, notify  # type: ignore[method-assign]
+    if run.get("streamed"):
+        streaming.STREAM_FROM = 0
     if run.get("blind"):
         preflight.check_disk = lambda *_: None  # type: ignore[assignment]
     time.sleep(run.get("later", 0))

@@ -23,21 +23,28 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_anywhere(fork_server: Any, content: Any, recipe: Path, stores: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "streamed"), [*((stage, False) for stage in STAGES), ("sparsify", True), ("quantize", True)]
+)
+def test_killed_anywhere(
+    fork_server: Any, content: Any, recipe: Path, stores: Path, stage: str, streamed: bool
+) -> None:
+    stores = stores / ("streamed" if streamed else "in memory")
+    stores.mkdir(exist_ok=True)
     whole, before = stores / "whole", stores / f"before-{stage}"
     if not whole.exists():
-        ended = fork_server.run("run", recipe, "--store", whole)
+        ended = fork_server.run("run", recipe, "--store", whole, streamed=streamed)
         assert ended.status == 0, ended.said
     if (number := STAGES.index(stage)) > 0:
-        ended = fork_server.run("run", recipe, "--store", before, "--until", STAGES[number - 1])
+        until = ["--until", STAGES[number - 1]]
+        ended = fork_server.run("run", recipe, "--store", before, *until, streamed=streamed)
         assert ended.status == 0, ended.said
     else:
         before.mkdir()
     words = ["run", recipe, "--until", stage, "--store"]
     lengths = stores / f"length-{stage}"
     shutil.copytree(before, lengths)
-    undisturbed = fork_server.run(*words, lengths, stage=stage)
+    undisturbed = fork_server.run(*words, lengths, stage=stage, streamed=streamed)
     assert undisturbed.status == 0, undisturbed.said
     assert undisturbed.seconds and undisturbed.changes
     wanted = content(lengths)
@@ -52,13 +59,13 @@ def test_killed_anywhere(fork_server: Any, content: Any, recipe: Path, stores: P
             how: dict[str, Any] = {"after": rng.uniform(0, 1.1 * undisturbed.seconds)}
             if rng.random() < 0.5:
                 how = {"at": rng.randint(1, undisturbed.changes)}
-            killed = fork_server.run(*words, store, stage=stage, **how)
+            killed = fork_server.run(*words, store, stage=stage, streamed=streamed, **how)
             kills.append((how, killed.status))
             assert killed.status in (0, -signal.SIGKILL), f"{seed} {kills}: {killed.said}"
             if killed.status == 0:
                 break
             died += 1
-        ended = fork_server.run(*words, store)
+        ended = fork_server.run(*words, store, streamed=streamed)
         print(f"SQFT_KILL_SEED={SEED} {stage} trial {trial}: {kills}")
         assert ended.status == 0, f"{seed} {kills}: {ended.said}"
         found = content(store)

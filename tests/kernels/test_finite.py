@@ -12,6 +12,9 @@ from sqft.kernels.finite import all_finite
 def test_one_number_that_is_not_finite(dtype: torch.dtype) -> None:
     tensor = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert all_finite(tensor) and all_finite(tensor.T) and all_finite(torch.empty(0, 3, dtype=dtype))
+    assert all_finite(tensor.to(torch.float8_e4m3fn)) and not all_finite(
+        torch.tensor([float("nan")]).to(torch.float8_e4m3fn)
+    )
     assert all_finite(torch.tensor(torch.finfo(dtype).max, dtype=dtype))
     for value in ("nan", "inf", "-inf"):
         for place in (0, 100, -1):
