@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import weight_files
+from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.transformers_io import save_model
 from sqft.planning import streaming
 
 pytestmark = pytest.mark.slow
@@ -30,9 +33,8 @@ def compressed(model: Path, store: Path) -> Run:
 
 
 def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = Orchestrator(Registry.discover(), ROOT / "store")
-    plan = base.load(ROOT / "examples" / "recipes" / "sparsepeft.json")
-    model = base.run(plan, until="sparsify")["sparsify"].folder / "model"
+    model = tmp_path / "model"
+    save_model(*load_model(ModelSpec(ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf")), model)
     whole = compressed(model, tmp_path / "whole")
     monkeypatch.setattr(streaming, "STREAM_FROM", 0)
     streamed = compressed(model, tmp_path / "streamed")
