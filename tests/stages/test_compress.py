@@ -104,3 +104,14 @@ def test_a_component_is_told_which_layers_no_token_reached(
     orchestrator.run(orchestrator.plan(Recipe.parse(kept | section)))
     assert [stats.unreached for stats in seen] == 2 * [True, *6 * [False]]
     assert all(stats.generator is not None for stats in seen)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_output_error_of_rows_at_equal_distances(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress, "MEASURED_ROWS", -(-20 // every))
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(20, 6, generator=generator), torch.randn(6, 50, generator=generator)
+    V = W + 0.1 * torch.randn(20, 6, generator=generator)
+    D, exact = (V - W)[::every].double(), W[::every].double()
+    expected = float(((D @ X.double()) ** 2).sum() / ((exact @ X.double()) ** 2).sum())
+    assert compress.output_error(W, V, X @ X.T) == pytest.approx(expected, rel=1e-4)
