@@ -1,11 +1,11 @@
 """What it takes to compress a model that does not fit into memory: peak memory, seconds and bytes of each step.
 
     python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
-        [--bits 4] [--work large]
+        [--work large]
 
-Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by wanda,
-and INT4 by gptq in groups of 128. Interrupt it, or kill it, and start it again: it goes on at the next block. Needs the
-model of `make quickstart`, for its tokenizer, and its calibration text.
+Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
+wanda, and INT4 by gptq in groups of 128. Kill it, and start it again: it goes on at the next block. Needs the model of
+`make quickstart`, for its tokenizer, and its calibration text.
 """
 
 from __future__ import annotations
