@@ -75,8 +75,8 @@ def output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
     """Return ‖(V − W) X‖² / ‖W X‖² of a layer's weight W and of what it became, V, both float32 [out, in], given the
     Hessian X Xᵀ [in, in].
 
-    Of a layer with more than `MEASURED_ROWS` outputs, every so-many-th counts: to measure all of a wide layer would take
-    about as long as to quantize it.
+    Of a layer with more than `MEASURED_ROWS` outputs, every so-many-th counts: measuring all of a wide layer would
+    take about as long as quantizing it.
     """
     every = -(-len(weight) // MEASURED_ROWS)
     weight, value = weight[::every], value[::every]
