@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -117,6 +118,15 @@ def reverted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, T
     """Return tensors of a model's modules as transformers would store them: named, split and laid out as on disk."""
     stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     return stored
+
+
+def generation_settings(folder: Path) -> GenerationConfig:
+    """Return the settings of generation that `from_pretrained` gives the model in a folder: those of their own file, or
+    what its config says of them."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is no such file, or it cannot be read
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
 def without_tied(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class Estimate:
 
     Args:
         parameters: that the step writes or trains.
-        storage: bytes of its artifact.
+        storage: bytes of its artifact, and of what it needs on disk until that is done.
         memory: bytes at its peak.
     """
 
@@ -110,7 +110,8 @@ def estimate_sparsify(
     size, masks = model_bytes(model, dtype), weights_in(pruned) * MASK_BITS // 8
     walk = calibration_bytes(model, calibration, needs, pruned, sequential)
     if streamed:
-        return Estimate(model.parameters, size + masks, streamed_bytes(model, dtype, pruned, walk))
+        meanwhile = meanwhile_bytes(model, calibration, pruned, 0)
+        return Estimate(model.parameters, size + masks + meanwhile, streamed_bytes(model, dtype, pruned, walk))
     return Estimate(model.parameters, size + masks, size + max(size, walk) + RUNTIME_OVERHEAD)
 
 
@@ -144,6 +145,7 @@ def estimate_quantize(
     walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
     stored = quantized_bytes(model, dtype, layers, bits) + residuals
     if streamed:
+        stored += meanwhile_bytes(model, calibration, layers, residuals)
         return Estimate(model.parameters, stored, streamed_bytes(model, dtype, layers, walk))
     walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
     memory = size + max(size, walk) + 2 * weights_in(layers) + residuals + RUNTIME_OVERHEAD
@@ -166,7 +168,21 @@ def streamed_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape]
     outside = sizes.pop("", 0)
     widest = 4 * max((layer.out_features * layer.in_features for layer in layers), default=0)
     block = max(sizes.values(), default=0)
-    return max(outside, 2 * block + COPIES_OF_LAYER * widest + walk) + RUNTIME_OVERHEAD
+    return max(outside + block, 2 * block + COPIES_OF_LAYER * widest + walk) + RUNTIME_OVERHEAD
+
+
+def hidden_bytes(source: ModelSource, calibration: Calibration) -> int:
+    """Return the bytes of the hidden states of all calibration windows, at most."""
+    return calibration.samples * calibration.length * source.size("hidden_size") * 4
+
+
+def meanwhile_bytes(
+    source: ModelSource, calibration: Calibration | None, layers: Sequence[LinearShape], residuals: int
+) -> int:
+    """Return the bytes on disk that a streamed step takes beside its artifact until it is done: what is beside each
+    block's weights is there twice, and hidden states may be in a file."""
+    spilled = hidden_bytes(source, calibration) - int(calibration.memory * (1 << 30)) if calibration else 0
+    return weights_in(layers) * MASK_BITS // 8 + residuals + max(0, spilled)
 
 
 def estimate_finetune(
@@ -284,7 +300,7 @@ def calibration_bytes(
     """
     if calibration is None:
         return 0
-    states = 3 * calibration.samples * calibration.length * source.size("hidden_size") * 4
+    states = 3 * min(hidden_bytes(source, calibration), int(calibration.memory * (1 << 30)))
     summed: set[tuple[str, str, int]] = set()
     together: Counter[tuple[str, ...]] = Counter()
     widest = 0

@@ -88,6 +88,8 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
     compensated = quantizer is not None and quantizer.component.gives_compensated
     streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=resolver.recipe.sparsify is not None)
+    if dense:  # the model from before pruning is read, too
+        streamed = streamed and is_streamed(resolver.model, resolver.dtype, made_by_step=False)
     return Step(
         name="quantize",
         stage="quantize",

@@ -193,7 +193,7 @@ class QuantizeStage:
         if not self.quantizer.needs_dense():
             return None
         spec = self.inputs.plan.model_spec
-        if self.inputs.step.streamed and not spec.is_gguf and not spec.dequantize:
+        if self.inputs.step.streamed:  # then it is a folder of floats
             return OtherModel(spec.path, spec.trust_remote_code).weight
         model, _ = load_model(spec)
         weights = {n: linear.weight.detach() for n, linear in chosen_layers(model, self.inputs.step).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,11 +52,7 @@ class StepParts:
         """What is known of each finished part, in order."""
         self._beside: dict[str, dict[str, Tensor]] = {}
         for part in self.opened.parts if self.streamed else ():
-            try:
-                record = json.loads(self._file(part, "json").read_text("utf-8"))
-                if any(self._digests.file(self.scratch / name) != known for name, known in record["files"].items()):
-                    break
-            except (OSError, ValueError):
+            if (record := self._sealed(part)) is None:
                 break
             self.records[part] = record
 
@@ -90,7 +87,8 @@ class StepParts:
                 save_file(dict(tensors), file)
                 sync(file)
             digests = {file.relative_to(self.scratch).as_posix(): self._digests.file(file) for file in files}
-            write_json(self._file(part, "json"), {**record, "files": digests})  # last: it seals the part
+            sealed = {"record": record, "files": digests}
+            write_json(self._file(part, "json"), {**sealed, "checksum": _checksum(sealed)})  # last: it seals the part
         else:
             for name, tensors in beside.items():
                 self._beside.setdefault(name, {}).update(tensors)
@@ -110,5 +108,21 @@ class StepParts:
         """Return an entry of the records that is by layer or tensor, of all parts together."""
         return {name: value for record in self.records.values() for name, value in record.get(key, {}).items()}
 
+    def _sealed(self, part: str) -> dict[str, Any] | None:
+        """Return the record of a finished part; None where there is none, or anything of it is not as it was sealed."""
+        try:
+            sealed = json.loads(self._file(part, "json").read_text("utf-8"))
+            checksum, files = sealed.pop("checksum"), sealed["files"]
+            intact = checksum == _checksum(sealed) and all(
+                self._digests.file(self.scratch / name) == known for name, known in files.items()
+            )
+            return dict(sealed["record"]) if intact else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
     def _file(self, part: str, name: str) -> Path:
         return self.scratch / CHECKPOINTS / "parts" / f"{self.opened.parts.index(part):05d}.{name}"
+
+
+def _checksum(sealed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()

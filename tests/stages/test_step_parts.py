@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, save_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.safetensors import weight_files
+from sqft.errors import ArtifactError, ModelError
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.stages.inputs import StageInputs
 from sqft.stages.stage import Stage, make_stage
@@ -160,3 +163,96 @@ def test_every_family(raw: dict[str, Any], registry: Registry, tokenizer: Any, t
             stage.run()
             stage.verify()
         assert_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-streamed")
+
+
+def edited(model_folder: Path, folder: Path, edit: Any) -> Path:
+    """A copy of a model folder with other tensors."""
+    shutil.copytree(model_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def untie(tensors: dict[str, torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tensors["lm_head.weight"] = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=generator)
+
+
+def both(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def only_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("edit", [untie, both, only_head])
+@pytest.mark.parametrize("settings", [True, False])
+def test_a_head_that_config_ties(
+    raw: dict[str, Any], registry: Registry, model_folder: Path, tmp_path: Path, edit: Any, settings: bool
+) -> None:
+    """It is tied as transformers does: not where the folder holds other values for it."""
+    folder = edited(model_folder, tmp_path / "edited", edit)
+    if not settings:  # those of generation come from the config then
+        (folder / "generation_config.json").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"temperature": 0.3, "do_sample": True}))
+    raw["model"]["path"] = str(folder)
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 32}}}
+    for name in ("sparsify", "quantize"):
+        base = {"base": tmp_path / "sparsify-whole"} if name == "quantize" else {}
+        reports = []
+        for streamed in (False, True):
+            stage = stages(raw, registry, tmp_path, name, streamed, **base)
+            reports.append(stage.run())
+            stage.verify()
+        assert reports[0] == reports[1]
+        assert_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-streamed")
+    head = tensors(tmp_path / "sparsify-streamed" / "model").get("lm_head.weight")
+    assert (head is not None) == (edit is untie)
+
+
+def test_a_value_that_is_not_finite(
+    raw: dict[str, Any], registry: Registry, model_folder: Path, tmp_path: Path
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+
+    raw["model"]["path"] = str(edited(model_folder, tmp_path / "edited", spoil))
+    with pytest.raises(ModelError, match=r"layers.1.input_layernorm.weight holds values that are not finite"):
+        stages(raw, registry, tmp_path, "sparsify", True).run()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"layers": {}}', '{"record": {}, "files": {}}', "{"])
+def test_a_damaged_record_is_no_finished_part(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, content: str
+) -> None:
+    stage = stages(raw, registry, tmp_path, "sparsify", True)
+    expected = stage.run()
+    (tmp_path / "sparsify-streamed" / "checkpoints" / "parts" / "00001.json").write_text(content)
+    again = stages(raw, registry, tmp_path, "sparsify", True)
+    assert list(again.parts.records) == [""]  # type: ignore[attr-defined]
+    assert again.run() == expected
+    again.verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", 2, "as stored is not the original under its mask"),
+        ("model.norm.weight", 1, "as stored is not the original under its mask"),
+    ],
+)
+def test_what_is_on_disk_is_proved(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, name: str, part: int, words: str
+) -> None:
+    stage = stages(raw, registry, tmp_path, "sparsify", True)
+    stage.run()
+    file = tmp_path / "sparsify-streamed" / "model" / f"model-{part:05d}-of-00003.safetensors"
+    written = load_file(file)
+    written[name].view(-1)[-1] += 1
+    save_file(written, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=words):
+        stage.verify()

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import weight_files
@@ -19,10 +19,16 @@ from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.linears import as_linears, from_stored
 from sqft.modeling.architecture.names import CheckpointNames
-from sqft.modeling.compat import load_converted
+from sqft.modeling.compat import generation_settings, load_converted
 from sqft.modeling.loading import load_model, load_tokenizer
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.transformers_io import check_vocabulary, quiet_transformers, silent_transformers, stock_class
+from sqft.modeling.loading.transformers_io import (
+    check_vocabulary,
+    first_sentence,
+    quiet_transformers,
+    silent_transformers,
+    stock_class,
+)
 
 OUTSIDE = ""
 """The part that is no decoder block: embeddings, norms, the head, towers."""
@@ -89,6 +95,8 @@ class PartedModel(WholeModel):
         """The tensors of the folder that each part is made of."""
         for name in self.reader.names():
             self.stored[self.part_of(self.names.module_tensor(name))].append(name)
+        self._ties = self._tied()
+        self._tie()
 
     @cached_property
     def names(self) -> CheckpointNames:
@@ -99,7 +107,8 @@ class PartedModel(WholeModel):
         """Have a part in memory as long as the block runs.
 
         Raises:
-            ArtifactError: naming a tensor that is missing, mis-shaped or not finite.
+            ArtifactError: naming a tensor that is missing or mis-shaped.
+            ModelError: naming a tensor that is not finite.
         """
         self.load(part)
         try:
@@ -111,10 +120,12 @@ class PartedModel(WholeModel):
         """Read a part: of the folder, or of a file that holds all of it under the same names.
 
         Raises:
-            ArtifactError: naming a tensor that is missing, mis-shaped or not finite.
+            ArtifactError: naming a tensor that is missing or mis-shaped.
+            ModelError: naming a tensor that is not finite.
         """
         names = self.stored[part] if reader is None else reader.names()
-        given = {name: (reader or self.reader).tensor(name) for name in names}
+        reader = reader or self.reader
+        given = {name: reader.tensor(name) for name in names}
         with quiet_transformers():
             unlike = load_converted(self._plain, given)
         state = {name: tensor for name, tensor in self._plain.state_dict().items() if not tensor.is_meta}
@@ -123,21 +134,44 @@ class PartedModel(WholeModel):
         from_stored(self.model, own)
         for name, tensor in own.items():
             _put(self.model, name, tensor)
-        if part == OUTSIDE:
-            self.model.tie_weights()
-        missing = [n for n, p in self.model.named_parameters() if p.is_meta and self.part_of(n) == part]
-        if disagreeing := [*missing, *unlike]:
-            raise ArtifactError(f"{self.spec.path} and {type(self.model).__name__} disagree about {disagreeing[0]}")
+        self._tie()
+        if unlike:
+            raise ArtifactError(f"{reader.folder}: {unlike[0]} has another shape than by config.json; copy it again")
+        if missing := [name for name, parameter in self.parameters(part).items() if parameter.is_meta]:
+            kind = type(self.model).__name__
+            raise ArtifactError(f"{reader.folder} lacks {missing[0]}, which {kind} has by config.json; copy it again")
         for name, tensor in own.items():
             if tensor.is_floating_point() and not all_finite(tensor):
-                raise ArtifactError(f"{self.spec.path}: tensor {name} holds values that are not finite")
+                raise ModelError(
+                    f"{reader.folder}: tensor {name} holds values that are not finite; the model cannot be used"
+                )
 
     def release(self, part: str) -> None:
         """Let go of a part's parameters."""
         named = self.model.named_parameters(remove_duplicate=False)
         _forget(self.model, [name for name, _ in named if self.part_of(name) == part])
-        if part == OUTSIDE:
-            self.model.tie_weights()
+        self._tie()
+
+    def _tied(self) -> dict[str, str]:
+        """Return the parameters that are one with another, each with that one. As in transformers, such as the folder
+        holds with values of their own are not."""
+        stored = {self.names.module_tensor(name): name for name in self.reader.names()}
+
+        def alike(*pair: str) -> bool:
+            one, other = (self.reader.tensor(stored[name]) for name in pair)
+            return one.equal(other)
+
+        pairs = self.model.all_tied_weights_keys.items()
+        return {one: other for one, other in pairs if not {one, other} <= stored.keys() or alike(one, other)}
+
+    def _tie(self) -> None:
+        """Make one parameter of those that are tied: the one that is there."""
+        for names in [*self._ties.items()] * 2:  # the second time, what the last pair brought reaches the first, too
+            pair = [self.model.get_parameter(name) for name in names]
+            there = next((one for one in pair if not one.is_meta), pair[1])
+            for name in names:
+                owner, _, part = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), part, there)
 
 
 def open_in_parts(spec: ModelSpec, streamed: bool) -> tuple[WholeModel, PreTrainedTokenizerBase]:
@@ -165,8 +199,8 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
         with silent_transformers():
             config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
             kind, how = stock_class(config), {"trust_remote_code": spec.trust_remote_code}
-            with torch.device("meta"):
-                made = type(kind.from_config(config, **how))
+            with torch.device("meta"):  # a config is changed by what is made of it, so each gets a copy
+                made = type(kind.from_config(copy.deepcopy(config), **how))
             headers = {
                 name: torch.empty(reader.shape(name), dtype=dtype, device="meta")
                 for name, dtype in reader.precisions.items()
@@ -180,18 +214,18 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,
             )
             with init_empty_weights(include_buffers=False):  # buffers are computed, in the model's precision
-                model: PreTrainedModel = kind.from_config(config, dtype=typed.dtype, **how)
+                model: PreTrainedModel = kind.from_config(copy.deepcopy(config), dtype=typed.dtype, **how)
     except Exception as error:  # a file or config that transformers cannot read
-        raise ModelError(f"transformers cannot load {spec.path}: {error}") from error
+        raise ModelError(f"transformers cannot load {spec.path}: {first_sentence(error)}") from error
     precisions = {name: parameter.dtype for name, parameter in typed.named_parameters(remove_duplicate=False)}
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         _put(model, name, torch.empty(parameter.shape, dtype=precisions[name], device="meta"))
     for name, buffer in typed.named_buffers():
         _put(model, name, model.get_buffer(name).to(buffer.dtype))
     model.config = typed.config
-    if (spec.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(spec.path)
-    model.tie_weights()
+    if model.can_generate():
+        with silent_transformers():
+            model.generation_config = generation_settings(spec.path)
     return model
 
 

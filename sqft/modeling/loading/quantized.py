@@ -70,7 +70,13 @@ def tensors_of_codes(
     names: CheckpointNames, layers: Mapping[str, Quantized], others: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the tensors of a GPTQ folder: the parts of these layers, and `other_tensors`."""
-    tensors = {name: tensor.contiguous().clone() for name, tensor in others.items()}  # tied ones get their own
+    tensors: dict[str, Tensor] = {}
+    taken = set[int]()
+    for name, tensor in others.items():  # tied ones, and parts of others, get memory of their own
+        memory = tensor.untyped_storage()
+        own = memory.nbytes() == tensor.nbytes and tensor.is_contiguous() and memory.data_ptr() not in taken
+        tensors[name] = tensor if own else tensor.contiguous().clone()
+        taken.add(memory.data_ptr())
     for name, layer in layers.items():
         tensors |= {f"{names.name_of_codes(name)}.{part}": tensor.cpu() for part, tensor in to_gptq(layer).items()}
     return tensors

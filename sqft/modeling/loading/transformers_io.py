@@ -91,7 +91,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
             return as_linears(made)
     except Exception as error:  # transformers' own checks of a config raise anything
         raise ModelError(
-            f"transformers cannot make a causal language model of {spec.path}: {_first_sentence(error)}"
+            f"transformers cannot make a causal language model of {spec.path}: {first_sentence(error)}"
         ) from error
 
 
@@ -139,7 +139,7 @@ def _where(spec: ModelSpec) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": spec.path}
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """Return the first sentence of an error's message, or its class where the message is empty or a bare key."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     while len(lines) > 1 and lines[0].endswith(":"):
@@ -161,7 +161,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             what = str(path)
             model, info = _dequantized(spec) if spec.dequantize else _from_pretrained(spec)
     except Exception as error:  # a file or config that transformers cannot read
-        raise ModelError(f"transformers cannot load {what}: {_first_sentence(error)}") from error
+        raise ModelError(f"transformers cannot load {what}: {first_sentence(error)}") from error
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ModelError(f"{path}: {name} is {list(stored)}, and config.json makes it {list(expected)}; copy it again")
@@ -234,7 +234,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         with silent_transformers():
             return _tokenizer(spec)
     except Exception as error:
-        raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {_first_sentence(error)}") from error
+        raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {first_sentence(error)}") from error
 
 
 def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
