@@ -15,8 +15,17 @@ from sqft.modeling.loading.parts import OUTSIDE, PartedModel
 from sqft.modeling.loading.transformers_io import load_floats
 
 
+FAST = ("Llama", "GPT2", "Falcon", "Mixtral", "GptOss", "DeepseekV3", "Mamba", "FalconH1")
+"""Families that differ in how their tensors are stored; the others are tested with the real model."""
+
+
 @pytest.mark.parametrize(
-    "family", [name for name, family in FAMILIES.items() if family.walk == "blocks" and name != "Zamba2"]
+    "family",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name, family in FAMILIES.items()
+        if family.walk == "blocks" and name != "Zamba2"
+    ],
 )
 def test_the_tensors_of_a_model_that_is_read_as_a_whole(family: str, tokenizer: Any, tmp_path: Path) -> None:
     for stored, asked in ((torch.float32, None), (torch.bfloat16, "float32"), (torch.float32, "bfloat16")):
