@@ -14,7 +14,6 @@ from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.loading.parts import OUTSIDE, PartedModel
 from sqft.modeling.loading.transformers_io import load_floats
 
-
 FAST = ("Llama", "GPT2", "Falcon", "Mixtral", "GptOss", "DeepseekV3", "Mamba", "FalconH1")
 """Families that differ in how their tensors are stored; the others are tested with the real model."""
 
