@@ -94,7 +94,8 @@ class SparsifyStage:
         else:
             save_model(parts.opened.model, parts.tokenizer, parts.writer.folder, source)
         parts.write_beside(["masks"])
-        return self._report({name: parts.all("layers")[name] for name in layers}, total)
+        known = parts.all("layers")
+        return self._report({name: known[name] for name in layers}, total)
 
     def _report(self, layers: Mapping[str, Mapping[str, Any]], tokens: int) -> Report:
         """Return the numbers to report.
