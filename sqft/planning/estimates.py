@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,9 @@ RESIDUAL_BYTES = 1
 
 GRID_BITS = 0.5
 """The scale and the zero point of a group, for each of its weights: 32 bits for groups of 64."""
+
+WINDOWS_RUNNING = 4
+"""Times that the activations of a window count, while it runs through a block."""
 
 COPIES_OF_LAYER = 4
 """Copies of a layer in float32, while it is compressed: the weight, its scores, what it becomes."""
@@ -80,11 +82,15 @@ def quantized_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape
         bits: of a code; None counts as many as a float's.
     """
     width, codes = DTYPE_BYTES[dtype], weights_in(layers)
-    # A quantized model has a head of its own, even if the float model shares it with the embeddings.
-    tied = not any(name.startswith("output.") or "lm_head." in name for name in model.shapes)
-    head = model.size("vocab_size") * model.size("hidden_size") if tied else 0
     code_bits = (bits or 8 * width) + GRID_BITS + MASK_BITS
-    return int((model.parameters - codes + head) * width + codes * code_bits / 8)
+    return int((model.parameters - codes + own_head(model)) * width + codes * code_bits / 8)
+
+
+def own_head(model: ModelSource) -> int:
+    """Return the weights of the head that a quantized model has of its own, where the float model shares it with the
+    embeddings; 0 where it has one anyway."""
+    tied = not any(name.startswith("output.") or "lm_head." in name for name in model.shapes)
+    return model.size("vocab_size") * model.size("hidden_size") if tied else 0
 
 
 def estimate_sparsify(
@@ -111,8 +117,11 @@ def estimate_sparsify(
     walk = calibration_bytes(model, calibration, needs, pruned, sequential)
     if streamed:
         meanwhile = meanwhile_bytes(model, calibration, pruned, 0)
-        return Estimate(model.parameters, size + masks + meanwhile, streamed_bytes(model, dtype, pruned, walk))
-    return Estimate(model.parameters, size + masks, size + max(size, walk) + RUNTIME_OVERHEAD)
+        hessians = hessian_bytes(needs if calibration else frozenset(), pruned, sequential)
+        memory = streamed_bytes(model, dtype, pruned, calibration, hessians)
+        return Estimate(model.parameters, size + masks + meanwhile, memory)
+    storage = size + masks + spilled_bytes(model, calibration)
+    return Estimate(model.parameters, storage, size + max(size, walk) + RUNTIME_OVERHEAD)
 
 
 def estimate_quantize(
@@ -146,29 +155,46 @@ def estimate_quantize(
     stored = quantized_bytes(model, dtype, layers, bits) + residuals
     if streamed:
         stored += meanwhile_bytes(model, calibration, layers, residuals)
-        return Estimate(model.parameters, stored, streamed_bytes(model, dtype, layers, walk))
+        hessians = hessian_bytes(needs if calibration else frozenset(), layers, sequential=True)
+        head = own_head(model) * DTYPE_BYTES[dtype]
+        memory = streamed_bytes(model, dtype, layers, calibration, hessians, head)
+        return Estimate(model.parameters, stored, memory)
     walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
     memory = size + max(size, walk) + 2 * weights_in(layers) + residuals + RUNTIME_OVERHEAD
-    return Estimate(model.parameters, stored, memory)
+    return Estimate(model.parameters, stored + spilled_bytes(model, calibration), memory)
 
 
-def streamed_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape], walk: int) -> int:
+def streamed_bytes(
+    model: ModelSource,
+    dtype: str,
+    layers: Sequence[LinearShape],
+    calibration: Calibration | None,
+    hessians: int,
+    head: int = 0,
+) -> int:
     """Return the bytes of a step that has one block of a model at a time in memory, or what lies outside the blocks.
 
     Args:
         model: the recipe's model.
         dtype: its precision.
         layers: those that are compressed.
-        walk: bytes of calibration.
+        calibration: the section; None when there is no walk.
+        hessians: bytes of a block's, see `hessian_bytes`.
+        head: bytes of a head that is written beside the embedding with which it is tied.
     """
-    sizes = Counter[str]()
-    for name, shape in model.shapes.items():
-        start = BLOCK.match(name)
-        sizes[start[0] if start else ""] += math.prod(shape) * DTYPE_BYTES[dtype]
-    outside = sizes.pop("", 0)
+    blocks = Counter[str]()
+    for layer in model.layout.linears:
+        start = BLOCK.match(layer.name)
+        blocks[start[0] if start else ""] += layer.out_features * layer.in_features * DTYPE_BYTES[dtype]
+    outside, block = model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
     widest = 4 * max((layer.out_features * layer.in_features for layer in layers), default=0)
-    block = max(sizes.values(), default=0)
-    return max(outside + block, 2 * block + COPIES_OF_LAYER * widest + walk) + RUNTIME_OVERHEAD
+    states = 0
+    if calibration:
+        inner = model.size("intermediate_size", default=4 * model.size("hidden_size"))
+        kept = hidden_bytes(model, calibration) * DTYPE_BYTES[dtype] // 4
+        running = WINDOWS_RUNNING * calibration.length * (model.size("hidden_size") + inner) * 4
+        states = min(kept, int(calibration.memory * (1 << 30))) + running
+    return max(outside + max(block, head), 2 * block + COPIES_OF_LAYER * widest + hessians) + states + RUNTIME_OVERHEAD
 
 
 def hidden_bytes(source: ModelSource, calibration: Calibration) -> int:
@@ -181,8 +207,12 @@ def meanwhile_bytes(
 ) -> int:
     """Return the bytes on disk that a streamed step takes beside its artifact until it is done: what is beside each
     block's weights is there twice, and hidden states may be in a file."""
-    spilled = hidden_bytes(source, calibration) - int(calibration.memory * (1 << 30)) if calibration else 0
-    return weights_in(layers) * MASK_BITS // 8 + residuals + max(0, spilled)
+    return weights_in(layers) * MASK_BITS // 8 + residuals + spilled_bytes(source, calibration)
+
+
+def spilled_bytes(source: ModelSource, calibration: Calibration | None) -> int:
+    """Return the bytes of hidden states that do not stay in memory."""
+    return max(0, hidden_bytes(source, calibration) - int(calibration.memory * (1 << 30))) if calibration else 0
 
 
 def estimate_finetune(
@@ -301,6 +331,12 @@ def calibration_bytes(
     if calibration is None:
         return 0
     states = 3 * min(hidden_bytes(source, calibration), int(calibration.memory * (1 << 30)))
+    return states + hessian_bytes(needs, layers, sequential)
+
+
+def hessian_bytes(needs: frozenset[Statistic], layers: Iterable[LinearShape], sequential: bool) -> int:
+    """Return the bytes of the Hessians of a block's layers, where a component needs them, with three more of the
+    widest's size for whoever inverts it. See `calibration_bytes`."""
     summed: set[tuple[str, str, int]] = set()
     together: Counter[tuple[str, ...]] = Counter()
     widest = 0
@@ -316,4 +352,4 @@ def calibration_bytes(
         together[start, *module] += 4 * inner**2
         widest = max(widest, 4 * inner**2)
     at_once = max(together.values(), default=0)
-    return states + (min(at_once, max(HESSIAN_BYTES, widest)) if sequential else at_once) + 3 * widest
+    return (min(at_once, max(HESSIAN_BYTES, widest)) if sequential else at_once) + 3 * widest

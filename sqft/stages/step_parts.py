@@ -117,7 +117,7 @@ class StepParts:
                 self._digests.file(self.scratch / name) == known for name, known in files.items()
             )
             return dict(sealed["record"]) if intact else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def _file(self, part: str, name: str) -> Path:

@@ -16,7 +16,11 @@ def test_one_number_that_is_not_finite(dtype: torch.dtype) -> None:
         torch.tensor([float("nan")]).to(torch.float8_e4m3fn)
     )
     assert all_finite(torch.tensor(torch.finfo(dtype).max, dtype=dtype))
-    assert all_finite(torch.arange(3)) and all_finite(torch.tensor([True, False]))
+    assert (
+        all_finite(torch.arange(3))
+        and all_finite(torch.tensor([1], dtype=torch.uint16))
+        and all_finite(torch.tensor([True, False]))
+    )
     assert all_finite(torch.ones(2, dtype=torch.complex64)) and not all_finite(torch.tensor([1 + 0j, complex("nanj")]))
     for value in ("nan", "inf", "-inf"):
         for place in (0, 100, -1):

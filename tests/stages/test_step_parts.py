@@ -158,10 +158,12 @@ def test_every_family(raw: dict[str, Any], registry: Registry, tokenizer: Any, t
     }
     for name in ("sparsify", "quantize"):
         base = {"base": tmp_path / "sparsify-whole"} if name == "quantize" else {}
+        reports = []
         for streamed in (False, True):
             stage = stages(recipe, registry, tmp_path, name, streamed, **base)
-            stage.run()
+            reports.append(stage.run())
             stage.verify()
+        assert reports[0] == reports[1]
         assert_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-streamed")
 
 

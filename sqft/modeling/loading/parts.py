@@ -123,6 +123,7 @@ class PartedModel(WholeModel):
             ArtifactError: naming a tensor that is missing or mis-shaped.
             ModelError: naming a tensor that is not finite.
         """
+        self.release(part)
         names = self.stored[part] if reader is None else reader.names()
         reader = reader or self.reader
         given = {name: reader.tensor(name) for name in names}
@@ -140,8 +141,8 @@ class PartedModel(WholeModel):
         if missing := [name for name, parameter in self.parameters(part).items() if parameter.is_meta]:
             kind = type(self.model).__name__
             raise ArtifactError(f"{reader.folder} lacks {missing[0]}, which {kind} has by config.json; copy it again")
-        for name, tensor in own.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
+        for name, tensor in self.parameters(part).items():
+            if not all_finite(tensor):
                 raise ModelError(
                     f"{reader.folder}: tensor {name} holds values that are not finite; the model cannot be used"
                 )
@@ -158,7 +159,7 @@ class PartedModel(WholeModel):
         stored = {self.names.module_tensor(name): name for name in self.reader.names()}
 
         def alike(*pair: str) -> bool:
-            one, other = (self.reader.tensor(stored[name]) for name in pair)
+            one, other = (self.reader.tensor(stored[name]).to(self.model.get_parameter(name).dtype) for name in pair)
             return one.equal(other)
 
         pairs = self.model.all_tied_weights_keys.items()
@@ -215,6 +216,8 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
             )
             with init_empty_weights(include_buffers=False):  # buffers are computed, in the model's precision
                 model: PreTrainedModel = kind.from_config(copy.deepcopy(config), dtype=typed.dtype, **how)
+            if model.can_generate():
+                model.generation_config = generation_settings(spec.path)
     except Exception as error:  # a file or config that transformers cannot read
         raise ModelError(f"transformers cannot load {spec.path}: {first_sentence(error)}") from error
     precisions = {name: parameter.dtype for name, parameter in typed.named_parameters(remove_duplicate=False)}
@@ -223,9 +226,6 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
     for name, buffer in typed.named_buffers():
         _put(model, name, model.get_buffer(name).to(buffer.dtype))
     model.config = typed.config
-    if model.can_generate():
-        with silent_transformers():
-            model.generation_config = generation_settings(spec.path)
     return model
 
 
