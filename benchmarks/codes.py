@@ -73,7 +73,9 @@ def main() -> None:
             rows.append(orchestrator.run(orchestrator.plan(recipe)).report["rows"][0])
         by_text = zip(*([one["perplexity"] for one in row["texts"].values()] for row in rows), strict=True)
         figures = " | ".join(_mean(list(values)) for values in by_text)
-        print(f"| {bits} | {way} | {figures} | {statistics.mean(row['seconds'] for row in rows):.0f} s |", flush=True)
+        seconds = [row["seconds"] for row in rows if row["seconds"] is not None]  # the recipe's own model was not made
+        made = f"{statistics.mean(seconds):.0f} s" if seconds else "–"
+        print(f"| {bits} | {way} | {figures} | {made} |", flush=True)
 
     print(f"| bits | way | {' | '.join(Path(text).stem for text in texts)} | made in |")
     print("|---" * (3 + len(texts)) + "|")
