@@ -17,7 +17,6 @@ from sqft.planning import streaming
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-FIRST_AND_LAST = ["model.layers.0.*", "model.layers.29.*"]
 
 
 def compressed(model: Path, store: Path) -> Run:
@@ -26,7 +25,7 @@ def compressed(model: Path, store: Path) -> Run:
         "model": {"path": str(model), "dtype": "bfloat16"},
         "calibration": {"data": str(ROOT / "examples/quickstart/data/calibration.jsonl"), "samples": 2, "length": 128},
         "sparsify": {"scorer": "wanda", "sparsity": 0.6},
-        "quantize": {"quantizer": {"name": "gptq", "options": {"group_size": 64}}, "include": FIRST_AND_LAST},
+        "quantize": {"quantizer": {"name": "gptq", "options": {"group_size": 64}}, "include": ["*.k_proj", "*.v_proj"]},
     }
     orchestrator = Orchestrator(Registry.discover(), store)
     return orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
