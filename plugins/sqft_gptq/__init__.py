@@ -102,12 +102,13 @@ class Gptq(_OnGrid):
         return self.target == "dense"
 
     def quantize(self, weight: Tensor, mask: Tensor | None, stats: LinearStats) -> Quantized:
+        from sqft.kernels.finite import all_finite
         from sqft.kernels.hessian import inverse_factor
         from sqft_gptq.refinement import refine, shrunk
         from sqft_gptq.solver import GroupOrder, gptq
 
         H = stats.hessian
-        if H is None or not H.isfinite().all():
+        if H is None or not all_finite(H):
             raise StageError("gptq needs a finite Hessian; use float32, or other calibration text")
         size = weight.shape[1] if self.group_size == -1 else self.group_size
         grid = self._round(weight, mask).grid if self.static_groups else None

@@ -29,10 +29,11 @@ class LeastSquares(Updater):
     steps: int = Field(12, ge=1, description="steps of conjugate gradients, if they do not converge before")
 
     def update(self, weight: Tensor, mask: Tensor, stats: LinearStats) -> Tensor:
+        from sqft.kernels.finite import all_finite
         from sqft_least_squares.solver import solve
 
         H = stats.hessian
-        if H is None or not H.isfinite().all():
+        if H is None or not all_finite(H):
             raise StageError("least-squares needs a finite Hessian; use float32, or other calibration text")
         diagonal = H.diagonal()
         by = diagonal if self.damping_by == "input" else diagonal.mean().expand_as(diagonal)

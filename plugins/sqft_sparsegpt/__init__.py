@@ -25,10 +25,11 @@ class SparseGpt(Scorer):
     block: int = Field(128, ge=1, description="number of inputs that are pruned together; with N:M, a multiple of M")
 
     def prune(self, weight: Tensor, stats: LinearStats, select: Select) -> tuple[Tensor, Tensor]:
+        from sqft.kernels.finite import all_finite
         from sqft.kernels.hessian import inverse_factor
         from sqft_sparsegpt.pruner import sparsegpt
 
-        if stats.hessian is None or not stats.hessian.isfinite().all():
+        if stats.hessian is None or not all_finite(stats.hessian):
             raise StageError("sparsegpt needs a finite Hessian; use float32, or other calibration text")
         try:
             U = inverse_factor(stats.hessian, self.damp, self.damp_by)

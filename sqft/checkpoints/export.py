@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from sqft.checkpoints.safetensors import INDEX, WEIGHTS
+from sqft.checkpoints.safetensors import WEIGHTS, write_index
 from sqft.types import ModelReader, Quantized
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / file)
         file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_index(folder, file_of, total)
 
 
 def write_config(folder: Path, **entries: Any) -> None:

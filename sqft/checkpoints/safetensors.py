@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import ArtifactError, ModelError
-from sqft.utils.files import sync
+from sqft.utils.files import write_json, written_whole
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,14 +52,9 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         ArtifactError: when the header is invalid, or the file is shorter than the header says.
     """
     try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if 8 + length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length).decode())
-        header.pop("__metadata__", None)
+        header, start = _raw_header(path)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size < 8 + length + end:
+        if path.stat().st_size < start + end:
             raise ValueError("the file is shorter than its header says; it was cut off")
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         if bad := [name for name, shape in shapes.items() if not all(type(n) is int and n >= 0 for n in shape)]:
@@ -90,22 +85,32 @@ def join(files: Sequence[Path], target: Path) -> None:
         size += file.stat().st_size - start
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as output:
+    with written_whole(target) as temporary, temporary.open("wb") as output:
         output.write(struct.pack("<Q", len(text)) + text)
         for file, start in zip(files, starts, strict=True):
             with file.open("rb") as part:
                 part.seek(start)
                 shutil.copyfileobj(part, output, 1 << 22)
-    sync(temporary)
-    temporary.replace(target)
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], size: int) -> None:
+    """Write the index of a folder whose weights are in several files.
+
+    Args:
+        folder: where they are.
+        file_of: the name of each tensor's file.
+        size: bytes of all tensors.
+    """
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(file_of)})
 
 
 def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the entries of the tensors in a file's header, and where the data begin."""
+    """Return the entries of the tensors in a file's header, as they are, and where the data begin."""
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
+        if 8 + length > path.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, Any] = json.loads(stream.read(length).decode())
     header.pop("__metadata__", None)
     return header, 8 + length
 

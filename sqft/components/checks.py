@@ -308,6 +308,8 @@ def _check_tensor(
     """
     import torch
 
+    from sqft.kernels.finite import all_finite
+
     kinds = {
         "a floating type": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
         "float32": (torch.float32,),
@@ -321,6 +323,6 @@ def _check_tensor(
         raise ContractError(f"{label} returned {what} of {value.dtype} for {place}, expected {kind}")
     if value.device != where:
         raise ContractError(f"{label} returned {what} on {value.device} for {place}, expected {where}")
-    if not value.isfinite().all():
+    if not all_finite(value):
         raise ContractError(f"{label} returned {what} with values that are not finite for {place}")
     return value

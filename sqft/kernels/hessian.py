@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sqft.kernels.finite import all_finite
+
 ATTEMPTS = 6
 """How often the damping is raised, tenfold each time, while the Hessian is not positive definite."""
 
@@ -30,7 +32,7 @@ def inverse_factor(H: Tensor, damp: float, damp_by: Literal["mean", "input"] = "
         if not wrong:
             U: Tensor
             U, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not wrong and U.isfinite().all():
+            if not wrong and all_finite(U):
                 return U
     raise ValueError(
         f"the Hessian is not positive definite even when damped by up to {damp * 10 ** (ATTEMPTS - 1):g} of its "

@@ -114,12 +114,11 @@ def estimate_sparsify(
         streamed: whether one block at a time is there.
     """
     size, masks = model_bytes(model, dtype), weights_in(pruned) * MASK_BITS // 8
-    walk = calibration_bytes(model, calibration, needs, pruned, sequential)
     if streamed:
         meanwhile = meanwhile_bytes(model, calibration, pruned, 0)
-        hessians = hessian_bytes(needs if calibration else frozenset(), pruned, sequential)
-        memory = streamed_bytes(model, dtype, pruned, calibration, hessians)
+        memory = streamed_bytes(model, dtype, pruned, calibration, needs, sequential)
         return Estimate(model.parameters, size + masks + meanwhile, memory)
+    walk = calibration_bytes(model, calibration, needs, pruned, sequential)
     storage = size + masks + spilled_bytes(model, calibration)
     return Estimate(model.parameters, storage, size + max(size, walk) + RUNTIME_OVERHEAD)
 
@@ -151,14 +150,13 @@ def estimate_quantize(
     """
     size = model_bytes(model, dtype)
     residuals = RESIDUAL_BYTES * weights_in(layers) if compensated else 0
-    walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
     stored = quantized_bytes(model, dtype, layers, bits) + residuals
     if streamed:
         stored += meanwhile_bytes(model, calibration, layers, residuals)
-        hessians = hessian_bytes(needs if calibration else frozenset(), layers, sequential=True)
         head = own_head(model) * DTYPE_BYTES[dtype]
-        memory = streamed_bytes(model, dtype, layers, calibration, hessians, head)
+        memory = streamed_bytes(model, dtype, layers, calibration, needs, sequential=True, head=head)
         return Estimate(model.parameters, stored, memory)
+    walk = calibration_bytes(model, calibration, needs, layers, sequential=True)
     walk += weights_in(layers) * DTYPE_BYTES[dtype] if dense else 0
     memory = size + max(size, walk) + 2 * weights_in(layers) + residuals + RUNTIME_OVERHEAD
     return Estimate(model.parameters, stored + spilled_bytes(model, calibration), memory)
@@ -169,7 +167,8 @@ def streamed_bytes(
     dtype: str,
     layers: Sequence[LinearShape],
     calibration: Calibration | None,
-    hessians: int,
+    needs: frozenset[Statistic],
+    sequential: bool,
     head: int = 0,
 ) -> int:
     """Return the bytes of a step that has one block of a model at a time in memory, or what lies outside the blocks.
@@ -179,7 +178,8 @@ def streamed_bytes(
         dtype: its precision.
         layers: those that are compressed.
         calibration: the section; None when there is no walk.
-        hessians: bytes of a block's, see `hessian_bytes`.
+        needs: what components need of it.
+        sequential: see `calibration_bytes`.
         head: bytes of a head that is written beside the embedding with which it is tied.
     """
     blocks = Counter[str]()
@@ -188,12 +188,13 @@ def streamed_bytes(
         blocks[start[0] if start else ""] += layer.out_features * layer.in_features * DTYPE_BYTES[dtype]
     outside, block = model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
     widest = 4 * max((layer.out_features * layer.in_features for layer in layers), default=0)
-    states = 0
+    states = hessians = 0
     if calibration:
+        hessians = hessian_bytes(needs, layers, sequential)
         inner = model.size("intermediate_size", default=4 * model.size("hidden_size"))
         kept = hidden_bytes(model, calibration) * DTYPE_BYTES[dtype] // 4
         running = WINDOWS_RUNNING * calibration.length * (model.size("hidden_size") + inner) * 4
-        states = min(kept, int(calibration.memory * (1 << 30))) + running
+        states = min(kept, calibration.memory_bytes) + running
     return max(outside + max(block, head), 2 * block + COPIES_OF_LAYER * widest + hessians) + states + RUNTIME_OVERHEAD
 
 
@@ -212,7 +213,7 @@ def meanwhile_bytes(
 
 def spilled_bytes(source: ModelSource, calibration: Calibration | None) -> int:
     """Return the bytes of hidden states that do not stay in memory."""
-    return max(0, hidden_bytes(source, calibration) - int(calibration.memory * (1 << 30))) if calibration else 0
+    return max(0, hidden_bytes(source, calibration) - calibration.memory_bytes) if calibration else 0
 
 
 def estimate_finetune(
@@ -330,7 +331,7 @@ def calibration_bytes(
     """
     if calibration is None:
         return 0
-    states = 3 * min(hidden_bytes(source, calibration), int(calibration.memory * (1 << 30)))
+    states = 3 * min(hidden_bytes(source, calibration), calibration.memory_bytes)
     return states + hessian_bytes(needs, layers, sequential)
 
 

@@ -78,6 +78,11 @@ class Calibration(Section):
         4.0, description="GiB of the windows' hidden states that stay in memory; the others are in a file meanwhile"
     )
 
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return int(self.memory * (1 << 30))
+
 
 def _pattern(value: Any) -> Pattern:
     if isinstance(value, Pattern):

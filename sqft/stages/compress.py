@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.components import checks
 from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.calibration.capture import Hold
+from sqft.modeling.calibration.capture import Hold, Residence
 from sqft.modeling.calibration.hidden_states import HiddenStates
 from sqft.modeling.calibration.walk import walk
 from sqft.modeling.loading.parts import WholeModel
@@ -21,7 +21,6 @@ from sqft.planning.plan import Step
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
 
-GIB = 1 << 30
 MEASURED_ROWS = 2048
 """Outputs of a layer up to which its output error is exact."""
 
@@ -107,22 +106,24 @@ def run_calibration(
         compress: called with a layer's name, the layer and its statistics; it edits the weight in place.
         label: the word of the display.
         sequential: whether later layers of a block see what the earlier ones became.
-        around: see `walk`.
+        around: see `Residence`; unless given, only has a block in memory.
         done: see `walk`.
     """
+    around = around or opened.held
     if not needs:
         of_block: dict[str, list[str]] = {block: [] for block in opened.blocks}
         for name in layers:
             of_block[opened.part_of(name)].append(name)
         for block, names in inputs.track(of_block.items(), label, len(of_block)):
-            with (around or opened.held)(block):
+            with around(block):
                 for name in names if block not in done else ():
                     compress(name, layers[name], LinearStats(tokens=0))
         return 0
     section = inputs.plan.recipe.calibration
     assert section is not None
-    windows, hidden = inputs.data.calibration(tokenizer), HiddenStates(int(section.memory * GIB), inputs.scratch)
+    windows = inputs.data.calibration(tokenizer)
+    residence = Residence(opened.held, around, HiddenStates(section.memory_bytes, inputs.scratch))
     way = inputs.plan.source.layout.walk
     what = (opened.model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
-    walk(*what, opened.held, around, done, hidden)
+    walk(*what, residence, done)
     return windows.numel()

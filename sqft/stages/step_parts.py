@@ -18,7 +18,7 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.part_writer import PartWriter
 from sqft.modeling.loading.parts import PartedModel, WholeModel, open_in_parts
 from sqft.stages.inputs import StageInputs
-from sqft.utils.files import CHECKPOINTS, sync, write_json
+from sqft.utils.files import CHECKPOINTS, write_json, written_whole
 
 Beside = Mapping[str, Mapping[str, Tensor]]
 """What a part has beside its weights: a file's name without suffix -> its tensors by layer."""
@@ -84,8 +84,8 @@ class StepParts:
             self._file(part, "json").parent.mkdir(parents=True, exist_ok=True)
             files = [self.writer.files[part], *(self._file(part, f"{name}.safetensors") for name in beside)]
             for tensors, file in zip(beside.values(), files[1:], strict=True):
-                save_file(dict(tensors), file)
-                sync(file)
+                with written_whole(file) as temporary:
+                    save_file(dict(tensors), temporary)
             digests = {file.relative_to(self.scratch).as_posix(): self._digests.file(file) for file in files}
             sealed = {"record": record, "files": digests}
             write_json(self._file(part, "json"), {**sealed, "checksum": _checksum(sealed)})  # last: it seals the part

@@ -54,6 +54,19 @@ def assert_same(one: Path, other: Path) -> None:
         assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
 
 
+def assert_alike_both_ways(
+    recipe: dict[str, Any], registry: Registry, folder: Path, name: str, **folders: Path
+) -> None:
+    """A step whose model is in memory as a whole, and one that is streamed, report and write the same."""
+    reports = []
+    for streamed in (False, True):
+        stage = stages(recipe, registry, folder, name, streamed, **folders)
+        reports.append(stage.run())
+        stage.verify()
+    assert reports[0] == reports[1]
+    assert_same(folder / f"{name}-whole", folder / f"{name}-streamed")
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"scorer": "magnitude"}, {"scorer": "wanda", "allocator": "owl"}, {"scorer": "wanda", "updater": "least-squares"}],
@@ -61,13 +74,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_sparsify(raw: dict[str, Any], registry: Registry, tmp_path: Path, changes: dict[str, Any]) -> None:
     raw["sparsify"] |= changes
     raw["calibration"]["memory"] = 1e-6  # GiB: no hidden states stay in memory
-    reports = []
-    for streamed in (False, True):
-        stage = stages(raw, registry, tmp_path, "sparsify", streamed)
-        reports.append(stage.run())
-        stage.verify()
-    assert reports[0] == reports[1]
-    assert_same(tmp_path / "sparsify-whole", tmp_path / "sparsify-streamed")
+    assert_alike_both_ways(raw, registry, tmp_path, "sparsify")
     AutoModelForCausalLM.from_pretrained(tmp_path / "sparsify-streamed" / "model")
 
 
@@ -79,15 +86,9 @@ def test_quantize(raw: dict[str, Any], registry: Registry, tmp_path: Path, optio
     raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 32, **options}}}
     sparse = stages(raw, registry, tmp_path, "sparsify", True)
     sparse.run()
-    reports = []
-    for streamed in (False, True):
-        stage = stages(raw, registry, tmp_path, "quantize", streamed, base=tmp_path / "sparsify-streamed")
-        reports.append(stage.run())
-        stage.verify()
-    assert reports[0] == reports[1]
-    one, other = tmp_path / "quantize-whole", tmp_path / "quantize-streamed"
-    assert_same(one, other)
-    first, second = (load_file(folder / "compensated.safetensors") for folder in (one, other))
+    assert_alike_both_ways(raw, registry, tmp_path, "quantize", base=tmp_path / "sparsify-streamed")
+    folders = [tmp_path / f"quantize-{way}" for way in ("whole", "streamed")]
+    first, second = (load_file(folder / "compensated.safetensors") for folder in folders)
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
@@ -158,13 +159,7 @@ def test_every_family(raw: dict[str, Any], registry: Registry, tokenizer: Any, t
     }
     for name in ("sparsify", "quantize"):
         base = {"base": tmp_path / "sparsify-whole"} if name == "quantize" else {}
-        reports = []
-        for streamed in (False, True):
-            stage = stages(recipe, registry, tmp_path, name, streamed, **base)
-            reports.append(stage.run())
-            stage.verify()
-        assert reports[0] == reports[1]
-        assert_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-streamed")
+        assert_alike_both_ways(recipe, registry, tmp_path, name, **base)
 
 
 def edited(model_folder: Path, folder: Path, edit: Any) -> Path:
@@ -205,13 +200,7 @@ def test_a_head_that_config_ties(
     raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 32}}}
     for name in ("sparsify", "quantize"):
         base = {"base": tmp_path / "sparsify-whole"} if name == "quantize" else {}
-        reports = []
-        for streamed in (False, True):
-            stage = stages(raw, registry, tmp_path, name, streamed, **base)
-            reports.append(stage.run())
-            stage.verify()
-        assert reports[0] == reports[1]
-        assert_same(tmp_path / f"{name}-whole", tmp_path / f"{name}-streamed")
+        assert_alike_both_ways(raw, registry, tmp_path, name, **base)
     head = tensors(tmp_path / "sparsify-streamed" / "model").get("lm_head.weight")
     assert (head is not None) == (edit is untie)
 

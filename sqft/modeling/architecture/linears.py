@@ -75,6 +75,13 @@ def from_stored(model: nn.Module, state: dict[str, Tensor]) -> None:
                         state |= {f"{name}.{index}.{inner}": one.contiguous() for index, one in enumerate(of_all)}
 
 
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a model a tensor in the place of its parameter or buffer of that name; a parameter does not train."""
+    owner, _, part = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, part, nn.Parameter(tensor, requires_grad=False) if part in module._parameters else tensor)
+
+
 def layers_of_stored(model: nn.Module) -> dict[str, list[str]]:
     """Return the tensors that transformers has in a form of its own, each with those of the linear layers it is made
     of: what `as_stored` needs at once."""

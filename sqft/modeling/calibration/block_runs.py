@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqft.errors import StageError
-from sqft.modeling.calibration.capture import Hold, capture, forward, in_memory, run_block
-from sqft.modeling.calibration.hidden_states import HiddenStates
+from sqft.kernels.finite import all_finite
+from sqft.modeling.calibration.capture import Residence, capture, forward, run_block
 
 NOT_FINITE = "calibration met activations that are not finite; use float32 or other calibration text"
 
@@ -40,19 +40,13 @@ class BlockRun:
             StageError: when they are not finite.
         """
         result = self.run(index)
-        if result is not None and not result.isfinite().all():
+        if result is not None and not all_finite(result):
             raise StageError(NOT_FINITE)
         return result
 
 
 def replayed(
-    model: PreTrainedModel,
-    blocks: Mapping[str, nn.Module],
-    windows: Tensor,
-    device: str,
-    hold: Hold = in_memory,
-    around: Hold = in_memory,
-    hidden: HiddenStates | None = None,
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor, device: str, residence: Residence
 ) -> Iterator[tuple[str, BlockRun]]:
     """Yield each block's name and its run by itself, in order.
 
@@ -64,18 +58,16 @@ def replayed(
         blocks: its blocks by name.
         windows: token ids [samples, length].
         device: where a block is run.
-        hold: has a block in memory while its call is captured, and what lies outside the blocks, "".
-        around: has a block in memory while it is yielded, and until its outputs are known.
-        hidden: keeps the hidden states of all windows; without it, memory does.
+        residence: where the blocks and the hidden states are.
 
     Raises:
         ModelError: when the blocks cannot be replayed.
     """
-    with hold(""):
-        calls, hidden, slot = capture(model, blocks, windows, hold, hidden)
+    with residence.hold(""):
+        calls, hidden, slot = capture(model, blocks, windows, residence)
     for name, block in blocks.items():
         own = calls.pop(name)
-        with around(name):
+        with residence.around(name):
             block.to(device)
 
             def run(index: int, block: nn.Module = block, own: Any = own) -> Tensor:
@@ -90,13 +82,7 @@ def replayed(
 
 
 def in_model(
-    model: PreTrainedModel,
-    blocks: Mapping[str, nn.Module],
-    windows: Tensor,
-    device: str,
-    hold: Hold = in_memory,
-    around: Hold = in_memory,
-    hidden: HiddenStates | None = None,
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], windows: Tensor, device: str, residence: Residence
 ) -> Iterator[tuple[str, BlockRun]]:
     """Yield each block's name and its run inside the model, in the order in which the model first runs them.
 
@@ -110,7 +96,7 @@ def in_model(
         def run(index: int, block: nn.Module = blocks[name], times: int = times[name]) -> Tensor | None:
             return _until(model, block, times, windows[index : index + 1].to(device))
 
-        with around(name):
+        with residence.around(name):
             yield name, BlockRun(blocks[name], len(windows), run)
     model.to("cpu")
 

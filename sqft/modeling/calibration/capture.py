@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +28,26 @@ def in_memory(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+@dataclass(frozen=True)
+class Residence:
+    """Where a model and the hidden states are while calibration goes through it; unless given, in memory.
+
+    Args:
+        hold: has a part of the model in memory.
+        around: the same where a block is compressed, from before its layers are seen until its outputs are known.
+        hidden: keeps the hidden states of all windows between blocks.
+    """
+
+    hold: Hold = in_memory
+    around: Hold = in_memory
+    hidden: HiddenStates = field(default_factory=HiddenStates)
+
+
 def capture(
     model: PreTrainedModel,
     blocks: Mapping[str, nn.Module],
     windows: Tensor,
-    hold: Hold = in_memory,
-    hidden: HiddenStates | None = None,
+    residence: Residence | None = None,
 ) -> tuple[dict[str, list[Call]], HiddenStates, Slot]:
     """Record how each block is called, so that it can be run by itself.
 
@@ -43,8 +58,7 @@ def capture(
         model: the model, of which the blocks may be elsewhere.
         blocks: its blocks by name.
         windows: token ids [samples, length].
-        hold: has a block in memory.
-        hidden: what is to keep the hidden states of all windows; without it, memory does.
+        residence: where these are, and the hidden states are to be.
 
     Returns:
         The calls of each block, one a window, without the hidden states; the hidden states that enter the first block,
@@ -53,11 +67,11 @@ def capture(
     Raises:
         ModelError: when the blocks cannot be replayed one by one.
     """
-    with _held_in_turn(blocks, hold):
+    residence = residence or Residence()
+    with _held_in_turn(blocks, residence.hold):
         slot, rest = _probe(model, blocks, windows[:1])
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
-    hidden = HiddenStates() if hidden is None else hidden
-    first = next(iter(blocks))
+    hidden, first = residence.hidden, next(iter(blocks))
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 from sqft.errors import StageError
+from sqft.kernels.finite import all_finite
 from sqft.modeling.calibration.block_runs import NOT_FINITE, BlockRun
 from sqft.modeling.calibration.statistics import InputStatistics
 from sqft.types import Statistic
@@ -95,7 +96,7 @@ class _Observer:
                 self.given[name] = ref(args[0]), args[0]._version
                 self.sums.setdefault(name, InputStatistics(self.needs)).add(args[0])
             if self.left is not None:
-                if not args[0].isfinite().all():
+                if not all_finite(args[0]):
                     raise StageError(NOT_FINITE)
                 self.left -= 1
                 if self.left == 0:

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.architecture.experts import Expert, route_all_tokens
 from sqft.modeling.calibration.block_runs import RUNS
-from sqft.modeling.calibration.capture import Hold, in_memory
-from sqft.modeling.calibration.hidden_states import HiddenStates
+from sqft.modeling.calibration.capture import Residence
 from sqft.modeling.calibration.observe import hooked, observe
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic
 from sqft.utils.progress import Track
@@ -40,10 +39,8 @@ def walk(
     track: Track,
     sequential: bool = False,
     way: str = "blocks",
-    hold: Hold = in_memory,
-    around: Hold | None = None,
+    residence: Residence | None = None,
     done: Container[str] = (),
-    hidden: HiddenStates | None = None,
 ) -> None:
     """Feed windows of text through the model, and call `compress` for each chosen linear layer.
 
@@ -60,19 +57,15 @@ def walk(
         sequential: later layers of the same block see new outputs too: the block is run again for each set of layers
             that share an input. The experts of a mixture count as one layer in this.
         way: "blocks" or "model", as `how_to_walk` says of the model.
-        hold: has a part of the model in memory: a block by its name, or "" for what lies outside the blocks. Only by
-            the way of "blocks" may parts be elsewhere.
-        around: entered in place of `hold` where a block is compressed, from before its layers are seen until its
-            outputs are known.
-        done: blocks that are compressed already, in what `around` has in memory.
-        hidden: keeps the hidden states of all windows between blocks; without it, memory does.
+        residence: where the model and the hidden states are. Only by the way of "blocks" may parts be elsewhere.
+        done: blocks that are compressed already, in what `residence.around` has in memory.
 
     Raises:
         ModelError: when the way is "blocks" and the blocks cannot be replayed.
         StageError: when an activation is not finite, or no token reaches a layer.
     """
     blocks = decoder_blocks(model)
-    runs = RUNS[way](model, blocks, windows, device, hold, around or hold, hidden)
+    runs = RUNS[way](model, blocks, windows, device, residence or Residence())
     for name, run in track(runs, "calibrating", len(blocks)):
         if name in done:
             continue

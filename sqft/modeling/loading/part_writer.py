@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.checkpoints.safetensors import INDEX, data_bytes
+from sqft.checkpoints.safetensors import data_bytes, write_index
 from sqft.modeling.architecture.linears import as_stored
 from sqft.modeling.compat import reverted, without_tied
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.parts import WholeModel
 from sqft.modeling.loading.transformers_io import as_in_source
-from sqft.utils.files import sync, write_json
+from sqft.utils.files import written_whole
 
 
 class PartWriter:
@@ -36,11 +36,8 @@ class PartWriter:
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a part, by the names of its checkpoint, completely or not at all."""
         self.folder.mkdir(exist_ok=True)
-        file = self.files[part]
-        temporary = file.with_name(f".{file.name}.tmp")
-        save_file({name: one.contiguous() for name, one in tensors.items()}, temporary, metadata={"format": "pt"})
-        sync(temporary)
-        temporary.replace(file)
+        with written_whole(self.files[part]) as file:
+            save_file({name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"})
 
     def reader(self, part: str) -> FolderReader:
         """Return a reader of the part as it was written."""
@@ -50,8 +47,7 @@ class PartWriter:
         """Write the index, after all parts."""
         names = {file: FolderReader(self.folder, [file]).names() for file in self.files.values()}
         file_of = {name: file.name for file, of_file in names.items() for name in of_file}
-        total = sum(map(data_bytes, names))
-        write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+        write_index(self.folder, file_of, sum(map(data_bytes, names)))
 
 
 def float_tensors(opened: WholeModel, part: str, source: ModelSpec) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.architecture.linears import as_linears, from_stored
+from sqft.modeling.architecture.linears import as_linears, from_stored, put_tensor
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import generation_settings, load_converted
 from sqft.modeling.loading import load_model, load_tokenizer
@@ -134,7 +134,7 @@ class PartedModel(WholeModel):
         _forget(self._plain, own)
         from_stored(self.model, own)
         for name, tensor in own.items():
-            _put(self.model, name, tensor)
+            put_tensor(self.model, name, tensor)
         self._tie()
         if unlike:
             raise ArtifactError(f"{reader.folder}: {unlike[0]} has another shape than by config.json; copy it again")
@@ -222,20 +222,11 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
         raise ModelError(f"transformers cannot load {spec.path}: {first_sentence(error)}") from error
     precisions = {name: parameter.dtype for name, parameter in typed.named_parameters(remove_duplicate=False)}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        _put(model, name, torch.empty(parameter.shape, dtype=precisions[name], device="meta"))
+        put_tensor(model, name, torch.empty(parameter.shape, dtype=precisions[name], device="meta"))
     for name, buffer in typed.named_buffers():
-        _put(model, name, model.get_buffer(name).to(buffer.dtype))
+        put_tensor(model, name, model.get_buffer(name).to(buffer.dtype))
     model.config = typed.config
     return model
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, part = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if part in module._parameters:
-        setattr(module, part, nn.Parameter(tensor, requires_grad=False))
-    else:
-        setattr(module, part, tensor)
 
 
 def _forget(model: nn.Module, names: Iterable[str]) -> None:

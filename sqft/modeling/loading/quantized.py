@@ -23,7 +23,7 @@ from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.experts import Experts
-from sqft.modeling.architecture.linears import as_linears, as_stored
+from sqft.modeling.architecture.linears import as_linears, as_stored, put_tensor
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
 from sqft.modeling.loading.folder_reader import FolderReader
@@ -254,7 +254,7 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     as_linears(model)
     keep_conversions(model, kept_conversions(shapes))
     for name, tensor in apart.items():
-        _put_tensor(model, name, tensor.to(dtype))
+        put_tensor(model, name, tensor.to(dtype))
     _check_head(model, stored)
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
         _put_layer(model, name, stored, dtype, packed)
@@ -292,11 +292,6 @@ def _take_apart(
         if tensor in known and tensor.startswith(mixtures):
             apart[tensor] = floats.pop(name)
     return apart
-
-
-def _put_tensor(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    owner, _, part = name.rpartition(".")
-    setattr(model.get_submodule(owner), part, nn.Parameter(tensor, requires_grad=False))
 
 
 def _check_head(model: PreTrainedModel, stored: GptqFolder) -> None:

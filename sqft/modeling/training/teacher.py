@@ -19,6 +19,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.data.collators import Collator
 from sqft.data.encoding import IGNORED, Example
 from sqft.errors import StageError
+from sqft.kernels.finite import all_finite
 from sqft.modeling.loading import load_model
 from sqft.modeling.training.checkpoints import is_complete, seal
 from sqft.modeling.training.loss import CompletionLoss, Prediction, predict
@@ -53,7 +54,7 @@ class Predictions:
         Raises:
             StageError: when it is not finite.
         """
-        if not prediction.probabilities.isfinite().all():
+        if not all_finite(prediction.probabilities):
             raise StageError("finetune.teacher: its logits are not finite; use float32")
         stop = start + len(prediction.probabilities)
         self.probabilities[start:stop] = prediction.probabilities

@@ -28,6 +28,7 @@ from sqft.kernels.masks import keep_mask
 from sqft.modeling.architecture.blocks import decoder_blocks, linears
 from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.calibration.block_runs import in_model
+from sqft.modeling.calibration.capture import Residence
 from sqft.modeling.calibration.dry_run import how_to_walk
 from sqft.modeling.calibration.walk import walk
 from sqft.utils.progress import silent
@@ -138,7 +139,7 @@ def test_blocks_are_run_in_the_order_and_as_often_as_the_model_does() -> None:
     for index, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     names, after = [], []
-    for name, run in in_model(model, decoder_blocks(model), WINDOWS, "cpu"):
+    for name, run in in_model(model, decoder_blocks(model), WINDOWS, "cpu", Residence()):
         ran.clear()
         run(1)
         names.append(name)
@@ -182,6 +183,6 @@ def test_each_layer_sees_the_compressed_ones_before_it_where_blocks_share_keys_a
 def test_the_run_stops_with_the_blocks_values(model: Any) -> None:
     blocks = decoder_blocks(model)
     hidden = model(WINDOWS[1:2], output_hidden_states=True).hidden_states
-    found = [run(1) for _, run in in_model(model, blocks, WINDOWS, "cpu")]
+    found = [run(1) for _, run in in_model(model, blocks, WINDOWS, "cpu", Residence())]
     assert found[0] is not None and torch.equal(found[0], hidden[1])
     assert len(found) == 2
