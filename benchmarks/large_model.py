@@ -2,15 +2,19 @@
 
     python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
         [--work large]
+    python benchmarks/large_model.py --merge [--shape 8b] [--blocks 32] [--work large]
 
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
-wanda, and INT4 by gptq in groups of 128. Kill it, and start it again: it goes on at the next block. Needs the model of
-`make quickstart`, for its tokenizer, and its calibration text.
+wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is merged into the dense model
+instead: no training is needed. Kill it, and start it again: it goes on at the next block. Needs the model of `make
+quickstart`, for its tokenizer, and its data.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,17 @@ from transformers import LlamaConfig
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.components.kinds import Adapter
+from sqft.modeling.adapters.saving import store_ranks
+from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.loading import load_tokenizer
+from sqft.modeling.loading.parts import PartedModel
+from sqft.stages.adapted import make_deltas
+from sqft.stages.inputs import StageInputs
+from sqft.stages.merge import MergeStage
+from sqft.types import RankConfig
 from sqft.utils.files import write_json
+from sqft.utils.resources import peak_memory
 from sqft.utils.text import human_size
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +45,8 @@ SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 BLOCKS = {"1b": 16, "8b": 32}
+ROLES = ("finetune", "search")
+"""What a merge reads besides its base."""
 
 
 def make_model(folder: Path, shape: str, blocks: int) -> None:
@@ -78,12 +93,58 @@ def make_model(folder: Path, shape: str, blocks: int) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": file_of})
 
 
+def merge(model: dict[str, Any], work: Path) -> None:
+    """Merge an adapter of random values into the model, in the stage itself, and print what that took."""
+    raw = {
+        "name": "large",
+        "model": model,
+        "finetune": {
+            "adapter": {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}},
+            "merger": "sparsepeft",
+            "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+            "data": str(TEXT.with_name("train.jsonl")),
+            "steps": 1,
+        },
+        "merge": {},
+    }
+    plan = Orchestrator(Registry.discover(), work / "store").plan(Recipe.parse(raw))
+    trained, scratch = work / "trained", work / "merged"
+    trained.mkdir(exist_ok=True)
+    scratch.mkdir(exist_ok=True)
+    step, shapes = plan.step("finetune"), linears(PartedModel(plan.model_spec).model)
+    adapter = step.component(Adapter)
+    space, deltas = make_deltas(adapter, "nls", tuple(shape_of(n, shapes[n]) for n in step.layers), 0)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"{name}.{key}": torch.randn(tensor.shape, generator=generator).mul_(0.01)
+        for name, delta in deltas.items()
+        for key, tensor in delta.state_dict().items()  # type: ignore[attr-defined]
+    }
+    save_file(tensors, trained / "deltas.safetensors")
+    write_json(trained / "space.json", asdict(space))
+    store_ranks(RankConfig(tuple(group.ranks[0] for group in space.groups)), trained)
+    del tensors, deltas
+    with peak_memory() as peak:
+        start = time.monotonic()
+        stage = MergeStage(StageInputs(plan, plan.step("merge"), dict.fromkeys(ROLES, trained), scratch, "cpu"))
+        report = stage.run()
+        merged = time.monotonic()
+        stage.verify()
+        seconds = merged - start, time.monotonic() - merged
+    print({key: value for key, value in report.items() if key != "layers"})
+    print("| step | estimated | peak | seconds | verified in | on disk |\n|---|---|---|---|---|---|")
+    sizes = [human_size(size) for size in (plan.step("merge").estimate.memory, peak[0])]
+    written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    print(f"| merge | {' | '.join(sizes)} | {seconds[0]:.0f} s | {seconds[1]:.0f} s | {human_size(written)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--blocks", type=int, help="of the model; unless given, as many as Llama 3 has")
     parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--length", type=int, default=64, help="tokens in each")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter, and compress nothing")
     parser.add_argument("--until", choices=["sparsify", "quantize"], default="quantize")
     parser.add_argument("--work", type=Path, default=Path("large"))
     arguments = parser.parse_args()
@@ -91,9 +152,13 @@ def main() -> None:
     folder = arguments.work / f"{arguments.shape}-{blocks}"
     if not (folder / "model.safetensors.index.json").is_file():
         make_model(folder, arguments.shape, blocks)
+    model = {"path": str(folder.absolute()), "dtype": "bfloat16"}
+    if arguments.merge:
+        merge(model, arguments.work)
+        return
     raw: dict[str, Any] = {
         "name": "large",
-        "model": {"path": str(folder.absolute()), "dtype": "bfloat16"},
+        "model": model,
         "calibration": {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length},
         "sparsify": {"scorer": "wanda", "sparsity": 0.5},
     }

@@ -40,6 +40,9 @@ COPIES_OF_LAYER = 4
 EVALUATION_OVERHEAD = 1 << 30
 """The process with the caches of generation and the harness."""
 
+COMPARED_LOGITS = 128
+"""Tokens on which the logits of a merged model are compared, where it is in memory one block at a time."""
+
 RESULTS_BYTES = 1 << 16
 """The measurements that an evaluation stores."""
 
@@ -182,11 +185,7 @@ def streamed_bytes(
         sequential: see `calibration_bytes`.
         head: bytes of a head that is written beside the embedding with which it is tied.
     """
-    blocks = Counter[str]()
-    for layer in model.layout.linears:
-        start = BLOCK.match(layer.name)
-        blocks[start[0] if start else ""] += layer.out_features * layer.in_features * DTYPE_BYTES[dtype]
-    outside, block = model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
+    outside, block = outside_and_block(model, dtype)
     widest = 4 * max((layer.out_features * layer.in_features for layer in layers), default=0)
     states = hessians = 0
     if calibration:
@@ -196,6 +195,15 @@ def streamed_bytes(
         running = WINDOWS_RUNNING * calibration.length * (model.size("hidden_size") + inner) * 4
         states = min(kept, calibration.memory_bytes) + running
     return max(outside + max(block, head), 2 * block + COPIES_OF_LAYER * widest + hessians) + states + RUNTIME_OVERHEAD
+
+
+def outside_and_block(model: ModelSource, dtype: str) -> tuple[int, int]:
+    """Return the bytes of what lies outside the decoder blocks, and of the largest block."""
+    blocks = Counter[str]()
+    for layer in model.layout.linears:
+        start = BLOCK.match(layer.name)
+        blocks[start[0] if start else ""] += layer.out_features * layer.in_features * DTYPE_BYTES[dtype]
+    return model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
 
 
 def hidden_bytes(source: ModelSource, calibration: Calibration) -> int:
@@ -250,19 +258,27 @@ def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quan
     return Estimate(0, deltas, base + (2 if quantized else 1) * size + RUNTIME_OVERHEAD + deltas)
 
 
-def estimate_merge(model: ModelSource, dtype: str, stored: int, base: int, quantized: bool) -> Estimate:
+def estimate_merge(
+    model: ModelSource, dtype: str, deltas: int, stored: int, base: int, quantized: bool, streamed: bool = False
+) -> Estimate:
     """Estimate `merge`.
 
     Args:
         model: the recipe's model.
         dtype: its precision.
+        deltas: bytes of the trained deltas.
         stored: bytes of the base as it is stored; the merged model is as large.
         base: bytes of the base in memory.
         quantized: whether the base holds codes.
+        streamed: whether one block at a time is there.
     """
+    size = model_bytes(model, dtype)
+    if streamed:
+        outside, block = outside_and_block(model, dtype)
+        logits = 3 * COMPARED_LOGITS * model.size("vocab_size") * 4  # of both models, and what lies between them
+        return Estimate(model.parameters, stored, outside + max(2 * block, logits) + deltas + RUNTIME_OVERHEAD)
     # The adapted and the effective weights, and the base that they are written into. Of codes also copies to be stored,
     # and the codes of the base, of the merged model and of the start of training.
-    size = model_bytes(model, dtype)
     copies = size + 3 * model.parameters if quantized else 0
     return Estimate(model.parameters, stored, base + 2 * size + copies + RUNTIME_OVERHEAD)
 

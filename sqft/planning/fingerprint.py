@@ -60,19 +60,23 @@ EVERY_STAGE = (
 )
 """Models, data and what a component may import: `sqft.kernels` as a whole."""
 
-COMPRESS = (
-    "components/checks",
-    "modeling/calibration/block_runs",
+IN_PARTS = (
     "modeling/calibration/capture",
     "modeling/calibration/hidden_states",
+    "modeling/loading/part_writer",
+    "modeling/loading/parts",
+    "stages/step_parts",
+)
+
+COMPRESS = (
+    *IN_PARTS,
+    "components/checks",
+    "modeling/calibration/block_runs",
     "modeling/calibration/observe",
     "modeling/calibration/statistics",
     "modeling/calibration/walk",
     "modeling/loading/other_model",
-    "modeling/loading/part_writer",
-    "modeling/loading/parts",
     "stages/compress",
-    "stages/step_parts",
 )
 
 ADAPT = ("components/checks", "modeling/adapters", "stages/adapted")
@@ -101,7 +105,7 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
     "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),
-    "merge": (*EVERY_STAGE, *ADAPT, "stages/merge"),
+    "merge": (*EVERY_STAGE, *ADAPT, *IN_PARTS, "stages/logits", "stages/merge", "stages/merge_in_parts"),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
     "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),
 }

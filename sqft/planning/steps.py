@@ -214,15 +214,18 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
     if merger and not merger.component.merges:
         resolver.collect(compatibility.check_merge(merger, resolver.installed(Merger)))
         return None
-    stored, loaded = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps, steps["finetune"].layers)
+    sizes = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps, steps["finetune"].layers)
+    deltas = steps["finetune"].estimate.storage
+    streamed = not base.quantized and is_streamed(resolver.model, resolver.dtype, base.step is not None)
     return Step(
         name="merge",
         stage="merge",
         section=section,
+        streamed=streamed,
         components={},
         inputs={"search": "search", "finetune": "finetune", **base.inputs},
         files=resolver.files(section, "merge"),
-        estimate=estimates.estimate_merge(resolver.model, resolver.dtype, stored, loaded, base.quantized),
+        estimate=estimates.estimate_merge(resolver.model, resolver.dtype, deltas, *sizes, base.quantized, streamed),
     )
 
 

@@ -53,7 +53,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     found = all_linears(model)
     layers = {name: found[name] for name in step.layers}
     label, shapes = step.label(Adapter), tuple(shape_of(n, layer) for n, layer in layers.items())
-    space, deltas = _make_deltas(adapter, label, shapes, seed)
+    space, deltas = make_deltas(adapter, label, shapes, seed)
     # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
     masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
     if on_codes:
@@ -70,10 +70,20 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     return AdaptedModel(model, tokenizer, adapted, space)
 
 
-def _make_deltas(
+def make_deltas(
     adapter: Adapter, label: str, shapes: tuple[LinearShape, ...], seed: int
 ) -> tuple[SearchSpace, dict[str, DeltaModule]]:
-    """Make the space of ranks and each layer's untrained delta, and check both against the adapter's contract."""
+    """Make the space of ranks and each layer's untrained delta, and check both against the adapter's contract.
+
+    Args:
+        adapter: gives them.
+        label: it, as messages name it.
+        shapes: of the layers that get one.
+        seed: of their random values.
+
+    Raises:
+        ContractError: when they break it.
+    """
     space = adapter.space(shapes)
     checks.check_space(label, shapes, space)
     ranks = {member: group.ranks for group in space.groups for member in group.members}

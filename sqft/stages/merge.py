@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.components.kinds import Merger
 from sqft.data.encoding import Example, Tokenization
@@ -27,6 +26,8 @@ from sqft.modeling.loading.transformers_io import save_model
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs, section_of
+from sqft.stages.logits import logits_difference, logits_of
+from sqft.stages.merge_in_parts import MergeInParts
 from sqft.types import Quantized
 from sqft.utils.digests import Digests
 
@@ -34,8 +35,6 @@ log = logging.getLogger("sqft")
 
 COMPARED_EXAMPLES = 4
 """Examples on which the logits of the merged model are compared with those of the adapted one."""
-LOGITS_TOLERANCE = 1e-2
-"""Largest difference of logits, relative to the largest logit: equal weights differ in the order of sums only."""
 
 
 class MergeStage:
@@ -60,6 +59,11 @@ class MergeStage:
         return adapted
 
     @cached_property
+    def in_parts(self) -> MergeInParts:
+        """The merge of a model that is in memory one part at a time; then nothing else here is used."""
+        return MergeInParts(self.inputs, self.inputs.plan.spec(self.base_path))
+
+    @cached_property
     def stored(self) -> PreTrainedModel:
         """The merged model as read back from disk: opened once, to compare logits and to verify."""
         self.files = Digests().path(self.folder)
@@ -67,13 +71,20 @@ class MergeStage:
 
     def run(self) -> Report:
         """Write `model/`, a Hugging Face folder in the base's precision: floats, or codes as GPTQ stores them."""
+        if self.inputs.step.streamed:
+            return self.in_parts.run(self._examples(self.in_parts.tokenizer))
         report = self._write()
-        difference = logits_difference(self.stored, self.adapted.model, self._examples())
-        return {**report, "logits_difference": difference}
+        batches = (torch.tensor([example.input_ids]) for example in self._examples(self.adapted.tokenizer))
+        models = self.stored, self.adapted.model
+        pairs = ((logits_of(models[0], ids), logits_of(models[1], ids)) for ids in batches)
+        return {**report, "logits_difference": logits_difference(pairs)}
 
     def verify(self) -> None:
         """Check that every tensor as stored is the one trained through, or the base's, bit for bit, and that the zeros
         that the merger promises to keep are zero."""
+        if self.inputs.step.streamed:
+            self.in_parts.verify()
+            return
         stored_tensors = _tensors(self.stored)
         if Digests().path(self.folder) != self.files:
             raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
@@ -140,7 +151,7 @@ class MergeStage:
             report["codes_unlike_on_device"] = count_codes_unlike(self.adapted, codes, self.inputs.device)
         return report
 
-    def _examples(self) -> list[Example]:
+    def _examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Return a few examples to compare logits on: of validation data where there is some, else of training data."""
         plan, data = self.inputs.plan, self.inputs.data
         finetune = section_of(plan.step("finetune"), Finetune)
@@ -150,7 +161,7 @@ class MergeStage:
         else:
             training, held_out = data.training_records()
             records = held_out or training
-        tokenization = Tokenization(self.adapted.tokenizer, finetune.max_length, finetune.loss_on)
+        tokenization = Tokenization(tokenizer, finetune.max_length, finetune.loss_on)
         return tokenization.encode(records[:COMPARED_EXAMPLES]).examples[:COMPARED_EXAMPLES]
 
 
@@ -189,30 +200,6 @@ def count_codes_unlike(adapted: AdaptedModel, codes: Mapping[str, Quantized], de
         unlike += int((layer.codes().codes.cpu() != on_cpu.codes).sum())
         layer.to("cpu")
     return unlike
-
-
-@torch.no_grad()
-def logits_difference(merged: PreTrainedModel, trained: PreTrainedModel, examples: Sequence[Example]) -> float:
-    """Return the largest difference between the logits of the merged model and of the model that was trained.
-
-    Raises:
-        ArtifactError: when it is larger than rounding explains, or when a logit is not finite.
-    """
-    differences, sizes = [0.0], [0.0]
-    for example in examples:
-        ids = torch.tensor([example.input_ids])
-        expected = trained(input_ids=ids, use_cache=False).logits.float()  # [1, tokens, vocabulary]
-        actual = merged(input_ids=ids, use_cache=False).logits.float()
-        differences.append(float((actual - expected).abs().max()))
-        sizes.append(float(expected.abs().max()))
-    largest, size = (float(torch.tensor(values).max()) for values in (differences, sizes))  # max() would ignore NaN
-    if not (math.isfinite(largest) and math.isfinite(size)):
-        raise ArtifactError("merge: the logits of the merged model, or of the model that was trained, are not finite")
-    if largest > LOGITS_TOLERANCE * size:
-        raise ArtifactError(
-            f"merge: logits of the merged model are {largest:.3g} off those of the model that was trained"
-        )
-    return largest
 
 
 def _count_different(one: Quantized, other: Quantized) -> int:

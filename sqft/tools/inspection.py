@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +236,27 @@ Content = tuple[str, dict[str, Any], Iterator[Module], int]
 
 
 def _floats(reader: FolderReader, names: Sequence[str]) -> Content:
-    return "Hugging Face floats", {}, (_float(name, reader.tensor(name)) for name in names), len(names)
+    return "Hugging Face floats", {}, (_float(name, reader, name) for name in names), len(names)
 
 
-def _float(name: str, tensor: Tensor) -> Module:
-    shape, precision = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    zeros = None
-    if tensor.is_floating_point():
-        counted = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch cannot count in 8 bits
-        zeros = tensor.numel() - int(torch.count_nonzero(counted))
-    return _module(name, shape, precision, zeros)
+def _float(name: str, reader: FolderReader, stored: str) -> Module:
+    """Return a tensor, counted a piece after the other.
+
+    Args:
+        name: the module's.
+        reader: of the folder.
+        stored: the tensor's name there.
+    """
+    pieces = reader.pieces(stored)
+    first = next(pieces)
+    zeros: int | None = None
+    if first.is_floating_point():
+        zeros = sum(piece.numel() - _count_nonzero(piece) for piece in chain([first], pieces))
+    return _module(name, reader.shape(stored), str(first.dtype).removeprefix("torch."), zeros)
+
+
+def _count_nonzero(tensor: Tensor) -> int:
+    return int(torch.count_nonzero(tensor.float() if tensor.dtype.itemsize == 1 else tensor))  # not of 8 bits
 
 
 def _module(tensor: str, shape: tuple[int, ...], precision: str, zeros: int | None) -> Module:
@@ -273,7 +285,7 @@ def _gptq(reader: FolderReader, names: Sequence[str], settings: dict[str, Any] |
 
     def modules() -> Iterator[Module]:
         yield from (_layer(name, read_layer(reader, name, settings)) for name in layers)
-        yield from (_float(name, reader.tensor(name)) for name in floats)
+        yield from (_float(name, reader, name) for name in floats)
 
     known: dict[str, Any] = {key: settings[key] for key in settings if key in GPTQ_SETTINGS}
     return "GPTQ, version 1", known, modules(), len(layers) + len(floats)
@@ -289,7 +301,7 @@ def _compressed(reader: FolderReader, names: Sequence[str], settings: dict[str, 
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ArtifactError(f"{reader.folder}: the parts of {name} do not fit together: {error}") from None
             yield _layer(name, layer)
-        yield from (_float(name, reader.tensor(name)) for name in floats)
+        yield from (_float(name, reader, name) for name in floats)
 
     form = settings.get("format", "")
     return f"compressed-tensors {form}".strip(), {}, modules(), len(layers) + len(floats)
@@ -306,7 +318,7 @@ def _packed(
             if method == "mxfp4" and len(parts[name]) > 1:
                 yield _module(name, floats[name], method, None)
             else:
-                yield _float(name, reader.tensor(parts[name][0]))
+                yield _float(name, reader, parts[name][0])
 
     return method.upper(), {}, modules(), len(floats)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -24,13 +25,20 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("stage", "streamed"), [*((stage, False) for stage in STAGES), ("sparsify", True), ("quantize", True)]
+    ("stage", "streamed"),
+    [*((stage, False) for stage in STAGES), ("sparsify", True), ("quantize", True), ("merge", True)],
 )
 def test_killed_anywhere(
     fork_server: Any, content: Any, recipe: Path, stores: Path, stage: str, streamed: bool
 ) -> None:
     stores = stores / ("streamed" if streamed else "in memory")
-    stores.mkdir(exist_ok=True)
+    if streamed and stage == "merge":  # into a base of floats
+        stores = stores / "floats"
+        raw = json.loads(recipe.read_text())
+        del raw["quantize"]
+        raw["finetune"]["merger"], raw["export"] = "sparsepeft", [{"exporter": "hf"}]
+        recipe.write_text(json.dumps(raw))
+    stores.mkdir(parents=True, exist_ok=True)
     whole, before = stores / "whole", stores / f"before-{stage}"
     if not whole.exists():
         ended = fork_server.run("run", recipe, "--store", whole, streamed=streamed)

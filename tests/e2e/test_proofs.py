@@ -126,13 +126,14 @@ def test_logits_that_are_no_numbers_prove_nothing(
         add(model, ours)
         return model, tokenizer
 
-    difference = merge.logits_difference
+    load = merge.load_adapted_model
 
-    def compared(merged: Any, trained: Any, examples: Any) -> float:
-        add(trained, theirs)
-        return difference(merged, trained, examples)
+    def trained(*args: Any) -> Any:
+        adapted = load(*args)
+        add(adapted.model, theirs)
+        return adapted
 
     monkeypatch.setattr(merge, "load_model", opened)
-    monkeypatch.setattr(merge, "logits_difference", compared)
+    monkeypatch.setattr(merge, "load_adapted_model", trained)
     with pytest.raises(ArtifactError, match="merge: the logits of the merged model, or of the model that was trained"):
         run(biased, registry, tmp_path / "store")

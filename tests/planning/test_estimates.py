@@ -182,6 +182,6 @@ def test_what_holds_codes_needs_more() -> None:
     size, model = model_bytes(source(), "float32"), source()
     search = [estimate_search(model, "float32", 40, size, quantized).memory for quantized in (False, True)]
     assert search == [2 * size + 40 + (1 << 29), 3 * size + 40 + (1 << 29)]
-    merge = [estimate_merge(model, "float32", 9, size, quantized).memory for quantized in (False, True)]
+    merge = [estimate_merge(model, "float32", 40, 9, size, quantized).memory for quantized in (False, True)]
     assert merge == [3 * size + (1 << 29), 4 * size + 3 * model.parameters + (1 << 29)]
-    assert estimate_merge(model, "float32", 9, size, True).storage == 9
+    assert estimate_merge(model, "float32", 40, 9, size, True).storage == 9

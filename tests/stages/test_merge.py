@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearShape, Merger
-from sqft.data.encoding import Example
 from sqft.errors import ArtifactError
 from sqft.kernels.grids import dequantize, quantize, same
 from sqft.modeling.adapters.adapted_linear import MergedLinear, adapt
@@ -29,10 +26,7 @@ from sqft.stages.merge import (
     count_codes_unlike,
     effective_weights,
     kept_by_base,
-    logits_difference,
 )
-
-EXAMPLES = [Example((1, 2, 3), (1, 2, 3)), Example((4, 5), (4, 5))]
 
 
 def sparse(out: int = 16, inputs: int = 64) -> tuple[Tensor, Tensor]:
@@ -97,38 +91,6 @@ def test_codes_that_come_out_otherwise_are_counted() -> None:
     assert count_codes_unlike(model, {"l": codes}, "cpu") == 0
     codes.codes[3, 5:8] ^= 1
     assert count_codes_unlike(model, {"l": codes}, "cpu") == 3
-
-
-def giving(values: Sequence[float]) -> Any:
-    """A model whose logits are these values, one call after the other."""
-    left = iter(values)
-
-    def forward(input_ids: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=torch.full((1, input_ids.shape[1], 4), next(left)))
-
-    return forward
-
-
-def test_the_largest_difference_of_logits() -> None:
-    assert logits_difference(giving([1.0, 2.0]), giving([1.0, 2.0]), EXAMPLES) == 0
-    assert logits_difference(giving([1.0, 2.0]), giving([1.0, 2.015625]), EXAMPLES) == 0.015625
-
-
-def test_logits_further_apart_than_rounding_explains() -> None:
-    with pytest.raises(ArtifactError, match=r"merge: logits of the merged model are 0\.125 off those of the model"):
-        logits_difference(giving([1.0, 2.0]), giving([1.0, 2.125]), EXAMPLES)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"), [(0.0, math.nan), (math.nan, 0.0), (math.nan, math.nan), (math.inf, 0.0), (math.inf, math.inf)]
-)
-def test_logits_that_are_not_finite(theirs: float, ours: float) -> None:
-    """Of the merged model or of the one that was trained, or of both alike; in any example."""
-    for place in range(2):
-        merged, trained = [0.0, 0.0], [0.0, 0.0]
-        merged[place], trained[place] = ours, theirs
-        with pytest.raises(ArtifactError, match="of the model that was trained, are not finite"):
-            logits_difference(giving(merged), giving(trained), EXAMPLES)
 
 
 @pytest.fixture(scope="module")

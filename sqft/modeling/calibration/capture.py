@@ -68,7 +68,7 @@ def capture(
         ModelError: when the blocks cannot be replayed one by one.
     """
     residence = residence or Residence()
-    with _held_in_turn(blocks, residence.hold):
+    with held_in_turn(blocks, residence.hold):
         slot, rest = _probe(model, blocks, windows[:1])
     calls: dict[str, list[Call]] = {name: [] for name in blocks}
     hidden, first = residence.hidden, next(iter(blocks))
@@ -96,7 +96,7 @@ def capture(
 
 
 @contextmanager
-def _held_in_turn(blocks: Mapping[str, nn.Module], hold: Hold) -> Iterator[None]:
+def held_in_turn(blocks: Mapping[str, nn.Module], hold: Hold) -> Iterator[None]:
     """Have each block in memory while it runs, and no longer."""
     replaced = {name: vars(block).get("forward") for name, block in blocks.items()}
 

@@ -17,6 +17,8 @@ from sqft.errors import ArtifactError
 
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The precisions of floats, as headers of safetensors files name them."""
+PIECE = 1 << 26
+"""Bytes of a tensor that are read at once, where it need not be there as a whole."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class FolderReader:
         with _open(file) as stream:
             tensor: Tensor = stream.get_tensor(name)
         return tensor
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
+        """Read a tensor a piece of its rows after the other, in order: no more than one row or `size` bytes is held."""
+        with _open(self._files[name]) as stream:
+            shape = stream.get_slice(name).get_shape()
+            bytes_a_row = max(1, stream.get_slice(name)[:1].nbytes) if shape and shape[0] else 0
+        if not bytes_a_row:
+            yield self.tensor(name)
+            return
+        step = max(1, size // bytes_a_row)
+        for start in range(0, shape[0], step):
+            with _open(self._files[name]) as stream:  # what was read of a file is held as long as it is open
+                piece: Tensor = stream.get_slice(name)[start : start + step]
+            yield piece
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Read all tensors, in the order of their names, each with its name; every file is opened once."""

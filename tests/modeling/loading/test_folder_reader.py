@@ -48,3 +48,14 @@ def test_a_folder_is_listed_once(folder: Path) -> None:
     assert len(reader.names()) == 3
     with pytest.raises(ArtifactError, match="model-2"):
         reader.tensor("c.weight")
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7,), (), (0, 4), (3, 0), (2, 3, 4)])
+@pytest.mark.parametrize("size", [1, 8, 40, 1 << 20])
+def test_pieces_are_the_tensor(tmp_path: Path, shape: tuple[int, ...], size: int) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    pieces = list(FolderReader(tmp_path).pieces("w", size))
+    assert (torch.cat(pieces) if shape else pieces[0]).equal(tensor) and pieces[0].dtype == torch.float16
+    row = tensor[:1].nbytes if shape else tensor.nbytes
+    assert all(piece.nbytes <= max(size, row) for piece in pieces)

@@ -1,0 +1,181 @@
+"""Merge into a base of floats that is in memory one decoder block at a time.
+
+The model that was trained and the merged one run once each, on a few examples: a block is read when the model comes to
+it. On the way through the first, each block's merged weights are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.components import checks
+from sqft.components.kinds import Adapter, Merger
+from sqft.data.encoding import Example
+from sqft.errors import ArtifactError
+from sqft.kernels.checksums import sha256
+from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, attach, set_ranks
+from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.modeling.adapters.frozen_weight import FloatWeight
+from sqft.modeling.adapters.saving import read_ranks
+from sqft.modeling.architecture.blocks import linears, shape_of
+from sqft.modeling.calibration.capture import held_in_turn
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.part_writer import float_tensors
+from sqft.modeling.loading.parts import OUTSIDE, PartedModel, WholeModel
+from sqft.modeling.loading.transformers_io import save_settings
+from sqft.stages.adapted import load_deltas, make_deltas
+from sqft.stages.inputs import Report, StageInputs
+from sqft.stages.logits import logits_difference, logits_of
+from sqft.stages.step_parts import StepParts
+from sqft.types import BaseKind
+
+COMPARED_TOKENS = 32
+"""Tokens of each example on which logits are compared: a large vocabulary's take half a megabyte a token."""
+
+
+class MergeInParts:
+    """A merge whose models are read and written one part at a time.
+
+    Args:
+        inputs: the stage's.
+        source: the base, a folder of floats.
+    """
+
+    def __init__(self, inputs: StageInputs, source: ModelSpec) -> None:
+        self.inputs, self.source, self.folder = inputs, source, inputs.scratch / "model"
+        self.step = inputs.plan.step("finetune")
+        self.merger, self.label = self.step.component(Merger), self.step.label(Merger)
+        self.parts = StepParts(inputs, source, _leave)
+        self.tokenizer = self.parts.tokenizer
+        found = linears(self.parts.opened.model)
+        self.linears = {name: found[name] for name in self.step.layers}
+        # As `build_adapted_model` has it.
+        self.masked = self.merger.keeps_mask or inputs.plan.adapter_base.kind is not BaseKind.DENSE
+        self.dropout = checks.check_dropout(self.step.label(Adapter), self.step.component(Adapter).input_dropout())
+        self._load_deltas()
+
+    def run(self, examples: Sequence[Example]) -> Report:
+        """Write `model/`; return how many weights are zero before and after, and how far the logits lie apart.
+
+        Raises:
+            ArtifactError: when the merged model is not the one that was trained.
+        """
+        opened, ids = self.parts.opened, _batch(examples)
+        blocks = {name: opened.model.get_submodule(name) for name in opened.blocks}
+        with self._merging(OUTSIDE):  # sealed first: what is outside is held as long as the model runs
+            pass
+        with opened.held(OUTSIDE), self._adapted(OUTSIDE), held_in_turn(blocks, self._merging):
+            expected = logits_of(opened.model, ids)
+        for block in blocks:
+            if block not in self.parts.records:  # the model does not run it
+                with self._merging(block):
+                    pass
+        self.parts.writer.write_index()
+        save_settings(opened.model, self.tokenizer, self.folder, self.source)
+        stored = PartedModel(self.inputs.plan.spec(self.folder))
+        blocks = {name: stored.model.get_submodule(name) for name in stored.blocks}
+        with stored.held(OUTSIDE), held_in_turn(blocks, stored.held):
+            actual = logits_of(stored.model, ids)
+        return {**self._counts(), "logits_difference": logits_difference([(actual, expected)])}
+
+    def verify(self) -> None:
+        """Check that every parameter as stored is the one trained through, or the base's, bit for bit. Of the former it
+        was checked when they were made that zeros which the merger promises to keep are zero."""
+        stored = PartedModel(self.inputs.plan.spec(self.folder))
+        expected, seen = self.parts.all("parameters"), set[str]()
+        for part in stored.parts:
+            with stored.held(part):
+                for name, parameter in stored.parameters(part).items():
+                    if sha256(parameter) != expected.get(name):
+                        raise ArtifactError(
+                            f"merge ({self.label}): {name} as stored is not the weight that training used"
+                        )
+                    seen.add(name)
+        for name in expected.keys() - seen:
+            raise ArtifactError(f"merge ({self.label}): {name} is not stored")
+
+    def _counts(self) -> Report:
+        layers = self.parts.all("layers").values()
+        before, after, weights = (sum(one[key] for one in layers) for key in ("zeros_before", "zeros_after", "weights"))
+        return {
+            "layers": len(layers),
+            "weights": weights,
+            "zeros_before": before,
+            "zeros_after": after,
+            "sparsity": after / weights,
+        }
+
+    def _load_deltas(self) -> None:
+        """Read all deltas: they are small beside the model, whose layers they are put over one block at a time."""
+        model, adapter, label = self.parts.opened.model, self.step.component(Adapter), self.step.label(Adapter)
+        shapes = tuple(shape_of(name, linear) for name, linear in self.linears.items())
+        space, self.deltas = make_deltas(adapter, label, shapes, 0)
+        layers = self._attach(list(self.linears))
+        load_deltas(AdaptedModel(model, self.tokenizer, layers, space), self.inputs.folders["finetune"], label)
+        self._detach(layers)
+        self.ranks = space.ranks_by_linear(read_ranks(self.inputs.folders["search"]))
+
+    def _attach(self, names: Sequence[str]) -> dict[str, AdaptedLinear]:
+        deltas = {name: self.deltas[name] for name in names}
+        bases = {name: FloatWeight(self.linears[name].weight, self.masked) for name in names}
+        return attach(self.parts.opened.model, deltas, self.merger, bases, self.dropout)
+
+    def _detach(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.parts.opened.model.set_submodule(name, self.linears[name])
+
+    @contextmanager
+    def _adapted(self, part: str) -> Iterator[dict[str, MergedLinear]]:
+        """Have the adapters of a part that is held over its layers."""
+        layers = self._attach([name for name in self.linears if self.parts.opened.part_of(name) == part])
+        set_ranks(layers, self.ranks)
+        try:
+            yield {name: layer for name, layer in layers.items() if isinstance(layer, MergedLinear)}
+        finally:
+            self._detach(layers)
+
+    @contextmanager
+    def _merging(self, part: str) -> Iterator[None]:
+        """Have a part in memory as it was trained; when it was used, write it merged, if it is not written as yet."""
+        merged: dict[str, Tensor] = {}
+        with self.parts.held(part, begin=lambda _: None, end=partial(self._end, merged=merged)):
+            with self._adapted(part) as layers:
+                yield
+                if part not in self.parts.records:
+                    merged |= {name: layer.effective() for name, layer in layers.items()}
+
+    def _end(self, part: str, merged: dict[str, Tensor]) -> None:
+        """Put the merged weights of a part in the place of the base's, and seal it."""
+        opened, layers = self.parts.opened, {}
+        for name, weight in merged.items():
+            linear = self.linears[name]
+            base = FloatWeight(linear.weight, self.masked)
+            blocks = ((weight[rows], base.weight[rows]) for rows in base.rows())  # whole masks would fill the memory
+            lost = sum(int(((new != 0) & (old == 0)).count_nonzero()) for new, old in blocks)
+            if self.merger.keeps_mask and lost:
+                raise ArtifactError(f"merge ({self.label}): {lost} zeros of the base are not zero in {name}.weight")
+            layers[name] = {
+                "zeros_before": weight.numel() - int(linear.weight.count_nonzero()),
+                "zeros_after": weight.numel() - int(weight.count_nonzero()),
+                "weights": weight.numel(),
+            }
+            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        record = {"parameters": {n: sha256(p) for n, p in opened.parameters(part).items()}, "layers": layers}
+        self.parts.seal(part, record, lambda: float_tensors(opened, part, self.source), {})
+
+
+def _leave(opened: WholeModel, part: str, written: FolderReader) -> None:
+    """Leave a part that is written as the base has it: the model that was trained goes through it again."""
+
+
+def _batch(examples: Sequence[Example]) -> Tensor:
+    """Return the beginnings of examples as token ids [examples, tokens], shorter ones with their last token again."""
+    rows = [example.input_ids[:COMPARED_TOKENS] for example in examples]
+    length = max(map(len, rows))
+    return torch.tensor([(*row, *row[-1:] * (length - len(row))) for row in rows])

@@ -1,0 +1,161 @@
+"""A merge whose base is in memory one block at a time writes, to the bit, what a merge of the whole writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, save_family
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sqft import Orchestrator, Recipe, Registry, Run
+from sqft.checkpoints.safetensors import weight_files
+from sqft.errors import ArtifactError
+from sqft.modeling.adapters.adapted_linear import MergedLinear
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.planning.plan import Plan
+from sqft.stages.inputs import StageInputs
+from sqft.stages.merge import MergeStage
+
+
+def trained(raw: dict[str, Any], registry: Registry, store: Path) -> tuple[Plan, Run]:
+    """All steps before the merge."""
+    orchestrator = Orchestrator(registry, store)
+    plan = orchestrator.plan(Recipe.parse(raw))
+    return plan, orchestrator.run(plan, "search")
+
+
+def stage(plan: Plan, run: Run, folder: Path, streamed: bool) -> MergeStage:
+    """The merge of a base that is there as a whole, or in parts."""
+    step = dataclasses.replace(plan.step("merge"), streamed=streamed)
+    scratch = folder / ("streamed" if streamed else "whole")
+    scratch.mkdir(exist_ok=True)
+    return MergeStage(StageInputs(plan, step, run.inputs("merge"), scratch, "cpu"))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return dict(FolderReader(folder, weight_files(folder)).tensors())
+
+
+def settings(folder: Path) -> dict[str, bytes]:
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".json" and "index" not in file.name
+    }
+
+
+def assert_alike_both_ways(raw: dict[str, Any], registry: Registry, folder: Path) -> dict[str, Any]:
+    """Returns the report of the merge in parts."""
+    plan, run = trained(raw, registry, folder / "store")
+    reports = []
+    for streamed in (False, True):
+        merge = stage(plan, run, folder, streamed)
+        reports.append(merge.run())
+        merge.verify()
+    for report in reports:  # what each compares differs
+        assert report.pop("logits_difference") < 1e-2
+    assert reports[0] == reports[1]
+    whole, streamed_ = (folder / way / "model" for way in ("whole", "streamed"))
+    one, other = tensors(whole), tensors(streamed_)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and tensor.equal(other[name]), name
+    assert settings(whole) == settings(streamed_)
+    return reports[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"merger": "hira"}, {"merger": "hira", "sparsify": None}, {"dtype": "bfloat16"}],
+    ids=["sparsepeft", "hira", "dense", "bfloat16"],
+)
+def test_same_as_the_whole(raw: dict[str, Any], registry: Registry, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if "sparsify" in changes:
+        del raw["sparsify"], raw["evaluate"]
+    raw["finetune"]["merger"] = changes.get("merger", "sparsepeft")
+    raw["model"]["dtype"] = changes.get("dtype", "float32")
+    report = assert_alike_both_ways(raw, registry, tmp_path)
+    assert report["zeros_after"] >= report["zeros_before"] and report["layers"] > 0
+    assert (report["zeros_before"] > 0) == ("sparsify" not in changes)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "model")
+
+
+STREAMED = [name for name, one in FAMILIES.items() if one.walk == "blocks" and name not in ("Zamba2", "xLSTM")]
+"""Families whose blocks are read one by one, without xLSTM, some of whose weights begin at zero: nothing can train."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STREAMED)
+def test_every_family(raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, family: str) -> None:
+    folder = save_family(family, tokenizer, tmp_path / "model", torch.float32)
+    raw["model"] = {"path": str(folder), "dtype": "float32"}
+    raw["sparsify"] = {"scorer": "magnitude", "exclude": list(FAMILIES[family].unseen)}
+    raw["finetune"] |= {"merger": "sparsepeft", "steps": 1}
+    raw["finetune"]["targets"] = ["*"]
+    assert_alike_both_ways(raw, registry, tmp_path)
+
+
+def test_a_killed_merge_goes_on_after_its_last_block(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = trained(raw, registry, tmp_path / "store")
+    expected = stage(plan, run, tmp_path, streamed=False).run()
+    effective = MergedLinear.effective
+    merged: list[int] = []
+
+    def killed(layer: MergedLinear) -> Tensor:
+        merged.append(1)
+        if len(merged) == 9:  # the second block's
+            raise KeyboardInterrupt
+        return effective(layer)
+
+    monkeypatch.setattr(MergedLinear, "effective", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(plan, run, tmp_path, streamed=True).run()
+    before = len(merged)
+    again = stage(plan, run, tmp_path, streamed=True)
+    assert list(again.in_parts.parts.records) == ["", "model.layers.0"]
+    report = again.run()
+    again.verify()
+    assert len(merged) - before == expected["layers"] // 2  # the second block's alone
+    difference = report.pop("logits_difference")
+    assert difference < 1e-2 and report == {k: v for k, v in expected.items() if k != "logits_difference"}
+    one, other = (tensors(tmp_path / way / "model") for way in ("whole", "streamed"))
+    assert all(one[name].equal(other[name]) for name in one.keys() | other.keys())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_what_is_on_disk_is_proved(raw: dict[str, Any], registry: Registry, tmp_path: Path, name: str) -> None:
+    plan, run = trained(raw, registry, tmp_path / "store")
+    merge = stage(plan, run, tmp_path, streamed=True)
+    merge.run()
+    file = next(f for f in weight_files(tmp_path / "streamed" / "model") if name in load_file(f))
+    written = load_file(file)
+    written[name].view(-1)[-1] += 1
+    save_file(written, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=f"merge .*: {name} as stored is not the weight that training used"):
+        merge.verify()
+
+
+def test_a_merged_weight_that_is_not_the_trained_one(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = trained(raw, registry, tmp_path / "store")
+    effective = MergedLinear.effective
+    monkeypatch.setattr(MergedLinear, "effective", lambda layer: effective(layer) * 1.5)
+    with pytest.raises(ArtifactError, match="off those of the model that was trained"):
+        stage(plan, run, tmp_path, streamed=True).run()
+
+
+def test_a_zero_that_does_not_stay(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = trained(raw, registry, tmp_path / "store")
+    effective = MergedLinear.effective
+    monkeypatch.setattr(MergedLinear, "effective", lambda layer: effective(layer) + 1e-6)
+    with pytest.raises(ArtifactError, match=r"merge .*: \d+ zeros of the base are not zero in model.layers.0"):
+        stage(plan, run, tmp_path, streamed=True).run()
