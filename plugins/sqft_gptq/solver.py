@@ -12,6 +12,9 @@ from sqft.kernels.grids import fit_grid, quantize, quantize_to_codes
 
 BLOCK = 128
 """Columns between lazy updates of the rest. Every group size divides it, except -1 (the row), which is fitted first."""
+INNER = 32
+"""Columns between updates of the rest of a block. It divides every group size, so that a group is fitted to weights
+that make up for all before it."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +112,21 @@ def gptq(
     codes = torch.empty(n, out, dtype=torch.uint8, device=W.device)
     for i1 in range(0, n, BLOCK):
         i2 = min(i1 + BLOCK, n)
-        W1, keep1, U1 = W[i1:i2].clone(), keep[i1:i2], U[i1:i2, i1:i2]
-        E1 = torch.empty_like(W1)
-        for j in range(i2 - i1):
-            g = groups[i1 + j]
-            if turns.static_grid is None and (i1 + j) % size == 0:
-                group = W1[j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
-                scale[g], zero[g] = fit_grid(group.T, bits, symmetric, clip)
-            w, s, z = W1[j], scale[g], zero[g]
-            W[i1 + j] = w  # as it is rounded: W is read no more up to i2
-            q = quantize_to_codes(w, s, z, top)
-            codes[i1 + j] = q.to(torch.uint8)
-            E1[j] = (w - s * (q - z)) / U1[j, j]
-            W1[j:] -= E1[j] * U1[j, j:, None] * keep1[j:]  # pruned weights do not compensate
-        W[i2:] -= (E1.T @ U[i1:i2, i2:]).T * keep[i2:]
+        E = torch.empty(i2 - i1, out, device=W.device)
+        for j1 in range(i1, i2, INNER):
+            j2 = min(j1 + INNER, i2)
+            for j in range(j1, j2):
+                g = groups[j]
+                if turns.static_grid is None and j % size == 0:
+                    group = W[j : j + size] if size <= BLOCK else W  # a longer one is the whole row, at its start
+                    scale[g], zero[g] = fit_grid(group.T, bits, symmetric, clip)
+                w, s, z = W[j], scale[g], zero[g]
+                q = quantize_to_codes(w, s, z, top)
+                codes[j] = q.to(torch.uint8)
+                E[j - i1] = (w - s * (q - z)) / U[j, j]
+                W[j + 1 : j2] -= E[j - i1] * U[j, j + 1 : j2, None] * keep[j + 1 : j2]  # pruned ones do not compensate
+            W[j2:i2] -= (U[j1:j2, j2:i2].T @ E[j1 - i1 : j2 - i1]) * keep[j2:i2]
+        W[i2:] -= (U[i1:i2, i2:].T @ E) * keep[i2:]
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
     return turns.in_input_order(codes.T, W.T, scale, zero, bits, group_size)
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqft.kernels.hessian import inverse_factor
+from sqft.kernels.hessian import SMALL, inverse_factor, inverse_of_lower
 
 
-def hessian(inputs: int, tokens: int = 200) -> Tensor:
-    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(inputs))
+def hessian(inputs: int) -> Tensor:
+    x = torch.randn(200 + 2 * inputs, inputs, generator=torch.Generator().manual_seed(inputs))
     return x.T @ x
 
 
 @pytest.mark.parametrize("by", ["mean", "input"])
-@pytest.mark.parametrize("inputs", [1, 8, 40])
+@pytest.mark.parametrize("inputs", [1, 8, 40, 2 * SMALL + 3])
 def test_it_is_the_factor_of_the_damped_inverse(inputs: int, by: Literal["mean", "input"]) -> None:
     H = hessian(inputs)
     before, U = H.clone(), inverse_factor(H, 0.01, by)
@@ -49,3 +49,12 @@ def test_nothing_helps() -> None:
     message = "not positive definite even when damped by up to 1000 of its diagonal"
     with pytest.raises(ValueError, match=re.escape(message)):
         inverse_factor(-hessian(8), 0.01)
+
+
+@pytest.mark.parametrize("n", [1, 2, SMALL, SMALL + 1, 3 * SMALL - 1])
+def test_the_inverse_of_a_triangular_matrix(n: int) -> None:
+    L = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).div(n).tril()
+    L.diagonal().abs_().add_(0.5)
+    before, inverse = L.clone(), inverse_of_lower(L)
+    assert L.equal(before) and inverse.equal(inverse.tril())
+    torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-9)
