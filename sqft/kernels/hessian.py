@@ -29,31 +29,29 @@ def inverse_factor(H: Tensor, damp: float, damp_by: Literal["mean", "input"] = "
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     added = diagonal if damp_by == "input" else diagonal.mean().expand_as(diagonal)
     for attempt in range(ATTEMPTS):
-        # Backwards H is L Lᵀ, so H is V Vᵀ of an upper V, which is L backwards; and U = V⁻¹.
-        backwards = H.flip(0, 1)
-        backwards.diagonal().copy_((diagonal + damp * 10**attempt * added).flip(0))
-        L, wrong = torch.linalg.cholesky_ex(backwards)
-        if not wrong and all_finite(U := inverse_of_lower(L).flip(0, 1)):
-            return U
+        # Backwards H is L Lᵀ, so H is V Vᵀ of an upper V, which is L backwards; and U = V⁻¹. Each is as large as H, so
+        # one takes the place of the other.
+        L: Tensor = H.flip(0, 1)
+        L.diagonal().copy_((diagonal + damp * 10**attempt * added).flip(0))
+        L, wrong = torch.linalg.cholesky_ex(L)
+        if not wrong:
+            invert_lower(L)
+            if all_finite(L):
+                return L.flip(0, 1)
     raise ValueError(
         f"the Hessian is not positive definite even when damped by up to {damp * 10 ** (ATTEMPTS - 1):g} of its "
         "diagonal; give more calibration text, a larger damp, or float32"
     )
 
 
-def inverse_of_lower(L: Tensor) -> Tensor:
-    """Return the inverse [n, n] of a lower triangular matrix: of its halves, and what lies between them by products."""
-    inverse = torch.zeros_like(L)
-    _invert_into(inverse, L)
-    return inverse
-
-
-def _invert_into(inverse: Tensor, L: Tensor) -> None:
+def invert_lower(L: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix [n, n] in its place: of its halves, and what lies between them by
+    products."""
     n, half = len(L), len(L) // 2
     if n <= SMALL:
-        inverse.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+        L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
         return
     first, last = slice(half), slice(half, n)
     for part in (first, last):
-        _invert_into(inverse[part, part], L[part, part])
-    torch.mm(inverse[last, last], -(L[last, first] @ inverse[first, first]), out=inverse[last, first])
+        invert_lower(L[part, part])
+    L[last, first] = L[last, last] @ (L[last, first] @ L[first, first]).neg_()
