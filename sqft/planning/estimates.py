@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from sqft.checkpoints.model_source import ModelSource
@@ -39,6 +39,10 @@ COPIES_OF_LAYER = 4
 
 EVALUATION_OVERHEAD = 1 << 30
 """The process with the caches of generation and the harness."""
+
+COPIES_OF_EXPERTS = 3
+"""Copies of a block whose experts are stored together, while it is written: one by one, together, and as they are named
+in the file."""
 
 COMPARED_LOGITS = 128
 """Tokens on which the logits of a merged model are compared, where it is in memory one block at a time."""
@@ -199,11 +203,17 @@ def streamed_bytes(
 
 def outside_and_block(model: ModelSource, dtype: str) -> tuple[int, int]:
     """Return the bytes of what lies outside the decoder blocks, and of the largest block."""
+    blocks = by_block(model.layout.linears, dtype)
+    return model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
+
+
+def by_block(layers: Iterable[LinearShape], dtype: str) -> Counter[str]:
+    """Return the bytes of these layers in each decoder block."""
     blocks = Counter[str]()
-    for layer in model.layout.linears:
+    for layer in layers:
         start = BLOCK.match(layer.name)
         blocks[start[0] if start else ""] += layer.out_features * layer.in_features * DTYPE_BYTES[dtype]
-    return model_bytes(model, dtype) - blocks.total(), max(blocks.values(), default=0)
+    return blocks
 
 
 def hidden_bytes(source: ModelSource, calibration: Calibration) -> int:
@@ -259,13 +269,21 @@ def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quan
 
 
 def estimate_merge(
-    model: ModelSource, dtype: str, deltas: int, stored: int, base: int, quantized: bool, streamed: bool = False
+    model: ModelSource,
+    dtype: str,
+    adapted: Collection[str],
+    deltas: int,
+    stored: int,
+    base: int,
+    quantized: bool,
+    streamed: bool = False,
 ) -> Estimate:
     """Estimate `merge`.
 
     Args:
         model: the recipe's model.
         dtype: its precision.
+        adapted: the layers that have adapters.
         deltas: bytes of the trained deltas.
         stored: bytes of the base as it is stored; the merged model is as large.
         base: bytes of the base in memory.
@@ -275,8 +293,11 @@ def estimate_merge(
     size = model_bytes(model, dtype)
     if streamed:
         outside, block = outside_and_block(model, dtype)
+        copies = COPIES_OF_EXPERTS if model.layout.experts else 1
+        merged = by_block((layer for layer in model.layout.linears if layer.name in adapted), dtype)
+        blocks = copies * block + max(merged.values(), default=0)
         logits = 3 * COMPARED_LOGITS * model.size("vocab_size") * 4  # of both models, and what lies between them
-        return Estimate(model.parameters, stored, outside + max(2 * block, logits) + deltas + RUNTIME_OVERHEAD)
+        return Estimate(model.parameters, stored, outside + max(blocks, logits) + deltas + RUNTIME_OVERHEAD)
     # The adapted and the effective weights, and the base that they are written into. Of codes also copies to be stored,
     # and the codes of the base, of the merged model and of the start of training.
     copies = size + 3 * model.parameters if quantized else 0

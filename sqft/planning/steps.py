@@ -215,7 +215,7 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
         resolver.collect(compatibility.check_merge(merger, resolver.installed(Merger)))
         return None
     sizes = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps, steps["finetune"].layers)
-    deltas = steps["finetune"].estimate.storage
+    tuned = steps["finetune"].layers, steps["finetune"].estimate.storage
     streamed = not base.quantized and is_streamed(resolver.model, resolver.dtype, base.step is not None)
     return Step(
         name="merge",
@@ -225,7 +225,7 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
         components={},
         inputs={"search": "search", "finetune": "finetune", **base.inputs},
         files=resolver.files(section, "merge"),
-        estimate=estimates.estimate_merge(resolver.model, resolver.dtype, deltas, *sizes, base.quantized, streamed),
+        estimate=estimates.estimate_merge(resolver.model, resolver.dtype, *tuned, *sizes, base.quantized, streamed),
     )
 
 

@@ -26,6 +26,7 @@ from sqft.modeling.architecture.blocks import all_linears, shape_of
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model, load_packed, load_tokenizer
 from sqft.modeling.loading.quantized import read_grids
+from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
 from sqft.stages.inputs import section_of
@@ -54,8 +55,7 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     layers = {name: found[name] for name in step.layers}
     label, shapes = step.label(Adapter), tuple(shape_of(n, layer) for n, layer in layers.items())
     space, deltas = make_deltas(adapter, label, shapes, seed)
-    # A model that came sparse keeps its zeros too: a merger that promises to keep them gets a mask of any base.
-    masked = merger.keeps_mask or base.kind is not BaseKind.DENSE
+    masked = is_masked(base, merger)
     if on_codes:
         masks = base.masks(folders) if merger.merges else None
         residuals = base.residuals(folders) if section.base == "compensated" else None
@@ -68,6 +68,12 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     adapted = attach(model, deltas, merger, weights, dropout, merger.learns_scales())
     model.to(device)
     return AdaptedModel(model, tokenizer, adapted, space)
+
+
+def is_masked(base: AdapterBase, merger: Merger) -> bool:
+    """Return whether what is zero in the base stays zero. A model that came sparse keeps its zeros too: a merger that
+    promises to keep them gets a mask of any base."""
+    return merger.keeps_mask or base.kind is not BaseKind.DENSE
 
 
 def make_deltas(

@@ -19,6 +19,7 @@ from sqft.components.kinds import Adapter, Merger
 from sqft.data.encoding import Example
 from sqft.errors import ArtifactError
 from sqft.kernels.checksums import sha256
+from sqft.kernels.finite import all_finite
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, attach, set_ranks
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight
@@ -29,11 +30,11 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.part_writer import float_tensors
 from sqft.modeling.loading.parts import OUTSIDE, PartedModel, WholeModel
 from sqft.modeling.loading.transformers_io import save_settings
-from sqft.stages.adapted import load_deltas, make_deltas
+from sqft.stages.adapted import is_masked, load_deltas, make_deltas
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.logits import logits_difference, logits_of
 from sqft.stages.step_parts import StepParts
-from sqft.types import BaseKind
+from sqft.utils.digests import Digests
 
 COMPARED_TOKENS = 32
 """Tokens of each example on which logits are compared: a large vocabulary's take half a megabyte a token."""
@@ -55,8 +56,8 @@ class MergeInParts:
         self.tokenizer = self.parts.tokenizer
         found = linears(self.parts.opened.model)
         self.linears = {name: found[name] for name in self.step.layers}
-        # As `build_adapted_model` has it.
-        self.masked = self.merger.keeps_mask or inputs.plan.adapter_base.kind is not BaseKind.DENSE
+        self.masked = is_masked(inputs.plan.adapter_base, self.merger)
+        self.files = ""  # digest of the folder that the logits are of
         self.dropout = checks.check_dropout(self.step.label(Adapter), self.step.component(Adapter).input_dropout())
         self._load_deltas()
 
@@ -70,7 +71,7 @@ class MergeInParts:
         blocks = {name: opened.model.get_submodule(name) for name in opened.blocks}
         with self._merging(OUTSIDE):  # sealed first: what is outside is held as long as the model runs
             pass
-        with opened.held(OUTSIDE), self._adapted(OUTSIDE), held_in_turn(blocks, self._merging):
+        with opened.held(OUTSIDE), held_in_turn(blocks, self._merging):
             expected = logits_of(opened.model, ids)
         for block in blocks:
             if block not in self.parts.records:  # the model does not run it
@@ -78,6 +79,7 @@ class MergeInParts:
                     pass
         self.parts.writer.write_index()
         save_settings(opened.model, self.tokenizer, self.folder, self.source)
+        self.files = Digests().path(self.folder)
         stored = PartedModel(self.inputs.plan.spec(self.folder))
         blocks = {name: stored.model.get_submodule(name) for name in stored.blocks}
         with stored.held(OUTSIDE), held_in_turn(blocks, stored.held):
@@ -85,20 +87,20 @@ class MergeInParts:
         return {**self._counts(), "logits_difference": logits_difference([(actual, expected)])}
 
     def verify(self) -> None:
-        """Check that every parameter as stored is the one trained through, or the base's, bit for bit. Of the former it
-        was checked when they were made that zeros which the merger promises to keep are zero."""
-        stored = PartedModel(self.inputs.plan.spec(self.folder))
-        expected, seen = self.parts.all("parameters"), set[str]()
+        """Check that every tensor as stored is the one trained through, or the base's, bit for bit. That the zeros which
+        the merger promises to keep are zero was checked when the weights were made."""
+        stored, expected = PartedModel(self.inputs.plan.spec(self.folder)), self.parts.all("tensors")
         for part in stored.parts:
             with stored.held(part):
-                for name, parameter in stored.parameters(part).items():
-                    if sha256(parameter) != expected.get(name):
+                for name, tensor in stored.tensors(part).items():
+                    if not all_finite(tensor):
+                        raise ArtifactError(f"merge ({self.label}): {name} as stored holds values that are not finite")
+                    if sha256(tensor) != expected.get(name):
                         raise ArtifactError(
                             f"merge ({self.label}): {name} as stored is not the weight that training used"
                         )
-                    seen.add(name)
-        for name in expected.keys() - seen:
-            raise ArtifactError(f"merge ({self.label}): {name} is not stored")
+        if Digests().path(self.folder) != self.files:
+            raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
 
     def _counts(self) -> Report:
         layers = self.parts.all("layers").values()
@@ -166,7 +168,7 @@ class MergeInParts:
                 "weights": weight.numel(),
             }
             linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-        record = {"parameters": {n: sha256(p) for n, p in opened.parameters(part).items()}, "layers": layers}
+        record = {"tensors": {name: sha256(tensor) for name, tensor in opened.tensors(part).items()}, "layers": layers}
         self.parts.seal(part, record, lambda: float_tensors(opened, part, self.source), {})
 
 

@@ -40,7 +40,7 @@ class SparsifyStage:
         self.scorer, self.label = inputs.step.component(Scorer), inputs.step.label(Scorer)
         self.updater = inputs.step.component(Updater) if Updater.kind in inputs.step.components else None
         self.updates_weights = self.updater is not None or type(self.scorer).prune is not Scorer.prune
-        # The digest of every parameter, as it was loaded or as a component gave it: it is to be read back.
+        # The digest of every tensor, as it was loaded or as a component gave it: it is to be read back.
         self.parameters: dict[str, str] = {}
         self.others: dict[Path, OtherModel] = {}
 
@@ -73,7 +73,7 @@ class SparsifyStage:
 
         def end(part: str) -> None:
             record: dict[str, Any] = {
-                "parameters": {name: self.parameters[name] for name in parts.opened.parameters(part)}
+                "parameters": {name: self.parameters[name] for name in parts.opened.tensors(part)}
             }
             record["layers"] = dict(pruned)
             parts.seal(part, record, lambda: float_tensors(parts.opened, part, source), {"masks": masks})
@@ -119,10 +119,10 @@ class SparsifyStage:
         }
 
     def _begin(self, part: str) -> None:
-        """Remember the parameters of a part as they were loaded."""
-        for name, parameter in self.parts.opened.parameters(part).items():
+        """Remember the tensors of a part as they were loaded."""
+        for name, tensor in self.parts.opened.tensors(part).items():
             if name not in self.parameters:
-                self.parameters[name] = sha256(parameter)
+                self.parameters[name] = sha256(tensor)
 
     def verify(self) -> None:
         """Check that the model as stored opens, and that every parameter is as it was loaded, bit for bit: in pruned
@@ -136,7 +136,7 @@ class SparsifyStage:
         seen = set[str]()
         for part in stored.parts:
             with stored.held(part):
-                for name, parameter in stored.parameters(part).items():
+                for name, parameter in stored.tensors(part).items():
                     layer = name.removesuffix(".weight")
                     self._check(name, parameter, expected.get(name), masks.tensor(layer) if layer in known else None)
                     seen.add(name)

@@ -18,7 +18,7 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.part_writer import PartWriter
 from sqft.modeling.loading.parts import PartedModel, WholeModel, open_in_parts
 from sqft.stages.inputs import StageInputs
-from sqft.utils.files import CHECKPOINTS, write_json, written_whole
+from sqft.utils.files import CHECKPOINTS, MANIFEST, write_json, written_whole
 
 Beside = Mapping[str, Mapping[str, Tensor]]
 """What a part has beside its weights: a file's name without suffix -> its tensors by layer."""
@@ -46,6 +46,9 @@ class StepParts:
     def __init__(self, inputs: StageInputs, source: ModelSpec, restore: Restore) -> None:
         self.streamed, self.scratch, self._restore = inputs.step.streamed, inputs.scratch, restore
         self._digests = inputs.digests
+        # What a part is made of: a step before may have been made again since, and not come out the same.
+        files = {role: folder / MANIFEST for role, folder in inputs.folders.items()}
+        self._made_of = {role: self._digests.file(file) for role, file in files.items() if file.is_file()}
         self.opened, self.tokenizer = open_in_parts(source, self.streamed)
         self.writer = PartWriter(self.scratch / "model", self.opened.parts)
         self.records: dict[str, dict[str, Any]] = {}
@@ -87,7 +90,7 @@ class StepParts:
                 with written_whole(file) as temporary:
                     save_file(dict(tensors), temporary)
             digests = {file.relative_to(self.scratch).as_posix(): self._digests.file(file) for file in files}
-            sealed = {"record": record, "files": digests}
+            sealed = {"record": record, "files": digests, "made_of": self._made_of}
             write_json(self._file(part, "json"), {**sealed, "checksum": _checksum(sealed)})  # last: it seals the part
         else:
             for name, tensors in beside.items():
@@ -113,9 +116,8 @@ class StepParts:
         try:
             sealed = json.loads(self._file(part, "json").read_text("utf-8"))
             checksum, files = sealed.pop("checksum"), sealed["files"]
-            intact = checksum == _checksum(sealed) and all(
-                self._digests.file(self.scratch / name) == known for name, known in files.items()
-            )
+            intact = checksum == _checksum(sealed) and sealed["made_of"] == self._made_of
+            intact = intact and all(self._digests.file(self.scratch / name) == known for name, known in files.items())
             return dict(sealed["record"]) if intact else None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None

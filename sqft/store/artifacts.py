@@ -22,11 +22,10 @@ from typing import Any
 from sqft.errors import ArtifactError, SqftError, StoreError
 from sqft.store.locks import Locks
 from sqft.utils.digests import Digests
-from sqft.utils.files import CHECKPOINTS, reason, sync, write_json
+from sqft.utils.files import CHECKPOINTS, MANIFEST, reason, sync, write_json
 
 SCHEMA = 1
 """The version of the manifest's format."""
-MANIFEST = "manifest.json"
 USERS_LOCK = ".used"
 """Suffix of an artifact's second lock. The first, NAME, is held by the run that makes the artifact; NAME.used is shared
 by all runs that use it."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqft.errors import ArtifactError, StoreError
-from sqft.store.artifacts import INCOMPLETE_PREFIX, MANIFEST, Store
+from sqft.store.artifacts import INCOMPLETE_PREFIX, Store
 from sqft.store.runs import RunState, check_readable, read_runs, subfolders
+from sqft.utils.files import MANIFEST
 from sqft.utils.text import human_size
 
 ARTIFACT_NAME = re.compile(r"([a-z]+)-([0-9a-f]{12})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,14 +21,14 @@ from sqft.checkpoints.packed_floats import packed_floats
 from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
-from sqft.kernels.packing import unpack
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.experts import Experts
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_skeleton
+from sqft.modeling.loading.compressed import read_compressed_layer
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_layer
-from sqft.types import Grid, Quantized
+from sqft.types import Quantized
 from sqft.utils.files import unreadable
 from sqft.utils.progress import Track, silent
 from sqft.utils.text import human_size
@@ -38,6 +39,8 @@ COMPRESSED_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zer
 """The tensors that compressed-tensors' "pack-quantized" stores instead of a layer's weight."""
 PACKED = ("FP8", "MXFP4")
 """Formats that a recipe reads as floats."""
+GGUF_PIECE = 1 << 24
+"""Weights of a GGUF file's tensor that are read at once."""
 GPTQ_SETTINGS = ("bits", "group_size", "sym", "desc_act")
 """Settings of a GPTQ checkpoint that are shown."""
 
@@ -330,31 +333,6 @@ def _split(names: Sequence[str], codes: str, parts: Sequence[str]) -> tuple[list
     return layers, [name for name in names if name not in parts_of_layers]
 
 
-def read_compressed_layer(reader: FolderReader, name: str) -> Quantized:
-    """Read a layer of "pack-quantized", where codes and zero points are stored with half their range added.
-
-    Raises:
-        ValueError: when the shapes of its tensors do not fit one another.
-    """
-    stored = set(reader.names())
-    words, scale = reader.tensor(f"{name}.weight_packed"), reader.tensor(f"{name}.weight_scale")
-    if wrong := [list(tensor.shape) for tensor in (words, scale) if tensor.dim() != 2]:
-        raise ValueError(f"codes or scales are {wrong[0]}, expected 2 dimensions")
-    out, inputs = map(int, reader.tensor(f"{name}.weight_shape"))
-    bits, groups = words.shape[1] * 32 // inputs, scale.shape[1]
-    codes = unpack(words.T.contiguous(), bits).T[:, :inputs]
-    zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
-    if f"{name}.weight_zero_point" in stored:
-        points = reader.tensor(f"{name}.weight_zero_point")
-        packed = points.dtype == torch.int32 and points.shape[0] != out
-        zero = unpack(points, bits)[:out] if packed else (points.int() + 2 ** (bits - 1)).to(torch.uint8)
-    if codes.shape != (out, inputs) or zero.shape != (out, groups):
-        raise ValueError(f"expected {groups} zero points and {inputs} codes for each of {out} outputs")
-    index = reader.tensor(f"{name}.weight_g_idx") if f"{name}.weight_g_idx" in stored else None
-    size = -1 if groups == 1 else inputs // groups
-    return Quantized(codes, Grid(scale, zero, size, bits, index))
-
-
 def _gguf(path: Path, track: Track) -> Inspection:
     reader = open_gguf(path)
     if not reader.tensors:
@@ -367,8 +345,10 @@ def _gguf_module(tensor: Any) -> Module:
     from gguf.quants import dequantize
 
     name, shape = str(tensor.name), tuple(int(n) for n in reversed(tensor.shape))
+    step = max(1, GGUF_PIECE // max(1, math.prod(shape[1:])))
+    pieces = (tensor.data[start : start + step] for start in range(0, len(tensor.data), step))
     try:
-        zeros = int((dequantize(tensor.data, tensor.tensor_type) == 0).sum())
+        zeros = sum(int((dequantize(piece, tensor.tensor_type) == 0).sum()) for piece in pieces)
     except (NotImplementedError, TypeError):
         zeros = None
     match = GGUF_BLOCK.fullmatch(name)

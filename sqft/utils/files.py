@@ -12,6 +12,8 @@ from typing import Any
 
 from sqft.errors import SqftError
 
+MANIFEST = "manifest.json"
+"""The file of an artifact that seals it."""
 CHECKPOINTS = "checkpoints"
 """A folder that a stage resumes from: it is no part of the artifact, and is deleted once that is complete."""
 

@@ -13,9 +13,9 @@ from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import RecipeError
 from sqft.kernels.grids import dequantize, same
+from sqft.modeling.loading.compressed import read_compressed_layer
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import load_dequantized, read_quantized
-from sqft.tools.inspection import read_compressed_layer
 
 EXPORTS = [{"exporter": name} for name in ("gptq", "compressed-tensors", "hf")]
 

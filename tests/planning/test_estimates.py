@@ -182,6 +182,18 @@ def test_what_holds_codes_needs_more() -> None:
     size, model = model_bytes(source(), "float32"), source()
     search = [estimate_search(model, "float32", 40, size, quantized).memory for quantized in (False, True)]
     assert search == [2 * size + 40 + (1 << 29), 3 * size + 40 + (1 << 29)]
-    merge = [estimate_merge(model, "float32", 40, 9, size, quantized).memory for quantized in (False, True)]
+    merge = [estimate_merge(model, "float32", (), 40, 9, size, quantized).memory for quantized in (False, True)]
     assert merge == [3 * size + (1 << 29), 4 * size + 3 * model.parameters + (1 << 29)]
-    assert estimate_merge(model, "float32", 40, 9, size, True).storage == 9
+    assert estimate_merge(model, "float32", (), 40, 9, size, True).storage == 9
+
+
+@pytest.mark.parametrize("experts", [(), ("model.layers.0.mlp",)])
+def test_a_merge_in_parts_holds_one_block(experts: tuple[str, ...]) -> None:
+    """Beside its adapted layers, merged; one whose experts are stored together is there three times."""
+    shapes = {"embed": (3, 4)} | {f"model.layers.{i}.{n}.weight": (64, 64) for i in range(3) for n in "ab"}
+    linears = tuple(LinearShape(name.removesuffix(".weight"), 64, 64) for name in shapes if name != "embed")
+    model = ModelSource("folder", Path("m"), "", shapes, ModelLayout(linears=linears, experts=experts))
+    adapted = ["model.layers.0.a", "model.layers.1.a", "model.layers.1.b"]
+    found = estimate_merge(model, "bfloat16", adapted, 40, 9, 7, False, streamed=True)
+    layer, copies = 2 * 64 * 64, 3 if experts else 1
+    assert found.memory == 2 * 12 + copies * 2 * layer + 2 * layer + 40 + (1 << 29) and found.storage == 9

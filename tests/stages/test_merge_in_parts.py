@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
+from sqft_sparsepeft import SparsePEFT
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +23,7 @@ from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.planning.plan import Plan
 from sqft.stages.inputs import StageInputs
 from sqft.stages.merge import MergeStage
+from sqft.types import BaseWeight
 
 
 def trained(raw: dict[str, Any], registry: Registry, store: Path) -> tuple[Plan, Run]:
@@ -128,15 +131,90 @@ def test_a_killed_merge_goes_on_after_its_last_block(
     assert all(one[name].equal(other[name]) for name in one.keys() | other.keys())
 
 
+def test_parts_of_another_training_are_no_parts_of_this_one(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """A step before was made again, and did not come out the same."""
+    plan, run = trained(raw, registry, tmp_path / "store")
+    stage(plan, run, tmp_path, streamed=True).run()
+    assert len(stage(plan, run, tmp_path, streamed=True).in_parts.parts.records) == 3
+    manifest = run["finetune"].folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seconds": ', '"seconds": 1'))
+    assert not stage(plan, run, tmp_path, streamed=True).in_parts.parts.records
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_merger_that_keeps_no_zeros(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    """Of the base's mask it is given what it is given as a whole."""
+    seen = list[bool]()
+
+    def combine(_: Any, base: BaseWeight, delta: Tensor) -> Tensor:
+        seen.append(base.mask is not None)
+        return base.weight + delta
+
+    if not sparse:
+        del raw["sparsify"], raw["evaluate"]
+    plan, run = trained(raw, registry, tmp_path / "store")
+    monkeypatch.setattr(SparsePEFT, "keeps_mask", False)
+    monkeypatch.setattr(SparsePEFT, "combine", combine)
+    found = []
+    for streamed in (False, True):
+        seen.clear()
+        merge = stage(plan, run, tmp_path, streamed)
+        merge.run()
+        merge.verify()
+        found.append(set(seen))
+    assert found == [{sparse}, {sparse}]
+    one, other = (tensors(tmp_path / way / "model") for way in ("whole", "streamed"))
+    assert all(one[name].equal(other[name]) for name in one.keys() | other.keys())
+
+
+@pytest.mark.parametrize("value", [100.0, math.nan])
+def test_buffers_are_proved(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, value: float
+) -> None:
+    """The biases of GLM's routers are no parameters."""
+    raw["model"] = {"path": str(save_family("Glm4Moe", tokenizer, tmp_path / "model", torch.float32))}
+    raw["sparsify"] = {"scorer": "magnitude"}
+    plan, run = trained(raw, registry, tmp_path / "store")
+    merge = stage(plan, run, tmp_path, streamed=True)
+    merge.run()
+    spoil(tmp_path / "streamed" / "model", "model.layers.1.mlp.gate.e_score_correction_bias", value)
+    with pytest.raises(ArtifactError, match="e_score_correction_bias as stored"):
+        merge.verify()
+
+
+def spoil(folder: Path, name: str, value: float) -> None:
+    """Change the last entry of a tensor."""
+    file = next(f for f in weight_files(folder) if name in load_file(f))
+    written = load_file(file)
+    written[name].view(-1)[-1] += value
+    save_file(written, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "an index", "a file more"])
+def test_the_folder_is_proved(raw: dict[str, Any], registry: Registry, tmp_path: Path, change: str) -> None:
+    plan, run = trained(raw, registry, tmp_path / "store")
+    merge = stage(plan, run, tmp_path, streamed=True)
+    merge.run()
+    folder = tmp_path / "streamed" / "model"
+    if change == "a file more":
+        (folder / "evil.py").write_text("")
+    else:
+        file = folder / ("model.safetensors.index.json" if change == "an index" else change)
+        file.write_text(file.read_text() + "\n")
+    with pytest.raises(ArtifactError, match="has changed since it was read back"):
+        merge.verify()
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
 def test_what_is_on_disk_is_proved(raw: dict[str, Any], registry: Registry, tmp_path: Path, name: str) -> None:
     plan, run = trained(raw, registry, tmp_path / "store")
     merge = stage(plan, run, tmp_path, streamed=True)
     merge.run()
-    file = next(f for f in weight_files(tmp_path / "streamed" / "model") if name in load_file(f))
-    written = load_file(file)
-    written[name].view(-1)[-1] += 1
-    save_file(written, file, metadata={"format": "pt"})
+    spoil(tmp_path / "streamed" / "model", name, 1)
     with pytest.raises(ArtifactError, match=f"merge .*: {name} as stored is not the weight that training used"):
         merge.verify()
 

@@ -72,6 +72,12 @@ class WholeModel:
         """Return the parameters of a part by name; those that are tied, once."""
         return {name: one for name, one in self.model.named_parameters() if self.part_of(name) == part}
 
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of a part by name: its parameters, and the buffers that are stored."""
+        stored = self.model.state_dict().keys()
+        buffers = {name: one for name, one in self.model.named_buffers() if name in stored}
+        return {**self.parameters(part), **{name: one for name, one in buffers.items() if self.part_of(name) == part}}
+
 
 class PartedModel(WholeModel):
     """A folder of floats whose parts are in memory only while they are held.
