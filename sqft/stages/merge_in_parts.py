@@ -87,8 +87,8 @@ class MergeInParts:
         return {**self._counts(), "logits_difference": logits_difference([(actual, expected)])}
 
     def verify(self) -> None:
-        """Check that every tensor as stored is the one trained through, or the base's, bit for bit. That the zeros which
-        the merger promises to keep are zero was checked when the weights were made."""
+        """Check that every tensor as stored is the one trained through, or the base's, bit for bit. That the zeros
+        which the merger promises to keep are zero was checked when the weights were made."""
         stored, expected = PartedModel(self.inputs.plan.spec(self.folder)), self.parts.all("tensors")
         for part in stored.parts:
             with stored.held(part):
