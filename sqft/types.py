@@ -305,5 +305,10 @@ class Select(Protocol):
 
 SPARSITY_TOLERANCE = 0.005
 """Largest difference between the sparsity that was asked for and that of all allocated layers together."""
+COMPARED_EXAMPLES = 4
+"""Examples on which the logits of a merged model are compared with those of the adapted one."""
+COMPARED_TOKENS = 32
+"""Tokens of each example that are compared where one block at a time is in memory: a large vocabulary's logits take
+half a megabyte a token."""
 HESSIAN_BYTES = 4 << 30
 """Largest number of bytes of Hessians in memory at once, when layers are compressed one input after the other."""

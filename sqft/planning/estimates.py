@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqft.checkpoints.model_source import ModelSource
 from sqft.recipe.sections import Calibration, Finetune
-from sqft.types import HESSIAN_BYTES, LinearShape, Statistic
+from sqft.types import COMPARED_EXAMPLES, COMPARED_TOKENS, HESSIAN_BYTES, LinearShape, Statistic
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -43,9 +43,6 @@ EVALUATION_OVERHEAD = 1 << 30
 COPIES_OF_EXPERTS = 3
 """Copies of a block whose experts are stored together, while it is written: one by one, together, and as they are named
 in the file."""
-
-COMPARED_LOGITS = 128
-"""Tokens on which the logits of a merged model are compared, where it is in memory one block at a time."""
 
 RESULTS_BYTES = 1 << 16
 """The measurements that an evaluation stores."""
@@ -296,7 +293,8 @@ def estimate_merge(
         copies = COPIES_OF_EXPERTS if model.layout.experts else 1
         merged = by_block((layer for layer in model.layout.linears if layer.name in adapted), dtype)
         blocks = copies * block + max(merged.values(), default=0)
-        logits = 3 * COMPARED_LOGITS * model.size("vocab_size") * 4  # of both models, and what lies between them
+        # Of both models, and what lies between them.
+        logits = 3 * COMPARED_EXAMPLES * COMPARED_TOKENS * model.size("vocab_size") * 4
         return Estimate(model.parameters, stored, outside + max(blocks, logits) + deltas + RUNTIME_OVERHEAD)
     # The adapted and the effective weights, and the base that they are written into. Of codes also copies to be stored,
     # and the codes of the base, of the merged model and of the start of training.

@@ -15,6 +15,7 @@ from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import DTYPES
 from sqft.recipe.stages import STAGES
 from sqft.types import InputPath
+from sqft.utils.files import MANIFEST
 from sqft.utils.hub import HUB_ID
 
 MEASURES = ("perplexity", "exact_match", "tasks")
@@ -88,7 +89,7 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
 
 def recipe_of_model(model: Path) -> dict[str, Any]:
     """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored."""
-    model = model / "model" if (model / "manifest.json").is_file() and (model / "model").is_dir() else model
+    model = model / "model" if (model / MANIFEST).is_file() and (model / "model").is_dir() else model
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
     path, dtype = str(model.resolve()), stored if stored in get_args(DTYPES) else "float32"

@@ -27,14 +27,11 @@ from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.stages.logits import logits_difference, logits_of
-from sqft.stages.merge_in_parts import MergeInParts
-from sqft.types import Quantized
+from sqft.stages.merge_in_parts import MergeInParts, report_of
+from sqft.types import COMPARED_EXAMPLES, Quantized
 from sqft.utils.digests import Digests
 
 log = logging.getLogger("sqft")
-
-COMPARED_EXAMPLES = 4
-"""Examples on which the logits of the merged model are compared with those of the adapted one."""
 
 
 class MergeStage:
@@ -75,8 +72,7 @@ class MergeStage:
             return self.in_parts.run(self._examples(self.in_parts.tokenizer))
         report = self._write()
         batches = (torch.tensor([example.input_ids]) for example in self._examples(self.adapted.tokenizer))
-        models = self.stored, self.adapted.model
-        pairs = ((logits_of(models[0], ids), logits_of(models[1], ids)) for ids in batches)
+        pairs = ((logits_of(self.stored, ids), logits_of(self.adapted.model, ids)) for ids in batches)
         return {**report, "logits_difference": logits_difference(pairs)}
 
     def verify(self) -> None:
@@ -114,21 +110,19 @@ class MergeStage:
         source = self.inputs.plan.spec(self.base_path)
         model, tokenizer = load_model(source)
         self.digests = {name: sha256(tensor) for name, tensor in _tensors(model).items()}
-        zeros_before = zeros_after = weights = 0
+        layers = []
         for name, weight in effective.items():
-            zeros_before += int((~kept_by_base(adapted.layers[name].base)).sum())
-            zeros_after += int((weight == 0).sum())
-            weights += weight.numel()
+            layers.append(
+                {
+                    "zeros_before": int((~kept_by_base(adapted.layers[name].base)).sum()),
+                    "zeros_after": int((weight == 0).sum()),
+                    "weights": weight.numel(),
+                }
+            )
             parameter = model.get_parameter(f"{name}.weight")
             self.digests[f"{name}.weight"] = sha256(weight.to(parameter.dtype))
             parameter.data.copy_(weight)
-        report = {
-            "layers": len(effective),
-            "weights": weights,
-            "zeros_before": zeros_before,
-            "zeros_after": zeros_after,
-            "sparsity": zeros_after / weights,
-        }
+        report = report_of(layers)
         if not self.inputs.plan.adapter_base.quantized:
             save_model(model, tokenizer, self.folder, source)
             return report

@@ -6,7 +6,7 @@ it. On the way through the first, each block's merged weights are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -25,7 +25,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import linears, shape_of
-from sqft.modeling.calibration.capture import held_in_turn
+from sqft.modeling.calibration.capture import Hold, held_in_turn
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.part_writer import float_tensors
 from sqft.modeling.loading.parts import OUTSIDE, PartedModel, WholeModel
@@ -34,10 +34,8 @@ from sqft.stages.adapted import is_masked, load_deltas, make_deltas
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.logits import logits_difference, logits_of
 from sqft.stages.step_parts import StepParts
+from sqft.types import COMPARED_TOKENS
 from sqft.utils.digests import Digests
-
-COMPARED_TOKENS = 32
-"""Tokens of each example on which logits are compared: a large vocabulary's take half a megabyte a token."""
 
 
 class MergeInParts:
@@ -68,12 +66,10 @@ class MergeInParts:
             ArtifactError: when the merged model is not the one that was trained.
         """
         opened, ids = self.parts.opened, _batch(examples)
-        blocks = {name: opened.model.get_submodule(name) for name in opened.blocks}
         with self._merging(OUTSIDE):  # sealed first: what is outside is held as long as the model runs
             pass
-        with opened.held(OUTSIDE), held_in_turn(blocks, self._merging):
-            expected = logits_of(opened.model, ids)
-        for block in blocks:
+        expected = _logits(opened, self._merging, ids)
+        for block in opened.blocks:
             if block not in self.parts.records:  # the model does not run it
                 with self._merging(block):
                     pass
@@ -81,10 +77,8 @@ class MergeInParts:
         save_settings(opened.model, self.tokenizer, self.folder, self.source)
         self.files = Digests().path(self.folder)
         stored = PartedModel(self.inputs.plan.spec(self.folder))
-        blocks = {name: stored.model.get_submodule(name) for name in stored.blocks}
-        with stored.held(OUTSIDE), held_in_turn(blocks, stored.held):
-            actual = logits_of(stored.model, ids)
-        return {**self._counts(), "logits_difference": logits_difference([(actual, expected)])}
+        difference = logits_difference([(_logits(stored, stored.held, ids), expected)])
+        return {**report_of(self.parts.all("layers").values()), "logits_difference": difference}
 
     def verify(self) -> None:
         """Check that every tensor as stored is the one trained through, or the base's, bit for bit. That the zeros
@@ -101,17 +95,6 @@ class MergeInParts:
                         )
         if Digests().path(self.folder) != self.files:
             raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
-
-    def _counts(self) -> Report:
-        layers = self.parts.all("layers").values()
-        before, after, weights = (sum(one[key] for one in layers) for key in ("zeros_before", "zeros_after", "weights"))
-        return {
-            "layers": len(layers),
-            "weights": weights,
-            "zeros_before": before,
-            "zeros_after": after,
-            "sparsity": after / weights,
-        }
 
     def _load_deltas(self) -> None:
         """Read all deltas: they are small beside the model, whose layers they are put over one block at a time."""
@@ -133,24 +116,18 @@ class MergeInParts:
             self.parts.opened.model.set_submodule(name, self.linears[name])
 
     @contextmanager
-    def _adapted(self, part: str) -> Iterator[dict[str, MergedLinear]]:
-        """Have the adapters of a part that is held over its layers."""
-        layers = self._attach([name for name in self.linears if self.parts.opened.part_of(name) == part])
-        set_ranks(layers, self.ranks)
-        try:
-            yield {name: layer for name, layer in layers.items() if isinstance(layer, MergedLinear)}
-        finally:
-            self._detach(layers)
-
-    @contextmanager
     def _merging(self, part: str) -> Iterator[None]:
         """Have a part in memory as it was trained; when it was used, write it merged, if it is not written as yet."""
         merged: dict[str, Tensor] = {}
         with self.parts.held(part, begin=lambda _: None, end=partial(self._end, merged=merged)):
-            with self._adapted(part) as layers:
+            layers = self._attach([name for name in self.linears if self.parts.opened.part_of(name) == part])
+            set_ranks(layers, self.ranks)
+            try:
                 yield
                 if part not in self.parts.records:
-                    merged |= {name: layer.effective() for name, layer in layers.items()}
+                    merged |= {name: one.effective() for name, one in layers.items() if isinstance(one, MergedLinear)}
+            finally:
+                self._detach(layers)
 
     def _end(self, part: str, merged: dict[str, Tensor]) -> None:
         """Put the merged weights of a part in the place of the base's, and seal it."""
@@ -174,6 +151,25 @@ class MergeInParts:
 
 def _leave(opened: WholeModel, part: str, written: FolderReader) -> None:
     """Leave a part that is written as the base has it: the model that was trained goes through it again."""
+
+
+def report_of(layers: Collection[Mapping[str, int]]) -> Report:
+    """Return what to report, of "zeros_before", "zeros_after" and "weights" of each merged layer."""
+    before, after, weights = (sum(one[key] for one in layers) for key in ("zeros_before", "zeros_after", "weights"))
+    return {
+        "layers": len(layers),
+        "weights": weights,
+        "zeros_before": before,
+        "zeros_after": after,
+        "sparsity": after / weights,
+    }
+
+
+def _logits(opened: WholeModel, hold: Hold, ids: Tensor) -> Tensor:
+    """Return the logits of a model whose blocks are held in turn; see `logits_of`."""
+    blocks = {name: opened.model.get_submodule(name) for name in opened.blocks}
+    with opened.held(OUTSIDE), held_in_turn(blocks, hold):
+        return logits_of(opened.model, ids)
 
 
 def _batch(examples: Sequence[Example]) -> Tensor:

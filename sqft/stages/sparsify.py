@@ -41,7 +41,7 @@ class SparsifyStage:
         self.updater = inputs.step.component(Updater) if Updater.kind in inputs.step.components else None
         self.updates_weights = self.updater is not None or type(self.scorer).prune is not Scorer.prune
         # The digest of every tensor, as it was loaded or as a component gave it: it is to be read back.
-        self.parameters: dict[str, str] = {}
+        self.tensors: dict[str, str] = {}
         self.others: dict[Path, OtherModel] = {}
 
     @cached_property
@@ -72,9 +72,7 @@ class SparsifyStage:
             }
 
         def end(part: str) -> None:
-            record: dict[str, Any] = {
-                "parameters": {name: self.parameters[name] for name in parts.opened.tensors(part)}
-            }
+            record: dict[str, Any] = {"tensors": {name: self.tensors[name] for name in parts.opened.tensors(part)}}
             record["layers"] = dict(pruned)
             parts.seal(part, record, lambda: float_tensors(parts.opened, part, source), {"masks": masks})
             pruned.clear()
@@ -121,42 +119,42 @@ class SparsifyStage:
     def _begin(self, part: str) -> None:
         """Remember the tensors of a part as they were loaded."""
         for name, tensor in self.parts.opened.tensors(part).items():
-            if name not in self.parameters:
-                self.parameters[name] = sha256(tensor)
+            if name not in self.tensors:
+                self.tensors[name] = sha256(tensor)
 
     def verify(self) -> None:
-        """Check that the model as stored opens, and that every parameter is as it was loaded, bit for bit: in pruned
+        """Check that the model as stored opens, and that every tensor is as it was loaded, bit for bit: in pruned
         layers with the mask applied, or as the component that updates weights gave it. What a mask prunes is zero."""
         stored, _ = open_in_parts(self.inputs.plan.spec(self.inputs.scratch / "model"), self.inputs.step.streamed)
         masks = FolderReader(self.inputs.scratch, [self.inputs.scratch / "masks.safetensors"])
-        expected = self.parts.all("parameters")
+        expected = self.parts.all("tensors")
         known = {name: layer["mask"] for name, layer in self.parts.all("layers").items()}
         if {name: sha256(mask) for name, mask in masks.tensors()} != known:
             raise ArtifactError(f"sparsify ({self.label}): the masks as stored are not what the scorer gave")
         seen = set[str]()
         for part in stored.parts:
             with stored.held(part):
-                for name, parameter in stored.tensors(part).items():
+                for name, tensor in stored.tensors(part).items():
                     layer = name.removesuffix(".weight")
-                    self._check(name, parameter, expected.get(name), masks.tensor(layer) if layer in known else None)
+                    self._check(name, tensor, expected.get(name), masks.tensor(layer) if layer in known else None)
                     seen.add(name)
         for name in expected.keys() - seen:
             raise ArtifactError(f"sparsify ({self.label}): {name} is not stored")
 
-    def _check(self, name: str, parameter: Tensor, expected: str | None, mask: Tensor | None) -> None:
-        """Check a parameter as stored.
+    def _check(self, name: str, tensor: Tensor, expected: str | None, mask: Tensor | None) -> None:
+        """Check a tensor as stored.
 
         Args:
             name: its name.
-            parameter: as it was read back.
+            tensor: as it was read back.
             expected: its digest; None where it was not there before.
             mask: bit-packed, of the weight of a layer that was pruned.
         """
-        if sha256(parameter) != expected:
+        if sha256(tensor) != expected:
             updated, giver = mask is not None and self.updates_weights, "updater" if self.updater else "scorer"
             what = f"what the {giver} gave" if updated else "the original under its mask"
             raise ArtifactError(f"sparsify ({self.label}): {name} as stored is not {what}")
-        if mask is not None and (parameter[~unpack_mask(mask, (parameter.shape[0], parameter.shape[1]))] != 0).any():
+        if mask is not None and (tensor[~unpack_mask(mask, (tensor.shape[0], tensor.shape[1]))] != 0).any():
             raise ArtifactError(f"sparsify ({self.label}): pruned entries of {name} as stored are not zero")
 
     def _prune(
@@ -168,7 +166,7 @@ class SparsifyStage:
         Raises:
             ContractError: when its weight is not what was loaded: a component edited it out of turn.
         """
-        if sha256(linear.weight) != self.parameters[f"{name}.weight"]:
+        if sha256(linear.weight) != self.tensors[f"{name}.weight"]:
             raise ContractError(f"{name} changed before it was pruned: {self.label}, or the allocator, edited it")
         select = Selection(self.label, name, linear.weight, self.section.pattern, sparsity)
         readable = replace(stats, weight_in=partial(self._weight_in, layer=name))
@@ -186,7 +184,7 @@ class SparsifyStage:
         # The kept weights of a scorer that only scores are the loaded ones; otherwise they are what a component gave.
         digest = "" if self.updates_weights else sha256(linear.weight.detach().masked_fill(~mask, 0))
         assign_weight(self.inputs.step.label(Updater) if self.updater else self.label, name, linear, value)
-        self.parameters[f"{name}.weight"] = digest or sha256(linear.weight)
+        self.tensors[f"{name}.weight"] = digest or sha256(linear.weight)
         return mask, errors
 
     def _weight_in(self, folder: Path, layer: str) -> Tensor:

@@ -29,7 +29,7 @@ from sqft.modeling.loading.compressed import read_compressed_layer
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.quantized import read_layer
 from sqft.types import Quantized
-from sqft.utils.files import unreadable
+from sqft.utils.files import MANIFEST, unreadable
 from sqft.utils.progress import Track, silent
 from sqft.utils.text import human_size
 
@@ -160,7 +160,7 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
             if path.suffix != ".gguf":
                 raise ModelError(f"{path} is neither a folder nor a GGUF file; name the folder that holds the model")
             return _gguf(path, track)
-        if (path / "manifest.json").is_file():  # an artifact of a store
+        if (path / MANIFEST).is_file():  # an artifact of a store
             path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any(path.glob("*.safetensors")):

@@ -25,6 +25,7 @@ from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import as_linears
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.modeling.loading.quantized import load_dequantized
+from sqft.tools import inspection
 from sqft.tools.inspection import Inspection, inspect_model
 
 
@@ -137,7 +138,10 @@ def test_artifacts_and_adapters(raw: dict[str, Any], registry: Registry, tmp_pat
     assert adapter.format == "PEFT adapter" and adapter.details["ranks"] == "4" and adapter.details["alpha"] == 8
 
 
-def test_gguf(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1, 200, 1 << 24])
+def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """However many weights are read at once."""
+    monkeypatch.setattr(inspection, "GGUF_PIECE", piece)
     weight = np.ones((64, 32), np.float32)
     weight[:16] = 0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")

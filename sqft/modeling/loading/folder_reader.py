@@ -50,17 +50,15 @@ class FolderReader:
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
         """Read a tensor a piece of its rows after the other, in order: no more than one row or `size` bytes is held."""
-        with _open(self._files[name]) as stream:
-            shape = stream.get_slice(name).get_shape()
-            bytes_a_row = max(1, stream.get_slice(name)[:1].nbytes) if shape and shape[0] else 0
-        if not bytes_a_row:
-            yield self.tensor(name)
-            return
-        step = max(1, size // bytes_a_row)
-        for start in range(0, shape[0], step):
+        start, rows = 0, 1
+        while start < rows:
             with _open(self._files[name]) as stream:  # what was read of a file is held as long as it is open
-                piece: Tensor = stream.get_slice(name)[start : start + step]
+                stored = stream.get_slice(name)
+                rows = next(iter(stored.get_shape()), 0)
+                step = max(1, size // max(1, stored[:1].nbytes)) if rows else 1
+                piece: Tensor = stored[start : start + step] if rows else stream.get_tensor(name)
             yield piece
+            start += step
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Read all tensors, in the order of their names, each with its name; every file is opened once."""
@@ -71,17 +69,21 @@ class FolderReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from its file's header."""
-        with _open(self._files[name]) as stream:
-            return tuple(stream.get_slice(name).get_shape())
+        return self._headers[name][0]
 
     @cached_property
     def precisions(self) -> dict[str, torch.dtype]:
         """The precision of each tensor of floats, from the headers alone."""
-        found: dict[str, torch.dtype] = {}
+        return {name: PRECISIONS[dtype] for name, (_, dtype) in self._headers.items() if dtype in PRECISIONS}
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The shape and precision of each tensor as its file's header has them; every file is opened once."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in sorted(set(self._files.values())):
             with _open(file) as stream:
-                stated = {name: stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
-            found |= {name: PRECISIONS[dtype] for name, dtype in stated.items() if dtype in PRECISIONS}
+                stored = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+                found |= {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in stored.items()}
         return found
 
     @cached_property

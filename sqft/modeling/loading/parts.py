@@ -74,9 +74,8 @@ class WholeModel:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Return what a checkpoint holds of a part by name: its parameters, and the buffers that are stored."""
-        stored = self.model.state_dict().keys()
-        buffers = {name: one for name, one in self.model.named_buffers() if name in stored}
-        return {**self.parameters(part), **{name: one for name, one in buffers.items() if self.part_of(name) == part}}
+        buffers = {name for name, _ in self.model.named_buffers()}
+        return {**self.parameters(part), **{name: one for name, one in self.state(part).items() if name in buffers}}
 
 
 class PartedModel(WholeModel):
