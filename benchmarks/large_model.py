@@ -3,11 +3,14 @@
     python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
         [--work large]
     python benchmarks/large_model.py --merge [--shape 8b] [--blocks 32] [--work large]
+    python benchmarks/large_model.py --train floats [--shape 8b] [--blocks 32] [--steps 2] [--batch-size 4]
+        [--max-length 128] [--work large]
 
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
 wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is merged into the dense model
-instead: no training is needed. Kill it, and start it again: it goes on at the next block. Needs the model of `make
-quickstart`, for its tokenizer, and its data.
+instead: no training is needed. With --train, adapters are trained on the model sparsified by magnitude, with gradient
+checkpointing and a chunked loss, on text that fills every example; its argument is `finetune.base`. Kill it, and start
+it again: it goes on at the next block. Needs the model of `make quickstart`, for its tokenizer, and its data.
 """
 
 from __future__ import annotations
@@ -138,6 +141,25 @@ def merge(model: dict[str, Any], work: Path) -> None:
     print(f"| merge | {' | '.join(sizes)} | {seconds[0]:.0f} s | {seconds[1]:.0f} s | {human_size(written)} |")
 
 
+def training(base: str, steps: int, batch_size: int, max_length: int) -> dict[str, Any]:
+    """Return the sections of a recipe that trains adapters on a sparse base."""
+    return {
+        "sparsify": {"scorer": "magnitude", "sparsity": 0.5},
+        "finetune": {
+            "adapter": {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}},
+            "merger": "sparsepeft",
+            "base": base,
+            "data": str(TEXT),
+            "steps": steps,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "precision": "bfloat16",
+            "gradient_checkpointing": True,
+            "loss_chunk": 64,
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
@@ -145,6 +167,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--length", type=int, default=64, help="tokens in each")
     parser.add_argument("--merge", action="store_true", help="merge an adapter, and compress nothing")
+    parser.add_argument("--train", choices=["floats", "packed"], help="train on a sparse base, in memory so")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=128, help="tokens in an example")
     parser.add_argument("--until", choices=["sparsify", "quantize"], default="quantize")
     parser.add_argument("--work", type=Path, default=Path("large"))
     arguments = parser.parse_args()
@@ -156,13 +182,13 @@ def main() -> None:
     if arguments.merge:
         merge(model, arguments.work)
         return
-    raw: dict[str, Any] = {
-        "name": "large",
-        "model": model,
-        "calibration": {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length},
-        "sparsify": {"scorer": "wanda", "sparsity": 0.5},
-    }
-    if arguments.until == "quantize":
+    raw: dict[str, Any] = {"name": "large", "model": model}
+    if arguments.train:
+        raw |= training(arguments.train, arguments.steps, arguments.batch_size, arguments.max_length)
+    else:
+        raw["calibration"] = {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length}
+        raw["sparsify"] = {"scorer": "wanda", "sparsity": 0.5}
+    if arguments.until == "quantize" and not arguments.train:
         raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 128}}}
     orchestrator = Orchestrator(Registry.discover(), arguments.work / "store")
     plan = orchestrator.plan(Recipe.parse(raw))
@@ -173,6 +199,8 @@ def main() -> None:
         sizes = [human_size(size) for size in (plan.step(name).estimate.memory, manifest["peak_memory"])]
         seconds = [f"{manifest[key]:.0f} s" for key in ("seconds", "verify_seconds")]
         print(f"| {name} | {' | '.join([*sizes, *seconds])} | {human_size(outcome.artifact.size)} |")
+    if arguments.train:
+        print(f"a step: {run['finetune'].report['step_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

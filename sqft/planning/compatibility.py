@@ -164,7 +164,12 @@ def check_start(
     """
     if kind is None:
         return
-    if section.base != "floats" and kind is not BaseKind.QUANTIZED:
+    if section.base == "packed" and kind is BaseKind.QUANTIZED:
+        yield Problem(
+            "finetune.base",
+            'only a base of floats can be packed; set this to "codes" or "compensated", which are smaller still',
+        )
+    if section.base in ("codes", "compensated") and kind is not BaseKind.QUANTIZED:
         yield Problem(
             "finetune.base", "there are no codes: this recipe does not quantize; add quantize, or remove this"
         )

@@ -90,6 +90,12 @@ def quantized_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape
     return int((model.parameters - codes + own_head(model)) * width + codes * code_bits / 8)
 
 
+def packed_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape], sparsity: float) -> int:
+    """Return about the bytes in memory of a model whose sparse `layers` are there without their zeros."""
+    width, sparse = DTYPE_BYTES[dtype], weights_in(layers)
+    return int(model_bytes(model, dtype) - sparse * (width * sparsity - MASK_BITS / 8))
+
+
 def own_head(model: ModelSource) -> int:
     """Return the weights of the head that a quantized model has of its own, where the float model shares it with the
     embeddings; 0 where it has one anyway."""

@@ -79,7 +79,13 @@ COMPRESS = (
     "stages/compress",
 )
 
-ADAPT = ("components/checks", "modeling/adapters", "stages/adapted")
+ADAPT = (
+    "components/checks",
+    "modeling/adapters",
+    "modeling/loading/parts",
+    "modeling/loading/without_zeros",
+    "stages/adapted",
+)
 
 MEASURE = (
     "data/answers",

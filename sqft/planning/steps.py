@@ -5,13 +5,14 @@ Mistakes are collected by the resolver, so that a step comes of every section, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
+from sqft.components.kinds import Adapter, Allocator, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
+from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, stored_base
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
 from sqft.planning.streaming import is_streamed
@@ -28,11 +29,6 @@ from sqft.recipe.sections import (
 )
 from sqft.recipe.stages import EVALUABLE
 from sqft.types import LinearShape, Statistic
-
-C = TypeVar("C", bound=Component)
-
-Steps = Mapping[str, Step]
-"""The steps planned so far, by name."""
 
 
 def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
@@ -100,7 +96,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
         estimate=estimates.estimate_quantize(
-            resolver.model, resolver.dtype, layers, calibration, needs, _bits(quantizer), dense, compensated, streamed
+            resolver.model, resolver.dtype, layers, calibration, needs, bits_of(quantizer), dense, compensated, streamed
         ),
     )
 
@@ -146,7 +142,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         resolver.collect(compatibility.check_base(merger, base.kind, resolver.installed(Merger)))
     if adapter and merger:
         resolver.collect(compatibility.check_dropout(adapter, merger, base.kind))
-    quantizer = _component(steps["quantize"], Quantizer) if "quantize" in steps else None
+    quantizer = component_of(steps["quantize"], Quantizer) if "quantize" in steps else None
     resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer))
     if came_quantized:
         section = section.model_copy(update={"base": "codes"})
@@ -159,7 +155,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     files = resolver.files(section, "finetune")
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
-    loaded = _loaded_base(resolver, merger, steps, _names(targets))
+    loaded = loaded_base(resolver, merger, steps, _names(targets))
     teacher = resolver.teacher(section.teacher, "finetune.teacher") if section.teacher else None
     if teacher:
         resolver.collect(distillation.check_teacher(section, teacher))
@@ -173,6 +169,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         components=_found(adapter=adapter, merger=merger),
         inputs=base.inputs,
         files=files,
+        streamed=section.base == "packed" and is_streamed(resolver.model, resolver.dtype, base.step is not None),
         estimate=estimates.estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher),
     )
 
@@ -193,7 +190,7 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         )
     elif section.data is None:  # records of the training data are evaluated on, and must have answers
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
-    loaded = _loaded_base(resolver, _component(steps["finetune"], Merger), steps, steps["finetune"].layers)
+    loaded = loaded_base(resolver, component_of(steps["finetune"], Merger), steps, steps["finetune"].layers)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
@@ -210,11 +207,11 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
 
 def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Steps) -> Step | None:
     """Plan `merge`, after `finetune` and `search`; None when there is nothing to merge."""
-    merger = _component(steps["finetune"], Merger)
+    merger = component_of(steps["finetune"], Merger)
     if merger and not merger.component.merges:
         resolver.collect(compatibility.check_merge(merger, resolver.installed(Merger)))
         return None
-    sizes = _stored_base(resolver, steps), _loaded_base(resolver, merger, steps, steps["finetune"].layers)
+    sizes = stored_base(resolver, steps), loaded_base(resolver, merger, steps, steps["finetune"].layers)
     tuned = steps["finetune"].layers, steps["finetune"].estimate.storage
     streamed = not base.quantized and is_streamed(resolver.model, resolver.dtype, base.step is not None)
     return Step(
@@ -343,49 +340,6 @@ def _subject(name: str, place: str, resolver: Resolver, base: AdapterBase, steps
     return None
 
 
-def _stored_base(resolver: Resolver, steps: Steps) -> int:
-    """Return the bytes on disk of the model under the adapters."""
-    model = resolver.model
-    if model.quantization is not None:
-        return estimates.quantized_bytes(model, resolver.dtype, model.layout.linears, model.quantization["bits"])
-    if "quantize" in steps:
-        bits = _bits(_component(steps["quantize"], Quantizer))
-        return estimates.quantized_bytes(model, resolver.dtype, _quantized(resolver, steps), bits)
-    return estimates.model_bytes(model, resolver.dtype)
-
-
-def _loaded_base(
-    resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps, adapted: Iterable[str]
-) -> int:
-    """Return the bytes in memory of the model under the adapters.
-
-    Codes stay packed, unless the merger starts from the floats that were quantized.
-
-    Args:
-        resolver: knows the model.
-        merger: None when it was not found.
-        steps: those planned so far.
-        adapted: the layers that have adapters.
-    """
-    start = resolver.recipe.finetune.base if resolver.recipe.finetune else None
-    if start == "floats" and "quantize" in steps and merger and merger.component.merges:
-        return estimates.model_bytes(resolver.model, resolver.dtype)
-    under = set(adapted) if start == "compensated" else ()
-    residuals = estimates.weights_in(layer for layer in _quantized(resolver, steps) if layer.name in under)
-    return _stored_base(resolver, steps) + estimates.RESIDUAL_BYTES * residuals
-
-
-def _quantized(resolver: Resolver, steps: Steps) -> list[LinearShape]:
-    """Return the layers that the recipe quantizes."""
-    names = set(steps["quantize"].layers) if "quantize" in steps else ()
-    return [layer for layer in resolver.model.layout.linears if layer.name in names]
-
-
-def _bits(quantizer: ResolvedComponent[Quantizer] | None) -> float | None:
-    """Return the bits of a quantizer's codes; None when it has no such option, or was not found."""
-    return getattr(quantizer.component, "bits", None) if quantizer else None
-
-
 def _names(layers: Iterable[LinearShape]) -> tuple[str, ...]:
     return tuple(layer.name for layer in layers)
 
@@ -393,8 +347,3 @@ def _names(layers: Iterable[LinearShape]) -> tuple[str, ...]:
 def _found(**components: ResolvedComponent[Any] | None) -> dict[str, ResolvedComponent[Any]]:
     """Return the components that were found, by kind."""
     return {kind: component for kind, component in components.items() if component is not None}
-
-
-def _component(step: Step, kind: type[C]) -> ResolvedComponent[C] | None:
-    """Return a step's component of a kind; None when it was not found."""
-    return cast("ResolvedComponent[C] | None", step.components.get(kind.kind))

@@ -176,11 +176,12 @@ class Finetune(Section):
         min_length=1,
         description="last names, or glob patterns of full names, of the linear layers to adapt",
     )
-    base: Literal["floats", "codes", "compensated"] = Field(
+    base: Literal["floats", "packed", "codes", "compensated"] = Field(
         "floats",
-        description="what training starts from on a quantized base: the floats from before quantization (paper §2.4); "
-        "the values that the codes stand for, which needs a fraction of the memory; or the floats that the quantizer "
-        "rounded to them, kept as the codes and a byte for each weight",
+        description="what training starts from, and how it is in memory: floats, on a quantized base those from before "
+        "quantization (paper §2.4); packed: a sparse base's floats without their zeros, the same numbers in less "
+        "memory; on a quantized base also the values that the codes stand for, which needs a fraction of the memory, "
+        "or the floats that the quantizer rounded to them, kept as the codes and a byte for each weight",
     )
     mask: Literal["base", "codes"] = Field(
         "base",

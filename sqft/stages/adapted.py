@@ -20,12 +20,13 @@ from sqft.kernels.finite import all_finite
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import attach
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
 from sqft.modeling.adapters.saving import space_from
 from sqft.modeling.architecture.blocks import all_linears, shape_of
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model, load_packed, load_tokenizer
 from sqft.modeling.loading.quantized import read_grids
+from sqft.modeling.loading.without_zeros import load_without_zeros
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
@@ -45,17 +46,18 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     step, base = plan.step("finetune"), plan.adapter_base
     section, adapter, merger = section_of(step, Finetune), step.component(Adapter), step.component(Merger)
     on_codes = base.quantized and not (merger.merges and section.base == "floats")
-    spec = plan.spec(base.model(folders))
+    spec, masked = plan.spec(base.model(folders)), is_masked(base, merger)
     if on_codes:
         spec = replace(spec, dtype=plan.model_spec.dtype)
         model, tokenizer = load_packed(spec), load_tokenizer(spec)
+    elif section.base == "packed":
+        model, tokenizer = load_without_zeros(spec, step.streamed, masked)
     else:
         model, tokenizer = load_model(spec)
     found = all_linears(model)
     layers = {name: found[name] for name in step.layers}
     label, shapes = step.label(Adapter), tuple(shape_of(n, layer) for n, layer in layers.items())
     space, deltas = make_deltas(adapter, label, shapes, seed)
-    masked = is_masked(base, merger)
     if on_codes:
         masks = base.masks(folders) if merger.merges else None
         residuals = base.residuals(folders) if section.base == "compensated" else None
@@ -63,7 +65,10 @@ def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, devi
     elif base.quantized:
         weights = _floats_before_quantization(plan, folders, model, layers, masked)
     else:
-        weights = {name: FloatWeight(layer.weight, masked) for name, layer in layers.items()}
+        weights = {
+            name: layer.base if isinstance(layer, PackedLinear) else FloatWeight(layer.weight, masked)
+            for name, layer in layers.items()
+        }
     dropout = checks.check_dropout(label, adapter.input_dropout())
     adapted = attach(model, deltas, merger, weights, dropout, merger.learns_scales())
     model.to(device)
@@ -120,18 +125,18 @@ def _codes(
     weights: dict[str, FrozenWeight] = {}
     for name, layer in layers.items():
         if isinstance(layer, PackedLinear):
-            weights[name] = layer.base
+            weights[name] = codes = cast(PackedWeight, layer.base)
             if residuals and name not in rests:
                 raise StageError(
                     f"finetune.base: {residuals} has nothing of the floats that were rounded to the codes of {name}; "
                     'set it to "floats" or "codes", or quantize again'
                 )
             if residuals:
-                layer.base.set_residual(rests[name])
+                codes.set_residual(rests[name])
             if name in stored:
-                layer.base.set_mask(unpack_mask(stored[name], (layer.out_features, layer.in_features)))
+                codes.set_mask(unpack_mask(stored[name], (layer.out_features, layer.in_features)))
             elif mask_codes:
-                layer.base.set_mask(layer.base.block().weight != 0)
+                codes.set_mask(codes.block().weight != 0)
         else:
             weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
     return weights

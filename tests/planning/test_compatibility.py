@@ -146,6 +146,10 @@ def test_dropout_is_refused_where_the_merged_weight_is_rounded() -> None:
         ({"base": "codes", "mask": "codes"}, None, False, None),
         ({"base": "codes"}, BaseKind.QUANTIZED, False, None),
         ({"base": "codes"}, BaseKind.SPARSE, False, "finetune.base: there are no codes"),
+        ({"base": "packed"}, BaseKind.SPARSE, False, None),
+        ({"base": "packed"}, BaseKind.DENSE, False, None),  # it may have come sparse
+        ({"base": "packed"}, BaseKind.QUANTIZED, False, "finetune.base: only a base of floats can be packed"),
+        ({"base": "packed"}, BaseKind.QUANTIZED, True, "finetune.base: only a base of floats can be packed"),
         ({"mask": "codes"}, BaseKind.QUANTIZED, True, None),
         ({"mask": "codes"}, BaseKind.QUANTIZED, False, "finetune.mask: only a model that is already quantized"),
         ({"base": "floats"}, BaseKind.QUANTIZED, True, "finetune.base: the model has no floats, only codes"),

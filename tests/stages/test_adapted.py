@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
@@ -15,6 +16,7 @@ from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask
 from sqft.modeling.adapters.frozen_weight import FloatWeight, PackedWeight
 from sqft.modeling.adapters.saving import store_deltas
+from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.planning.plan import Plan
 from sqft.stages.adapted import build_adapted_model, load_adapted_model, load_deltas
 
@@ -107,6 +109,41 @@ def test_a_base_that_the_recipe_quantizes(
         expected = dequantize(weight.codes(), rest if base == "compensated" else None)  # type: ignore[attr-defined]
         assert weight.block().weight.equal(expected)
     else:
-        from safetensors.torch import load_file
-
         assert weight.dense().equal(load_file(model_folder / "model.safetensors")[f"{Q}.weight"])
+
+
+@pytest.mark.parametrize("merger", ["sparsepeft", "hira", "unmerged"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_packed_floats_train_and_merge_to_the_same_bits(
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    merger: str,
+    streamed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether read one block at a time or as a whole; layers without adapters are packed too."""
+    raw["model"]["dtype"] = "bfloat16"
+    raw["finetune"] |= {"merger": merger, "targets": ["q_proj", "down_proj"], "gradient_checkpointing": True}
+    if merger == "unmerged":
+        del raw["merge"]
+        raw["evaluate"]["of"] = ["search"]
+    if streamed:
+        monkeypatch.setattr("sqft.planning.streaming.STREAM_FROM", 0)
+    made, orchestrator = [], Orchestrator(registry, tmp_path / "store")
+    for base in ("floats", "packed"):
+        raw["finetune"]["base"] = base
+        plan = orchestrator.plan(Recipe.parse(raw))
+        assert plan.step("finetune").streamed == (streamed and base == "packed")
+        run = orchestrator.run(plan)
+        layers = build_adapted_model(plan, run.inputs("finetune"), 0, "cpu")
+        kinds = Counter(type(module).__name__ for module in layers.model.modules())
+        assert (kinds["SparseWeight"], kinds["PackedLinear"]) == ((14, 10) if base == "packed" else (0, 0))
+        deltas = load_file(run["finetune"].folder / "deltas.safetensors")
+        merged = dict(FolderReader(run["merge"].folder / "model").tensors()) if merger != "unmerged" else {}
+        made.append((deltas, merged, run.report["rows"]))
+    (deltas, merged, rows), (packed_deltas, packed_merged, packed_rows) = made
+    assert deltas.keys() == packed_deltas.keys() and all(deltas[name].equal(packed_deltas[name]) for name in deltas)
+    assert merged.keys() == packed_merged.keys() and all(merged[name].equal(packed_merged[name]) for name in merged)
+    for one, other in zip(rows, packed_rows, strict=True):
+        assert one["accuracy"] == other["accuracy"] and one["perplexity"] == other["perplexity"]

@@ -1,6 +1,6 @@
-"""The frozen weight of a linear layer: floats, or codes kept packed and unpacked on the fly.
+"""The frozen weight of a linear layer: floats, or without their zeros, or codes. What is packed is unpacked on the fly.
 
-Both are read in blocks of rows, and both may carry a grid, on which the weight merged with a delta is rounded.
+All are read in blocks of rows, and may carry a grid, on which the weight merged with a delta is rounded.
 """
 
 from __future__ import annotations
@@ -88,7 +88,81 @@ class FloatWeight(FrozenWeight):
         return F.linear(x, self.weight, bias)
 
 
-class PackedWeight(FrozenWeight):
+class UnpackedOnTheFly(FrozenWeight):
+    """A weight that is smaller in memory than as floats, and that each use unpacks."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, grid: Grid | None) -> None:
+        super().__init__(out_features, in_features, dtype, grid)
+        self.held: Tensor | None = None
+
+    def value(self, rows: slice = slice(None)) -> Tensor:
+        """Return a block of rows of the weight."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        if self.held is not None:
+            return self.held
+        device = next(self.buffers()).device
+        result = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
+        for rows in self.rows():
+            result[rows] = self.value(rows)
+        return result
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class SparseWeight(UnpackedOnTheFly):
+    """Floats without their zeros: those that are there, and a bit for each weight that says whether it is. Of a weight
+    that is half zeros, in 16 bits, 9 bits a weight. It unpacks to the same floats, and −0 to 0.
+
+    As in `FloatWeight`, with `sparse` the mask keeps what is not zero.
+    """
+
+    kept: Tensor  # uint8 [out, ⌈in / 8⌉], one bit a weight; every row starts at a new byte
+    values: Tensor  # [those that are kept], row after row
+
+    def __init__(self, weight: Tensor, sparse: bool) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], weight.dtype, None)
+        self.sparse = sparse
+        kept = weight.detach() != 0
+        self.starts = [0, *kept.sum(1).cumsum(0).tolist()]
+        """Where each row's values start."""
+        self.register_buffer("kept", pack_rows_of_bits(kept))
+        self.register_buffer("values", weight.detach()[kept])
+
+    @staticmethod
+    def saves_memory(weight: Tensor) -> bool:
+        """Return whether enough of a weight [out, in] is zero for it to be smaller so."""
+        out, inputs = weight.shape
+        return int((weight == 0).sum()) * weight.element_size() > out * -(-inputs // 8)
+
+    def value(self, rows: slice = slice(None)) -> Tensor:
+        """Return a block of rows of the weight, in its own precision."""
+        first, last, _ = rows.indices(self.out_features)
+        kept = unpack_rows_of_bits(self.kept[rows], self.in_features)
+        values = self.values[self.starts[first] : self.starts[last]]
+        return values.new_zeros(last - first, self.in_features).masked_scatter_(kept, values)
+
+    def block(self, rows: slice = slice(None)) -> BaseWeight:
+        weight = self.value(rows).float()
+        return BaseWeight(weight, weight != 0 if self.sparse else None)
+
+
+def pack_rows_of_bits(mask: Tensor) -> Tensor:
+    """Pack a bool mask [out, in] into uint8 [out, ⌈in / 8⌉]; every row starts at a new byte."""
+    return pack_mask(F.pad(mask, (0, -mask.shape[1] % 8))).reshape(len(mask), -1)
+
+
+def unpack_rows_of_bits(packed: Tensor, in_features: int) -> Tensor:
+    """Return the bool mask [out, in] in bytes: the inverse of `pack_rows_of_bits`."""
+    return unpack_mask(packed.reshape(-1), (len(packed), 8 * packed.shape[1]))[:, :in_features]
+
+
+class PackedWeight(UnpackedOnTheFly):
     """Codes on a grid, packed: at 4 bits and groups of 128, 0.52 bytes a weight, and 0.65 with a mask.
 
     The base's mask cannot be read from the codes: a kept weight may have been rounded to zero. With residuals, a byte
@@ -105,15 +179,13 @@ class PackedWeight(FrozenWeight):
         self.register_buffer("packed", pack_rows(quantized.codes, self.bits))
         self.register_buffer("mask", None)
         self.register_buffer("residual", None)
-        self.held: Tensor | None = None
         self.kernel: tuple[Tensor, Tensor] | None = None
         if mask is not None:
             self.set_mask(mask)
 
     def set_mask(self, mask: Tensor) -> None:
         """Set which weights the base keeps, bool [out, in]."""
-        padded = F.pad(mask, (0, -self.in_features % 8))
-        self.mask = pack_mask(padded).reshape(self.out_features, -1)
+        self.mask = pack_rows_of_bits(mask)
 
     def set_residual(self, residual: Tensor) -> None:
         """Set how far the weight lies from its codes' values, int8 [out, in]; see `sqft.kernels.grids.residual`."""
@@ -152,17 +224,7 @@ class PackedWeight(FrozenWeight):
         weight = self.value(rows)
         if self.mask is None:
             return BaseWeight(weight, None)
-        bits = self.mask[rows]
-        mask = unpack_mask(bits.reshape(-1), (len(bits), 8 * bits.shape[1]))[:, : self.in_features]
-        return BaseWeight(weight, mask)
-
-    def dense(self) -> Tensor:
-        if self.held is not None:
-            return self.held
-        result = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.packed.device)
-        for rows in self.rows():
-            result[rows] = self.value(rows)
-        return result
+        return BaseWeight(weight, unpack_rows_of_bits(self.mask[rows], self.in_features))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -173,15 +235,14 @@ class PackedWeight(FrozenWeight):
             rows = x.reshape(-1, self.in_features)  # [tokens, in]
             product = int4_linear(rows, codes, self.group_size, pairs).reshape(*x.shape[:-1], self.out_features)
             return product if bias is None else product + bias.to(product.dtype)
-        y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
-        return y
+        return super().linear(x, bias)
 
 
 class _Unpacked(torch.autograd.Function):
-    """y = x Wᵀ + b over a packed weight. Keeps nothing; backward unpacks the weight again."""
+    """y = x Wᵀ + b over a weight that is unpacked. Keeps nothing; backward unpacks the weight again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: UnpackedOnTheFly) -> Tensor:
         ctx.weight = weight  # lives in its module anyway
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.dense().to(x.dtype), bias.to(x.dtype) if bias is not None else None)
@@ -193,16 +254,16 @@ class _Unpacked(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer [in] → [out] of codes, which does not train."""
+    """A linear layer [in] → [out] of codes, or of floats without their zeros, which does not train."""
 
-    def __init__(self, base: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(self, base: UnpackedOnTheFly, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base, self.bias = base, bias
 
     @property
     def weight(self) -> Tensor:
-        """The value of the codes, [out, in], for a model that reads it."""
+        """The weight [out, in], for a model that reads it."""
         return self.base.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,8 +272,8 @@ class PackedLinear(nn.Module):
 
 @contextmanager
 def dequantized(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the values of these layers' packed weights beside the codes: evaluation is as fast as with floats."""
-    bases = [base for layer in layers if isinstance(base := getattr(layer, "base", None), PackedWeight)]
+    """Keep the values of these layers' packed weights beside them: evaluation is as fast as with floats."""
+    bases = [base for layer in layers if isinstance(base := getattr(layer, "base", None), UnpackedOnTheFly)]
     try:
         for base in bases:
             base.held = base.dense()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqft_gptq.solver import round_to_nearest
 from sqft_nls.adapter import Nls
-from sqft_sparsepeft import QASparsePEFT
+from sqft_sparsepeft import QASparsePEFT, SparsePEFT
 from sqft_unmerged import Unmerged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sqft.api import Grid, LinearShape, Merger, Quantized
 from sqft.kernels.grids import dequantize, residual, same
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, adapt, cached_effective_weights
-from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedLinear, PackedWeight, SparseWeight
 
 
 def sparse(out: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -190,3 +190,57 @@ def test_bytes_a_weight() -> None:
         if rest is not None:
             base.set_residual(rest)
         assert sum(t.nbytes for t in base.state_dict().values()) / weight.numel() <= most
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(),
+    st.integers(1, 20), st.integers(1, 70), st.integers(0, 20), st.integers(0, 20), st.integers(0, 1000),
+)  # fmt: skip
+def test_floats_without_their_zeros_are_the_same_floats(
+    dtype: torch.dtype, masked: bool, out: int, inputs: int, first: int, last: int, seed: int
+) -> None:
+    """−0 is 0; rows of nothing but zeros, and any block of rows."""
+    weight = sparse(out, inputs, seed)[0].to(dtype)
+    weight[seed % out] = 0
+    weight.view(-1)[:: 3 + seed % 5] *= -1  # −0 where there was 0
+    packed, floats = SparseWeight(weight.clone(), masked), FloatWeight(weight, masked)
+    assert packed.dense().equal(weight) and packed.dense().dtype == dtype
+    rows = slice(*sorted((min(first, out), min(last, out))))
+    ours, theirs = packed.block(rows), floats.block(rows)
+    assert ours.weight.equal(theirs.weight)
+    assert ours.mask is theirs.mask is None if not masked else ours.mask.equal(theirs.mask)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("merger", [Unmerged(), SparsePEFT(), None], ids=lambda m: m.name if m else "no adapter")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_training_over_floats_without_their_zeros_is_the_same(
+    merger: Merger | None, dtype: torch.dtype, autocast: bool
+) -> None:
+    """Outputs and gradients, to the bit; and nothing of the weight's size is kept for the backward pass."""
+    weight = sparse(48, 96)[0].to(dtype)
+    bias = nn.Parameter(torch.randn(48, generator=torch.Generator().manual_seed(3)).to(dtype), False)
+    found = []
+    for base in (FloatWeight(weight, True), SparseWeight(weight, True)):
+        layer: nn.Module = adapted(base, merger) if merger else PackedLinear(base, bias)  # type: ignore[arg-type]
+        x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+        saved: list[Tensor] = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)  # type: ignore[func-returns-value]  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), keep:
+            y = layer(x * 1)  # autocast would cast a leaf once for both paths
+        trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), trained)])
+        assert isinstance(base, FloatWeight) or all(t.numel() < weight.numel() / 2 for t in saved)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and ours.equal(theirs)
+
+
+def test_floats_are_packed_where_that_saves_memory() -> None:
+    weight = torch.ones(4, 64)
+    assert not SparseWeight.saves_memory(weight)
+    weight[:, :8] = 0  # 32 zeros of 4 bytes against 32 bytes of bits
+    assert SparseWeight.saves_memory(weight) and not SparseWeight.saves_memory(weight[:, 6:].clone())
+    half = sparse(64, 128)[0].bfloat16()
+    held = sum(buffer.numel() * buffer.element_size() for buffer in SparseWeight(half, True).buffers())
+    assert held == 64 * 128 // 8 + 2 * int((half != 0).sum())  # 9 bits a weight

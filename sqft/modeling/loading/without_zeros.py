@@ -1,0 +1,38 @@
+"""A sparse model in memory without its zeros."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.modeling.adapters.frozen_weight import PackedLinear, SparseWeight
+from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.loading.parts import PartedModel, open_in_parts
+
+
+def load_without_zeros(
+    spec: ModelSpec, streamed: bool, masked: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of floats with its tokenizer; each linear layer in its decoder blocks that takes less memory without
+    its zeros is a `PackedLinear`.
+
+    Args:
+        spec: what to load.
+        streamed: whether one decoder block at a time is there with its zeros; otherwise, the whole model is at first.
+        masked: whether what is zero stays zero.
+
+    Raises:
+        ModelError: when it cannot be loaded.
+        ArtifactError: when a tensor is missing or mis-shaped.
+    """
+    parts, tokenizer = open_in_parts(spec, streamed)
+    layers = linears(parts.model)
+    for part in parts.parts:
+        if isinstance(parts, PartedModel):
+            parts.load(part)
+        for name in [name for name in layers if parts.part_of(name) == part]:
+            linear = layers.pop(name)
+            if SparseWeight.saves_memory(linear.weight):
+                packed = PackedLinear(SparseWeight(linear.weight, masked), linear.bias)
+                parts.model.set_submodule(name, packed)
+    return parts.model, tokenizer
