@@ -201,7 +201,9 @@ def streamed_bytes(
         kept = hidden_bytes(model, calibration) * DTYPE_BYTES[dtype] // 4
         running = WINDOWS_RUNNING * calibration.length * (model.size("hidden_size") + inner) * 4
         states = min(kept, calibration.memory_bytes) + running
-    return max(outside + max(block, head), 2 * block + COPIES_OF_LAYER * widest + hessians) + states + RUNTIME_OVERHEAD
+    written = COPIES_OF_EXPERTS * block if model.layout.experts else 0
+    compressed = 2 * block + COPIES_OF_LAYER * widest + hessians
+    return max(outside + max(block, head), compressed, written) + states + RUNTIME_OVERHEAD
 
 
 def outside_and_block(model: ModelSource, dtype: str) -> tuple[int, int]:

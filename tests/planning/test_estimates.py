@@ -16,6 +16,7 @@ from sqft.planning.estimates import (
     estimate_finetune,
     estimate_merge,
     estimate_search,
+    estimate_sparsify,
     model_bytes,
     quantized_bytes,
     weights_in,
@@ -197,3 +198,14 @@ def test_a_merge_in_parts_holds_one_block(experts: tuple[str, ...]) -> None:
     found = estimate_merge(model, "bfloat16", adapted, 40, 9, 7, False, streamed=True)
     layer, copies = 2 * 64 * 64, 3 if experts else 1
     assert found.memory == 2 * 12 + copies * 2 * layer + 2 * layer + 40 + (1 << 29) and found.storage == 9
+
+
+@pytest.mark.parametrize("experts", [(), ("model.layers.0.mlp",)])
+def test_a_block_of_experts_is_there_three_times_when_it_is_written(experts: tuple[str, ...]) -> None:
+    """With ten small layers a block, of which one is copied while it is pruned."""
+    shapes = {f"model.layers.0.e{i}.weight": (16, 16) for i in range(10)}
+    linears = tuple(LinearShape(name.removesuffix(".weight"), 16, 16) for name in shapes)
+    model = ModelSource("folder", Path("m"), "", shapes, ModelLayout(linears=linears, experts=experts))
+    found = estimate_sparsify(model, "bfloat16", linears, None, frozenset(), False, streamed=True)
+    block, layer = 10 * 2 * 16**2, 4 * 4 * 16**2
+    assert found.memory - (1 << 29) == (3 * block if experts else 2 * block + layer)
