@@ -2,15 +2,16 @@
 
     python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
         [--work large]
-    python benchmarks/large_model.py --merge [--shape 8b] [--blocks 32] [--work large]
+    python benchmarks/large_model.py --merge floats [--shape 8b] [--blocks 32] [--work large]
     python benchmarks/large_model.py --train floats [--shape 8b] [--blocks 32] [--steps 2] [--batch-size 4]
         [--max-length 128] [--work large]
 
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
 wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is merged into the dense model
-instead: no training is needed. With --train, adapters are trained on the model sparsified by magnitude, with gradient
-checkpointing and a chunked loss, on text that fills every example; its argument is `finetune.base`. Kill it, and start
-it again: it goes on at the next block. Needs the model of `make quickstart`, for its tokenizer, and its data.
+instead, or into the codes that rtn makes of it: no training is needed. With --train, adapters are trained on the model
+sparsified by magnitude, with gradient checkpointing and a chunked loss, on text that fills every example; its argument
+is `finetune.base`. Kill it, and start it again: it goes on at the next block. Needs the model of `make quickstart`, for
+its tokenizer, and its data.
 """
 
 from __future__ import annotations
@@ -96,21 +97,25 @@ def make_model(folder: Path, shape: str, blocks: int) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": file_of})
 
 
-def merge(model: dict[str, Any], work: Path) -> None:
+def merge(model: dict[str, Any], work: Path, codes: bool) -> None:
     """Merge an adapter of random values into the model, in the stage itself, and print what that took."""
     raw = {
         "name": "large",
         "model": model,
         "finetune": {
             "adapter": {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}},
-            "merger": "sparsepeft",
+            "merger": "qa-sparsepeft" if codes else "sparsepeft",
             "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
             "data": str(TEXT.with_name("train.jsonl")),
             "steps": 1,
         },
         "merge": {},
     }
-    plan = Orchestrator(Registry.discover(), work / "store").plan(Recipe.parse(raw))
+    if codes:
+        raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 128}}}
+    orchestrator = Orchestrator(Registry.discover(), work / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    base = {"base": orchestrator.run(plan, "quantize")["quantize"].folder} if codes else {}
     trained, scratch = work / "trained", work / "merged"
     trained.mkdir(exist_ok=True)
     scratch.mkdir(exist_ok=True)
@@ -129,7 +134,8 @@ def merge(model: dict[str, Any], work: Path) -> None:
     del tensors, deltas
     with peak_memory() as peak:
         start = time.monotonic()
-        stage = MergeStage(StageInputs(plan, plan.step("merge"), dict.fromkeys(ROLES, trained), scratch, "cpu"))
+        folders = {**base, **dict.fromkeys(ROLES, trained)}
+        stage = MergeStage(StageInputs(plan, plan.step("merge"), folders, scratch, "cpu"))
         report = stage.run()
         merged = time.monotonic()
         stage.verify()
@@ -166,7 +172,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="of the model; unless given, as many as Llama 3 has")
     parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--length", type=int, default=64, help="tokens in each")
-    parser.add_argument("--merge", action="store_true", help="merge an adapter, and compress nothing")
+    parser.add_argument("--merge", choices=["floats", "codes"], help="only merge an adapter, into a base of these")
     parser.add_argument("--train", choices=["floats", "packed"], help="train on a sparse base, in memory so")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -180,7 +186,7 @@ def main() -> None:
         make_model(folder, arguments.shape, blocks)
     model = {"path": str(folder.absolute()), "dtype": "bfloat16"}
     if arguments.merge:
-        merge(model, arguments.work)
+        merge(model, arguments.work, arguments.merge == "codes")
         return
     raw: dict[str, Any] = {"name": "large", "model": model}
     if arguments.train:

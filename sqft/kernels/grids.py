@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from sqft.kernels.checksums import sha256
 from sqft.types import Grid, Quantized
 
 SMALLEST_SCALE = 2.0**-24
@@ -166,6 +167,12 @@ def scale_grid(grid: Grid, scale_multiplier: Tensor) -> Grid:
 def is_symmetric(grid: Grid) -> bool:
     """Return whether every zero point is the middle code, so that a format need not store them."""
     return bool((grid.zero == 2 ** (grid.bits - 1)).all())
+
+
+def digest_of(layer: Quantized) -> str:
+    """Return the SHA-256 over codes, scales, zero points and the group of each input."""
+    grid, index = layer.grid, group_index(layer.grid, layer.codes.shape[1])
+    return sha256(layer.codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), index.to(torch.int32))
 
 
 def same(one: Quantized, other: Quantized) -> bool:

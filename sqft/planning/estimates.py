@@ -8,19 +8,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.recipe.sections import Calibration, Finetune
+from sqft.recipe.sections import Calibration
 from sqft.types import COMPARED_EXAMPLES, COMPARED_TOKENS, HESSIAN_BYTES, LinearShape, Statistic
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 RUNTIME_OVERHEAD = 1 << 29
 """The process itself: Python, torch, transformers and the tokenizer."""
-
-ADAM_BYTES_PER_PARAMETER = 16
-"""A float32 parameter that trains, its gradient and the two moments of AdamW."""
-
-DELTA_BYTES_PER_PARAMETER = 4
-"""A trained parameter as it is stored, in float32."""
 
 MASK_BITS = 1
 """A mask's entry, bit-packed."""
@@ -239,26 +233,6 @@ def spilled_bytes(source: ModelSource, calibration: Calibration | None) -> int:
     return max(0, hidden_bytes(source, calibration) - calibration.memory_bytes) if calibration else 0
 
 
-def estimate_finetune(
-    model: ModelSource, dtype: str, section: Finetune, trained: int, base: int, teacher: ModelSource | None = None
-) -> Estimate:
-    """Estimate `finetune`.
-
-    Args:
-        model: the recipe's model.
-        dtype: its precision, and the teacher's.
-        section: how it is trained.
-        trained: the number of parameters that train.
-        base: bytes of the base in memory.
-        teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
-    """
-    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
-    reading = 0
-    if teacher:
-        reading = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
-    return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
-
-
 def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quantized: bool) -> Estimate:
     """Estimate `search`.
 
@@ -301,6 +275,8 @@ def estimate_merge(
         copies = COPIES_OF_EXPERTS if model.layout.experts else 1
         merged = by_block((layer for layer in model.layout.linears if layer.name in adapted), dtype)
         blocks = copies * block + max(merged.values(), default=0)
+        if quantized:  # codes of a byte each until they are stored, and the floats that they are rounded from
+            blocks += block // DTYPE_BYTES[dtype] + max(merged.values(), default=0)
         # Of both models, and what lies between them.
         logits = 3 * COMPARED_EXAMPLES * COMPARED_TOKENS * model.size("vocab_size") * 4
         return Estimate(model.parameters, stored, outside + max(blocks, logits) + deltas + RUNTIME_OVERHEAD)
@@ -319,38 +295,6 @@ def estimate_export(model: ModelSource, dtype: str) -> Estimate:
 def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:
     """Estimate one measurement of `evaluate`."""
     return Estimate(model.parameters, RESULTS_BYTES, 2 * model_bytes(model, dtype) + EVALUATION_OVERHEAD)
-
-
-def activation_bytes(source: ModelSource, section: Finetune) -> int:
-    """Return the bytes kept for backward: an upper bound, for every example as long as max_length."""
-    hidden = 4 * section.batch_size * section.max_length * source.size("hidden_size")
-    kept = hidden if section.gradient_checkpointing else layer_bytes(source, section)
-    return source.size("num_hidden_layers", default=1) * kept + logits_bytes(source, section)
-
-
-def layer_bytes(source: ModelSource, section: Finetune) -> int:
-    """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`."""
-    hidden = source.size("hidden_size")
-    inner = source.size("intermediate_size", default=4 * hidden)
-    return 4 * section.batch_size * section.max_length * (14 * hidden + 4 * inner)
-
-
-def logits_bytes(source: ModelSource, section: Finetune) -> int:
-    """Return the bytes of a batch's logits and of all that their loss computes from them, counted at its peak.
-
-    Beside a teacher these are more; its complete predictions are there for the whole batch, whatever the chunk.
-    """
-    vocabulary = source.size("vocab_size")
-    tokens = section.batch_size * section.max_length
-    labels = tokens if section.loss_on == "all" else tokens // 4
-    at_once = min(labels, section.loss_chunk or labels)
-    if section.teacher is None:
-        rows = 3 * at_once
-    elif section.teacher.keeps_all(vocabulary):
-        rows = 7 * at_once + labels
-    else:
-        rows = 6 * at_once
-    return 4 * vocabulary * rows
 
 
 def calibration_bytes(

@@ -65,6 +65,7 @@ IN_PARTS = (
     "modeling/calibration/hidden_states",
     "modeling/loading/part_writer",
     "modeling/loading/parts",
+    "modeling/loading/values_of_codes",
     "stages/step_parts",
 )
 
@@ -83,6 +84,7 @@ ADAPT = (
     "components/checks",
     "modeling/adapters",
     "modeling/loading/parts",
+    "modeling/loading/values_of_codes",
     "modeling/loading/without_zeros",
     "stages/adapted",
 )
@@ -106,12 +108,20 @@ TRAIN = (
     "stages/training_arguments",
 )
 
+MERGE = (
+    "modeling/loading/other_model",
+    "stages/logits",
+    "stages/merge",
+    "stages/merge_bases",
+    "stages/merge_in_parts",
+)
+
 STAGE_CODE: dict[str, tuple[str, ...]] = {
     "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
     "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),
-    "merge": (*EVERY_STAGE, *ADAPT, *IN_PARTS, "stages/logits", "stages/merge", "stages/merge_in_parts"),
+    "merge": (*EVERY_STAGE, *ADAPT, *IN_PARTS, *MERGE),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
     "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),
 }

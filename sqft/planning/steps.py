@@ -16,6 +16,7 @@ from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, s
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
 from sqft.planning.streaming import is_streamed
+from sqft.planning.training_memory import estimate_finetune
 from sqft.recipe.sections import (
     Calibration,
     ComponentRef,
@@ -170,7 +171,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         inputs=base.inputs,
         files=files,
         streamed=section.base == "packed" and is_streamed(resolver.model, resolver.dtype, base.step is not None),
-        estimate=estimates.estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher),
+        estimate=estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher),
     )
 
 
@@ -213,7 +214,11 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
         return None
     sizes = stored_base(resolver, steps), loaded_base(resolver, merger, steps, steps["finetune"].layers)
     tuned = steps["finetune"].layers, steps["finetune"].estimate.storage
-    streamed = not base.quantized and is_streamed(resolver.model, resolver.dtype, base.step is not None)
+    # Under codes that a step made are floats which that step read in the same way.
+    made_by_step = (base.floats_step if base.quantized else base.step) is not None
+    streamed = is_streamed(resolver.model, resolver.dtype, made_by_step)
+    if base.quantized:  # experts in codes are stored one by one, and read as a whole
+        streamed = streamed and base.step is not None and not resolver.model.layout.experts
     return Step(
         name="merge",
         stage="merge",

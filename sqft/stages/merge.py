@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -17,7 +16,6 @@ from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
 from sqft.kernels.finite import all_finite
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.loading import load_model
@@ -27,11 +25,16 @@ from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.stages.logits import logits_difference, logits_of
+from sqft.stages.merge_bases import (
+    codes_before_training,
+    count_different,
+    count_unlike,
+    kept_by_base,
+    warn_of_zero_points,
+)
 from sqft.stages.merge_in_parts import MergeInParts, report_of
 from sqft.types import COMPARED_EXAMPLES, Quantized
 from sqft.utils.digests import Digests
-
-log = logging.getLogger("sqft")
 
 
 class MergeStage:
@@ -134,15 +137,16 @@ class MergeStage:
     def _compare_codes(self, base: Mapping[str, Quantized], codes: Mapping[str, Quantized]) -> Report:
         """Count the codes that training changed, and those that differ from the base's."""
         if any(bool((layer.grid.zero == 0).any()) for layer in base.values()):
-            log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
+            warn_of_zero_points()
         started = {name: codes_before_training(self.adapted.layers[name].base) for name in codes}
         report = {
             "bits": next(iter(base.values())).grid.bits,
-            "codes_changed": sum(_count_different(codes[name], started[name]) for name in codes),
-            "codes_unlike_base": sum(_count_different(codes[name], base[name]) for name in codes),
+            "codes_changed": sum(count_different(codes[name], started[name]) for name in codes),
+            "codes_unlike_base": sum(count_different(codes[name], base[name]) for name in codes),
         }
         if self.inputs.device != "cpu":  # sums in another order may round to other codes where the model was trained
-            report["codes_unlike_on_device"] = count_codes_unlike(self.adapted, codes, self.inputs.device)
+            layers, device = self.adapted.mergeable, self.inputs.device
+            report["codes_unlike_on_device"] = sum(count_unlike(layers[n], one, device) for n, one in codes.items())
         return report
 
     def _examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -167,37 +171,6 @@ def effective_weights(adapted: AdaptedModel) -> tuple[dict[str, Tensor], dict[st
         for name, layer in adapted.mergeable.items()
     }
     return effective, codes
-
-
-def codes_before_training(base: FrozenWeight) -> Quantized:
-    """Return the codes that training began with: the base's own, or those of the floats before quantization."""
-    if isinstance(base, PackedWeight):
-        return base.codes()
-    grid = base.grid()
-    assert grid is not None
-    return Quantized(grids.quantize(base.block().weight, grid), grid)
-
-
-def kept_by_base(base: FrozenWeight) -> Tensor:
-    """Return a bool tensor [out, in], true where a base keeps its weight; codes without a mask keep all of them."""
-    block = base.block()
-    if block.mask is not None:
-        return block.mask
-    return torch.ones_like(block.weight, dtype=torch.bool) if isinstance(base, PackedWeight) else block.weight != 0
-
-
-def count_codes_unlike(adapted: AdaptedModel, codes: Mapping[str, Quantized], device: str) -> int:
-    """Count the codes that come out differently on a device than on the CPU, where the merge is made."""
-    unlike = 0
-    for name, on_cpu in codes.items():
-        layer = adapted.mergeable[name].to(device)
-        unlike += int((layer.codes().codes.cpu() != on_cpu.codes).sum())
-        layer.to("cpu")
-    return unlike
-
-
-def _count_different(one: Quantized, other: Quantized) -> int:
-    return int((one.codes != other.codes).sum())
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Merge into a base of floats that is in memory one decoder block at a time.
+"""Merge into a base that is in memory one decoder block at a time.
 
 The model that was trained and the merged one run once each, on a few examples: a block is read when the model comes to
 it. On the way through the first, each block's merged weights are written.
@@ -6,36 +6,56 @@ it. On the way through the first, each block's merged weights are written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sqft.checkpoints.gptq import grid_settings
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
 from sqft.data.encoding import Example
 from sqft.errors import ArtifactError
+from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
 from sqft.kernels.finite import all_finite
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, attach, set_ranks
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.modeling.adapters.frozen_weight import FloatWeight
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.calibration.capture import Hold, held_in_turn
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.part_writer import float_tensors
 from sqft.modeling.loading.parts import OUTSIDE, PartedModel, WholeModel
-from sqft.modeling.loading.transformers_io import save_settings
+from sqft.modeling.loading.quantized import GptqFolder
+from sqft.recipe.sections import Finetune
 from sqft.stages.adapted import is_masked, load_deltas, make_deltas
-from sqft.stages.inputs import Report, StageInputs
+from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.stages.logits import logits_difference, logits_of
+from sqft.stages.merge_bases import (
+    CodeBases,
+    FloatBases,
+    codes_before_training,
+    count_different,
+    count_unlike,
+    kept_by_base,
+    warn_of_zero_points,
+)
 from sqft.stages.step_parts import StepParts
-from sqft.types import COMPARED_TOKENS
+from sqft.types import COMPARED_TOKENS, Quantized
 from sqft.utils.digests import Digests
+
+
+class Merged(NamedTuple):
+    """A layer that was merged."""
+
+    weight: Tensor  # [out, in]
+    codes: Quantized | None
+    counts: dict[str, int]
 
 
 class MergeInParts:
@@ -43,7 +63,7 @@ class MergeInParts:
 
     Args:
         inputs: the stage's.
-        source: the base, a folder of floats.
+        source: the base, a folder.
     """
 
     def __init__(self, inputs: StageInputs, source: ModelSpec) -> None:
@@ -54,7 +74,7 @@ class MergeInParts:
         self.tokenizer = self.parts.tokenizer
         found = linears(self.parts.opened.model)
         self.linears = {name: found[name] for name in self.step.layers}
-        self.masked = is_masked(inputs.plan.adapter_base, self.merger)
+        self.bases = self._bases()
         self.files = ""  # digest of the folder that the logits are of
         self.dropout = checks.check_dropout(self.step.label(Adapter), self.step.component(Adapter).input_dropout())
         self._load_deltas()
@@ -74,16 +94,17 @@ class MergeInParts:
                 with self._merging(block):
                     pass
         self.parts.writer.write_index()
-        save_settings(opened.model, self.tokenizer, self.folder, self.source)
+        self.bases.save_settings(self.tokenizer, self.folder, self.parts.all("grids"))
         self.files = Digests().path(self.folder)
         stored = PartedModel(self.inputs.plan.spec(self.folder))
         difference = logits_difference([(_logits(stored, stored.held, ids), expected)])
-        return {**report_of(self.parts.all("layers").values()), "logits_difference": difference}
+        return {**self._report(), "logits_difference": difference}
 
     def verify(self) -> None:
-        """Check that every tensor as stored is the one trained through, or the base's, bit for bit. That the zeros
-        which the merger promises to keep are zero was checked when the weights were made."""
+        """Check that all tensors as stored are those trained through, or the base's, bit for bit; codes and grids too.
+        That the zeros which the merger promises to keep are zero was checked when the weights were made."""
         stored, expected = PartedModel(self.inputs.plan.spec(self.folder)), self.parts.all("tensors")
+        codes = self.parts.all("codes")
         for part in stored.parts:
             with stored.held(part):
                 for name, tensor in stored.tensors(part).items():
@@ -93,23 +114,56 @@ class MergeInParts:
                         raise ArtifactError(
                             f"merge ({self.label}): {name} as stored is not the weight that training used"
                         )
+        layers = GptqFolder(self.folder, stored.names) if codes else None
+        for name in codes.keys() | (layers.layers.keys() if layers else set()):
+            if not layers or name not in layers.layers or grids.digest_of(layers.layer(name)) != codes.get(name):
+                raise ArtifactError(
+                    f"merge ({self.label}): codes or grid of {name} as stored are not those that training used"
+                )
         if Digests().path(self.folder) != self.files:
             raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
+
+    def _bases(self) -> FloatBases:
+        plan, opened = self.inputs.plan, self.parts.opened
+        base, masked = plan.adapter_base, is_masked(plan.adapter_base, self.merger)
+        if not base.quantized:
+            return FloatBases(opened, self.linears, self.source, masked)
+        start = section_of(self.step, Finetune).base
+        return CodeBases(opened, self.linears, self.source, masked, start, base, self.inputs.folders)
+
+    def _report(self) -> Report:
+        layers, settings = self.parts.all("layers").values(), self.parts.all("grids")
+        report = report_of(layers)
+        if not settings:
+            return report
+        if any(self.parts.all("zero_points_of_0").values()):
+            warn_of_zero_points()
+        counted = Counter[str]()
+        for layer in layers:
+            counted.update({key: count for key, count in layer.items() if key.startswith("codes_")})
+        return {**report, "bits": next(iter(settings.values()))["bits"], **counted}
 
     def _load_deltas(self) -> None:
         """Read all deltas: they are small beside the model, whose layers they are put over one block at a time."""
         model, adapter, label = self.parts.opened.model, self.step.component(Adapter), self.step.label(Adapter)
         shapes = tuple(shape_of(name, linear) for name, linear in self.linears.items())
         space, self.deltas = make_deltas(adapter, label, shapes, 0)
-        layers = self._attach(list(self.linears))
+        learns = self.merger.learns_scales()
+        bases = {name: self.bases.outline(name) for name in self.linears}
+        layers = attach(model, self.deltas, self.merger, bases, self.dropout, learns)
         load_deltas(AdaptedModel(model, self.tokenizer, layers, space), self.inputs.folders["finetune"], label)
+        self.multipliers = {name: layer.scale_multiplier for name, layer in layers.items()}
         self._detach(layers)
         self.ranks = space.ranks_by_linear(read_ranks(self.inputs.folders["search"]))
 
     def _attach(self, names: Sequence[str]) -> dict[str, AdaptedLinear]:
         deltas = {name: self.deltas[name] for name in names}
-        bases = {name: FloatWeight(self.linears[name].weight, self.masked) for name in names}
-        return attach(self.parts.opened.model, deltas, self.merger, bases, self.dropout)
+        bases = {name: self.bases.base(name) for name in names}
+        layers = attach(self.parts.opened.model, deltas, self.merger, bases, self.dropout)
+        for name, layer in layers.items():
+            layer.scale_multiplier = self.multipliers[name]
+        set_ranks(layers, self.ranks)
+        return layers
 
     def _detach(self, names: Iterable[str]) -> None:
         for name in names:
@@ -118,35 +172,62 @@ class MergeInParts:
     @contextmanager
     def _merging(self, part: str) -> Iterator[None]:
         """Have a part in memory as it was trained; when it was used, write it merged, if it is not written as yet."""
-        merged: dict[str, Tensor] = {}
+        merged: dict[str, Merged] = {}
         with self.parts.held(part, begin=lambda _: None, end=partial(self._end, merged=merged)):
             layers = self._attach([name for name in self.linears if self.parts.opened.part_of(name) == part])
-            set_ranks(layers, self.ranks)
             try:
                 yield
                 if part not in self.parts.records:
-                    merged |= {name: one.effective() for name, one in layers.items() if isinstance(one, MergedLinear)}
+                    for name, layer in layers.items():
+                        if isinstance(layer, MergedLinear):
+                            merged[name] = self._merged(name, layer)
             finally:
                 self._detach(layers)
 
-    def _end(self, part: str, merged: dict[str, Tensor]) -> None:
+    def _merged(self, name: str, layer: MergedLinear) -> Merged:
+        """Merge a layer, and count what that changes.
+
+        Raises:
+            ArtifactError: when a zero that the merger promises to keep is none.
+        """
+        base = layer.base
+        codes = layer.codes() if base.grid() is not None else None
+        weight = grids.dequantize(codes).to(base.dtype) if codes else layer.effective()
+        kept = lost = 0
+        for rows in base.rows():  # whole masks would fill the memory
+            mask = kept_by_base(base, rows)
+            kept += int(mask.count_nonzero())
+            lost += int(((weight[rows] != 0) & ~mask).count_nonzero())
+        if self.merger.keeps_mask and lost:
+            raise ArtifactError(f"merge ({self.label}): {lost} zeros of the base are not zero in {name}.weight")
+        counts = {
+            "zeros_before": weight.numel() - kept,
+            "zeros_after": weight.numel() - int(weight.count_nonzero()),
+            "weights": weight.numel(),
+        }
+        before = self.bases.before(name)
+        if codes and before:
+            counts["codes_changed"] = count_different(codes, codes_before_training(base))
+            counts["codes_unlike_base"] = count_different(codes, before)
+            if self.inputs.device != "cpu":
+                counts["codes_unlike_on_device"] = count_unlike(layer, codes, self.inputs.device)
+        return Merged(weight, codes, counts)
+
+    def _end(self, part: str, merged: dict[str, Merged]) -> None:
         """Put the merged weights of a part in the place of the base's, and seal it."""
-        opened, layers = self.parts.opened, {}
-        for name, weight in merged.items():
+        opened = self.parts.opened
+        for name, one in merged.items():
             linear = self.linears[name]
-            base = FloatWeight(linear.weight, self.masked)
-            blocks = ((weight[rows], base.weight[rows]) for rows in base.rows())  # whole masks would fill the memory
-            lost = sum(int(((new != 0) & (old == 0)).count_nonzero()) for new, old in blocks)
-            if self.merger.keeps_mask and lost:
-                raise ArtifactError(f"merge ({self.label}): {lost} zeros of the base are not zero in {name}.weight")
-            layers[name] = {
-                "zeros_before": weight.numel() - int(linear.weight.count_nonzero()),
-                "zeros_after": weight.numel() - int(weight.count_nonzero()),
-                "weights": weight.numel(),
-            }
-            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-        record = {"tensors": {name: sha256(tensor) for name, tensor in opened.tensors(part).items()}, "layers": layers}
-        self.parts.seal(part, record, lambda: float_tensors(opened, part, self.source), {})
+            linear.weight = nn.Parameter(one.weight.to(linear.weight.dtype), requires_grad=False)
+        layers = self.bases.coded(part, {name: one.codes for name, one in merged.items() if one.codes})
+        record = {
+            "tensors": {name: sha256(tensor) for name, tensor in opened.tensors(part).items()},
+            "layers": {name: one.counts for name, one in merged.items()},
+            "codes": {name: grids.digest_of(layer) for name, layer in layers.items()},
+            "grids": {name: grid_settings(layer.grid) for name, layer in layers.items()},
+            "zero_points_of_0": {name: bool((layer.grid.zero == 0).any()) for name, layer in layers.items()},
+        }
+        self.parts.seal(part, record, lambda: self.bases.tensors(part, layers), {})
 
 
 def _leave(opened: WholeModel, part: str, written: FolderReader) -> None:

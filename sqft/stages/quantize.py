@@ -17,7 +17,7 @@ from sqft.errors import ArtifactError, ContractError
 from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
 from sqft.kernels.finite import all_finite
-from sqft.kernels.grids import dequantize, group_index
+from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.words import fills_words
 from sqft.modeling.loading import load_model
@@ -93,7 +93,7 @@ class QuantizeStage:
                 "grid": grid_settings(result.grid),
                 "zeros": int((linear.weight == 0).sum()),
                 "weights": linear.weight.numel(),
-                "codes": _digest(result),
+                "codes": grids.digest_of(result),
                 "residual": sha256(residuals[name]) if name in residuals else "",
             }
 
@@ -172,7 +172,7 @@ class QuantizeStage:
             value = dequantize(layer)
             if not all_finite(value):
                 raise ArtifactError(f"{stage}: {name} as stored holds values that are not finite")
-            if _digest(layer) != expected["codes"]:
+            if grids.digest_of(layer) != expected["codes"]:
                 raise ArtifactError(f"{stage}: codes or grid of {name} as stored are not the quantizer's")
             if name not in masks or sha256(mask := masks.tensor(name)) != bases[name]:
                 raise ArtifactError(f"{stage}: the mask of {name} as stored is not the base's")
@@ -229,12 +229,6 @@ def _on_cpu(layer: Quantized) -> Quantized:
     index = grid.group_index.cpu() if grid.group_index is not None else None
     moved = dataclasses.replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu(), group_index=index)
     return Quantized(layer.codes.cpu(), moved)
-
-
-def _digest(layer: Quantized) -> str:
-    """Return the SHA-256 over codes, scales, zero points and the group of each input."""
-    grid, index = layer.grid, group_index(layer.grid, layer.codes.shape[1])
-    return sha256(layer.codes.to(torch.uint8), grid.scale.half(), grid.zero.to(torch.uint8), index.to(torch.int32))
 
 
 def _errors(weight: Tensor, value: Tensor, stats: LinearStats) -> dict[str, float]:

@@ -13,7 +13,7 @@ from packed_checkpoints import pack_folder
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_source import ModelSource
 from sqft.errors import RecipeError, StageError
-from sqft.planning import estimates
+from sqft.planning import training_memory
 from sqft.planning.plan import Plan
 
 
@@ -128,5 +128,5 @@ def test_memory_is_the_larger_of_the_two(raw: dict[str, Any], tmp_path: Path, mo
     monkeypatch.setattr(ModelSource, "parameters", 10**9)
     reading = 4 * 10**9 + layer + 6 * logits + (1 << 29)
     assert memory("dense") == max(memory(None) + 3 * logits, reading)
-    monkeypatch.setattr(estimates, "activation_bytes", lambda *_: 0)
+    monkeypatch.setattr(training_memory, "activation_bytes", lambda *_: 0)
     assert memory("dense") == reading > memory(None)

@@ -11,9 +11,7 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.planning.estimates import (
-    activation_bytes,
     calibration_bytes,
-    estimate_finetune,
     estimate_merge,
     estimate_search,
     estimate_sparsify,
@@ -21,7 +19,7 @@ from sqft.planning.estimates import (
     quantized_bytes,
     weights_in,
 )
-from sqft.recipe.sections import Calibration, Finetune
+from sqft.recipe.sections import Calibration
 from sqft.types import LinearShape, Statistic
 
 SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
@@ -158,25 +156,6 @@ def test_bytes_of_the_walk(needs: set[Statistic], sequential: bool, hessians: in
     found = calibration_bytes(source(), CALIBRATION, frozenset(needs), LAYERS, sequential)
     assert found == states + 4 * hessians + 3 * 4 * widest
     assert calibration_bytes(source(), None, frozenset(needs), LAYERS, sequential) == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept", "labels"),
-    [
-        ({}, 14 * 32 + 4 * 64, 16),
-        ({"gradient_checkpointing": True}, 32, 16),
-        ({"loss_on": "all"}, 14 * 32 + 4 * 64, 64),
-        ({"loss_on": "all", "loss_chunk": 5}, 14 * 32 + 4 * 64, 5),
-    ],
-)
-def test_bytes_of_activations(settings: dict[str, Any], kept: int, labels: int) -> None:
-    section = Finetune.model_validate(
-        {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": 4, "max_length": 16, **settings}
-    )
-    assert activation_bytes(source(), section) == 4 * (4 * 16 * kept * 2 + 10 * 3 * labels)
-    estimate = estimate_finetune(source(), "float32", section, 100, 7)
-    assert (estimate.parameters, estimate.storage) == (100, 400)
-    assert estimate.memory == 7 + 16 * 100 + activation_bytes(source(), section) + (1 << 29)
 
 
 def test_what_holds_codes_needs_more() -> None:

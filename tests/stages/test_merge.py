@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import LinearShape, Merger
 from sqft.errors import ArtifactError
-from sqft.kernels.grids import dequantize, quantize, same
+from sqft.kernels.grids import dequantize
 from sqft.modeling.adapters.adapted_linear import MergedLinear, adapt
-from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedWeight
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight
 from sqft.stages.inputs import StageInputs
-from sqft.stages.merge import (
-    MergeStage,
-    codes_before_training,
-    count_codes_unlike,
-    effective_weights,
-    kept_by_base,
-)
+from sqft.stages.merge import MergeStage, effective_weights
 
 
 def sparse(out: int = 16, inputs: int = 64) -> tuple[Tensor, Tensor]:
@@ -61,36 +55,6 @@ def test_on_a_grid_the_effective_weight_is_what_its_codes_stand_for() -> None:
     model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
     effective, codes = effective_weights(model)
     assert effective["l"].equal(dequantize(codes["l"])) and effective["l"].equal(model.mergeable["l"].effective())
-
-
-def test_codes_before_training() -> None:
-    """Of floats, rounded on their grid; of codes, themselves."""
-    weight, kept = sparse()
-    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
-    started = codes_before_training(FloatWeight(weight, True, quantized.grid))
-    assert started.codes.equal(quantize(weight, quantized.grid))
-    assert same(codes_before_training(PackedWeight(quantized, None, torch.float32)), quantized)
-
-
-def test_what_a_base_keeps() -> None:
-    """A kept weight may be rounded to zero: codes without a mask keep everything."""
-    weight, kept = sparse()
-    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
-    assert kept_by_base(FloatWeight(weight, True)).equal(kept)
-    assert kept_by_base(FloatWeight(weight, False)).equal(kept)
-    assert kept_by_base(PackedWeight(quantized, kept, torch.float32)).equal(kept)
-    assert kept_by_base(PackedWeight(quantized, None, torch.float32)).all()
-
-
-def test_codes_that_come_out_otherwise_are_counted() -> None:
-    """What a merge reports of a device other than the CPU, here of the CPU itself."""
-    weight, kept = sparse()
-    grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
-    model = adapted(FloatWeight(weight, True, grid), QASparsePEFT())
-    codes = model.mergeable["l"].codes()
-    assert count_codes_unlike(model, {"l": codes}, "cpu") == 0
-    codes.codes[3, 5:8] ^= 1
-    assert count_codes_unlike(model, {"l": codes}, "cpu") == 3
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ArtifactError
+from sqft.kernels.grids import same
 from sqft.modeling.adapters.adapted_linear import MergedLinear
 from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.quantized import read_quantized
 from sqft.planning.plan import Plan
 from sqft.stages.inputs import StageInputs
 from sqft.stages.merge import MergeStage
@@ -85,6 +87,54 @@ def test_same_as_the_whole(raw: dict[str, Any], registry: Registry, tmp_path: Pa
     assert report["zeros_after"] >= report["zeros_before"] and report["layers"] > 0
     assert (report["zeros_before"] > 0) == ("sparsify" not in changes)
     AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "model")
+
+
+SCALES = {"name": "qa-sparsepeft", "options": {"learn_scales": True}}
+
+
+@pytest.mark.parametrize(
+    ("start", "merger", "sparse"),
+    [
+        ("floats", "qa-sparsepeft", True),
+        ("codes", "qa-sparsepeft", False),
+        ("compensated", SCALES, True),
+        ("floats", SCALES, False),
+        ("codes", "hira", True),
+        ("floats", "hira", False),
+    ],
+    ids=str,
+)
+def test_codes_same_as_the_whole(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, start: str, merger: Any, sparse: bool
+) -> None:
+    """Merged layers, layers of codes without an adapter, and one that is left in floats and has one."""
+    if not sparse:
+        del raw["sparsify"]
+        raw["evaluate"]["of"] = ["quantize", "merge"]
+    raw["model"]["dtype"] = "bfloat16" if start == "codes" else "float32"
+    options = {"bits": 4, "group_size": 32, "act_order": start == "compensated"}
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": options}, "exclude": ["*.down_proj"]}
+    raw["finetune"] |= {"merger": merger, "base": start, "learning_rate": 0.1, "targets": ["q_proj", "down_proj"]}
+    report = assert_alike_both_ways(raw, registry, tmp_path)
+    assert report["bits"] == 4 and report["codes_changed"] > 0 and report["layers"] == 4
+    folders = [tmp_path / way / "model" for way in ("whole", "streamed")]
+    read = [read_quantized(folder) for folder in folders]
+    assert len(read[0]) == 12 and all(same(layer, read[1][name]) for name, layer in read[0].items())
+
+
+def test_a_damaged_code_is_found(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
+    plan, run = trained(raw, registry, tmp_path / "store")
+    merge = stage(plan, run, tmp_path, streamed=True)
+    merge.run()
+    merge.verify()
+    file = merge.in_parts.parts.writer.files["model.layers.1"]
+    stored = load_file(file)
+    stored["model.layers.1.self_attn.o_proj.qweight"][0, 0] ^= 1  # a layer without an adapter
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"^merge \(merger 'qa-sparsepeft'.*o_proj"):
+        merge.verify()
 
 
 STREAMED = [name for name, one in FAMILIES.items() if one.walk == "blocks" and name not in ("Zamba2", "xLSTM")]

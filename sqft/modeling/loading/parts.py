@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import decoder_blocks
@@ -29,6 +28,7 @@ from sqft.modeling.loading.transformers_io import (
     silent_transformers,
     stock_class,
 )
+from sqft.modeling.loading.values_of_codes import reader_of_floats
 
 OUTSIDE = ""
 """The part that is no decoder block: embeddings, norms, the head, towers."""
@@ -79,9 +79,10 @@ class WholeModel:
 
 
 class PartedModel(WholeModel):
-    """A folder of floats whose parts are in memory only while they are held.
+    """A folder of floats, or of GPTQ codes without experts, whose parts are in memory only while they are held.
 
-    What is not held is on the meta device. Held, a part's tensors are those of `load_floats`, bit for bit.
+    What is not held is on the meta device. Held, a part's tensors are those of `load_model`, bit for bit; a layer of
+    codes is the value of its codes.
 
     Args:
         spec: the folder.
@@ -93,7 +94,7 @@ class PartedModel(WholeModel):
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.reader = FolderReader(spec.path, weight_files(spec.path))
+        self.reader = reader_of_floats(spec)
         self._plain = _empty(spec, self.reader)
         super().__init__(as_linears(copy.deepcopy(self._plain)).eval().requires_grad_(False))
         self.stored: dict[str, list[str]] = {part: [] for part in self.parts}
@@ -204,6 +205,8 @@ def _empty(spec: ModelSpec, reader: FolderReader) -> PreTrainedModel:
     try:
         with silent_transformers():
             config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+            if getattr(config, "quantization_config", None) is not None:  # the reader gives floats
+                del config.quantization_config
             kind, how = stock_class(config), {"trust_remote_code": spec.trust_remote_code}
             with torch.device("meta"):  # a config is changed by what is made of it, so each gets a copy
                 made = type(kind.from_config(copy.deepcopy(config), **how))

@@ -241,7 +241,11 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     with quiet_transformers(), init_empty_weights():  # no memory for floats that are not stored
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         del config.quantization_config
-        dtype = getattr(torch, spec.dtype) if spec.dtype else _precision(config.dtype, floats)
+        dtype = (
+            getattr(torch, spec.dtype)
+            if spec.dtype
+            else precision_of(config.dtype, (one.dtype for one in floats.values()))
+        )
         model: PreTrainedModel = stock_class(config).from_config(
             config, dtype=dtype, trust_remote_code=spec.trust_remote_code
         )
@@ -265,10 +269,10 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     return model.eval()
 
 
-def _precision(stated: torch.dtype | None, floats: Mapping[str, Tensor]) -> torch.dtype:
+def precision_of(stated: torch.dtype | None, stored: Iterable[torch.dtype]) -> torch.dtype:
     """Return the precision of a model: the one that its config states, if some tensor has it, or the first tensor's."""
-    stored = [tensor.dtype for tensor in floats.values() if tensor.is_floating_point()]
-    return stated if stated is not None and stated in stored else next(iter(stored), torch.float32)
+    found = [dtype for dtype in stored if dtype.is_floating_point]
+    return stated if stated is not None and stated in found else next(iter(found), torch.float32)
 
 
 def _take_apart(

@@ -18,7 +18,7 @@ from sqft.data.collators import Collator, PackingCollator, pack
 from sqft.data.encoding import IGNORED, Tokenization
 from sqft.errors import StageError
 from sqft.modeling.training.loss import CompletionLoss, Distillation, Prediction, divergence, predict, sees_across
-from sqft.planning.estimates import logits_bytes
+from sqft.planning.training_memory import logits_bytes
 from sqft.recipe.sections import Finetune
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in (1, 20, 300) for b in (4, 5000)]

@@ -1,0 +1,81 @@
+"""A GPTQ folder, read as if it were a folder of floats: a layer's weight is the value of its codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.safetensors import weight_files
+from sqft.kernels.grids import dequantize
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.quantized import GptqFolder, precision_of, quantization_of, read_layer
+
+
+@dataclass(frozen=True)
+class ValuesOfCodes(FolderReader):
+    """The tensors that a GPTQ folder would hold if all its layers were floats.
+
+    Args:
+        dtype: the precision of the values; None takes that of the folder's floats.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def names(self) -> Sequence[str]:
+        return sorted({*self._stored.other_names(), *self._coded})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._coded:
+            return super().tensor(name)
+        return dequantize(read_layer(self._stored.reader, name.removesuffix(".weight"), self._stored.settings)).to(
+            self._precision
+        )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._coded:
+            return super().shape(name)
+        words, out = super().shape(f"{name.removesuffix('.weight')}.qweight")
+        return out, words * 32 // self._stored.settings["bits"]
+
+    @cached_property
+    def precisions(self) -> dict[str, torch.dtype]:
+        return {**self._floats, **dict.fromkeys(self._coded, self._precision)}
+
+    @cached_property
+    def _stored(self) -> GptqFolder:
+        return GptqFolder(self.folder)
+
+    @cached_property
+    def _coded(self) -> frozenset[str]:
+        return frozenset(f"{name}.weight" for name in self._stored.layers)
+
+    @cached_property
+    def _floats(self) -> dict[str, torch.dtype]:
+        """The precision of each tensor that is no part of a quantized layer."""
+        precisions: dict[str, Any] = FolderReader(self.folder).precisions
+        return {name: precisions[name] for name in self._stored.other_names() if name in precisions}
+
+    @cached_property
+    def _precision(self) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        stated = config.get("dtype") or config.get("torch_dtype")
+        return precision_of(getattr(torch, stated) if stated else None, self._floats.values())
+
+
+def reader_of_floats(spec: ModelSpec) -> FolderReader:
+    """Return what reads a folder's tensors as floats, codes too."""
+    if quantization_of(spec.path) is None:
+        return FolderReader(spec.path, weight_files(spec.path))
+    return ValuesOfCodes(spec.path, dtype=getattr(torch, spec.dtype) if spec.dtype else None)

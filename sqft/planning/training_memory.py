@@ -1,0 +1,67 @@
+"""What training is expected to need, computed from headers and settings. Sizes are in bytes."""
+
+from __future__ import annotations
+
+from sqft.checkpoints.model_source import ModelSource
+from sqft.planning.estimates import RUNTIME_OVERHEAD, Estimate, model_bytes
+from sqft.recipe.sections import Finetune
+
+ADAM_BYTES_PER_PARAMETER = 16
+"""A float32 parameter that trains, its gradient and the two moments of AdamW."""
+
+DELTA_BYTES_PER_PARAMETER = 4
+"""A trained parameter as it is stored, in float32."""
+
+
+def estimate_finetune(
+    model: ModelSource, dtype: str, section: Finetune, trained: int, base: int, teacher: ModelSource | None = None
+) -> Estimate:
+    """Estimate `finetune`.
+
+    Args:
+        model: the recipe's model.
+        dtype: its precision, and the teacher's.
+        section: how it is trained.
+        trained: the number of parameters that train.
+        base: bytes of the base in memory.
+        teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
+    """
+    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
+    reading = 0
+    if teacher:
+        reading = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
+    return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
+
+
+def activation_bytes(source: ModelSource, section: Finetune) -> int:
+    """Return the bytes kept for backward: an upper bound, for every example as long as max_length."""
+    layers, layer = source.size("num_hidden_layers", default=1), layer_bytes(source, section)
+    kept = layers * layer
+    if section.gradient_checkpointing:  # what goes into each layer, and one layer that is computed again
+        kept = layers * 4 * section.batch_size * section.max_length * source.size("hidden_size") + layer
+    return kept + logits_bytes(source, section)
+
+
+def layer_bytes(source: ModelSource, section: Finetune) -> int:
+    """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`."""
+    hidden = source.size("hidden_size")
+    inner = source.size("intermediate_size", default=4 * hidden)
+    return 4 * section.batch_size * section.max_length * (14 * hidden + 4 * inner)
+
+
+def logits_bytes(source: ModelSource, section: Finetune) -> int:
+    """Return the bytes of a batch's logits and of all that their loss computes from them, counted at its peak.
+
+    Beside a teacher these are more; its complete predictions are there for the whole batch, whatever the chunk.
+    """
+    vocabulary = source.size("vocab_size")
+    tokens = section.batch_size * section.max_length
+    labels = tokens if section.loss_on == "all" else tokens // 4
+    at_once = min(labels, section.loss_chunk or labels)
+    if section.teacher is None:
+        rows = 3 * at_once
+    elif section.teacher.keeps_all(vocabulary):
+        rows = 7 * at_once + labels
+    else:
+        rows = 6 * at_once
+    return 4 * vocabulary * rows

@@ -1,0 +1,174 @@
+"""What lies under the adapters of a model that is merged one part at a time, and how the merged part is stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sqft.checkpoints.model_spec import ModelSpec
+from sqft.kernels import grids
+from sqft.kernels.masks import unpack_mask
+from sqft.modeling.adapters.adapted_linear import MergedLinear
+from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedWeight
+from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.other_model import OtherModel
+from sqft.modeling.loading.part_writer import float_tensors
+from sqft.modeling.loading.parts import WholeModel
+from sqft.modeling.loading.quantized import GptqFolder, other_tensors, save_settings_of_codes, tensors_of_codes
+from sqft.modeling.loading.transformers_io import save_settings
+from sqft.planning.adapter_base import AdapterBase
+from sqft.types import Quantized
+
+log = logging.getLogger("sqft")
+
+
+class FloatBases:
+    """Floats, which the merged weights take the place of.
+
+    Args:
+        opened: the model, one part of it held at a time.
+        linears: its layers that have adapters, by name.
+        source: the folder it is read from.
+        masked: whether what is zero stays zero.
+    """
+
+    def __init__(self, opened: WholeModel, linears: Mapping[str, nn.Linear], source: ModelSpec, masked: bool) -> None:
+        self.opened, self.linears, self.source, self.masked = opened, linears, source, masked
+
+    def outline(self, name: str) -> FrozenWeight:
+        """Return a base of a layer's shape that has no values."""
+        return FloatWeight(self.linears[name].weight, self.masked)
+
+    def base(self, name: str) -> FrozenWeight:
+        """Return the base of a layer whose part is held."""
+        return FloatWeight(self.linears[name].weight, self.masked)
+
+    def before(self, name: str) -> Quantized | None:
+        """Return a layer's codes as the base has them; None where it has none."""
+        return None
+
+    def coded(self, part: str, merged: Mapping[str, Quantized]) -> dict[str, Quantized]:
+        """Return the layers of a part that are stored as codes: those that were merged, and as they are those that have
+        no adapter."""
+        return {}
+
+    def tensors(self, part: str, layers: Mapping[str, Quantized]) -> Mapping[str, Tensor]:
+        """Return what is stored of a part that is held, merged; `layers` are those stored as codes."""
+        return float_tensors(self.opened, part, self.source)
+
+    def save_settings(
+        self, tokenizer: PreTrainedTokenizerBase, folder: Path, codes: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Write all of the merged folder but its tensors; `codes` are the settings of each layer's grid."""
+        save_settings(self.opened.model, tokenizer, folder, self.source)
+
+
+class CodeBases(FloatBases):
+    """Codes, or the floats from before they were quantized; merged into codes on the same grids.
+
+    Args:
+        opened: the model with the values of its codes, one part of it held at a time.
+        linears: its layers that have adapters, by name.
+        source: the GPTQ folder it is read from.
+        masked: whether what is zero stays zero.
+        start: `finetune.base`.
+        base: where the floats, masks and residuals are.
+        folders: artifacts by role.
+    """
+
+    def __init__(
+        self,
+        opened: WholeModel,
+        linears: Mapping[str, nn.Linear],
+        source: ModelSpec,
+        masked: bool,
+        start: str,
+        base: AdapterBase,
+        folders: Mapping[str, Path],
+    ) -> None:
+        super().__init__(opened, linears, source, masked)
+        self.stored = GptqFolder(source.path, opened.names)
+        floats, masks = base.floats(folders), base.masks(folders)
+        self.floats = OtherModel(floats, source.trust_remote_code) if floats and start == "floats" else None
+        self.masks = _file(masks) if masks and not self.floats else None
+        self.residuals = _file(base.residuals(folders)) if start == "compensated" else None
+
+    def outline(self, name: str) -> FrozenWeight:
+        """Return a base of a layer's shape that has no values, but its grid: factors of the scales may train."""
+        codes = self.before(name)
+        return FloatWeight(self.linears[name].weight, self.masked, codes.grid if codes else None)
+
+    def base(self, name: str) -> FrozenWeight:
+        codes, linear = self.before(name), self.linears[name]
+        if codes is None:
+            return FloatWeight(linear.weight, True)
+        dtype = linear.weight.dtype
+        if self.floats:
+            return FloatWeight(self.floats.weight(name).to(dtype), self.masked, codes.grid)
+        base = PackedWeight(codes, None, dtype)
+        if self.residuals:
+            base.set_residual(self.residuals.tensor(name))
+        if self.masks and name in self.masks:
+            base.set_mask(unpack_mask(self.masks.tensor(name), (base.out_features, base.in_features)))
+        return base
+
+    def before(self, name: str) -> Quantized | None:
+        return self.stored.layer(name) if name in self.stored.layers else None
+
+    def coded(self, part: str, merged: Mapping[str, Quantized]) -> dict[str, Quantized]:
+        names = [name for name in self.stored.layers if self.opened.part_of(name) == part]
+        return {name: merged[name] if name in merged else self.stored.layer(name) for name in names}
+
+    def tensors(self, part: str, layers: Mapping[str, Quantized]) -> Mapping[str, Tensor]:
+        names, state = self.opened.names, self.opened.state(part)
+        floats = other_tensors(self.opened.model, names, self.stored.layers, self.source, state)
+        return tensors_of_codes(names, layers, floats)
+
+    def save_settings(
+        self, tokenizer: PreTrainedTokenizerBase, folder: Path, codes: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        save_settings_of_codes(self.opened.model, tokenizer, self.opened.names, codes, folder, self.source)
+
+
+def kept_by_base(base: FrozenWeight, rows: slice = slice(None)) -> Tensor:
+    """Return a bool tensor [rows, in], true where a base keeps its weight; codes without a mask keep all of them."""
+    block = base.block(rows)
+    if block.mask is not None:
+        return block.mask
+    return torch.ones_like(block.weight, dtype=torch.bool) if isinstance(base, PackedWeight) else block.weight != 0
+
+
+def codes_before_training(base: FrozenWeight) -> Quantized:
+    """Return the codes that training began with: the base's own, or those of the floats before quantization."""
+    if isinstance(base, PackedWeight):
+        return base.codes()
+    grid = base.grid()
+    assert grid is not None
+    return Quantized(grids.quantize(base.block().weight, grid), grid)
+
+
+def count_different(one: Quantized, other: Quantized) -> int:
+    """Count the codes that differ."""
+    return int((one.codes != other.codes).sum())
+
+
+def count_unlike(layer: MergedLinear, on_cpu: Quantized, device: str) -> int:
+    """Count the codes of a layer that come out differently on a device than on the CPU, where the merge is made."""
+    unlike = int((layer.to(device).codes().codes.cpu() != on_cpu.codes).sum())
+    layer.to("cpu")
+    return unlike
+
+
+def warn_of_zero_points() -> None:
+    """Say that some of the base's zero points are 0."""
+    log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
+
+
+def _file(path: Path) -> FolderReader:
+    return FolderReader(path.parent, [path])
