@@ -51,6 +51,13 @@ def keep_out_of_ddp(module: nn.Module, names: Iterable[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
+def compute_activations_again(model: PreTrainedModel) -> None:
+    """Make a model keep only what goes into each layer, and compute the rest again in the backward pass."""
+    # The older name warns where there are both.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 @dataclass(frozen=True)
 class ExpertTraits:
     """What transformers says of a mixture that keeps the weights of all experts in one tensor.

@@ -27,6 +27,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.effective_weight import combine_rows
 from sqft.modeling.adapters.saving import store_deltas
 from sqft.modeling.architecture.experts import Expert
+from sqft.modeling.compat import compute_activations_again
 from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.training.checkpoints import CheckpointSealer, newest_complete, resume
 from sqft.modeling.training.loss import CompletionLoss, Distillation, sees_across
@@ -78,7 +79,7 @@ class FinetuneStage:
         if any(layer.dropout.p > 0 for layer in adapted.mergeable.values()):
             log.warning("dropout on the adapter's input trains through two paths, at about twice the cost")
         if section.gradient_checkpointing:
-            adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
+            compute_activations_again(adapted.model)
         check_first_combine(adapted, self.merger, self.merger_label)
         rows, collator = self._rows(training.examples)
         distillation = Distillation(section.teacher.weight, section.teacher.temperature) if section.teacher else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -119,3 +120,16 @@ def test_tensors_of_a_checkpoint_are_loaded_through_the_conversions(tmp_path: Pa
     names = {type(one).__name__ for one in compat.kept_conversions(model)}
     assert names == {"WeightConverter", "WeightRenaming"}
     assert compat.load_converted(model, {"model.norm.weight": torch.ones(2)}) == ["model.norm.weight"]
+
+
+def test_activations_are_computed_again_without_a_warning(model: LlamaForCausalLM) -> None:
+    """When this fails: transformers renamed `activation_checkpointing_enable`, or its arguments. Correct
+    `compute_activations_again`; without it, `finetune.gradient_checkpointing` does nothing."""
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.compute_activations_again(model)
+    entered: list[int] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: entered.append(1))
+    model(input_ids=torch.arange(1, 9)[None]).logits.sum().backward()
+    assert len(entered) == 2
