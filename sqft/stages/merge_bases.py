@@ -41,8 +41,8 @@ class FloatBases:
     def __init__(self, opened: WholeModel, linears: Mapping[str, nn.Linear], source: ModelSpec, masked: bool) -> None:
         self.opened, self.linears, self.source, self.masked = opened, linears, source, masked
 
-    def outline(self, name: str) -> FrozenWeight:
-        """Return a base of a layer's shape that has no values."""
+    def outline(self, name: str, with_grid: bool) -> FrozenWeight:
+        """Return a base of a layer's shape that has no values; with its grid, where factors of the scales train too."""
         return FloatWeight(self.linears[name].weight, self.masked)
 
     def base(self, name: str) -> FrozenWeight:
@@ -99,9 +99,8 @@ class CodeBases(FloatBases):
         self.masks = _file(masks) if masks and not self.floats else None
         self.residuals = _file(base.residuals(folders)) if start == "compensated" else None
 
-    def outline(self, name: str) -> FrozenWeight:
-        """Return a base of a layer's shape that has no values, but its grid: factors of the scales may train."""
-        codes = self.before(name)
+    def outline(self, name: str, with_grid: bool) -> FrozenWeight:
+        codes = self.before(name) if with_grid else None
         return FloatWeight(self.linears[name].weight, self.masked, codes.grid if codes else None)
 
     def base(self, name: str) -> FrozenWeight:

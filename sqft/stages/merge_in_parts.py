@@ -149,7 +149,7 @@ class MergeInParts:
         shapes = tuple(shape_of(name, linear) for name, linear in self.linears.items())
         space, self.deltas = make_deltas(adapter, label, shapes, 0)
         learns = self.merger.learns_scales()
-        bases = {name: self.bases.outline(name) for name in self.linears}
+        bases = {name: self.bases.outline(name, learns) for name in self.linears}
         layers = attach(model, self.deltas, self.merger, bases, self.dropout, learns)
         load_deltas(AdaptedModel(model, self.tokenizer, layers, space), self.inputs.folders["finetune"], label)
         self.multipliers = {name: layer.scale_multiplier for name, layer in layers.items()}
