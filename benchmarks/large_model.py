@@ -159,7 +159,6 @@ def training(base: str, steps: int, batch_size: int, max_length: int) -> dict[st
             "steps": steps,
             "batch_size": batch_size,
             "max_length": max_length,
-            "precision": "bfloat16",
             "gradient_checkpointing": True,
             "loss_chunk": 64,
         },

@@ -167,7 +167,7 @@ def check_start(
     if section.base == "packed" and kind is BaseKind.QUANTIZED:
         yield Problem(
             "finetune.base",
-            'only a base of floats can be packed; set this to "codes" or "compensated", which are smaller still',
+            'only a base of floats can be packed; set this to "codes", which are smaller still, or remove it',
         )
     if section.base in ("codes", "compensated") and kind is not BaseKind.QUANTIZED:
         yield Problem(

@@ -85,9 +85,9 @@ def quantized_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape
 
 
 def packed_bytes(model: ModelSource, dtype: str, layers: Sequence[LinearShape], sparsity: float) -> int:
-    """Return about the bytes in memory of a model whose sparse `layers` are there without their zeros."""
-    width, sparse = DTYPE_BYTES[dtype], weights_in(layers)
-    return int(model_bytes(model, dtype) - sparse * (width * sparsity - MASK_BITS / 8))
+    """Return about the bytes in memory of a model whose sparse `layers` are without their zeros, where that is less."""
+    saved = weights_in(layers) * (DTYPE_BYTES[dtype] * sparsity - MASK_BITS / 8)
+    return int(model_bytes(model, dtype) - max(0, saved))
 
 
 def own_head(model: ModelSource) -> int:
@@ -275,8 +275,8 @@ def estimate_merge(
         copies = COPIES_OF_EXPERTS if model.layout.experts else 1
         merged = by_block((layer for layer in model.layout.linears if layer.name in adapted), dtype)
         blocks = copies * block + max(merged.values(), default=0)
-        if quantized:  # codes of a byte each until they are stored, and the floats that they are rounded from
-            blocks += block // DTYPE_BYTES[dtype] + max(merged.values(), default=0)
+        if quantized:  # codes of a byte each until they are stored, and the block of floats that was quantized
+            blocks += block // DTYPE_BYTES[dtype] + block
         # Of both models, and what lies between them.
         logits = 3 * COMPARED_EXAMPLES * COMPARED_TOKENS * model.size("vocab_size") * 4
         return Estimate(model.parameters, stored, outside + max(blocks, logits) + deltas + RUNTIME_OVERHEAD)

@@ -109,7 +109,6 @@ TRAIN = (
 )
 
 MERGE = (
-    "modeling/loading/other_model",
     "stages/logits",
     "stages/merge",
     "stages/merge_bases",

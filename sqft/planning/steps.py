@@ -29,7 +29,7 @@ from sqft.recipe.sections import (
     Sparsify,
 )
 from sqft.recipe.stages import EVALUABLE
-from sqft.types import LinearShape, Statistic
+from sqft.types import BaseKind, LinearShape, Statistic
 
 
 def plan_sparsify(section: Sparsify, resolver: Resolver) -> Step:
@@ -162,6 +162,9 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         resolver.collect(distillation.check_teacher(section, teacher))
         for note in distillation.notes(section, resolver, teacher, base.kind):
             resolver.note("finetune.teacher", note)
+    streamed = section.base == "packed" and is_streamed(resolver.model, resolver.dtype, base.step is not None)
+    if section.base == "packed" and base.kind is BaseKind.DENSE:
+        resolver.note("finetune.base", "this recipe does not prune: only layers that came sparse take less memory")
     return Step(
         name="finetune",
         stage="finetune",
@@ -170,8 +173,8 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
         components=_found(adapter=adapter, merger=merger),
         inputs=base.inputs,
         files=files,
-        streamed=section.base == "packed" and is_streamed(resolver.model, resolver.dtype, base.step is not None),
-        estimate=estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher),
+        streamed=streamed,
+        estimate=estimate_finetune(resolver.model, resolver.dtype, section, trained, loaded, teacher, streamed),
     )
 
 

@@ -14,7 +14,13 @@ DELTA_BYTES_PER_PARAMETER = 4
 
 
 def estimate_finetune(
-    model: ModelSource, dtype: str, section: Finetune, trained: int, base: int, teacher: ModelSource | None = None
+    model: ModelSource,
+    dtype: str,
+    section: Finetune,
+    trained: int,
+    base: int,
+    teacher: ModelSource | None = None,
+    streamed: bool = False,
 ) -> Estimate:
     """Estimate `finetune`.
 
@@ -25,11 +31,13 @@ def estimate_finetune(
         trained: the number of parameters that train.
         base: bytes of the base in memory.
         teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
+        streamed: whether a packed base is read one block at a time.
     """
     student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
-    reading = 0
+    reading = model_bytes(model, dtype) if section.base == "packed" and not streamed else 0
     if teacher:
-        reading = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
+        taught = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
+        reading = max(reading, taught)
     return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from sqft.kernels.masks import unpack_mask
 from sqft.modeling.adapters.adapted_linear import MergedLinear
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedWeight
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.other_model import OtherModel
 from sqft.modeling.loading.part_writer import float_tensors
-from sqft.modeling.loading.parts import WholeModel
+from sqft.modeling.loading.parts import PartedModel, WholeModel
 from sqft.modeling.loading.quantized import GptqFolder, other_tensors, save_settings_of_codes, tensors_of_codes
 from sqft.modeling.loading.transformers_io import save_settings
 from sqft.planning.adapter_base import AdapterBase
@@ -45,9 +45,9 @@ class FloatBases:
         """Return a base of a layer's shape that has no values; with its grid, where factors of the scales train too."""
         return FloatWeight(self.linears[name].weight, self.masked)
 
-    def base(self, name: str) -> FrozenWeight:
-        """Return the base of a layer whose part is held."""
-        return FloatWeight(self.linears[name].weight, self.masked)
+    def bases(self, part: str, names: Iterable[str]) -> dict[str, FrozenWeight]:
+        """Return the bases of layers of a part that is held."""
+        return {name: FloatWeight(self.linears[name].weight, self.masked) for name in names}
 
     def before(self, name: str) -> Quantized | None:
         """Return a layer's codes as the base has them; None where it has none."""
@@ -76,9 +76,9 @@ class CodeBases(FloatBases):
         opened: the model with the values of its codes, one part of it held at a time.
         linears: its layers that have adapters, by name.
         source: the GPTQ folder it is read from.
-        masked: whether what is zero stays zero.
         start: `finetune.base`.
-        base: where the floats, masks and residuals are.
+        floats: the model that was quantized.
+        base: where masks and residuals are.
         folders: artifacts by role.
     """
 
@@ -87,15 +87,14 @@ class CodeBases(FloatBases):
         opened: WholeModel,
         linears: Mapping[str, nn.Linear],
         source: ModelSpec,
-        masked: bool,
         start: str,
+        floats: ModelSpec,
         base: AdapterBase,
         folders: Mapping[str, Path],
     ) -> None:
-        super().__init__(opened, linears, source, masked)
-        self.stored = GptqFolder(source.path, opened.names)
-        floats, masks = base.floats(folders), base.masks(folders)
-        self.floats = OtherModel(floats, source.trust_remote_code) if floats and start == "floats" else None
+        super().__init__(opened, linears, source, masked=True)  # what is zero under codes stays zero
+        self.stored, masks = GptqFolder(source.path, opened.names), base.masks(folders)
+        self.floats = PartedModel(floats) if start == "floats" else None
         self.masks = _file(masks) if masks and not self.floats else None
         self.residuals = _file(base.residuals(folders)) if start == "compensated" else None
 
@@ -103,14 +102,17 @@ class CodeBases(FloatBases):
         codes = self.before(name) if with_grid else None
         return FloatWeight(self.linears[name].weight, self.masked, codes.grid if codes else None)
 
-    def base(self, name: str) -> FrozenWeight:
+    def bases(self, part: str, names: Iterable[str]) -> dict[str, FrozenWeight]:
+        with self.floats.held(part) if self.floats else nullcontext():  # what is taken of it stays
+            return {name: self._base(name) for name in names}
+
+    def _base(self, name: str) -> FrozenWeight:
         codes, linear = self.before(name), self.linears[name]
         if codes is None:
-            return FloatWeight(linear.weight, True)
-        dtype = linear.weight.dtype
+            return FloatWeight(linear.weight, self.masked)
         if self.floats:
-            return FloatWeight(self.floats.weight(name).to(dtype), self.masked, codes.grid)
-        base = PackedWeight(codes, None, dtype)
+            return FloatWeight(self.floats.model.get_parameter(f"{name}.weight"), self.masked, codes.grid)
+        base = PackedWeight(codes, None, linear.weight.dtype)
         if self.residuals:
             base.set_residual(self.residuals.tensor(name))
         if self.masks and name in self.masks:

@@ -125,11 +125,12 @@ class MergeInParts:
 
     def _bases(self) -> FloatBases:
         plan, opened = self.inputs.plan, self.parts.opened
-        base, masked = plan.adapter_base, is_masked(plan.adapter_base, self.merger)
-        if not base.quantized:
-            return FloatBases(opened, self.linears, self.source, masked)
+        base, folders = plan.adapter_base, self.inputs.folders
+        floats = base.floats(folders)
+        if floats is None:
+            return FloatBases(opened, self.linears, self.source, is_masked(base, self.merger))
         start = section_of(self.step, Finetune).base
-        return CodeBases(opened, self.linears, self.source, masked, start, base, self.inputs.folders)
+        return CodeBases(opened, self.linears, self.source, start, plan.spec(floats), base, folders)
 
     def _report(self) -> Report:
         layers, settings = self.parts.all("layers").values(), self.parts.all("grids")
@@ -156,9 +157,10 @@ class MergeInParts:
         self._detach(layers)
         self.ranks = space.ranks_by_linear(read_ranks(self.inputs.folders["search"]))
 
-    def _attach(self, names: Sequence[str]) -> dict[str, AdaptedLinear]:
+    def _attach(self, part: str) -> dict[str, AdaptedLinear]:
+        names = [name for name in self.linears if self.parts.opened.part_of(name) == part]
         deltas = {name: self.deltas[name] for name in names}
-        bases = {name: self.bases.base(name) for name in names}
+        bases = self.bases.bases(part, names)
         layers = attach(self.parts.opened.model, deltas, self.merger, bases, self.dropout)
         for name, layer in layers.items():
             layer.scale_multiplier = self.multipliers[name]
@@ -174,7 +176,7 @@ class MergeInParts:
         """Have a part in memory as it was trained; when it was used, write it merged, if it is not written as yet."""
         merged: dict[str, Merged] = {}
         with self.parts.held(part, begin=lambda _: None, end=partial(self._end, merged=merged)):
-            layers = self._attach([name for name in self.linears if self.parts.opened.part_of(name) == part])
+            layers = self._attach(part)
             try:
                 yield
                 if part not in self.parts.records:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight
+from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedWeight, SparseWeight
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.loading import load_model, load_packed
 from sqft.modeling.loading.quantized import quantization_of
@@ -61,6 +61,8 @@ def prepare_for_serving(model: PreTrainedModel) -> PreTrainedModel:
             parameter.data = parameter.data.to(SERVING_DTYPE)
         if isinstance(module, PackedWeight):
             module.prepare_int4_kernel()
+        if isinstance(module, SparseWeight):  # no kernel runs it: served as the floats that it is
+            module.held = module.dense()
     return model.eval()
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from sqft import Orchestrator, Recipe, Registry
 
+SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
+"""The tiny model in float32."""
 LINEARS = 2 * 9216
 """Weights of the tiny model's linear layers."""
 
@@ -30,3 +32,29 @@ def test_packed_floats_take_a_bit_and_what_is_not_zero(
         found[base] = plan.step("finetune").estimate.memory
     pruned = LINEARS - (2 * 32 * 64 if exclude else 0)
     assert found["floats"] - found["packed"] == pruned * (bits * sparsity - 1) / 8
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_packed_base_that_is_read_as_a_whole_needs_the_whole(
+    streamed: bool, raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, while it is loaded; where so little is pruned that nothing is packed, it is floats."""
+    monkeypatch.setattr("sqft.planning.streaming.STREAM_FROM", 0 if streamed else 1 << 60)
+    monkeypatch.setattr("sqft.planning.training_memory.activation_bytes", lambda *_: 0)
+    raw["finetune"] |= {"base": "packed", "adapter": {"name": "lora", "options": {"rank": 1}}, "targets": ["k_proj"]}
+    for sparsity in (0.75, 0.01):
+        raw["sparsify"] = {"scorer": "magnitude", "sparsity": sparsity}
+        plan = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
+        saved = max(0, LINEARS * (32 * sparsity - 1) / 8) if streamed or sparsity < 0.1 else 16 * 96
+        trained = 16 * 96  # two layers of 32 inputs and 16 outputs
+        assert plan.step("finetune").estimate.memory == SIZE + trained - saved + (1 << 29)
+
+
+def test_packing_what_is_not_pruned_is_noted(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    raw["finetune"]["base"] = "packed"
+    notes = []
+    for sparsify in (raw["sparsify"], None):
+        raw["sparsify"], raw["evaluate"]["of"] = sparsify, ["merge"]
+        found = map(str, Orchestrator(registry, tmp_path).plan(Recipe.parse(raw)).notes)
+        notes.append([note for note in found if note.startswith("finetune.base: this recipe does not prune")])
+    assert [len(found) for found in notes] == [0, 1]

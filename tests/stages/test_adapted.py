@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import save_family
 from safetensors.torch import load_file, save_file
 
 from sqft import Orchestrator, Recipe, Registry
@@ -147,3 +149,21 @@ def test_packed_floats_train_and_merge_to_the_same_bits(
     assert merged.keys() == packed_merged.keys() and all(merged[name].equal(packed_merged[name]) for name in merged)
     for one, other in zip(rows, packed_rows, strict=True):
         assert one["accuracy"] == other["accuracy"] and one["perplexity"] == other["perplexity"]
+
+
+def test_an_adapter_beside_a_packed_base_is_stored_as_beside_floats(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path
+) -> None:
+    """GPT-2 stores its weights transposed, which stock PEFT must know."""
+    folder = save_family("GPT2", tokenizer, tmp_path / "model")
+    raw["model"], raw["sparsify"] = {"path": str(folder)}, {"scorer": "magnitude"}
+    raw["finetune"] |= {"merger": "unmerged", "targets": ["c_attn"], "steps": 1}
+    del raw["merge"], raw["evaluate"]
+    orchestrator, found = Orchestrator(registry, tmp_path / "store"), []
+    for base in ("floats", "packed"):
+        raw["finetune"]["base"] = base
+        run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+        config = json.loads((run["search"].folder / "adapter" / "adapter_config.json").read_text())
+        found.append((config["fan_in_fan_out"], load_file(run["finetune"].folder / "deltas.safetensors")))
+    assert found[0][0] is found[1][0] is True
+    assert all(tensor.equal(found[1][1][name]) for name, tensor in found[0][1].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,48 @@ def test_codes_same_as_the_whole(
     assert len(read[0]) == 12 and all(same(layer, read[1][name]) for name, layer in read[0].items())
 
 
+def merged_into_codes(
+    family: str, raw: dict[str, Any], registry: Registry, tokenizer: Any, folder: Path, start: str, sparse: bool
+) -> dict[str, Any]:
+    raw["model"] = {"path": str(folder / "model"), "dtype": "float32"}
+    raw["sparsify"] = {"scorer": "magnitude", "exclude": list(FAMILIES[family].unseen)}
+    if not sparse:
+        del raw["sparsify"]
+    exclude = [*FAMILIES[family].unseen, *FAMILIES[family].floats]
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": -1}}, "exclude": exclude}
+    raw["finetune"] |= {"merger": "qa-sparsepeft", "steps": 1, "targets": ["*"], "base": start, "learning_rate": 0.1}
+    raw.pop("evaluate", None)
+    return assert_alike_both_ways(raw, registry, folder)
+
+
+@pytest.mark.parametrize("start", ["floats", "codes"])
+def test_codes_of_a_model_that_stores_weights_transposed(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, start: str
+) -> None:
+    save_family("GPT2", tokenizer, tmp_path / "model")
+    merged_into_codes("GPT2", raw, registry, tokenizer, tmp_path, start, sparse=True)
+
+
+@pytest.mark.parametrize("start", ["floats", "codes"])
+def test_codes_under_a_head_of_its_own_and_without_a_prefix(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, start: str
+) -> None:
+    """The config ties the head, and the folder holds other values; names are those of the model without its head."""
+    folder = save_family("Qwen2", tokenizer, tmp_path / "model")
+    file = folder / "model.safetensors"
+    stored = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    merged_into_codes("Qwen2", raw, registry, tokenizer, tmp_path, start, sparse=False)
+    stored["lm_head.weight"] = 1.5 * stored["embed_tokens.weight"]
+    save_file(stored, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    merged_into_codes("Qwen2", raw, registry, tokenizer, tmp_path, start, sparse=False)
+    for way in ("whole", "streamed"):
+        merged = tensors(tmp_path / way / "model")
+        assert merged["lm_head.weight"].equal(stored["lm_head.weight"])
+
+
 def test_a_damaged_code_is_found(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
     raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
     raw["finetune"]["merger"] = "qa-sparsepeft"
@@ -150,6 +193,15 @@ def test_every_family(raw: dict[str, Any], registry: Registry, tokenizer: Any, t
     raw["finetune"] |= {"merger": "sparsepeft", "steps": 1}
     raw["finetune"]["targets"] = ["*"]
     assert_alike_both_ways(raw, registry, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in STREAMED if not FAMILIES[name].experts])
+def test_every_family_in_codes(
+    raw: dict[str, Any], registry: Registry, tokenizer: Any, tmp_path: Path, family: str
+) -> None:
+    save_family(family, tokenizer, tmp_path / "model", torch.float32)
+    merged_into_codes(family, raw, registry, tokenizer, tmp_path, "floats", sparse=True)
 
 
 def test_a_killed_merge_goes_on_after_its_last_block(

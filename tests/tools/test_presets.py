@@ -34,7 +34,7 @@ REFINED = "qa-sparsepeft-refined"
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - TASKS - {QUICKSTART, REFINED}))
-def test_the_papers_methods_as_in_the_example_of_that_name(name: str) -> None:
+def test_the_methods_are_those_of_the_example_of_that_name(name: str) -> None:
     assert methods(starting_recipe(name, Path("r.json"), paper=True)) == methods(json.loads(EXAMPLES[name].read_text()))
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.modeling.adapters.frozen_weight import PackedWeight
+from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight, SparseWeight
 from sqft.modeling.loading import load_packed
 from sqft.tools.serving import count_kernel_layers, load_merged_for_serving, measure_speed, prepare_for_serving
 
@@ -31,6 +31,17 @@ def test_codes_stay_codes(quantized_folder: Path) -> None:
         grid, kept = one.grid(), other.grid()
         assert grid is not None and kept is not None and one.dtype == torch.bfloat16
         assert torch.equal(grid.scale, kept.scale) and torch.equal(one.packed, other.packed)
+
+
+def test_a_packed_base_is_served_as_floats(model: LlamaForCausalLM) -> None:
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight.data.view(-1)[::2] = 0
+    weight = linear.weight.detach().clone()
+    model.set_submodule("model.layers.0.mlp.up_proj", PackedLinear(SparseWeight(weight, True), None))
+    layer = prepare_for_serving(model).get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.base.held is not None and layer.base.held.equal(weight.bfloat16())
+    x = torch.randn(3, 32).bfloat16()
+    assert layer(x).equal(torch.nn.functional.linear(x, weight.bfloat16()))
 
 
 def test_a_model_is_prepared_in_place(model: LlamaForCausalLM) -> None:

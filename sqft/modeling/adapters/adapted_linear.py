@@ -219,7 +219,8 @@ def attach(
         bias = linear.bias
         assert bias is None or isinstance(bias, Tensor)
         layer = adapt(bases[name], bias, delta, merger, dropout, learn_scales)
-        layer.stored_transposed = isinstance(linear, Transposed)
+        packed = isinstance(linear, PackedLinear) and linear.stored_transposed
+        layer.stored_transposed = packed or isinstance(linear, Transposed)
         adapted[name] = layer.train(model.training)
         setattr(model.get_submodule(parent), last, adapted[name])
     return adapted

@@ -256,8 +256,10 @@ class _Unpacked(torch.autograd.Function):
 class PackedLinear(nn.Module):
     """A linear layer [in] → [out] of codes, or of floats without their zeros, which does not train."""
 
-    def __init__(self, base: UnpackedOnTheFly, bias: Tensor | None) -> None:
+    def __init__(self, base: UnpackedOnTheFly, bias: Tensor | None, stored_transposed: bool = False) -> None:
         super().__init__()
+        self.stored_transposed = stored_transposed
+        """Whether transformers stores the layer's weight as [in, out]."""
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base, self.bias = base, bias
 

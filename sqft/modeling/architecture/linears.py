@@ -103,3 +103,13 @@ def unsplittable_mixtures(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if is_mixture(module)
     }
+
+
+def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
+    """Make one parameter of each of these pairs: the one that is there, and not on the meta device."""
+    for names in [*pairs.items()] * 2:  # the second time, what the last pair brought reaches the first, too
+        pair = [model.get_parameter(name) for name in names]
+        there = next((one for one in pair if not one.is_meta), pair[1])
+        for name in names:
+            owner, _, part = name.rpartition(".")
+            setattr(model.get_submodule(owner), part, there)

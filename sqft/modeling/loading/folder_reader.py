@@ -39,6 +39,11 @@ class FolderReader:
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
+    @property
+    def coded(self) -> frozenset[str]:
+        """The tensors that are stored as codes: weights [out, in], also of a model that stores them as [in, out]."""
+        return frozenset()
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
         file = self._files.get(name)

@@ -16,7 +16,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import decoder_blocks
-from sqft.modeling.architecture.linears import as_linears, from_stored, put_tensor
+from sqft.modeling.architecture.linears import as_linears, from_stored, put_tensor, tie
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import generation_settings, load_converted
 from sqft.modeling.loading import load_model, load_tokenizer
@@ -132,13 +132,15 @@ class PartedModel(WholeModel):
         self.release(part)
         names = self.stored[part] if reader is None else reader.names()
         reader = reader or self.reader
-        given = {name: reader.tensor(name) for name in names}
+        given = {name: reader.tensor(name) for name in names if name not in reader.coded}
         with quiet_transformers():
             unlike = load_converted(self._plain, given)
         state = {name: tensor for name, tensor in self._plain.state_dict().items() if not tensor.is_meta}
         own = {name: tensor for name, tensor in state.items() if self.part_of(name) == part}
         _forget(self._plain, own)
         from_stored(self.model, own)
+        for name in reader.coded.intersection(names):
+            own[f"{self.names.layer(name.removesuffix('.weight'))}.weight"] = reader.tensor(name)
         for name, tensor in own.items():
             put_tensor(self.model, name, tensor)
         self._tie()
@@ -172,13 +174,7 @@ class PartedModel(WholeModel):
         return {one: other for one, other in pairs if not {one, other} <= stored.keys() or alike(one, other)}
 
     def _tie(self) -> None:
-        """Make one parameter of those that are tied: the one that is there."""
-        for names in [*self._ties.items()] * 2:  # the second time, what the last pair brought reaches the first, too
-            pair = [self.model.get_parameter(name) for name in names]
-            there = next((one for one in pair if not one.is_meta), pair[1])
-            for name in names:
-                owner, _, part = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), part, there)
+        tie(self.model, self._ties)
 
 
 def open_in_parts(spec: ModelSpec, streamed: bool) -> tuple[WholeModel, PreTrainedTokenizerBase]:

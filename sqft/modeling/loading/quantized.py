@@ -23,7 +23,7 @@ from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.experts import Experts
-from sqft.modeling.architecture.linears import as_linears, as_stored, put_tensor
+from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored, put_tensor, tie
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
 from sqft.modeling.loading.folder_reader import FolderReader
@@ -332,7 +332,9 @@ def _put_layer(model: PreTrainedModel, name: str, stored: GptqFolder, dtype: tor
             f"{[linear.out_features, linear.in_features]}"
         )
     if packed:
-        model.set_submodule(name, PackedLinear(PackedWeight(layer, None, dtype), linear.bias))
+        model.set_submodule(
+            name, PackedLinear(PackedWeight(layer, None, dtype), linear.bias, isinstance(linear, Transposed))
+        )
     else:
         linear.weight = nn.Parameter(dequantize(layer).to(dtype), requires_grad=False)
 
@@ -348,7 +350,13 @@ def _check_complete(model: PreTrainedModel, folder: Path, unlike: Sequence[str])
     Raises:
         ArtifactError: naming a tensor that is missing, mis-shaped or not finite.
     """
-    model.tie_weights()  # a tied head need not be stored
+
+    def alike(*names: str) -> bool:  # what is stored with values of its own is not tied, as in transformers
+        one, other = map(model.get_parameter, names)
+        return bool(one.is_meta or other.is_meta or one.equal(other))
+
+    # A tied head need not be stored.
+    tie(model, {one: other for one, other in model.all_tied_weights_keys.items() if alike(one, other)})
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if disagreeing := [*missing, *unlike]:
         raise ArtifactError(f"{folder} and {type(model).__name__} disagree about tensor {disagreeing[0]}")

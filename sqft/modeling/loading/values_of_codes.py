@@ -29,34 +29,38 @@ class ValuesOfCodes(FolderReader):
     dtype: torch.dtype | None = None
 
     def names(self) -> Sequence[str]:
-        return sorted({*self._stored.other_names(), *self._coded})
+        return sorted(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._names
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._coded:
+        if name not in self.coded:
             return super().tensor(name)
         return dequantize(read_layer(self._stored.reader, name.removesuffix(".weight"), self._stored.settings)).to(
             self._precision
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._coded:
+        if name not in self.coded:
             return super().shape(name)
         words, out = super().shape(f"{name.removesuffix('.weight')}.qweight")
         return out, words * 32 // self._stored.settings["bits"]
 
     @cached_property
     def precisions(self) -> dict[str, torch.dtype]:
-        return {**self._floats, **dict.fromkeys(self._coded, self._precision)}
+        return {**self._floats, **dict.fromkeys(self.coded, self._precision)}
 
     @cached_property
     def _stored(self) -> GptqFolder:
         return GptqFolder(self.folder)
 
     @cached_property
-    def _coded(self) -> frozenset[str]:
+    def _names(self) -> frozenset[str]:
+        return self.coded | set(self._stored.other_names())
+
+    @cached_property
+    def coded(self) -> frozenset[str]:
         return frozenset(f"{name}.weight" for name in self._stored.layers)
 
     @cached_property

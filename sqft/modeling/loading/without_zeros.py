@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.adapters.frozen_weight import PackedLinear, SparseWeight
 from sqft.modeling.architecture.blocks import linears
+from sqft.modeling.architecture.linears import Transposed
 from sqft.modeling.loading.parts import PartedModel, open_in_parts
 
 
@@ -27,12 +28,17 @@ def load_without_zeros(
     """
     parts, tokenizer = open_in_parts(spec, streamed)
     layers = linears(parts.model)
+    first: dict[int, str] = {}  # where blocks share a weight, which are not streamed: the first layer that has it
+    same_as = {name: name if streamed else first.setdefault(id(one.weight), name) for name, one in layers.items()}
+    packed: dict[str, SparseWeight] = {}
     for part in parts.parts:
         if isinstance(parts, PartedModel):
             parts.load(part)
         for name in [name for name in layers if parts.part_of(name) == part]:
             linear = layers.pop(name)
-            if SparseWeight.saves_memory(linear.weight):
-                packed = PackedLinear(SparseWeight(linear.weight, masked), linear.bias)
-                parts.model.set_submodule(name, packed)
+            if same_as[name] == name and SparseWeight.saves_memory(linear.weight):
+                packed[name] = SparseWeight(linear.weight, masked)
+            if base := packed.get(same_as[name]):
+                layer = PackedLinear(base, linear.bias, isinstance(linear, Transposed))
+                parts.model.set_submodule(name, layer)
     return parts.model, tokenizer

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import weight_files
 from sqft.modeling.adapters.frozen_weight import PackedLinear, SparseWeight
+from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.without_zeros import load_without_zeros
 
@@ -44,3 +45,16 @@ def test_the_same_model(family: str, tokenizer: object, tmp_path: Path) -> None:
         with torch.no_grad():  # where a weight lies in memory may change the last bit of a product
             logits = packed(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_blocks_share_is_packed_once(tokenizer: object, tmp_path: Path) -> None:
+    folder = save_family("Zamba2", tokenizer, tmp_path / "model")
+    for file in weight_files(folder):
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            tensor.view(-1)[::2] = 0
+        save_file(tensors, file, metadata={"format": "pt"})
+    model, _ = load_model(ModelSpec(folder))
+    packed, _ = load_without_zeros(ModelSpec(folder), False, masked=True)
+    layers = [module.base for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) > len({id(base) for base in layers}) == len({id(one.weight) for one in linears(model).values()})
