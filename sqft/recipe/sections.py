@@ -180,8 +180,8 @@ class Finetune(Section):
         "floats",
         description="what training starts from, and how it is in memory. floats: the base's, on a quantized base those "
         "from before quantization (paper §2.4); packed: a sparse base's floats without their zeros, the same numbers "
-        "in less memory. On a quantized base also codes: the values that they stand for, in a fraction of the memory; and "
-        "compensated: the floats that the quantizer rounded to them, kept as the codes and a byte for each weight",
+        "in less memory. On a quantized base also codes: the values that they stand for, in a fraction of the memory; "
+        "and compensated: the floats that the quantizer rounded to them, kept as the codes and a byte for each weight",
     )
     mask: Literal["base", "codes"] = Field(
         "base",
