@@ -111,7 +111,7 @@ IN_THE_RECIPE: dict[str, tuple[Change, str]] = {
     ),
     "a base that is no word": (
         section("finetune", base="int4"),
-        "finetune.base: input should be 'floats', 'codes' or 'compensated', found \"int4\"",
+        "finetune.base: input should be 'floats', 'packed', 'codes' or 'compensated', found \"int4\"",
     ),
     "a mask of codes over floats": (
         section("finetune", mask="codes"),
