@@ -113,6 +113,7 @@ MERGE = (
     "stages/merge",
     "stages/merge_bases",
     "stages/merge_in_parts",
+    "stages/merge_layer",
 )
 
 STAGE_CODE: dict[str, tuple[str, ...]] = {

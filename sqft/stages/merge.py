@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -25,14 +24,8 @@ from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.stages.logits import logits_difference, logits_of
-from sqft.stages.merge_bases import (
-    codes_before_training,
-    count_different,
-    count_unlike,
-    kept_by_base,
-    warn_of_zero_points,
-)
-from sqft.stages.merge_in_parts import MergeInParts, report_of
+from sqft.stages.merge_in_parts import MergeInParts
+from sqft.stages.merge_layer import kept_by_base, merge_layer, report_of, warn_of_zero_points
 from sqft.types import COMPARED_EXAMPLES, Quantized
 from sqft.utils.digests import Digests
 
@@ -108,46 +101,28 @@ class MergeStage:
 
     def _write(self) -> Report:
         """Write the merged model, remember what is to be read back, and count what changed."""
-        adapted = self.adapted
-        effective, codes = effective_weights(adapted)
         source = self.inputs.plan.spec(self.base_path)
         model, tokenizer = load_model(source)
+        on_codes = self.inputs.plan.adapter_base.quantized
+        base = read_quantized(self.base_path, CheckpointNames(model)) if on_codes else {}
+        self.quantized = dict(base)
         self.digests = {name: sha256(tensor) for name, tensor in _tensors(model).items()}
-        layers = []
-        for name, weight in effective.items():
-            layers.append(
-                {
-                    "zeros_before": int((~kept_by_base(adapted.layers[name].base)).sum()),
-                    "zeros_after": int((weight == 0).sum()),
-                    "weights": weight.numel(),
-                }
-            )
+        counts = []
+        for name, layer in self.adapted.mergeable.items():
+            merged = merge_layer(layer, base.get(name), self.inputs.device)
+            counts.append(merged.counts)
+            if merged.codes:
+                self.quantized[name] = merged.codes
             parameter = model.get_parameter(f"{name}.weight")
-            self.digests[f"{name}.weight"] = sha256(weight.to(parameter.dtype))
-            parameter.data.copy_(weight)
-        report = report_of(layers)
-        if not self.inputs.plan.adapter_base.quantized:
+            self.digests[f"{name}.weight"] = sha256(merged.weight.to(parameter.dtype))
+            parameter.data.copy_(merged.weight)
+        if not on_codes:
             save_model(model, tokenizer, self.folder, source)
-            return report
-        base = read_quantized(self.base_path, CheckpointNames(model))
-        self.quantized = base | codes
-        save_quantized(model, tokenizer, self.quantized, self.folder, source)
-        return report | self._compare_codes(base, codes)
-
-    def _compare_codes(self, base: Mapping[str, Quantized], codes: Mapping[str, Quantized]) -> Report:
-        """Count the codes that training changed, and those that differ from the base's."""
+            return report_of(counts)
         if any(bool((layer.grid.zero == 0).any()) for layer in base.values()):
             warn_of_zero_points()
-        started = {name: codes_before_training(self.adapted.layers[name].base) for name in codes}
-        report = {
-            "bits": next(iter(base.values())).grid.bits,
-            "codes_changed": sum(count_different(codes[name], started[name]) for name in codes),
-            "codes_unlike_base": sum(count_different(codes[name], base[name]) for name in codes),
-        }
-        if self.inputs.device != "cpu":  # sums in another order may round to other codes where the model was trained
-            layers, device = self.adapted.mergeable, self.inputs.device
-            report["codes_unlike_on_device"] = sum(count_unlike(layers[n], one, device) for n, one in codes.items())
-        return report
+        save_quantized(model, tokenizer, self.quantized, self.folder, source)
+        return report_of(counts, next(iter(base.values())).grid.bits)
 
     def _examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Return a few examples to compare logits on: of validation data where there is some, else of training data."""
@@ -161,16 +136,6 @@ class MergeStage:
             records = held_out or training
         tokenization = Tokenization(tokenizer, finetune.max_length, finetune.loss_on)
         return tokenization.encode(records[:COMPARED_EXAMPLES]).examples[:COMPARED_EXAMPLES]
-
-
-def effective_weights(adapted: AdaptedModel) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
-    """Compute every adapted layer's effective weight, and the codes of those that lie on a grid."""
-    codes = {name: layer.codes() for name, layer in adapted.mergeable.items() if layer.base.grid() is not None}
-    effective = {
-        name: grids.dequantize(codes[name]).to(layer.base.dtype) if name in codes else layer.effective()
-        for name, layer in adapted.mergeable.items()
-    }
-    return effective, codes
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.kernels import grids
 from sqft.kernels.masks import unpack_mask
-from sqft.modeling.adapters.adapted_linear import MergedLinear
 from sqft.modeling.adapters.frozen_weight import FloatWeight, FrozenWeight, PackedWeight
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.part_writer import float_tensors
@@ -24,8 +20,6 @@ from sqft.modeling.loading.quantized import GptqFolder, other_tensors, save_sett
 from sqft.modeling.loading.transformers_io import save_settings
 from sqft.planning.adapter_base import AdapterBase
 from sqft.types import Quantized
-
-log = logging.getLogger("sqft")
 
 
 class FloatBases:
@@ -45,7 +39,7 @@ class FloatBases:
         """Return a base of a layer's shape that has no values; with its grid, where factors of the scales train too."""
         return FloatWeight(self.linears[name].weight, self.masked)
 
-    def bases(self, part: str, names: Iterable[str]) -> dict[str, FrozenWeight]:
+    def bases(self, part: str, names: Sequence[str]) -> dict[str, FrozenWeight]:
         """Return the bases of layers of a part that is held."""
         return {name: FloatWeight(self.linears[name].weight, self.masked) for name in names}
 
@@ -102,8 +96,9 @@ class CodeBases(FloatBases):
         codes = self.before(name) if with_grid else None
         return FloatWeight(self.linears[name].weight, self.masked, codes.grid if codes else None)
 
-    def bases(self, part: str, names: Iterable[str]) -> dict[str, FrozenWeight]:
-        with self.floats.held(part) if self.floats else nullcontext():  # what is taken of it stays
+    def bases(self, part: str, names: Sequence[str]) -> dict[str, FrozenWeight]:
+        read = self.floats.held(part) if self.floats and names else nullcontext()  # embeddings have no adapter
+        with read:  # what is taken of it stays
             return {name: self._base(name) for name in names}
 
     def _base(self, name: str) -> FrozenWeight:
@@ -135,40 +130,6 @@ class CodeBases(FloatBases):
         self, tokenizer: PreTrainedTokenizerBase, folder: Path, codes: Mapping[str, Mapping[str, Any]]
     ) -> None:
         save_settings_of_codes(self.opened.model, tokenizer, self.opened.names, codes, folder, self.source)
-
-
-def kept_by_base(base: FrozenWeight, rows: slice = slice(None)) -> Tensor:
-    """Return a bool tensor [rows, in], true where a base keeps its weight; codes without a mask keep all of them."""
-    block = base.block(rows)
-    if block.mask is not None:
-        return block.mask
-    return torch.ones_like(block.weight, dtype=torch.bool) if isinstance(base, PackedWeight) else block.weight != 0
-
-
-def codes_before_training(base: FrozenWeight) -> Quantized:
-    """Return the codes that training began with: the base's own, or those of the floats before quantization."""
-    if isinstance(base, PackedWeight):
-        return base.codes()
-    grid = base.grid()
-    assert grid is not None
-    return Quantized(grids.quantize(base.block().weight, grid), grid)
-
-
-def count_different(one: Quantized, other: Quantized) -> int:
-    """Count the codes that differ."""
-    return int((one.codes != other.codes).sum())
-
-
-def count_unlike(layer: MergedLinear, on_cpu: Quantized, device: str) -> int:
-    """Count the codes of a layer that come out differently on a device than on the CPU, where the merge is made."""
-    unlike = int((layer.to(device).codes().codes.cpu() != on_cpu.codes).sum())
-    layer.to("cpu")
-    return unlike
-
-
-def warn_of_zero_points() -> None:
-    """Say that some of the base's zero points are 0."""
-    log.warning("the base has zero points of 0, which gptqmodel misreads in this format; auto-gptq does not")
 
 
 def _file(path: Path) -> FolderReader:

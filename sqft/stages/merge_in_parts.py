@@ -6,11 +6,9 @@ it. On the way through the first, each block's merged weights are written.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +34,11 @@ from sqft.recipe.sections import Finetune
 from sqft.stages.adapted import is_masked, load_deltas, make_deltas
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.stages.logits import logits_difference, logits_of
-from sqft.stages.merge_bases import (
-    CodeBases,
-    FloatBases,
-    codes_before_training,
-    count_different,
-    count_unlike,
-    kept_by_base,
-    warn_of_zero_points,
-)
+from sqft.stages.merge_bases import CodeBases, FloatBases
+from sqft.stages.merge_layer import Merged, merge_layer, report_of, warn_of_zero_points
 from sqft.stages.step_parts import StepParts
-from sqft.types import COMPARED_TOKENS, Quantized
+from sqft.types import COMPARED_TOKENS
 from sqft.utils.digests import Digests
-
-
-class Merged(NamedTuple):
-    """A layer that was merged."""
-
-    weight: Tensor  # [out, in]
-    codes: Quantized | None
-    counts: dict[str, int]
 
 
 class MergeInParts:
@@ -133,16 +116,10 @@ class MergeInParts:
         return CodeBases(opened, self.linears, self.source, start, plan.spec(floats), base, folders)
 
     def _report(self) -> Report:
-        layers, settings = self.parts.all("layers").values(), self.parts.all("grids")
-        report = report_of(layers)
-        if not settings:
-            return report
+        bits = next((grid["bits"] for grid in self.parts.all("grids").values()), None)
         if any(self.parts.all("zero_points_of_0").values()):
             warn_of_zero_points()
-        counted = Counter[str]()
-        for layer in layers:
-            counted.update({key: count for key, count in layer.items() if key.startswith("codes_")})
-        return {**report, "bits": next(iter(settings.values()))["bits"], **counted}
+        return report_of(self.parts.all("layers").values(), bits)
 
     def _load_deltas(self) -> None:
         """Read all deltas: they are small beside the model, whose layers they are put over one block at a time."""
@@ -187,33 +164,15 @@ class MergeInParts:
                 self._detach(layers)
 
     def _merged(self, name: str, layer: MergedLinear) -> Merged:
-        """Merge a layer, and count what that changes.
+        """Merge a layer.
 
         Raises:
             ArtifactError: when a zero that the merger promises to keep is none.
         """
-        base = layer.base
-        codes = layer.codes() if base.grid() is not None else None
-        weight = grids.dequantize(codes).to(base.dtype) if codes else layer.effective()
-        kept = lost = 0
-        for rows in base.rows():  # whole masks would fill the memory
-            mask = kept_by_base(base, rows)
-            kept += int(mask.count_nonzero())
-            lost += int(((weight[rows] != 0) & ~mask).count_nonzero())
-        if self.merger.keeps_mask and lost:
-            raise ArtifactError(f"merge ({self.label}): {lost} zeros of the base are not zero in {name}.weight")
-        counts = {
-            "zeros_before": weight.numel() - kept,
-            "zeros_after": weight.numel() - int(weight.count_nonzero()),
-            "weights": weight.numel(),
-        }
-        before = self.bases.before(name)
-        if codes and before:
-            counts["codes_changed"] = count_different(codes, codes_before_training(base))
-            counts["codes_unlike_base"] = count_different(codes, before)
-            if self.inputs.device != "cpu":
-                counts["codes_unlike_on_device"] = count_unlike(layer, codes, self.inputs.device)
-        return Merged(weight, codes, counts)
+        merged = merge_layer(layer, self.bases.before(name), self.inputs.device)
+        if self.merger.keeps_mask and merged.lost:
+            raise ArtifactError(f"merge ({self.label}): {merged.lost} zeros of the base are not zero in {name}.weight")
+        return merged
 
     def _end(self, part: str, merged: dict[str, Merged]) -> None:
         """Put the merged weights of a part in the place of the base's, and seal it."""
@@ -234,18 +193,6 @@ class MergeInParts:
 
 def _leave(opened: WholeModel, part: str, written: FolderReader) -> None:
     """Leave a part that is written as the base has it: the model that was trained goes through it again."""
-
-
-def report_of(layers: Collection[Mapping[str, int]]) -> Report:
-    """Return what to report, of "zeros_before", "zeros_after" and "weights" of each merged layer."""
-    before, after, weights = (sum(one[key] for one in layers) for key in ("zeros_before", "zeros_after", "weights"))
-    return {
-        "layers": len(layers),
-        "weights": weights,
-        "zeros_before": before,
-        "zeros_after": after,
-        "sparsity": after / weights,
-    }
 
 
 def _logits(opened: WholeModel, hold: Hold, ids: Tensor) -> Tensor:

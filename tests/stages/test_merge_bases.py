@@ -1,54 +1,62 @@
-"""What a base keeps, and the codes that training began with. Whole merges: test_merge_in_parts.py."""
+"""Which bases are read for a part. What is merged into them: test_merge_in_parts.py."""
 
 from __future__ import annotations
 
-import torch
-from sqft_gptq.solver import round_to_nearest
-from sqft_nls.adapter import Nls
-from sqft_sparsepeft import QASparsePEFT
-from torch import Tensor
+import dataclasses
+from pathlib import Path
+from typing import Any
 
-from sqft.api import LinearShape
-from sqft.kernels.grids import quantize, same
-from sqft.modeling.adapters.adapted_linear import MergedLinear, adapt
+import pytest
+from sqft_gptq import Rtn
+
+from sqft import Orchestrator, Recipe, Registry
 from sqft.modeling.adapters.frozen_weight import FloatWeight, PackedWeight
-from sqft.stages.merge_bases import codes_before_training, count_unlike, kept_by_base
+from sqft.modeling.loading.parts import OUTSIDE
+from sqft.stages.inputs import StageInputs
+from sqft.stages.merge import MergeStage
+from sqft.stages.merge_bases import CodeBases, FloatBases
+
+Q, BLOCK = "model.layers.1.self_attn.q_proj", "model.layers.1"
 
 
-def sparse(out: int = 16, inputs: int = 64) -> tuple[Tensor, Tensor]:
-    """A weight with zeros, and what is kept."""
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(out, inputs, generator=generator) < 0.5
-    return torch.randn(out, inputs, generator=generator) * kept, kept
+def bases_of(raw: dict[str, Any], registry: Registry, folder: Path) -> FloatBases:
+    orchestrator = Orchestrator(registry, folder / "store")
+    plan = orchestrator.plan(Recipe.parse(raw))
+    run = orchestrator.run(plan, "search")
+    step = dataclasses.replace(plan.step("merge"), streamed=True)
+    return MergeStage(StageInputs(plan, step, run.inputs("merge"), folder, "cpu")).in_parts.bases
 
 
-def test_codes_before_training() -> None:
-    """Of floats, rounded on their grid; of codes, themselves."""
-    weight, kept = sparse()
-    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
-    started = codes_before_training(FloatWeight(weight, True, quantized.grid))
-    assert started.codes.equal(quantize(weight, quantized.grid))
-    assert same(codes_before_training(PackedWeight(quantized, None, torch.float32)), quantized)
+def test_floats(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    found = bases_of(raw, registry, tmp_path)
+    assert not isinstance(found, CodeBases) and found.before(Q) is None and found.coded(BLOCK, {}) == {}
+    with found.opened.held(BLOCK):
+        base = found.bases(BLOCK, [Q])[Q]
+        assert isinstance(base, FloatWeight) and base.weight is found.linears[Q].weight and base.grid() is None
 
 
-def test_what_a_base_keeps() -> None:
-    """A kept weight may be rounded to zero: codes without a mask keep everything."""
-    weight, kept = sparse()
-    quantized = round_to_nearest(weight, kept, 4, 32, True, False)
-    assert kept_by_base(FloatWeight(weight, True)).equal(kept)
-    assert kept_by_base(FloatWeight(weight, False)).equal(kept)
-    assert kept_by_base(PackedWeight(quantized, kept, torch.float32)).equal(kept)
-    assert kept_by_base(PackedWeight(quantized, None, torch.float32)).all()
-
-
-def test_codes_that_come_out_otherwise_are_counted() -> None:
-    """What a merge reports of a device other than the CPU, here of the CPU itself."""
-    weight, kept = sparse()
-    grid = round_to_nearest(weight, kept, 4, 32, True, False).grid
-    delta = Nls(ranks=(3,), alpha=6.0).delta(LinearShape("l", 16, 64), torch.Generator().manual_seed(1))
-    layer = adapt(FloatWeight(weight, True, grid), None, delta, QASparsePEFT())
-    assert isinstance(layer, MergedLinear)
-    codes = layer.codes()
-    assert count_unlike(layer, codes, "cpu") == 0
-    codes.codes[3, 5:8] ^= 1
-    assert count_unlike(layer, codes, "cpu") == 3
+@pytest.mark.parametrize("start", ["floats", "codes", "compensated"])
+def test_codes(raw: dict[str, Any], registry: Registry, tmp_path: Path, start: str) -> None:
+    """The floats that were quantized are read for a block with adapters only, and with embeddings never."""
+    assert Rtn.gives_compensated
+    raw["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
+    raw["finetune"] |= {"merger": "qa-sparsepeft", "base": start}
+    found = bases_of(raw, registry, tmp_path)
+    assert isinstance(found, CodeBases) and (found.floats is not None) == (start == "floats")
+    outline = found.outline(Q, with_grid=True)
+    assert outline.grid() is not None and found.outline(Q, with_grid=False).grid() is None
+    read: list[str] = []
+    if found.floats:
+        load = found.floats.load
+        found.floats.load = lambda part, *rest: (read.append(part), load(part, *rest))[1]  # type: ignore[method-assign, func-returns-value]
+    with found.opened.held(OUTSIDE):
+        assert found.bases(OUTSIDE, []) == {}
+    with found.opened.held(BLOCK):
+        base = found.bases(BLOCK, [Q])[Q]
+    assert read == ([BLOCK] if start == "floats" else [])
+    assert isinstance(base, FloatWeight if start == "floats" else PackedWeight)
+    before, block = found.before(Q), base.block()
+    assert before is not None and block.mask is not None and 0 < block.mask.float().mean() < 1
+    assert found.coded(BLOCK, {}).keys() == {name for name in found.stored.layers if name.startswith(BLOCK)}
+    if isinstance(base, PackedWeight):
+        assert (base.residual is not None) == (start == "compensated")

@@ -21,8 +21,8 @@ from sqft.modeling.adapters.effective_weight import (
     effective_codes,
     effective_weight,
 )
-from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedLinear, dequantized
-from sqft.modeling.architecture.linears import Transposed
+from sqft.modeling.adapters.frozen_weight import FrozenWeight, PackedLinear, dequantized, in_autocast
+from sqft.modeling.architecture.linears import stored_transposed
 from sqft.types import DeltaModule, Quantized
 
 
@@ -134,8 +134,7 @@ class MergedLinear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.cached is not None:
             return F.linear(x, self.cached, self.bias)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         if self.training and self.dropout.p > 0:
             # Not the difference of two outputs: in bfloat16 that would lose a small delta's digits.
             return self.base.linear(x, self.bias) + self.delta_linear(self.dropout(x))
@@ -219,8 +218,7 @@ def attach(
         bias = linear.bias
         assert bias is None or isinstance(bias, Tensor)
         layer = adapt(bases[name], bias, delta, merger, dropout, learn_scales)
-        packed = isinstance(linear, PackedLinear) and linear.stored_transposed
-        layer.stored_transposed = packed or isinstance(linear, Transposed)
+        layer.stored_transposed = stored_transposed(linear)
         adapted[name] = layer.train(model.training)
         setattr(model.get_submodule(parent), last, adapted[name])
     return adapted

@@ -109,9 +109,7 @@ class UnpackedOnTheFly(FrozenWeight):
         return result
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _Unpacked.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Unpacked.apply(in_autocast(x), bias, self)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -227,8 +225,7 @@ class PackedWeight(UnpackedOnTheFly):
         return BaseWeight(weight, unpack_rows_of_bits(self.mask[rows], self.in_features))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         decoding = x.numel() <= INT4_ROWS * self.in_features and x.dtype == torch.bfloat16
         if self.kernel is not None and decoding and not torch.is_grad_enabled():
             codes, pairs = self.kernel
@@ -236,6 +233,12 @@ class PackedWeight(UnpackedOnTheFly):
             product = int4_linear(rows, codes, self.group_size, pairs).reshape(*x.shape[:-1], self.out_features)
             return product if bias is None else product + bias.to(product.dtype)
         return super().linear(x, bias)
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """Return an input in the precision of autocast, where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class _Unpacked(torch.autograd.Function):

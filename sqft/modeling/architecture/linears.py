@@ -21,11 +21,18 @@ M = TypeVar("M", bound=nn.Module)
 class Transposed(nn.Linear):
     """A `Conv1D` as a linear layer [in] → [out]: stored, its weight is [in, out]."""
 
+    stored_transposed = True
+
     def __init__(self, layer: Conv1D) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.weight.shape
         self.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
         self.bias = layer.bias
+
+
+def stored_transposed(linear: nn.Module) -> bool:
+    """Return whether transformers stores a linear layer's weight as [in, out]."""
+    return bool(getattr(linear, "stored_transposed", False))
 
 
 def as_linears(model: M) -> M:

@@ -23,7 +23,7 @@ from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.experts import Experts
-from sqft.modeling.architecture.linears import Transposed, as_linears, as_stored, put_tensor, tie
+from sqft.modeling.architecture.linears import as_linears, as_stored, put_tensor, stored_transposed, tie
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
 from sqft.modeling.loading.folder_reader import FolderReader
@@ -241,11 +241,8 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     with quiet_transformers(), init_empty_weights():  # no memory for floats that are not stored
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
         del config.quantization_config
-        dtype = (
-            getattr(torch, spec.dtype)
-            if spec.dtype
-            else precision_of(config.dtype, (one.dtype for one in floats.values()))
-        )
+        stored_as = (tensor.dtype for tensor in floats.values())
+        dtype = getattr(torch, spec.dtype) if spec.dtype else precision_of(config.dtype, stored_as)
         model: PreTrainedModel = stock_class(config).from_config(
             config, dtype=dtype, trust_remote_code=spec.trust_remote_code
         )
@@ -332,9 +329,8 @@ def _put_layer(model: PreTrainedModel, name: str, stored: GptqFolder, dtype: tor
             f"{[linear.out_features, linear.in_features]}"
         )
     if packed:
-        model.set_submodule(
-            name, PackedLinear(PackedWeight(layer, None, dtype), linear.bias, isinstance(linear, Transposed))
-        )
+        base = PackedWeight(layer, None, dtype)
+        model.set_submodule(name, PackedLinear(base, linear.bias, stored_transposed(linear)))
     else:
         linear.weight = nn.Parameter(dequantize(layer).to(dtype), requires_grad=False)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.checkpoints.safetensors import weight_files
+from sqft.checkpoints.safetensors import read_object, weight_files
 from sqft.kernels.grids import dequantize
 from sqft.modeling.loading.folder_reader import FolderReader
-from sqft.modeling.loading.quantized import GptqFolder, precision_of, quantization_of, read_layer
+from sqft.modeling.loading.quantized import GptqFolder, precision_of, quantization_of
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,13 @@ class ValuesOfCodes(FolderReader):
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.coded:
-            return super().tensor(name)
-        return dequantize(read_layer(self._stored.reader, name.removesuffix(".weight"), self._stored.settings)).to(
-            self._precision
-        )
+            return self._stored.reader.tensor(name)
+        return dequantize(self._stored.layer(name.removesuffix(".weight"))).to(self._precision)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.coded:
-            return super().shape(name)
-        words, out = super().shape(f"{name.removesuffix('.weight')}.qweight")
+            return self._stored.reader.shape(name)
+        words, out = self._stored.reader.shape(f"{name.removesuffix('.weight')}.qweight")
         return out, words * 32 // self._stored.settings["bits"]
 
     @cached_property
@@ -66,14 +62,14 @@ class ValuesOfCodes(FolderReader):
     @cached_property
     def _floats(self) -> dict[str, torch.dtype]:
         """The precision of each tensor that is no part of a quantized layer."""
-        precisions: dict[str, Any] = FolderReader(self.folder).precisions
+        precisions = self._stored.reader.precisions
         return {name: precisions[name] for name in self._stored.other_names() if name in precisions}
 
     @cached_property
     def _precision(self) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        config = read_object(self.folder / "config.json")
         stated = config.get("dtype") or config.get("torch_dtype")
         return precision_of(getattr(torch, stated) if stated else None, self._floats.values())
 

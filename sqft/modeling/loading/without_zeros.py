@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.adapters.frozen_weight import PackedLinear, SparseWeight
 from sqft.modeling.architecture.blocks import linears
-from sqft.modeling.architecture.linears import Transposed
+from sqft.modeling.architecture.linears import stored_transposed
 from sqft.modeling.loading.parts import PartedModel, open_in_parts
 
 
@@ -28,8 +28,8 @@ def load_without_zeros(
     """
     parts, tokenizer = open_in_parts(spec, streamed)
     layers = linears(parts.model)
-    first: dict[int, str] = {}  # where blocks share a weight, which are not streamed: the first layer that has it
-    same_as = {name: name if streamed else first.setdefault(id(one.weight), name) for name, one in layers.items()}
+    first: dict[int, str] = {}
+    same_as = {name: first.setdefault(id(linear.weight), name) for name, linear in layers.items()}  # blocks may share
     packed: dict[str, SparseWeight] = {}
     for part in parts.parts:
         if isinstance(parts, PartedModel):
@@ -39,6 +39,6 @@ def load_without_zeros(
             if same_as[name] == name and SparseWeight.saves_memory(linear.weight):
                 packed[name] = SparseWeight(linear.weight, masked)
             if base := packed.get(same_as[name]):
-                layer = PackedLinear(base, linear.bias, isinstance(linear, Transposed))
+                layer = PackedLinear(base, linear.bias, stored_transposed(linear))
                 parts.model.set_submodule(name, layer)
     return parts.model, tokenizer
