@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` do all of their own set-up. They need Python 3.11 or newer and make.
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   takes torch's CPU build from its public index
 #   PYTHON=python3.12                                  chooses an interpreter
+#   WORKERS=0                                          runs tests one after the other, in one process
 #   CONSUMERS="gptqmodel auto_gptq"                    which other programs `make test-slow` opens checkpoints with
 
 PYTHON ?= python3
@@ -59,11 +60,15 @@ test: lint test-fast
 # A test that hangs in C++, where pytest's timeout cannot stop it, ends the run and shows where it was.
 HANG := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 
+# Files of tests run side by side, on one thread each: threads of several processes would wait for one another.
+WORKERS ?= auto
+PYTEST := $(OFFLINE) $(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+
 test-fast: setup
-	$(OFFLINE) $(BIN)/pytest -m "not slow" $(HANG)=420
+	$(PYTEST) -m "not slow" $(HANG)=420
 
 test-slow: setup consumers $(MODEL) $(DATA)/heldout.txt
-	$(OFFLINE) $(BIN)/pytest -m slow --timeout 1800 $(HANG)=2400
+	$(PYTEST) -m slow --timeout 1800 $(HANG)=2400
 
 # Seeded kills in every stage; a failure names its seed. KILLS=3 SEED=7 make kill-test
 kill-test: setup

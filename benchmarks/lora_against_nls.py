@@ -1,4 +1,4 @@
-"""LoRA against NLS on the quickstart's task, over several seeds: the same steps, data and SparsePEFT merge.
+"""LoRA against NLS on the quickstart's task, over several seeds: the same steps and data, SparsePEFT on Wanda.
 
     python benchmarks/lora_against_nls.py [--seeds 0 1 2] [--adapters lora nls] [--store store-seeds]
 
@@ -27,7 +27,8 @@ ADAPTERS = {
 def recipe(adapter: str, seed: int) -> Recipe:
     raw = json.loads(RECIPE.read_text())
     raw |= {"name": f"{adapter}-seed-{seed}", "seed": seed}
-    raw["finetune"]["adapter"] = ADAPTERS[adapter]
+    raw["sparsify"]["updater"] = None
+    raw["finetune"] |= {"adapter": ADAPTERS[adapter], "merger": "sparsepeft", "learning_rate": 2e-3}
     # LoRA has one configuration; of NLS also what hill-climbing finds.
     raw["evaluate"]["of"] = ["finetune:heuristic", *(["search"] if adapter == "nls" else [])]
     if adapter == "lora":

@@ -17,8 +17,8 @@ How the splits are kept apart:
 - Every (operation, unordered pair of numbers) belongs to exactly one split, by a seeded shuffle. So no sum or
   difference of the test split was ever trained on, not even with its numbers swapped. The names of the people
   come from a separate list for each split. No prompt is written twice.
-- A topic is either for calibration or held out, by a seeded shuffle. Topics quote each other, so a paragraph that
-  calibration shares with the held-out text is removed from calibration.
+- A topic is either for calibration or held out, by a seeded shuffle. Topics quote each other, so a paragraph that has
+  eight words in a row in common with the held-out text is removed from calibration.
 
 The same seed gives the same bytes. The word problems do not depend on the version of Python. The language
 reference does, and so does the prose among the problems, because each version ships its own. With more test problems,
@@ -68,8 +68,9 @@ HELDOUT_TOPIC_CHARS = 10_000
 # training it comes in pieces as long as the longest problem: about one example in eight.
 PROSE_CHARS = 35_000
 PROSE_PARAGRAPH_CHARS = 300
-# Shorter paragraphs (headings, "See also:") recur everywhere and leak nothing.
-SHARED_CHARS = 80
+# A paragraph that has this many words in a row in common with the held-out text is not calibrated or trained on. Shorter
+# runs ("See also:", grammar) recur everywhere and leak nothing.
+SHARED_WORDS = 8
 
 T = TypeVar("T")
 Record = dict[str, str]
@@ -114,21 +115,15 @@ def word_problems(split: str, size: int, pairs: Mapping[str, list[Pair]], rng: r
     return [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in answers.items()]
 
 
-def paragraphs(text: str) -> list[str]:
-    return text.split("\n\n")
+def runs(text: str) -> set[tuple[str, ...]]:
+    """Return all runs of SHARED_WORDS words; line breaks and indentation do not matter."""
+    words = text.split()
+    return {tuple(words[start : start + SHARED_WORDS]) for start in range(len(words) - SHARED_WORDS + 1)}
 
 
-def without_shared(text: str, heldout: list[str]) -> str:
-    """Return `text` without the paragraphs that contain a long held-out paragraph or are part of one.
-
-    Line breaks inside a paragraph do not matter.
-    """
-
-    def is_shared(paragraph: str) -> bool:
-        words = " ".join(paragraph.split())
-        return any(other in words or (len(words) >= SHARED_CHARS and words in other) for other in heldout)
-
-    return "\n\n".join(paragraph for paragraph in paragraphs(text) if not is_shared(paragraph))
+def without_shared(text: str, heldout: set[tuple[str, ...]]) -> str:
+    """Return `text` without the paragraphs that have a run of words in common with the held-out text."""
+    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if runs(paragraph).isdisjoint(heldout))
 
 
 def split_topics(rng: random.Random) -> tuple[list[Record], str]:
@@ -144,16 +139,14 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
         else:
             calibration.append(text)
     heldout_text = "\n\n".join(heldout)
-    long = [
-        " ".join(paragraph.split()) for paragraph in paragraphs(heldout_text) if len(paragraph.strip()) >= SHARED_CHARS
-    ]
-    kept = (without_shared(text, long) for text in calibration)
+    shared = runs(heldout_text)
+    kept = (without_shared(text, shared) for text in calibration)
     return [{"text": text} for text in kept if text.strip()], heldout_text
 
 
 def prose(texts: Iterable[str], rng: random.Random) -> list[Record]:
     """Return complete paragraphs, PROSE_CHARS characters in total, of words and not of tables."""
-    found = [" ".join(paragraph.split()) for text in texts for paragraph in paragraphs(text)]
+    found = [" ".join(paragraph.split()) for text in texts for paragraph in text.split("\n\n")]
     long = (paragraph for paragraph in dict.fromkeys(found) if len(paragraph) >= PROSE_PARAGRAPH_CHARS)
     plain = [text for text in long if sum(c.isalpha() or c == " " for c in text) >= 0.85 * len(text)]
     chosen: list[Record] = []

@@ -62,7 +62,7 @@ def test_every_zero_is_kept_and_every_layer_changed(run: Run) -> None:
 
 
 def test_logits_without_sqft_equal_the_two_path_oracle(run: Run, tmp_path: Path) -> None:
-    """W x + scale ((BA) ⊙ M) x, written here, against the merged model in a process that has no sqft."""
+    """W x + scale (W ⊙ (BA)) x, written here, against the merged model in a process that has no sqft."""
     out = tmp_path / "logits.pt"
     code = (
         "import sys; sys.modules['sqft'] = None\n"
@@ -83,7 +83,7 @@ def test_logits_without_sqft_equal_the_two_path_oracle(run: Run, tmp_path: Path)
     scales = json.loads((run["search"].folder / "adapter" / "sqft_adapter.json").read_text())["scales"]
     for name, linear in model.named_modules():
         if f"{name}.lora_A" in adapter:
-            low = scales[name] * (adapter[f"{name}.lora_B"] @ adapter[f"{name}.lora_A"]) * (linear.weight != 0)
+            low = scales[name] * (adapter[f"{name}.lora_B"] @ adapter[f"{name}.lora_A"]) * linear.weight
             linear.register_forward_hook(lambda _, args, y, low=low: y + args[0] @ low.T)
     found = torch.load(out)
     with torch.no_grad():

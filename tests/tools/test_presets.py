@@ -15,7 +15,7 @@ from sqft.tools.presets import GENERAL_TEXT, PAPER, PIPELINES, as_text, explanat
 
 EXAMPLES = {file.stem: file for file in (Path(__file__).parents[2] / "examples" / "recipes").glob("*.json")}
 QUICKSTART = "quickstart"
-"""sparsepeft with a search, measured at every step: the tutorial's own."""
+"""hira with a search, measured at every step: the tutorial's own."""
 
 
 def methods(raw: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,12 @@ REFINED = "qa-sparsepeft-refined"
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - TASKS - {QUICKSTART, REFINED}))
 def test_the_methods_are_those_of_the_example_of_that_name(name: str) -> None:
     assert methods(starting_recipe(name, Path("r.json"), paper=True)) == methods(json.loads(EXAMPLES[name].read_text()))
+
+
+def test_the_quickstart_is_hira_with_a_search() -> None:
+    quickstart, hira = (methods(json.loads(EXAMPLES[name].read_text())) for name in (QUICKSTART, "hira"))
+    assert quickstart.pop("search")
+    assert quickstart | {"of": hira["of"]} == hira
 
 
 def test_ours_and_the_papers_differ_where_codes_of_a_sparse_model_are_used() -> None:

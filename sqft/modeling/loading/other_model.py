@@ -74,8 +74,11 @@ class OtherModel:
         return {name: part.view(shape) for part, (name, shape) in weights}
 
     def _values(self, name: str, expected: tuple[int, ...]) -> Tensor:
-        """Return a tensor of the folder, which must hold finite floats and have the expected shape."""
-        tensor, place = self._files.tensor(name), f"{self.folder}: {name}"
+        """Return a tensor of the folder, which must hold finite floats and have the expected shape. The folder of a model
+        without its head leaves out the prefix of the names."""
+        short = name.removeprefix(f"{self._model.base_model_prefix}.")
+        tensor = self._files.tensor(short if name not in self._files and short in self._files else name)
+        place = f"{self.folder}: {name}"
         if tensor.shape != expected:
             raise ArtifactError(f"{place} has the shape {list(tensor.shape)}, expected {list(expected)}; copy it again")
         if tensor.dtype not in PRECISIONS.values():
