@@ -1,6 +1,7 @@
 """Measure the paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
 
     python benchmarks/six_methods.py DATA [--steps 100] [--seeds 0] [--methods sqft …] [--store DIR]
+        [--calibration general.jsonl --samples 32] [--texts prose.txt questions.txt]
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion}.
 Numbers are compared as numbers. With --choices, LLM-Adapters' multiple-choice questions are asked as lm-eval asks ARC:
@@ -18,10 +19,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tuning import perplexity_of
+
 from sqft import Orchestrator, Recipe, Registry
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 METHODS = ("lora", "shears", "sparsepeft", "gptq-lora", "sqft", "qa-sparsepeft")
+OURS = ("hira",)
+"""Measured by name only: its learning rate must be another."""
 
 
 def prompts(source: Path, target: Path, records: int | None = None) -> Path:
@@ -75,6 +80,13 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
         "learning_rate": arguments.learning_rate,
     }
     raw["evaluate"]["of"] = ["model", *raw["evaluate"]["of"]]
+    if arguments.calibration:
+        raw["calibration"]["data"] = str(arguments.calibration.absolute())
+    if arguments.samples:
+        raw["calibration"]["samples"] = arguments.samples
+    if arguments.texts:
+        texts = [str(text.absolute()) for text in arguments.texts]
+        raw["evaluate"]["perplexity"] = [{**raw["evaluate"]["perplexity"], "text": text} for text in texts]
     if arguments.choices:
         raw["finetune"]["data"] = {"path": str(data / "train.jsonl"), "prompt": "multiple-choice"}
         del raw["evaluate"]["exact_match"]
@@ -91,7 +103,7 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *OURS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -100,6 +112,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=6)
     parser.add_argument("--test-records", type=int, help="the first ones of test.jsonl; unless told, all")
     parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
+    parser.add_argument("--calibration", type=Path, help="records of text; unless given, the recipes'")
+    parser.add_argument("--samples", type=int, help="calibration windows; unless given, the recipes'")
+    parser.add_argument("--texts", nargs="+", type=Path, help="texts of perplexity; unless given, the recipes'")
     parser.add_argument("--choices", action="store_true", help="the likeliest of several answers counts")
     parser.add_argument("--store", type=Path, default=Path("store-six"))
     arguments = parser.parse_args()
@@ -125,7 +140,7 @@ def main() -> None:
         ]
         print(
             f"| {label} | {', '.join(f'{a:.1f}' for a in accuracies)} | {statistics.mean(accuracies):.1f} "
-            f"| {statistics.mean(row['perplexity'] for row in rows):.2f} | {100 * rows[0]['sparsity']:.2f} % |"
+            f"| {perplexity_of(rows)} | {100 * rows[0]['sparsity']:.2f} % |"
         )
 
 

@@ -68,8 +68,8 @@ HELDOUT_TOPIC_CHARS = 10_000
 # training it comes in pieces as long as the longest problem: about one example in eight.
 PROSE_CHARS = 35_000
 PROSE_PARAGRAPH_CHARS = 300
-# A paragraph that has this many words in a row in common with the held-out text is not calibrated or trained on. Shorter
-# runs ("See also:", grammar) recur everywhere and leak nothing.
+# A paragraph that has this many words in a row in common with the held-out text is not calibrated or trained on.
+# Shorter runs ("See also:", grammar) recur everywhere and leak nothing.
 SHARED_WORDS = 8
 
 T = TypeVar("T")
