@@ -74,8 +74,10 @@ class OtherModel:
         return {name: part.view(shape) for part, (name, shape) in weights}
 
     def _values(self, name: str, expected: tuple[int, ...]) -> Tensor:
-        """Return a tensor of the folder, which must hold finite floats and have the expected shape. The folder of a model
-        without its head leaves out the prefix of the names."""
+        """Return a tensor of the folder, which must hold finite floats and have the expected shape.
+
+        The folder of a model that was stored without its head leaves out the prefix of its names.
+        """
         short = name.removeprefix(f"{self._model.base_model_prefix}.")
         tensor = self._files.tensor(short if name not in self._files and short in self._files else name)
         place = f"{self.folder}: {name}"
