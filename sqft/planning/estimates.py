@@ -233,7 +233,15 @@ def spilled_bytes(source: ModelSource, calibration: Calibration | None) -> int:
     return max(0, hidden_bytes(source, calibration) - calibration.memory_bytes) if calibration else 0
 
 
-def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quantized: bool) -> Estimate:
+def estimate_search(
+    model: ModelSource,
+    dtype: str,
+    deltas: int,
+    base: int,
+    quantized: bool,
+    evaluates: bool = True,
+    streamed: bool = False,
+) -> Estimate:
     """Estimate `search`.
 
     Args:
@@ -242,9 +250,13 @@ def estimate_search(model: ModelSource, dtype: str, deltas: int, base: int, quan
         deltas: bytes of the trained deltas.
         base: bytes of the base in memory.
         quantized: whether the base holds codes; effective weights are then cached beside the floats.
+        evaluates: whether the searcher does; otherwise no effective weight is computed.
+        streamed: whether nothing of the base is read.
     """
-    size = model_bytes(model, dtype)
-    return Estimate(0, deltas, base + (2 if quantized else 1) * size + RUNTIME_OVERHEAD + deltas)
+    if streamed:
+        return Estimate(0, deltas, 2 * deltas + RUNTIME_OVERHEAD)  # stored, and read back
+    copies = (2 if quantized else 1) if evaluates else int(quantized)
+    return Estimate(0, deltas, base + copies * model_bytes(model, dtype) + RUNTIME_OVERHEAD + deltas)
 
 
 def estimate_merge(

@@ -89,6 +89,8 @@ ADAPT = (
     "stages/adapted",
 )
 
+ADAPT_IN_PARTS = ("modeling/loading/part_writer", "stages/adapter_in_parts", "stages/merge_bases")
+
 MEASURE = (
     "data/answers",
     "data/collators",
@@ -111,7 +113,6 @@ TRAIN = (
 MERGE = (
     "stages/logits",
     "stages/merge",
-    "stages/merge_bases",
     "stages/merge_in_parts",
     "stages/merge_layer",
 )
@@ -120,8 +121,8 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
     "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
-    "search": (*EVERY_STAGE, *ADAPT, *MEASURE, "stages/search"),
-    "merge": (*EVERY_STAGE, *ADAPT, *IN_PARTS, *MERGE),
+    "search": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *MEASURE, "stages/search"),
+    "merge": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *IN_PARTS, *MERGE),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
     "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),
 }

@@ -196,6 +196,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
     loaded = loaded_base(resolver, component_of(steps["finetune"], Merger), steps, steps["finetune"].layers)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
+    evaluates = bool(searcher and searcher.component.evaluates)
+    streamed = not evaluates and _adapted_in_parts(resolver, base)
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
     return Step(
@@ -205,8 +207,20 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         components=_found(searcher=searcher),
         inputs={"finetune": "finetune", **base.inputs},
         files=files,
-        estimate=estimates.estimate_search(resolver.model, resolver.dtype, deltas, loaded, base.quantized),
+        streamed=streamed,
+        estimate=estimates.estimate_search(
+            resolver.model, resolver.dtype, deltas, loaded, base.quantized, evaluates, streamed
+        ),
     )
+
+
+def _adapted_in_parts(resolver: Resolver, base: AdapterBase) -> bool:
+    """Return whether the base of an adapter is read one decoder block at a time, where it is not trained."""
+    # Under codes that a step made are floats which that step read in the same way.
+    made_by_step = (base.floats_step if base.quantized else base.step) is not None
+    streamed = is_streamed(resolver.model, resolver.dtype, made_by_step)
+    # Experts in codes are stored one by one, and read as a whole.
+    return streamed and (not base.quantized or (base.step is not None and not resolver.model.layout.experts))
 
 
 def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Steps) -> Step | None:
@@ -217,11 +231,7 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
         return None
     sizes = stored_base(resolver, steps), loaded_base(resolver, merger, steps, steps["finetune"].layers)
     tuned = steps["finetune"].layers, steps["finetune"].estimate.storage
-    # Under codes that a step made are floats which that step read in the same way.
-    made_by_step = (base.floats_step if base.quantized else base.step) is not None
-    streamed = is_streamed(resolver.model, resolver.dtype, made_by_step)
-    if base.quantized:  # experts in codes are stored one by one, and read as a whole
-        streamed = streamed and base.step is not None and not resolver.model.layout.experts
+    streamed = _adapted_in_parts(resolver, base)
     return Step(
         name="merge",
         stage="merge",

@@ -6,7 +6,7 @@ it. On the way through the first, each block's merged weights are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,26 +15,21 @@ from torch import Tensor, nn
 
 from sqft.checkpoints.gptq import grid_settings
 from sqft.checkpoints.model_spec import ModelSpec
-from sqft.components import checks
-from sqft.components.kinds import Adapter, Merger
+from sqft.components.kinds import Merger
 from sqft.data.encoding import Example
 from sqft.errors import ArtifactError
 from sqft.kernels import grids
 from sqft.kernels.checksums import sha256
 from sqft.kernels.finite import all_finite
-from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, attach, set_ranks
-from sqft.modeling.adapters.adapted_model import AdaptedModel
+from sqft.modeling.adapters.adapted_linear import MergedLinear, set_ranks
 from sqft.modeling.adapters.saving import read_ranks
-from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.calibration.capture import Hold, held_in_turn
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.parts import OUTSIDE, PartedModel, WholeModel
 from sqft.modeling.loading.quantized import GptqFolder
-from sqft.recipe.sections import Finetune
-from sqft.stages.adapted import is_masked, load_deltas, make_deltas
-from sqft.stages.inputs import Report, StageInputs, section_of
+from sqft.stages.adapter_in_parts import AdapterInParts
+from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.logits import logits_difference, logits_of
-from sqft.stages.merge_bases import CodeBases, FloatBases
 from sqft.stages.merge_layer import Merged, merge_layer, report_of, warn_of_zero_points
 from sqft.stages.step_parts import StepParts
 from sqft.types import COMPARED_TOKENS
@@ -55,12 +50,13 @@ class MergeInParts:
         self.merger, self.label = self.step.component(Merger), self.step.label(Merger)
         self.parts = StepParts(inputs, source, _leave)
         self.tokenizer = self.parts.tokenizer
-        found = linears(self.parts.opened.model)
-        self.linears = {name: found[name] for name in self.step.layers}
-        self.bases = self._bases()
         self.files = ""  # digest of the folder that the logits are of
-        self.dropout = checks.check_dropout(self.step.label(Adapter), self.step.component(Adapter).input_dropout())
-        self._load_deltas()
+        self.adapter = AdapterInParts(inputs, self.parts.opened, source)
+        self.bases, self.linears = self.adapter.bases, self.adapter.linears
+        trained = self.adapter.attach_all(self.tokenizer)
+        self.multipliers = {name: layer.scale_multiplier for name, layer in trained.layers.items()}
+        self.adapter.detach(list(trained.layers))
+        self.ranks = trained.space.ranks_by_linear(read_ranks(inputs.folders["search"]))
 
     def run(self, examples: Sequence[Example]) -> Report:
         """Write `model/`; return how many weights are zero before and after, and how far the logits lie apart.
@@ -106,54 +102,21 @@ class MergeInParts:
         if Digests().path(self.folder) != self.files:
             raise ArtifactError(f"merge ({self.label}): {self.folder} has changed since it was read back")
 
-    def _bases(self) -> FloatBases:
-        plan, opened = self.inputs.plan, self.parts.opened
-        base, folders = plan.adapter_base, self.inputs.folders
-        floats = base.floats(folders)
-        if floats is None:
-            return FloatBases(opened, self.linears, self.source, is_masked(base, self.merger))
-        start = section_of(self.step, Finetune).base
-        return CodeBases(opened, self.linears, self.source, start, plan.spec(floats), base, folders)
-
     def _report(self) -> Report:
         bits = next((grid["bits"] for grid in self.parts.all("grids").values()), None)
         if any(self.parts.all("zero_points_of_0").values()):
             warn_of_zero_points()
         return report_of(self.parts.all("layers").values(), bits)
 
-    def _load_deltas(self) -> None:
-        """Read all deltas: they are small beside the model, whose layers they are put over one block at a time."""
-        model, adapter, label = self.parts.opened.model, self.step.component(Adapter), self.step.label(Adapter)
-        shapes = tuple(shape_of(name, linear) for name, linear in self.linears.items())
-        space, self.deltas = make_deltas(adapter, label, shapes, 0)
-        learns = self.merger.learns_scales()
-        bases = {name: self.bases.outline(name, learns) for name in self.linears}
-        layers = attach(model, self.deltas, self.merger, bases, self.dropout, learns)
-        load_deltas(AdaptedModel(model, self.tokenizer, layers, space), self.inputs.folders["finetune"], label)
-        self.multipliers = {name: layer.scale_multiplier for name, layer in layers.items()}
-        self._detach(layers)
-        self.ranks = space.ranks_by_linear(read_ranks(self.inputs.folders["search"]))
-
-    def _attach(self, part: str) -> dict[str, AdaptedLinear]:
-        names = [name for name in self.linears if self.parts.opened.part_of(name) == part]
-        deltas = {name: self.deltas[name] for name in names}
-        bases = self.bases.bases(part, names)
-        layers = attach(self.parts.opened.model, deltas, self.merger, bases, self.dropout)
-        for name, layer in layers.items():
-            layer.scale_multiplier = self.multipliers[name]
-        set_ranks(layers, self.ranks)
-        return layers
-
-    def _detach(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.parts.opened.model.set_submodule(name, self.linears[name])
-
     @contextmanager
     def _merging(self, part: str) -> Iterator[None]:
         """Have a part in memory as it was trained; when it was used, write it merged, if it is not written as yet."""
         merged: dict[str, Merged] = {}
         with self.parts.held(part, begin=lambda _: None, end=partial(self._end, merged=merged)):
-            layers = self._attach(part)
+            layers = self.adapter.attach(part)
+            for name, layer in layers.items():
+                layer.scale_multiplier = self.multipliers[name]
+            set_ranks(layers, self.ranks)
             try:
                 yield
                 if part not in self.parts.records:
@@ -161,7 +124,7 @@ class MergeInParts:
                         if isinstance(layer, MergedLinear):
                             merged[name] = self._merged(name, layer)
             finally:
-                self._detach(layers)
+                self.adapter.detach(list(layers))
 
     def _merged(self, name: str, layer: MergedLinear) -> Merged:
         """Merge a layer.

@@ -22,8 +22,10 @@ from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks, tensor_name
 from sqft.modeling.evaluation import exact_match, mean_loss
+from sqft.modeling.loading.parts import open_in_parts
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model, load_deltas
+from sqft.stages.adapter_in_parts import AdapterInParts
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.types import RankConfig, SearchSpace
 from sqft.utils.files import write_text
@@ -44,8 +46,13 @@ class SearchStage:
 
     @cached_property
     def adapted(self) -> AdaptedModel:
-        """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter."""
+        """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter. Where it is
+        large and not evaluated, no weight of its base is read."""
         inputs = self.inputs
+        if inputs.step.streamed:  # nothing is evaluated
+            source = inputs.plan.spec(inputs.plan.adapter_base.model(inputs.folders))
+            opened, tokenizer = open_in_parts(source, streamed=True)
+            return AdapterInParts(inputs, opened, source).attach_all(tokenizer)
         return load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
 
     def run(self) -> Report:
