@@ -46,8 +46,10 @@ class SearchStage:
 
     @cached_property
     def adapted(self) -> AdaptedModel:
-        """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter. Where it is
-        large and not evaluated, no weight of its base is read."""
+        """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter.
+
+        Where it is large and not evaluated, no weight of its base is read.
+        """
         inputs = self.inputs
         if inputs.step.streamed:  # nothing is evaluated
             source = inputs.plan.spec(inputs.plan.adapter_base.model(inputs.folders))
