@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.planning.estimates import RUNTIME_OVERHEAD, Estimate, model_bytes
+from sqft.planning.estimates import DTYPE_BYTES, RUNTIME_OVERHEAD, Estimate, model_bytes
 from sqft.recipe.sections import Finetune
 
 ADAM_BYTES_PER_PARAMETER = 16
@@ -33,28 +33,35 @@ def estimate_finetune(
         teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
         streamed: whether a packed base is read one block at a time.
     """
-    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, section)
+    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, dtype, section)
     reading = model_bytes(model, dtype) if section.base == "packed" and not streamed else 0
     if teacher:
-        taught = model_bytes(teacher, dtype) + layer_bytes(teacher, section) + logits_bytes(model, section)
+        taught = model_bytes(teacher, dtype) + layer_bytes(teacher, dtype, section) + logits_bytes(model, section)
         reading = max(reading, taught)
     return Estimate(trained, DELTA_BYTES_PER_PARAMETER * trained, max(student, reading) + RUNTIME_OVERHEAD)
 
 
-def activation_bytes(source: ModelSource, section: Finetune) -> int:
+def activation_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
     """Return the bytes kept for backward: an upper bound, for every example as long as max_length."""
-    layers, layer = source.size("num_hidden_layers", default=1), layer_bytes(source, section)
+    layers, layer = source.size("num_hidden_layers", default=1), layer_bytes(source, dtype, section)
     kept = layers * layer
     if section.gradient_checkpointing:  # what goes into each layer, and one layer that is computed again
-        kept = layers * 4 * section.batch_size * section.max_length * source.size("hidden_size") + layer
+        tokens = section.batch_size * section.max_length
+        kept = layers * tokens * source.size("hidden_size") * DTYPE_BYTES[dtype] + layer
     return kept + logits_bytes(source, section)
 
 
-def layer_bytes(source: ModelSource, section: Finetune) -> int:
-    """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`."""
+def layer_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
+    """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`.
+
+    Twice what Llama keeps of its hidden states, for families with more norms, and all that it keeps between the two
+    halves of its MLP. In 16 bits, norms keep what they are given in float32.
+    """
     hidden = source.size("hidden_size")
     inner = source.size("intermediate_size", default=4 * hidden)
-    return 4 * section.batch_size * section.max_length * (14 * hidden + 4 * inner)
+    width = min(DTYPE_BYTES[dtype], DTYPE_BYTES[section.precision])
+    of_norms = 8 * hidden if width < DTYPE_BYTES["float32"] else 0
+    return section.batch_size * section.max_length * (width * (14 * hidden + 4 * inner) + of_norms)
 
 
 def logits_bytes(source: ModelSource, section: Finetune) -> int:

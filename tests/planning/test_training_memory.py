@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sqft_nls.adapter import Nls
+from sqft_sparsepeft import SparsePEFT
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
 
 from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
-from sqft.planning.training_memory import activation_bytes, estimate_finetune
+from sqft.modeling.adapters.adapted_linear import attach
+from sqft.modeling.adapters.frozen_weight import FloatWeight
+from sqft.modeling.architecture.blocks import linears, shape_of
+from sqft.planning.training_memory import activation_bytes, estimate_finetune, layer_bytes
 from sqft.recipe.sections import Finetune
 
 SIZES = {"hidden_size": 32, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -31,7 +40,47 @@ def test_bytes_of_activations(settings: dict[str, Any], kept: int, labels: int) 
         {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": 4, "max_length": 16, **settings}
     )
     source = ModelSource("folder", Path("m"), "", {}, ModelLayout(sizes=SIZES))
-    assert activation_bytes(source, section) == 4 * (4 * 16 * kept + 10 * 3 * labels)
+    assert activation_bytes(source, "float32", section) == 4 * (4 * 16 * kept + 10 * 3 * labels)
     estimate = estimate_finetune(source, "float32", section, 100, 7)
     assert (estimate.parameters, estimate.storage) == (100, 400)
-    assert estimate.memory == 7 + 16 * 100 + activation_bytes(source, section) + (1 << 29)
+    assert estimate.memory == 7 + 16 * 100 + activation_bytes(source, "float32", section) + (1 << 29)
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+BATCH, LENGTH = 2, 256
+
+
+def kept_bytes(layers: int, sizes: dict[str, int], dtype: torch.dtype, autocast: bool) -> int:
+    """What autograd keeps of a forward pass through a sparse Llama with SparsePEFT, but its parameters."""
+    config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=99, **sizes)
+    model = LlamaModel(config).to(dtype).requires_grad_(False)
+    adapted = {name: layer for name, layer in linears(model).items() if name.endswith(TARGETS)}
+    generator = torch.Generator().manual_seed(0)
+    deltas = {name: Nls(ranks=(8,)).delta(shape_of(name, layer), generator) for name, layer in adapted.items()}
+    attach(model, deltas, SparsePEFT(), {name: FloatWeight(layer.weight, True) for name, layer in adapted.items()}, 0)
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            kept[place] = tensor
+        return tensor
+
+    inputs = torch.randn(BATCH, LENGTH, sizes["hidden_size"], dtype=dtype, requires_grad=True)
+    within = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), within:
+        model(inputs_embeds=inputs, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("sizes", [(256, 512), (256, 1024)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_a_layer_keeps_no_more_and_more_than_half_of_it(dtype: str, precision: str, sizes: tuple[int, int]) -> None:
+    named = dict(zip(("hidden_size", "intermediate_size"), sizes, strict=True))
+    settings = {"adapter": "nls", "merger": "sparsepeft", "data": "a", "batch_size": BATCH, "max_length": LENGTH}
+    section = Finetune.model_validate(settings | {"precision": precision})
+    expected = layer_bytes(ModelSource("folder", Path("m"), "", {}, ModelLayout(sizes=named)), dtype, section)
+    one, two = (kept_bytes(n, named, getattr(torch, dtype), precision == "bfloat16") for n in (1, 2))
+    assert expected / 2 < two - one <= expected
