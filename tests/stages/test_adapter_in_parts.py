@@ -10,9 +10,9 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file
-from search_in_parts import assert_search_alike, search_in_parts
+from search_in_parts import assert_search_alike, search_in_parts, searched
 
-from sqft import Orchestrator, Recipe, Registry, Run
+from sqft import Registry
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.modeling.loading.parts import PartedModel
 from sqft.stages.adapter_in_parts import AdapterInParts
@@ -20,11 +20,6 @@ from sqft.stages.inputs import StageInputs
 
 INT4 = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 32}}, "exclude": ["*.down_proj"]}
 SCALES = {"name": "qa-sparsepeft", "options": {"learn_scales": True}}
-
-
-def searched(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
-    orchestrator = Orchestrator(registry, store)
-    return orchestrator.run(orchestrator.plan(Recipe.parse(raw)), "search")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
-from search_in_parts import assert_search_alike
+from search_in_parts import assert_search_alike, searched
 from sqft_sparsepeft import SparsePEFT
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def settings(folder: Path) -> dict[str, bytes]:
 def assert_alike_both_ways(raw: dict[str, Any], registry: Registry, folder: Path) -> dict[str, Any]:
     """Returns the report of the merge in parts."""
     plan, run = trained(raw, registry, folder / "store")
-    assert_search_alike(run, folder / "search")
+    assert_search_alike(searched(raw, registry, folder / "store"), folder / "search")
     reports = []
     for streamed in (False, True):
         merge = stage(plan, run, folder, streamed)

@@ -1,13 +1,20 @@
-"""A search that reads no weight of the base, held against the search of a run, which read them all."""
+"""A search that reads no weight of the base, held against the same search over a base that is there."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from sqft import Run
+from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.stages.inputs import StageInputs
 from sqft.stages.search import SearchStage
+
+
+def searched(raw: dict[str, Any], registry: Registry, store: Path) -> Run:
+    """Run a recipe up to its search, which evaluates nothing; what the store has is reused."""
+    orchestrator = Orchestrator(registry, store)
+    return orchestrator.run(orchestrator.plan(Recipe.parse(raw | {"search": {}})), "search")
 
 
 def search_in_parts(run: Run, folder: Path) -> SearchStage:
@@ -18,7 +25,7 @@ def search_in_parts(run: Run, folder: Path) -> SearchStage:
 
 def assert_search_alike(run: Run, folder: Path) -> None:
     """Every file is the same, byte for byte, and so is the report."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     stage = search_in_parts(run, folder)
     report, whole = stage.run(), run["search"]
     stage.verify()
