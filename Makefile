@@ -57,17 +57,17 @@ docs: setup
 
 test: lint test-fast
 
-# A test that hangs in C++, where pytest's timeout cannot stop it, ends the run and shows where it was.
-HANG := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
-
-# Files of tests run side by side, on one thread each: threads of several processes would wait for one another.
+# Files of tests run side by side, on one thread each: threads of several processes would wait for one another. A test that
+# hangs in C++, where pytest's timeout cannot stop it, ends its process and shows where it was; no other takes its place.
 WORKERS ?= auto
-PYTEST := $(OFFLINE) $(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+SIDE_BY_SIDE := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1)
+PYTEST := $(OFFLINE) $(SIDE_BY_SIDE) $(BIN)/pytest $(if $(SIDE_BY_SIDE),-n $(WORKERS) --maxprocesses 4 --max-worker-restart 0 --dist loadfile)
+HANG := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 
 test-fast: setup
 	$(PYTEST) -m "not slow" $(HANG)=420
 
-test-slow: setup consumers $(MODEL) $(DATA)/heldout.txt
+test-slow: quickstart consumers
 	$(PYTEST) -m slow --timeout 1800 $(HANG)=2400
 
 # Seeded kills in every stage; a failure names its seed. KILLS=3 SEED=7 make kill-test

@@ -25,8 +25,8 @@ from sqft import Orchestrator, Recipe, Registry
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 METHODS = ("lora", "shears", "sparsepeft", "gptq-lora", "sqft", "qa-sparsepeft")
-OURS = ("hira",)
-"""Measured by name only: its learning rate must be another."""
+OURS = {"hira": 4}
+"""Methods that are measured by name only, with how many times the learning rate."""
 
 
 def prompts(source: Path, target: Path, records: int | None = None) -> Path:
@@ -77,7 +77,7 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "max_length": arguments.max_length,
-        "learning_rate": arguments.learning_rate,
+        "learning_rate": arguments.learning_rate * OURS.get(method, 1),
     }
     raw["evaluate"]["of"] = ["model", *raw["evaluate"]["of"]]
     if arguments.calibration:

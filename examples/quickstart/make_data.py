@@ -115,15 +115,23 @@ def word_problems(split: str, size: int, pairs: Mapping[str, list[Pair]], rng: r
     return [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in answers.items()]
 
 
-def runs(text: str) -> set[tuple[str, ...]]:
-    """Return all runs of SHARED_WORDS words; line breaks and indentation do not matter."""
-    words = text.split()
-    return {tuple(words[start : start + SHARED_WORDS]) for start in range(len(words) - SHARED_WORDS + 1)}
+def runs(words: list[T]) -> list[tuple[T, ...]]:
+    return [tuple(words[start : start + SHARED_WORDS]) for start in range(len(words) - SHARED_WORDS + 1)]
 
 
 def without_shared(text: str, heldout: set[tuple[str, ...]]) -> str:
-    """Return `text` without the paragraphs that have a run of words in common with the held-out text."""
-    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if runs(paragraph).isdisjoint(heldout))
+    """Return `text` without the paragraphs that a run of words touches which the held-out text has too.
+
+    Line breaks and indentation do not matter. What is left may have new runs, across what was taken out.
+    """
+    left = text.split("\n\n")
+    while True:
+        words = [(word, number) for number, paragraph in enumerate(left) for word in paragraph.split()]
+        shared = [run for run in runs(words) if tuple(word for word, _ in run) in heldout]
+        if not shared:
+            return "\n\n".join(left)
+        touched = {number for run in shared for _, number in run}
+        left = [paragraph for number, paragraph in enumerate(left) if number not in touched]
 
 
 def split_topics(rng: random.Random) -> tuple[list[Record], str]:
@@ -139,7 +147,7 @@ def split_topics(rng: random.Random) -> tuple[list[Record], str]:
         else:
             calibration.append(text)
     heldout_text = "\n\n".join(heldout)
-    shared = runs(heldout_text)
+    shared = set(runs(heldout_text.split()))
     kept = (without_shared(text, shared) for text in calibration)
     return [{"text": text} for text in kept if text.strip()], heldout_text
 

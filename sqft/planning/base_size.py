@@ -9,7 +9,7 @@ from sqft.components.kinds import Component, Merger, Quantizer
 from sqft.planning import estimates
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
-from sqft.recipe.sections import Sparsify
+from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import LinearShape
 
 C = TypeVar("C", bound=Component)
@@ -51,6 +51,20 @@ def loaded_base(
     under = set(adapted) if start == "compensated" else ()
     residuals = estimates.weights_in(layer for layer in _layers(resolver, steps, "quantize") if layer.name in under)
     return stored_base(resolver, steps) + estimates.RESIDUAL_BYTES * residuals
+
+
+def opening_base(
+    resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps, adapted: Iterable[str]
+) -> int:
+    """Return the bytes at the peak of loading the model under the adapters, after `finetune`; see `loaded_base`."""
+    finetune, size = steps["finetune"], estimates.model_bytes(resolver.model, resolver.dtype)
+    loaded = loaded_base(resolver, merger, steps, adapted)
+    start = cast(Finetune, finetune.section).base
+    if start == "packed" and not finetune.streamed:  # with its zeros at first
+        return max(loaded, size)
+    if start == "floats" and "quantize" in steps and merger and merger.component.merges:  # the values of the codes too
+        return loaded + size
+    return loaded
 
 
 def _layers(resolver: Resolver, steps: Steps, name: str) -> list[LinearShape]:

@@ -239,6 +239,7 @@ def estimate_search(
     deltas: int,
     base: int,
     quantized: bool,
+    opening: int = 0,
     evaluates: bool = True,
     streamed: bool = False,
 ) -> Estimate:
@@ -250,13 +251,14 @@ def estimate_search(
         deltas: bytes of the trained deltas.
         base: bytes of the base in memory.
         quantized: whether the base holds codes; effective weights are then cached beside the floats.
+        opening: bytes of the base at the peak of loading it.
         evaluates: whether the searcher does; otherwise no effective weight is computed.
-        streamed: whether nothing of the base is read.
+        streamed: whether nothing of the base is loaded.
     """
     if streamed:
         return Estimate(0, deltas, 2 * deltas + RUNTIME_OVERHEAD)  # stored, and read back
-    copies = (2 if quantized else 1) if evaluates else int(quantized)
-    return Estimate(0, deltas, base + copies * model_bytes(model, dtype) + RUNTIME_OVERHEAD + deltas)
+    copies = (2 if quantized else 1) if evaluates else 0
+    return Estimate(0, deltas, max(opening, base + copies * model_bytes(model, dtype)) + RUNTIME_OVERHEAD + deltas)
 
 
 def estimate_merge(

@@ -12,7 +12,7 @@ from typing import Any, cast
 from sqft.components.kinds import Adapter, Allocator, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
 from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
-from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, stored_base
+from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, opening_base, stored_base
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
 from sqft.planning.streaming import is_streamed
@@ -194,7 +194,7 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         )
     elif section.data is None:  # records of the training data are evaluated on, and must have answers
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
-    loaded = loaded_base(resolver, component_of(steps["finetune"], Merger), steps, steps["finetune"].layers)
+    base_of = resolver, component_of(steps["finetune"], Merger), steps, steps["finetune"].layers
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
     evaluates = bool(searcher and searcher.component.evaluates)
     streamed = not evaluates and _adapted_in_parts(resolver, base)
@@ -209,7 +209,14 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         files=files,
         streamed=streamed,
         estimate=estimates.estimate_search(
-            resolver.model, resolver.dtype, deltas, loaded, base.quantized, evaluates, streamed
+            resolver.model,
+            resolver.dtype,
+            deltas,
+            loaded_base(*base_of),
+            base.quantized,
+            opening_base(*base_of),
+            evaluates,
+            streamed,
         ),
     )
 

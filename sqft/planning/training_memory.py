@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.planning.estimates import DTYPE_BYTES, RUNTIME_OVERHEAD, Estimate, model_bytes
+from sqft.planning.estimates import DTYPE_BYTES, RUNTIME_OVERHEAD, Estimate, model_bytes, weights_in
 from sqft.recipe.sections import Finetune
 
 ADAM_BYTES_PER_PARAMETER = 16
@@ -55,13 +55,16 @@ def layer_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
     """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`.
 
     Twice what Llama keeps of its hidden states, for families with more norms, and all that it keeps between the two
-    halves of its MLP. In 16 bits, norms keep what they are given in float32.
+    halves of its MLP. In 16 bits, norms keep what they are given in float32. Autocast to fewer bits keeps a copy of
+    each frozen weight.
     """
     hidden = source.size("hidden_size")
     inner = source.size("intermediate_size", default=4 * hidden)
     width = min(DTYPE_BYTES[dtype], DTYPE_BYTES[section.precision])
     of_norms = 8 * hidden if width < DTYPE_BYTES["float32"] else 0
-    return section.batch_size * section.max_length * (width * (14 * hidden + 4 * inner) + of_norms)
+    layers = source.size("num_hidden_layers", default=1)
+    copied = width * weights_in(source.layout.linears) // layers if width < DTYPE_BYTES[dtype] else 0
+    return section.batch_size * section.max_length * (width * (14 * hidden + 4 * inner) + of_norms) + copied
 
 
 def logits_bytes(source: ModelSource, section: Finetune) -> int:

@@ -48,7 +48,7 @@ class SearchStage:
     def adapted(self) -> AdaptedModel:
         """The model that `finetune` trained: opened once, to evaluate it and to check the stored sub-adapter.
 
-        Where it is large and not evaluated, no weight of its base is read.
+        Where it is large and not evaluated, no weight of its base is in memory.
         """
         inputs = self.inputs
         if inputs.step.streamed:  # nothing is evaluated

@@ -36,7 +36,7 @@ FEW_STEPS = [
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """QA-SparsePEFT of a few steps, on the sparse base that `make quickstart` left in ./store, if it is there."""
+    """QA-SparsePEFT of a few steps, on the sparse base that is in ./store, if it is there."""
     orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
     return orchestrator.run(orchestrator.load(RECIPE, FEW_STEPS))
 

@@ -19,7 +19,7 @@ RECIPE = ROOT / "examples" / "recipes" / "gptq.json"
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """On the sparse base that `make quickstart` left in ./store, if it is there."""
+    """On the sparse base that is in ./store, if it is there."""
     orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
     return orchestrator.run(orchestrator.plan(Recipe.load(RECIPE)))
 

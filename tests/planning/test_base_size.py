@@ -58,3 +58,55 @@ def test_packing_what_is_not_pruned_is_noted(raw: dict[str, Any], registry: Regi
         found = map(str, Orchestrator(registry, tmp_path).plan(Recipe.parse(raw)).notes)
         notes.append([note for note in found if note.startswith("finetune.base: this recipe does not prune")])
     assert [len(found) for found in notes] == [0, 1]
+
+
+GPTQ = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 32}}}
+
+
+@pytest.mark.parametrize(
+    ("search", "quantize", "start", "merger", "copies"),
+    [
+        ({}, None, "floats", "sparsepeft", 1),
+        ({}, None, "packed", "sparsepeft", 1),  # with its zeros, at first
+        ({}, GPTQ, "floats", "qa-sparsepeft", 2),  # and the values of the codes, at first
+        ({}, GPTQ, "codes", "qa-sparsepeft", 0),
+        ({}, GPTQ, "floats", "unmerged", 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_search_that_evaluates_nothing_needs_its_base_only_where_it_is_loaded(
+    search: dict[str, Any],
+    quantize: Any,
+    start: str,
+    merger: str,
+    copies: int,
+    streamed: bool,
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sqft.planning.streaming.STREAM_FROM", 0 if streamed else 1 << 60)
+    raw |= {"search": search, "quantize": quantize}
+    raw["finetune"] |= {"base": start, "merger": merger}
+    if merger == "unmerged":
+        raw.pop("merge", None)
+        raw["evaluate"]["of"] = ["search"]
+    step = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw)).step("search")
+    assert step.streamed == streamed
+    needed = step.estimate.memory - (1 << 29)
+    if streamed:
+        assert needed == 2 * step.estimate.storage
+    elif copies:
+        assert needed == copies * SIZE + step.estimate.storage
+    else:
+        assert step.estimate.storage < needed < SIZE
+
+
+def test_a_search_that_evaluates_is_not_streamed(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqft.planning.streaming.STREAM_FROM", 0)
+    plan = Orchestrator(registry, tmp_path).plan(Recipe.parse(raw))
+    assert plan.step("merge").streamed and not plan.step("search").streamed

@@ -79,8 +79,8 @@ class OtherModel:
         The folder of a model that was stored without its head leaves out the prefix of its names.
         """
         short = name.removeprefix(f"{self._model.base_model_prefix}.")
-        tensor = self._files.tensor(short if name not in self._files and short in self._files else name)
-        place = f"{self.folder}: {name}"
+        own = short if name not in self._files and short in self._files else name
+        tensor, place = self._files.tensor(own), f"{self.folder}: {own}"
         if tensor.shape != expected:
             raise ArtifactError(f"{place} has the shape {list(tensor.shape)}, expected {list(expected)}; copy it again")
         if tensor.dtype not in PRECISIONS.values():

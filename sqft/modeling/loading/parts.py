@@ -166,9 +166,13 @@ class PartedModel(WholeModel):
         holds with values of their own are not."""
         stored = {self.names.module_tensor(name): name for name in self.reader.names()}
 
-        def alike(*pair: str) -> bool:
-            one, other = (self.reader.tensor(stored[name]).to(self.model.get_parameter(name).dtype) for name in pair)
-            return one.equal(other)
+        def alike(one: str, other: str) -> bool:
+            names, dtype = (stored[one], stored[other]), self.model.get_parameter(one).dtype
+            if len({self.reader.precisions.get(name) for name in names}) > 1:  # a piece has other rows of each
+                first, second = (self.reader.tensor(name).to(dtype) for name in names)
+                return first.equal(second)
+            pairs = zip(*map(self.reader.pieces, names), strict=True)
+            return len({*map(self.reader.shape, names)}) == 1 and all(a.to(dtype).equal(b.to(dtype)) for a, b in pairs)
 
         pairs = self.model.all_tied_weights_keys.items()
         return {one: other for one, other in pairs if not {one, other} <= stored.keys() or alike(one, other)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.safetensors import read_object, weight_files
 from sqft.kernels.grids import dequantize
-from sqft.modeling.loading.folder_reader import FolderReader
+from sqft.modeling.loading.folder_reader import PIECE, FolderReader
 from sqft.modeling.loading.quantized import GptqFolder, precision_of, quantization_of
 
 
@@ -36,6 +36,11 @@ class ValuesOfCodes(FolderReader):
         if name not in self.coded:
             return self._stored.reader.tensor(name)
         return dequantize(self._stored.layer(name.removesuffix(".weight"))).to(self._precision)
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
+        if name not in self.coded:
+            return self._stored.reader.pieces(name, size)
+        return iter([self.tensor(name)])  # a layer is small beside what lies outside the blocks
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.coded:
