@@ -7,11 +7,11 @@
         [--max-length 128] [--work large]
 
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
-wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is merged into the dense model
-instead, or into the codes that rtn makes of it: no training is needed. With --train, adapters are trained on the model
-sparsified by magnitude, with gradient checkpointing and a chunked loss, on text that fills every example; its argument
-is `finetune.base`. Kill it, and start it again: it goes on at the next block. Needs the model of `make quickstart`, for
-its tokenizer, and its data.
+wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is cut to the heuristic's ranks
+(a search that evaluates nothing) and merged into the dense model instead, or into the codes that rtn makes of it: no
+training is needed. With --train, adapters are trained on the model sparsified by magnitude, with gradient checkpointing
+and a chunked loss, on text that fills every example; its argument is `finetune.base`. Kill it, and start it again: it
+goes on at the next block. Needs the model of `make quickstart`, for its tokenizer, and its data.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from transformers import LlamaConfig
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.components.kinds import Adapter
-from sqft.modeling.adapters.saving import store_ranks
 from sqft.modeling.architecture.blocks import linears, shape_of
 from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.loading.parts import PartedModel
+from sqft.planning.plan import Plan
 from sqft.stages.adapted import make_deltas
 from sqft.stages.inputs import StageInputs
 from sqft.stages.merge import MergeStage
-from sqft.types import RankConfig
+from sqft.stages.search import SearchStage
 from sqft.utils.files import write_json
 from sqft.utils.resources import peak_memory
 from sqft.utils.text import human_size
@@ -49,8 +49,6 @@ SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 BLOCKS = {"1b": 16, "8b": 32}
-ROLES = ("finetune", "search")
-"""What a merge reads besides its base."""
 
 
 def make_model(folder: Path, shape: str, blocks: int) -> None:
@@ -98,7 +96,7 @@ def make_model(folder: Path, shape: str, blocks: int) -> None:
 
 
 def merge(model: dict[str, Any], work: Path, codes: bool) -> None:
-    """Merge an adapter of random values into the model, in the stage itself, and print what that took."""
+    """Search and merge an adapter of random values, in the stages themselves, and print what that took."""
     raw = {
         "name": "large",
         "model": model,
@@ -116,9 +114,8 @@ def merge(model: dict[str, Any], work: Path, codes: bool) -> None:
     orchestrator = Orchestrator(Registry.discover(), work / "store")
     plan = orchestrator.plan(Recipe.parse(raw))
     base = {"base": orchestrator.run(plan, "quantize")["quantize"].folder} if codes else {}
-    trained, scratch = work / "trained", work / "merged"
+    trained = work / "trained"
     trained.mkdir(exist_ok=True)
-    scratch.mkdir(exist_ok=True)
     step, shapes = plan.step("finetune"), linears(PartedModel(plan.model_spec).model)
     adapter = step.component(Adapter)
     space, deltas = make_deltas(adapter, "nls", tuple(shape_of(n, shapes[n]) for n in step.layers), 0)
@@ -130,21 +127,32 @@ def merge(model: dict[str, Any], work: Path, codes: bool) -> None:
     }
     save_file(tensors, trained / "deltas.safetensors")
     write_json(trained / "space.json", asdict(space))
-    store_ranks(RankConfig(tuple(group.ranks[0] for group in space.groups)), trained)
     del tensors, deltas
+    print("| step | estimated | peak | seconds | verified in | on disk |\n|---|---|---|---|---|---|")
+    folders = {**base, "finetune": trained}
+    _measure(plan, "search", SearchStage, folders, work / "searched")
+    _measure(plan, "merge", MergeStage, {**folders, "search": work / "searched"}, work / "merged")
+
+
+def _measure(
+    plan: Plan, name: str, stage: type[SearchStage] | type[MergeStage], folders: dict[str, Path], scratch: Path
+) -> None:
+    """Run a step in its own folder, and print what that took."""
+    scratch.mkdir(exist_ok=True)
+    step = plan.step(name)
     with peak_memory() as peak:
         start = time.monotonic()
-        folders = {**base, **dict.fromkeys(ROLES, trained)}
-        stage = MergeStage(StageInputs(plan, plan.step("merge"), folders, scratch, "cpu"))
-        report = stage.run()
-        merged = time.monotonic()
-        stage.verify()
-        seconds = merged - start, time.monotonic() - merged
-    print({key: value for key, value in report.items() if key != "layers"})
-    print("| step | estimated | peak | seconds | verified in | on disk |\n|---|---|---|---|---|---|")
-    sizes = [human_size(size) for size in (plan.step("merge").estimate.memory, peak[0])]
+        running = stage(StageInputs(plan, step, folders, scratch, "cpu"))
+        running.run()
+        made = time.monotonic()
+        running.verify()
+        seconds = made - start, time.monotonic() - made
+    sizes = [human_size(size) for size in (step.estimate.memory, peak[0])]
     written = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    print(f"| merge | {' | '.join(sizes)} | {seconds[0]:.0f} s | {seconds[1]:.0f} s | {human_size(written)} |")
+    print(
+        f"| {name} | {' | '.join(sizes)} | {seconds[0]:.0f} s | {seconds[1]:.0f} s | {human_size(written)} |",
+        flush=True,
+    )
 
 
 def training(base: str, steps: int, batch_size: int, max_length: int) -> dict[str, Any]:
