@@ -65,7 +65,7 @@ class Shape:
     def source(self) -> ModelSource:
         """The model as its headers would describe it."""
         names = {f"model.layers.{i}.{name}": size for i in range(self.layers) for name, size in self.block.items()}
-        tensors = {f"{name}.weight": size for name, size in names.items()}
+        tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in names.items()}
         tensors |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, self.hidden))
         sizes = {"hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers}
         linears = tuple(LinearShape(name, *size) for name, size in names.items())

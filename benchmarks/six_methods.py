@@ -19,8 +19,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tuning import perplexity_of
-
 from sqft import Orchestrator, Recipe, Registry
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -98,6 +96,12 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
             "answer": arguments.answer,
         }
     return Recipe.parse(raw, folder=RECIPES)
+
+
+def perplexity_of(rows: list[dict[str, Any]]) -> str:
+    """Return the mean perplexity over rows, of each text."""
+    texts = zip(*(row["texts"].values() for row in rows), strict=True)
+    return ", ".join(f"{statistics.mean(one['perplexity'] for one in same):.2f}" for same in texts)
 
 
 def main() -> None:
