@@ -53,12 +53,16 @@ def loaded_base(
     return stored_base(resolver, steps) + estimates.RESIDUAL_BYTES * residuals
 
 
-def opening_base(
-    resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps, adapted: Iterable[str]
-) -> int:
-    """Return the bytes at the peak of loading the model under the adapters, after `finetune`; see `loaded_base`."""
+def opening_base(resolver: Resolver, merger: ResolvedComponent[Merger] | None, steps: Steps, loaded: int) -> int:
+    """Return the bytes at the peak of loading the model under the adapters, after `finetune`.
+
+    Args:
+        resolver: knows the model.
+        merger: None when it was not found.
+        steps: those planned so far.
+        loaded: bytes once it is loaded, see `loaded_base`.
+    """
     finetune, size = steps["finetune"], estimates.model_bytes(resolver.model, resolver.dtype)
-    loaded = loaded_base(resolver, merger, steps, adapted)
     start = cast(Finetune, finetune.section).base
     if start == "packed" and not finetune.streamed:  # with its zeros at first
         return max(loaded, size)

@@ -194,7 +194,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
         )
     elif section.data is None:  # records of the training data are evaluated on, and must have answers
         resolver.files(finetune, "finetune", dict.fromkeys(finetune.data_sets, answer))
-    base_of = resolver, component_of(steps["finetune"], Merger), steps, steps["finetune"].layers
+    merger = component_of(steps["finetune"], Merger)
+    loaded = loaded_base(resolver, merger, steps, steps["finetune"].layers)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
     evaluates = bool(searcher and searcher.component.evaluates)
     streamed = not evaluates and _adapted_in_parts(resolver, base)
@@ -212,9 +213,9 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
             resolver.model,
             resolver.dtype,
             deltas,
-            loaded_base(*base_of),
+            loaded,
             base.quantized,
-            opening_base(*base_of),
+            opening_base(resolver, merger, steps, loaded),
             evaluates,
             streamed,
         ),

@@ -64,19 +64,18 @@ GPTQ = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 32}}}
 
 
 @pytest.mark.parametrize(
-    ("search", "quantize", "start", "merger", "copies"),
+    ("quantize", "start", "merger", "copies"),
     [
-        ({}, None, "floats", "sparsepeft", 1),
-        ({}, None, "packed", "sparsepeft", 1),  # with its zeros, at first
-        ({}, GPTQ, "floats", "qa-sparsepeft", 2),  # and the values of the codes, at first
-        ({}, GPTQ, "codes", "qa-sparsepeft", 0),
-        ({}, GPTQ, "floats", "unmerged", 0),
+        (None, "floats", "sparsepeft", 1),
+        (None, "packed", "sparsepeft", 1),  # with its zeros, at first
+        (GPTQ, "floats", "qa-sparsepeft", 2),  # and the values of the codes, at first
+        (GPTQ, "codes", "qa-sparsepeft", 0),
+        (GPTQ, "floats", "unmerged", 0),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_search_that_evaluates_nothing_needs_its_base_only_where_it_is_loaded(
-    search: dict[str, Any],
     quantize: Any,
     start: str,
     merger: str,
@@ -88,7 +87,7 @@ def test_a_search_that_evaluates_nothing_needs_its_base_only_where_it_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sqft.planning.streaming.STREAM_FROM", 0 if streamed else 1 << 60)
-    raw |= {"search": search, "quantize": quantize}
+    raw |= {"search": {}, "quantize": quantize}
     raw["finetune"] |= {"base": start, "merger": merger}
     if merger == "unmerged":
         raw.pop("merge", None)
