@@ -71,7 +71,7 @@ def _error(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 
 def quantize_to_codes(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     """Return codes clamp(round(W / s) + z, 0, top) (paper eq. 3), integers in float32; the shapes broadcast."""
-    return ((weight / scale).round() + zero).clamp(0, top)
+    return (weight / scale).round_().add_(zero).clamp_(0, top)
 
 
 def group_index(grid: Grid, inputs: int) -> Tensor:
@@ -92,10 +92,25 @@ def expand_per_input(grid: Grid, inputs: int) -> tuple[Tensor, Tensor]:
     return scale.repeat_interleave(size, 1)[:, :inputs], zero.repeat_interleave(size, 1)[:, :inputs]
 
 
+def _by_group(grid: Grid, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the grid's scale and zero point, float32, and tensors [out, in], in shapes that fit together.
+
+    Groups that are whole and in order need no scale for each input: [out, groups, 1] beside [out, groups, inputs of a
+    group], as views. Otherwise all are [out, in].
+    """
+    inputs = tensors[0].shape[1]
+    size = inputs if grid.group_size == -1 else grid.group_size
+    if grid.group_index is not None or inputs % size:
+        return *expand_per_input(grid, inputs), *tensors
+    return *(part.float()[..., None] for part in (grid.scale, grid.zero)), *(
+        t.unflatten(1, (-1, size)) for t in tensors
+    )
+
+
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Return codes [out, in], uint8, of a weight [out, in] on a grid: round to nearest (paper eq. 3)."""
-    scale, zero = expand_per_input(grid, weight.shape[1])  # [out, in]
-    return quantize_to_codes(weight.float(), scale, zero, 2**grid.bits - 1).to(torch.uint8)
+    scale, zero, grouped = _by_group(grid, weight.float())
+    return quantize_to_codes(grouped, scale, zero, 2**grid.bits - 1).to(torch.uint8).reshape(weight.shape)
 
 
 def dequantize(quantized: Quantized, residual: Tensor | None = None) -> Tensor:
@@ -104,9 +119,11 @@ def dequantize(quantized: Quantized, residual: Tensor | None = None) -> Tensor:
     With a `residual`, what was rounded to them: s · (q − z + r / 256). It rounds to the codes again, bit for bit, as
     float32 is wrong by less than the 1/256 of the scale that is left to the next code; of codes with up to 8 bits.
     """
-    scale, zero = expand_per_input(quantized.grid, quantized.codes.shape[1])  # [out, in]
-    steps = quantized.codes - zero
-    return scale * (steps if residual is None else steps + residual / RESIDUAL_PARTS)
+    scale, zero, *parts = _by_group(quantized.grid, *(p for p in (quantized.codes, residual) if p is not None))
+    steps = parts[0] - zero
+    for between in parts[1:]:
+        steps += between / RESIDUAL_PARTS
+    return steps.mul_(scale).reshape(quantized.codes.shape)
 
 
 def residual(quantized: Quantized) -> Tensor:
@@ -128,8 +145,8 @@ def residual(quantized: Quantized) -> Tensor:
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Return a float32 weight [out, in] rounded to the grid: bit for bit `dequantize(quantize(weight))`."""
-    scale, zero = expand_per_input(grid, weight.shape[1])  # [out, in]
-    return scale * (quantize_to_codes(weight, scale, zero, 2**grid.bits - 1) - zero)
+    scale, zero, grouped = _by_group(grid, weight)
+    return quantize_to_codes(grouped, scale, zero, 2**grid.bits - 1).sub_(zero).mul_(scale).reshape(weight.shape)
 
 
 def straight_through(
@@ -142,16 +159,17 @@ def straight_through(
     q − z where it does not (Esser et al., Learned step size quantization, ICLR 2020, eq. 3); the gradient of the
     scales is None unless `learn_scales`.
     """
-    scale, zero = expand_per_input(grid, weight.shape[1])  # [out, in]
-    ratio, top = weight / scale, 2**grid.bits - 1
-    code = ratio.round() + zero
-    within, steps = (code >= 0) & (code <= top), code.clamp(0, top) - zero
-    if not learn_scales:
-        return scale * steps, grad * within, None
-    index = group_index(grid, weight.shape[1])  # [in]
-    slope = steps - torch.where(within, ratio, 0)
-    grad_scale = torch.zeros_like(grid.scale, dtype=torch.float32).index_add_(1, index, grad * slope)  # [out, groups]
-    return scale * steps, grad * within, grad_scale
+    scale, zero, grouped, passed = _by_group(grid, weight, grad)
+    ratio = grouped / scale
+    code = ratio.round().add_(zero)
+    clamped = code.clamp(0, 2**grid.bits - 1)
+    within, steps = clamped == code, clamped.sub_(zero)
+    grad_scale = None
+    if learn_scales:
+        index, slope = group_index(grid, weight.shape[1]), steps - torch.where(within, ratio, 0)
+        grad_scale = torch.zeros_like(grid.scale, dtype=torch.float32)  # [out, groups]
+        grad_scale.index_add_(1, index, (passed * slope).reshape(grad.shape))
+    return (steps * scale).reshape(weight.shape), (passed * within).reshape(grad.shape), grad_scale
 
 
 def scale_grid(grid: Grid, scale_multiplier: Tensor) -> Grid:

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from sqft.types import Pattern
 
+SHIFTS = torch.arange(8, dtype=torch.uint8)
+BITS_OF_BYTES = (torch.arange(256, dtype=torch.uint8)[:, None] >> SHIFTS & 1).view(torch.int64).reshape(-1)
+"""The eight bits of each byte, lowest first, as eight bytes of 0 or 1 in one number."""
+
 
 def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor:
     """Return a bool mask [out, in], true where the weight stays, for scores [out, in].
@@ -41,14 +45,10 @@ def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool mask of any shape, n entries, into uint8 [ceil(n / 8)]; the first entry is the lowest bit."""
     flat = mask.reshape(-1)  # [n]
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)  # [bytes, 8]
-    return (padded.to(torch.uint8) << _shifts(mask)).sum(1, dtype=torch.uint8)
+    return (padded.to(torch.uint8) << SHIFTS.to(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the bool mask [shape] in bytes: the inverse of `pack_mask`."""
-    bits = (packed[:, None] >> _shifts(packed)) & 1  # [bytes, 8]
-    return bits.bool().reshape(-1)[: shape[0] * shape[1]].reshape(shape)
-
-
-def _shifts(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+    bits = BITS_OF_BYTES.to(packed.device).take(packed.long()).view(torch.bool)  # [8 · bytes]
+    return bits[: shape[0] * shape[1]].reshape(shape)

@@ -72,14 +72,20 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """Return the codes uint8 [n, m] in bytes [n, m · w / 8]: the inverse of `pack_rows`."""
-    shifts = _shifts(bits, packed.device)  # [codes in a byte]
-    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)  # [n, bytes, codes]
-    return codes.flatten(1)  # [n, m]
+    width = _width(bits)
+    codes = packed.new_empty(*packed.shape, 8 // width)  # [n, bytes, codes]
+    for place in range(8 // width):  # writing each place of a byte by itself is faster than to broadcast
+        torch.bitwise_right_shift(packed, place * width, out=codes[..., place])
+    return codes.bitwise_and_(2**bits - 1).flatten(1)  # [n, m]
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    width = 1 << (bits - 1).bit_length()
-    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+    return torch.arange(0, 8, _width(bits), dtype=torch.uint8, device=device)
+
+
+def _width(bits: int) -> int:
+    """Return the bits that a code takes in a byte: the smallest power of two that is enough."""
+    return 1 << (bits - 1).bit_length()
 
 
 def to_gptq(quantized: Quantized) -> dict[str, Tensor]:
