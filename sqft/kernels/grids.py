@@ -96,15 +96,14 @@ def _by_group(grid: Grid, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the grid's scale and zero point, float32, and tensors [out, in], in shapes that fit together.
 
     Groups that are whole and in order need no scale for each input: [out, groups, 1] beside [out, groups, inputs of a
-    group], as views. Otherwise all are [out, in].
+    group]. Otherwise all are [out, in].
     """
     inputs = tensors[0].shape[1]
     size = inputs if grid.group_size == -1 else grid.group_size
     if grid.group_index is not None or inputs % size:
         return *expand_per_input(grid, inputs), *tensors
-    return *(part.float()[..., None] for part in (grid.scale, grid.zero)), *(
-        t.unflatten(1, (-1, size)) for t in tensors
-    )
+    of_groups = (part.float()[..., None] for part in (grid.scale, grid.zero))
+    return *of_groups, *(tensor.reshape(len(tensor), -1, size) for tensor in tensors)
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
