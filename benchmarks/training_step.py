@@ -4,8 +4,8 @@
         [--ways sparsepeft hira qa-sparsepeft codes] [--checkpointing] [--repeats 7]
 
 A model of SmolLM2-135M's shape (or Llama 3.2 1B's) with random weights, half of them zero; rank 32 on q, k, v, up and
-down; a label at every token. A step is forward, backward and AdamW, what Trainer does in one. Stock is transformers' own
-model and loss. The ways take turns. "qa-sparsepeft" trains the floats through a 4-bit grid, groups of 64, and "codes"
+down; a label at every token. A step is forward, backward and AdamW, what Trainer does in one. LoRA has transformers'
+own model and loss. The ways take turns. "qa-sparsepeft" trains the floats through a 4-bit grid, groups of 64, and "codes"
 packed codes; the two have the same adapter. Peak memory is not measured: the models are in one process.
 """
 
@@ -40,10 +40,10 @@ from sqft.types import Grid, Quantized
 RANK, GROUP = 32, 64
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 SHAPES = {
-    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3, vocab_size=49152),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                 "num_key_value_heads": 3, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+               "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 Step = Callable[[Tensor], None]
 
