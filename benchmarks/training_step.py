@@ -4,9 +4,9 @@
         [--ways sparsepeft hira qa-sparsepeft codes] [--checkpointing] [--repeats 7]
 
 A model of SmolLM2-135M's shape (or Llama 3.2 1B's) with random weights, half of them zero; rank 32 on q, k, v, up and
-down; a label at every token. A step is forward, backward and AdamW, what Trainer does in one. LoRA has transformers'
-own model and loss. The ways take turns. "qa-sparsepeft" trains the floats through a 4-bit grid, groups of 64, and "codes"
-packed codes; the two have the same adapter. Peak memory is not measured: the models are in one process.
+down; a label at every token. A step is forward, backward and AdamW, as in Trainer. LoRA has transformers' own model and
+loss. The ways take turns. "qa-sparsepeft" trains floats through a 4-bit grid, groups of 64, and "codes" packed codes;
+the two have the same adapter. Peak memory is not measured: the models are in one process.
 """
 
 from __future__ import annotations
