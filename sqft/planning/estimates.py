@@ -291,6 +291,7 @@ def estimate_merge(
         blocks = copies * block + max(merged.values(), default=0)
         if quantized:  # codes of a byte each until they are stored, and the block of floats that was quantized
             blocks += block // DTYPE_BYTES[dtype] + block
+            outside += own_head(model) * DTYPE_BYTES[dtype]
         # Of both models, and what lies between them.
         logits = 3 * COMPARED_EXAMPLES * COMPARED_TOKENS * model.size("vocab_size") * 4
         return Estimate(model.parameters, stored, outside + max(blocks, logits) + deltas + RUNTIME_OVERHEAD)

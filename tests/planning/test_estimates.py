@@ -20,7 +20,7 @@ from sqft.planning.estimates import (
     weights_in,
 )
 from sqft.recipe.sections import Calibration
-from sqft.types import LinearShape, Statistic
+from sqft.types import COMPARED_EXAMPLES, COMPARED_TOKENS, LinearShape, Statistic
 
 SIZE = 4 * (258 * 32 + 2 * (9216 + 64) + 32)
 """The tiny model in float32."""
@@ -181,6 +181,17 @@ def test_a_merge_in_parts_holds_one_block(experts: tuple[str, ...]) -> None:
     found = estimate_merge(model, "bfloat16", adapted, 40, 9, 7, False, streamed=True)
     layer, copies = 2 * 64 * 64, 3 if experts else 1
     assert found.memory == 2 * 12 + copies * 2 * layer + 2 * layer + 40 + (1 << 29) and found.storage == 9
+
+
+def test_a_merge_into_codes_in_parts_stores_a_tied_head_beside_the_embedding() -> None:
+    """Codes of a byte each and the block of floats that was quantized are there too, all floats in bfloat16."""
+    of_codes = [
+        estimate_merge(source(*names), "bfloat16", (), 40, 9, 7, True, streamed=True).memory
+        for names in ((), ("lm_head.weight",))
+    ]
+    assert of_codes[0] - of_codes[1] == 10 * 32 * 2 - 2
+    logits = 3 * COMPARED_EXAMPLES * COMPARED_TOKENS * 10 * 4
+    assert of_codes[0] == 2 * 320 * 2 + max(logits, 3 * 2048 * (2 + 1 + 2)) + 40 + (1 << 29)
 
 
 @pytest.mark.parametrize("experts", [(), ("model.layers.0.mlp",)])
