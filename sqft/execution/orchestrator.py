@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqft.stages.stage import Stage
 
 log = logging.getLogger("sqft")
-SHARED_STAGES = ("finetune",)
+SHARED_STAGES = ("finetune", "search")
 """Stages in which all processes of a run take part; the first process alone makes the others."""
 TAKE_PART, STORED = "take part", "stored"
 """Messages of the first process: all make this step together; the step's artifact is in the store."""

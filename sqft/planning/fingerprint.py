@@ -143,7 +143,7 @@ WITHOUT_EFFECT = {
     "utils/annotations": "where the marks of fields are",
     "utils/code_digest": "digests",
     "utils/digests": "digests",
-    "utils/distributed": "how processes find one another; what they compute together is the trainer's",
+    "utils/distributed": "how processes find one another; what they compute together is the stages'",
     "utils/files": "how files are written: at once or not at all",
     "utils/progress": "progress bars",
     "utils/text": "text for people",

@@ -21,8 +21,9 @@ from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks, tensor_name
-from sqft.modeling.evaluation import exact_match, mean_loss
+from sqft.modeling.evaluation import exact_match, summed_loss
 from sqft.modeling.loading.parts import open_in_parts
+from sqft.modeling.training.loss import CompletionLoss
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model, load_deltas
 from sqft.stages.adapter_in_parts import AdapterInParts
@@ -35,6 +36,8 @@ log = logging.getLogger("sqft")
 
 TRIALS = "trials.jsonl"
 """File of the evaluations of a search, a JSON object a line: ranks, number of samples, value."""
+NO_MORE = "no more"
+"""Message to the other processes: the search has ended."""
 
 
 class SearchStage:
@@ -58,10 +61,16 @@ class SearchStage:
         return load_adapted_model(inputs.plan, inputs.folders, inputs.folders["finetune"], inputs.device)
 
     def run(self) -> Report:
-        """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`."""
+        """Write `choice.json`, `trials.jsonl` and the chosen sub-adapter in `adapter/`.
+
+        Of several processes the first one searches, and each of them measures its share of the records.
+        """
+        if not self.inputs.processes.is_main:
+            return self._take_part()
         adapted, inputs = self.adapted, self.inputs
         evaluate = CachedEvaluator(inputs.scratch / TRIALS, adapted.space, self._records(), self._measure, self.label)
         config = self.searcher.search(adapted.space, evaluate, Random(inputs.seed_for("search")))
+        inputs.processes.broadcast(NO_MORE)
         checks.check_choice(self.label, adapted.space, config)
         store_ranks(config, inputs.scratch)
         base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
@@ -107,23 +116,42 @@ class SearchStage:
         return records
 
     def _measure(self, config: RankConfig, records: Sequence[Record]) -> float:
-        """Evaluate the metric of one rank configuration; higher is better."""
+        """Evaluate the metric of one rank configuration, in all processes together; higher is better."""
+        processes = self.inputs.processes
+        processes.broadcast(json.dumps({"ranks": config.ranks, "samples": len(records)}))
+        shares = [json.loads(sums) for sums in processes.gather(json.dumps(self._sums(config, records)))]
+        value: float = sum(total for total, _ in shares) / sum(count for _, count in shares)
+        if not math.isfinite(value):
+            raise StageError(f"the {self.section.metric} of ranks {config.ranks} is not finite")
+        return value
+
+    def _take_part(self) -> Report:
+        """Measure this process's share of what the first one asks for, until it asks for no more."""
+        records, processes = self._records(), self.inputs.processes
+        while (asked := processes.receive()) != NO_MORE:
+            trial = json.loads(asked)
+            processes.gather(json.dumps(self._sums(RankConfig(tuple(trial["ranks"])), records[: trial["samples"]])))
+        return {}
+
+    def _sums(self, config: RankConfig, records: Sequence[Record]) -> tuple[float, int]:
+        """Return what the metric sums over this process's share of the records, higher being better, and what it is
+        divided by: right answers and all, or the labels' losses and their number."""
         section, model, tokenizer = self.section, self.adapted.model, self.adapted.tokenizer
+        own = records[self.inputs.processes.rank :: self.inputs.processes.count]
+        if not own:
+            return 0.0, 0
         self.adapted.set_ranks(config)
         with cached_effective_weights(model):
             if section.metric == "exact_match":
-                result = exact_match(
-                    model, tokenizer, records, section.answer, section.max_new_tokens, section.batch_size, silent
+                found = exact_match(
+                    model, tokenizer, own, section.answer, section.max_new_tokens, section.batch_size, silent
                 )
-                value = float(result["accuracy"])
-            else:
-                finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
-                examples = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(records).examples
-                pad = cast(int, tokenizer.pad_token_id)
-                value = -mean_loss(model, examples, section.batch_size, pad, silent)
-        if not math.isfinite(value):
-            raise StageError(f"the {section.metric} of ranks {config.ranks} is not finite")
-        return value
+                return found["correct"], found["samples"]
+            finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
+            examples = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(own).examples
+            loss = CompletionLoss(model)
+            total, labels = summed_loss(loss, examples, section.batch_size, cast(int, tokenizer.pad_token_id), silent)
+            return -total, labels
 
 
 class CachedEvaluator:

@@ -42,6 +42,7 @@ class Processes:
     store: Any = None
     messages: int = 0
     """How many messages this process has sent, or received."""
+    gathers: int = field(default=0, repr=False)
     groups: int = field(default=0, repr=False)
 
     @property
@@ -60,13 +61,8 @@ class Processes:
         Raises:
             DeviceError: when another process failed, which has printed why.
         """
-        key = f"message/{self.messages}"
-        while not self.store.check([key]):
-            if self.store.check(["failures"]):
-                raise DeviceError("another process failed")
-            time.sleep(POLL_SECONDS)
+        message = self._wait_for(f"message/{self.messages}")
         self.messages += 1
-        message: str = self.store.get(key).decode()
         return message
 
     def share(self, message: str) -> str:
@@ -75,6 +71,27 @@ class Processes:
             self.broadcast(message)
             return message
         return self.receive()
+
+    def gather(self, value: str) -> list[str]:
+        """Return the values of all processes in the first one, in order; nothing in the others.
+
+        Raises:
+            DeviceError: when another process failed, which has printed why.
+        """
+        key = f"gathered/{self.gathers}"
+        self.gathers += 1
+        if self.is_main:
+            return [value, *(self._wait_for(f"{key}/{rank}") for rank in range(1, self.count))]
+        self.store.set(f"{key}/{self.rank}", value)
+        return []
+
+    def _wait_for(self, key: str) -> str:
+        while not self.store.check([key]):
+            if self.store.check(["failures"]):
+                raise DeviceError("another process failed")
+            time.sleep(POLL_SECONDS)
+        value: str = self.store.get(key).decode()
+        return value
 
     def assert_same(self, value: str, difference: str) -> None:
         """Check that all processes have the same value; `difference` completes "process 1 …".

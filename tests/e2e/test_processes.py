@@ -76,10 +76,14 @@ def test_two_processes_make_what_one_makes_killed_or_not(folder: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    made = [
-        json.loads(next(folder.glob(f"{s}/artifacts/finetune-*/manifest.json")).read_text()) for s in ("one", "two")
-    ]
-    assert [manifest["processes"] for manifest in made] == [1, 2]
+    made, searched = (
+        [json.loads(next(folder.glob(f"{s}/artifacts/{stage}-*/manifest.json")).read_text()) for s in ("one", "two")]
+        for stage in ("finetune", "search")
+    )
+    for manifests in (made, searched):
+        assert [manifest["processes"] for manifest in manifests] == [1, 2]
+    assert searched[1]["report"]["trials"] == searched[0]["report"]["trials"] == 3
+    assert searched[1]["report"]["value"] == pytest.approx(searched[0]["report"]["value"], rel=1e-3)
     looks = [manifest["report"]["validation_losses"] for manifest in made]
     assert len(looks[0]) == 6 and looks[1] == pytest.approx(looks[0], rel=1e-4)
 

@@ -1,17 +1,22 @@
-"""A search remembers what it evaluated, on disk."""
+"""A search remembers what it evaluated, on disk; several processes share the records."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from sqft import Orchestrator, Recipe, Registry
 from sqft.api import RankConfig, RankGroup, SearchSpace
 from sqft.errors import ContractError, StageError
-from sqft.stages.search import CachedEvaluator
+from sqft.stages.inputs import StageInputs
+from sqft.stages.search import CachedEvaluator, SearchStage
+from sqft.utils.distributed import Processes
 
 SPACE = SearchSpace((RankGroup("a", (8, 4), ("l.0",)), RankGroup("b", (8, 4), ("l.1",))))
 LARGE, SMALL = RankConfig((8, 8)), RankConfig((4, 4))
@@ -98,3 +103,34 @@ def test_a_configuration_outside_the_space(evaluator: Callable[..., CachedEvalua
 def test_no_records_to_evaluate_on(evaluator: Callable[..., CachedEvaluator]) -> None:
     with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
         evaluator([])(LARGE)
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+@pytest.mark.parametrize("samples", [7, 1])
+def test_processes_share_the_records_and_find_what_one_finds(
+    metric: str, samples: int, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """Shares of four and three records; of a single one, the second process has none."""
+    raw["search"] |= {"metric": metric, "max_new_tokens": 4} if metric == "exact_match" else {}
+    raw["search"]["searcher"]["options"]["samples"] = samples
+    orchestrator = Orchestrator(registry, tmp_path)
+    plan = orchestrator.plan(Recipe.parse(raw))
+    run = orchestrator.run(plan, until="search")
+    alone = [json.loads(line) for line in (run["search"].folder / "trials.jsonl").read_text().splitlines()]
+    folders = {"finetune": run["finetune"].folder, "base": run["sparsify"].folder}
+    step, store, scratch = plan.step("search"), HashStore(), tmp_path / "together"
+    scratch.mkdir()
+
+    def stage(rank: int) -> SearchStage:
+        return SearchStage(StageInputs(plan, step, folders, scratch, "cpu", processes=Processes(rank, 2, store)))
+
+    told: list[object] = []
+    other = threading.Thread(target=lambda: told.append(stage(1).run()))
+    other.start()
+    report = stage(0).run()
+    other.join(60)
+    expected = run["search"].report
+    assert told == [{}] and report == expected | {"value": pytest.approx(expected["value"], rel=1e-5)}
+    found = [json.loads(line) for line in (scratch / "trials.jsonl").read_text().splitlines()]
+    assert len(found) == 3 and [trial["ranks"] for trial in found] == [trial["ranks"] for trial in alone]
+    assert [trial["value"] for trial in found] == pytest.approx([trial["value"] for trial in alone], rel=1e-5)

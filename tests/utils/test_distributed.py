@@ -40,6 +40,16 @@ def test_messages_come_in_order_and_are_waited_for() -> None:
     assert heard == ["together", "stands"]
 
 
+def test_values_of_all_come_together_in_the_first() -> None:
+    first, second = two()
+    assert [second.gather(word) for word in ("b", "d")] == [[], []]
+    assert [first.gather(word) for word in ("a", "c")] == [["a", "b"], ["c", "d"]]
+    assert Processes().gather("alone") == ["alone"]
+    second.should_report()
+    with pytest.raises(DeviceError, match="another process failed"):
+        first.gather("e")
+
+
 def test_another_plan_is_refused() -> None:
     first, second = two()
     first.assert_same("a", "plans another run")

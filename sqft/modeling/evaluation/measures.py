@@ -139,12 +139,6 @@ def _batches(prompts: Sequence[Prompt], batch_size: int, equal: bool) -> list[li
     return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
-def mean_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track) -> float:
-    """Compute the mean cross-entropy of a labelled token. See `summed_loss` for the arguments."""
-    total, labels = summed_loss(CompletionLoss(model), examples, batch_size, pad_id, track)
-    return total / labels
-
-
 @torch.no_grad()
 def summed_loss(
     loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track

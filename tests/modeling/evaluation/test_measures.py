@@ -18,7 +18,7 @@ from sqft.data.encoding import Prompt, Tokenization
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import DataError, StageError
-from sqft.modeling.evaluation import exact_match, mean_loss, perplexity
+from sqft.modeling.evaluation import exact_match, perplexity, summed_loss
 from sqft.modeling.evaluation.measures import _texts
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import silent
@@ -70,7 +70,9 @@ def test_a_prompt_beyond_the_window_is_cut_at_the_left(
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str, batch_size: int) -> None:
+def test_summed_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str, batch_size: int
+) -> None:
     examples = Tokenization(tokenizer, 32, loss_on).encode(SUMS).examples
     total, count = 0.0, 0
     for example in examples:
@@ -78,7 +80,10 @@ def test_mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
         for position, label in enumerate(example.labels[1:]):
             if label != -100:
                 total, count = total - logits[position, label].item(), count + 1
-    assert mean_loss(model, examples, batch_size, 1, silent) == pytest.approx(total / count, rel=1e-5)
+    assert summed_loss(CompletionLoss(model), examples, batch_size, 1, silent) == (
+        pytest.approx(total, rel=1e-5),
+        count,
+    )
     batch = Collator(1)(examples)
     assert CompletionLoss(model)(**batch)["loss"].item() == pytest.approx(total / count, rel=1e-5)
 
@@ -127,7 +132,9 @@ def test_a_record_without_a_completion_is_named(model: LlamaForCausalLM, tokeniz
 MEASURES: list[Callable[[LlamaForCausalLM, PreTrainedTokenizerFast], object]] = [
     lambda model, tokenizer: perplexity(model, [torch.arange(2, 20)], silent),
     lambda model, tokenizer: exact_match(model, tokenizer, SUMS, "text", 2, 4, silent),
-    lambda model, tokenizer: mean_loss(model, Tokenization(tokenizer, 32, "all").encode(SUMS).examples, 4, 1, silent),
+    lambda model, tokenizer: summed_loss(
+        CompletionLoss(model), Tokenization(tokenizer, 32, "all").encode(SUMS).examples, 4, 1, silent
+    ),
 ]
 
 

@@ -74,7 +74,8 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     (seen,) = [json.loads(x)["eval_loss"] for x in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in x]
     from sqft.data.encoding import Tokenization
     from sqft.data.records import read_records
-    from sqft.modeling.evaluation import mean_loss
+    from sqft.modeling.evaluation import summed_loss
+    from sqft.modeling.training.loss import CompletionLoss
     from sqft.stages.adapted import load_adapted_model
     from sqft.utils.progress import silent
 
@@ -86,7 +87,8 @@ def test_a_look_is_search_s_loss_at_the_largest_ranks(
     assert sparse is not None
     adapted = load_adapted_model(plan, {"base": sparse.folder}, folder, "cpu")
     examples = Tokenization(adapted.tokenizer, 256, "completion").encode(read_records(Path(validation), 8)).examples
-    assert mean_loss(adapted.model, examples, 3, 1, silent) == pytest.approx(seen, rel=1e-5)
+    total, labels = summed_loss(CompletionLoss(adapted.model), examples, 3, 1, silent)
+    assert total / labels == pytest.approx(seen, rel=1e-5)
 
 
 def test_patience_stops_and_keeps_the_best(
