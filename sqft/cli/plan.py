@@ -20,6 +20,7 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
     """Check RECIPE and print its steps: what runs, what is reused, estimates. Loads no model."""
     from sqft.components.registry import Registry
     from sqft.execution.earlier_runs import remade_note
+    from sqft.execution.memory import shortage_of
     from sqft.execution.orchestrator import Orchestrator
 
     orchestrator = Orchestrator(Registry.discover(disable), store)
@@ -28,5 +29,7 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
     for note in planned.notes:
         click.echo(f"note: {note}")
     missing = [step for step in planned.steps if step.name not in planned.reused]
+    if shortage := shortage_of(planned, [step.name for step in missing], "cpu", orchestrator.plan):
+        click.echo(f"note: on this machine, {shortage.message}")
     if note := remade_note(orchestrator.store, planned.recipe, missing):
         click.echo(note)

@@ -89,7 +89,7 @@ class Orchestrator:
             for step in steps_from(plan, fresh):
                 self.store.discard(step.stage, step.fingerprint)
         missing = [step for step in steps if not self.store.is_complete(step.stage, step.fingerprint)]
-        preflight.check_run(plan, steps, missing, self.store, self.device, self.processes)
+        preflight.check_run(plan, steps, missing, self.store, self.device, self.processes, self.plan)
         self.processes.assert_same(f"{plan.fingerprint} {until}", "plans another run than the first process")
         folder = make_run_folder(self.store, plan)
         self.layouts(plan.model_spec, plan.source)  # now that there is a store, the next plan finds it there

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 
 from sqft.errors import DeviceError, StoreError
+from sqft.execution.memory import Replan, shortage_of
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Evaluate, Finetune
 from sqft.store.artifacts import Store
@@ -15,10 +17,18 @@ from sqft.utils.files import existing_parent
 from sqft.utils.text import human_size
 
 log = logging.getLogger("sqft")
+IGNORE_MEMORY = "SQFT_IGNORE_MEMORY"
+"""Environment variable: set to anything, what needs more memory than there is runs all the same."""
 
 
 def check_run(
-    plan: Plan, steps: Sequence[Step], missing: Sequence[Step], store: Store, device: str, processes: Processes
+    plan: Plan,
+    steps: Sequence[Step],
+    missing: Sequence[Step],
+    store: Store,
+    device: str,
+    processes: Processes,
+    replan: Replan,
 ) -> None:
     """Check that steps of a plan can be run here, before anything is made.
 
@@ -28,13 +38,16 @@ def check_run(
         missing: those of them that the store does not have.
         store: where artifacts go.
         device: the torch device to work on.
-        processes: the processes of the run; the first one checks the disk and the model for all.
+        processes: the processes of the run; the first one checks disk, memory and the model for all.
+        replan: plans a changed recipe, to find settings that would fit.
 
     Raises:
-        SqftError: when the disk, the device, the training settings, the model or a task's data set do not allow it.
+        SqftError: when the disk, the memory, the device, the training settings, the model or a task's data set do not
+            allow it.
     """
     if processes.is_main:
         check_disk(store, steps)
+        check_memory(plan, missing, device, replan)
         if missing:
             check_model(plan, missing)
             check_tasks(plan, missing)
@@ -56,6 +69,20 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
             f"the store {store.root} needs about {human_size(needed)} and {folder} has {human_size(free)} free; "
             "make room, or name another store with --store"
         )
+
+
+def check_memory(plan: Plan, missing: Sequence[Step], device: str, replan: Replan) -> None:
+    """Check that there is memory for the steps that are not done; warn where it is close.
+
+    Raises:
+        DeviceError: with the memory that is needed, what is free, and settings that need less.
+    """
+    shortage = shortage_of(plan, [step.name for step in missing], device, replan)
+    if shortage is None:
+        return
+    if shortage.hopeless and not os.environ.get(IGNORE_MEMORY):
+        raise DeviceError(f"{shortage.message}; {IGNORE_MEMORY}=1 in the environment runs it all the same")
+    log.warning("%s", shortage.message)
 
 
 def check_device(device: str) -> None:

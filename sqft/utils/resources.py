@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 import sqft
+
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux says what a container, or a job on a cluster, may use."""
 
 
 def versions() -> dict[str, str]:
@@ -33,3 +38,55 @@ def peak_memory() -> Iterator[list[int]]:
         peak[0] = int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory(own: Path = Path("/proc/self/cgroup"), groups: Path = CGROUPS) -> int:
+    """Return the bytes of memory that this process may have, those that it has included: what is available on the
+    machine, or in its container or job where that is less.
+
+    Args:
+        own: the file that names this process's control groups.
+        groups: the folder of all groups.
+    """
+    available: int = psutil.virtual_memory().available
+    for folder in _groups_of(own, groups):
+        most = _number(folder, "memory.max", "memory.limit_in_bytes")
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        if most is not None and used is not None:
+            available = min(available, most - used + _cached(folder))
+    own_bytes: int = psutil.Process().memory_info().rss
+    return max(0, available) + own_bytes
+
+
+def _groups_of(own: Path, groups: Path) -> Iterator[Path]:
+    """Yield the folders of this process's control groups for memory, and those around them, of version 2 and 1."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not on Linux
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = groups / "memory" if kinds else groups
+        folder = root / path.lstrip("/")
+        yield from (inner for inner in (folder, *folder.parents) if inner == root or root in inner.parents)
+
+
+def _number(folder: Path, *names: str) -> int | None:
+    """Return the number in the first file of these names that is there; None where none is, or it says "max"."""
+    for name in names:
+        try:
+            return int((folder / name).read_text())
+        except (OSError, ValueError):
+            pass
+    return None
+
+
+def _cached(folder: Path) -> int:
+    """Return the bytes of a group that are copies of files, which make room when memory is wanted."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,107 @@
+"""Whether a run fits into memory, and which settings would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sqft.errors import RecipeError
+from sqft.planning.plan import Plan, Step
+from sqft.recipe import Recipe
+from sqft.recipe.sections import Calibration, Finetune, Quantize, Sparsify
+from sqft.utils.resources import free_memory
+from sqft.utils.text import human_size
+
+TOLERANCE = 0.8
+"""Estimates may be too high by a fifth: what would not fit even then is refused."""
+ON_DEVICE = ("finetune", "search", "evaluate")
+"""Stages that hold the model on the device."""
+
+Replan = Callable[[Recipe], Plan]
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A step that needs more memory than there is; `message` says so, and which settings need less."""
+
+    message: str
+    hopeless: bool
+    """Whether it would not fit even if the estimate were a fifth too high."""
+
+
+def shortage_of(plan: Plan, missing: Iterable[str], device: str, replan: Replan) -> Shortage | None:
+    """Return what is short for the steps of a plan that are to be made; None when all of them fit.
+
+    Memory is the machine's, or its container's. On another device than the CPU, steps that hold the model there are not
+    looked at.
+
+    Args:
+        plan: the plan.
+        missing: the names of those steps.
+        device: where models run, as torch names it.
+        replan: plans a changed recipe.
+    """
+    free, names = free_memory(), set(missing)
+    steps = [step for step in plan.steps if step.name in names and (device == "cpu" or step.stage not in ON_DEVICE)]
+    step = max(steps, key=_needed, default=None)
+    if step is None or _needed(step) <= free:
+        return None
+    changes, needed = _smaller(plan, step, free, replan)
+    need = f"{step.name} needs about {human_size(_needed(step))} of memory, and {human_size(free)} are free"
+    settings = " ".join(f"--set {change}" for change in changes)
+    if not changes:
+        remedy = "free some memory, or use a larger machine"
+    elif needed <= free:
+        remedy = f"{settings} would need about {human_size(needed)}"
+    else:
+        remedy = f"even {settings} would need about {human_size(needed)}: free some memory, or use a larger machine"
+    return Shortage(f"{need}; {remedy}", TOLERANCE * _needed(step) > free)
+
+
+def _needed(step: Step) -> int:
+    return step.estimate.memory
+
+
+def _smaller(plan: Plan, step: Step, free: int, replan: Replan) -> tuple[list[str], int]:
+    """Return changes of the recipe with which a step fits into `free` bytes, as few as that takes, and what it needs
+    then; or all that help."""
+    kept: list[str] = []
+    needed = _needed(step)
+    for changes in _remedies(step, plan.recipe.calibration):
+        if needed <= free:
+            break
+        try:
+            tried = _needed(replan(_changed(plan.recipe, [*kept, *changes])).step(step.name))
+        except RecipeError:  # this recipe, or this model, cannot have it
+            continue
+        if tried < needed:
+            # A batch that is halved once more takes the place of the one before.
+            kept = [change for change in kept if _field(change) not in map(_field, changes)] + list(changes)
+            needed = tried
+    return kept, needed
+
+
+def _remedies(step: Step, calibration: Calibration | None) -> Iterator[tuple[str, ...]]:
+    """Yield settings that may need less memory, those first that change the result least."""
+    section = step.section
+    if isinstance(section, Finetune):
+        yield ("finetune.gradient_checkpointing=true",)
+        yield ("finetune.loss_chunk=128",)
+        if section.base == "floats":
+            yield ("finetune.base=packed",)
+        rows, batches = section.batch_size, section.gradient_accumulation
+        while rows % 2 == 0:
+            rows, batches = rows // 2, 2 * batches
+            yield f"finetune.batch_size={rows}", f"finetune.gradient_accumulation={batches}"
+    if isinstance(section, Sparsify | Quantize) and calibration and calibration.memory > 0.25:
+        yield ("calibration.memory=0.25",)
+    yield ("model.dtype=bfloat16",)
+
+
+def _field(change: str) -> str:
+    return change.partition("=")[0]
+
+
+def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    raw = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return Recipe.changed(raw, changes, recipe.folder, recipe.source)

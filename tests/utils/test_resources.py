@@ -1,0 +1,59 @@
+"""How much memory this process may have: the machine's, or its container's or job's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from sqft.utils.resources import free_memory
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with 40 GiB available; this process has 1 GiB."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40 * GIB))
+    has = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=GIB))
+    monkeypatch.setattr(psutil, "Process", lambda: has)
+
+
+def written(folder: Path, files: Mapping[str, object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(f"{content}\n")
+    return folder
+
+
+def test_what_the_machine_has_available(tmp_path: Path) -> None:
+    assert free_memory(tmp_path / "none", tmp_path) == 41 * GIB
+    own = written(tmp_path, {"own": "0::/"}) / "own"
+    assert free_memory(own, tmp_path / "groups") == 41 * GIB
+    assert free_memory(own, written(tmp_path / "groups", {"memory.max": "max", "memory.current": 5})) == 41 * GIB
+
+
+@pytest.mark.parametrize("job", ["", "slurm/job_7"])
+def test_a_container_or_a_job_may_have_less(job: str, tmp_path: Path) -> None:
+    """Of version 2. Copies of files make room; the group around a job has a limit as well."""
+    own = written(tmp_path, {"own": f"0::/{job}"}) / "own"
+    stat = f"anon 12\ninactive_file {2 * GIB}"
+    written(tmp_path / job, {"memory.max": 10 * GIB, "memory.current": 4 * GIB, "memory.stat": stat})
+    assert free_memory(own, tmp_path) == 9 * GIB
+    if job:
+        written(tmp_path / "slurm", {"memory.max": 8 * GIB, "memory.current": 8 * GIB})
+        assert free_memory(own, tmp_path) == GIB
+
+
+def test_version_1(tmp_path: Path) -> None:
+    own = written(tmp_path, {"own": "7:cpu,cpuacct:/a\n4:memory:/a"}) / "own"
+    written(tmp_path / "memory" / "a", {"memory.limit_in_bytes": 6 * GIB, "memory.usage_in_bytes": GIB})
+    assert free_memory(own, tmp_path) == 6 * GIB
+
+
+def test_here() -> None:
+    assert os.name != "posix" or 0 < free_memory() <= 41 * GIB
