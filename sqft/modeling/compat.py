@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,29 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
+from sqft.checkpoints.gguf import gguf_reader
+
 
 def fake_tensors() -> AbstractContextManager[Any]:
     """Run what is inside on tensors that have shapes and no values, a model on the meta device included."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def fast_gguf() -> Iterator[None]:
+    """Let transformers read GGUF files with `gguf_reader`: it takes the class from its package whenever it needs it."""
+    try:
+        import gguf
+
+        stock, fast = gguf.GGUFReader, gguf_reader()
+    except ImportError:
+        yield
+        return
+    gguf.GGUFReader = fast
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = stock
 
 
 def int4_layout(codes: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from sqft.utils.code_digest import digest_files
 
 EVERY_STAGE = (
     "checkpoints/export",
+    "checkpoints/gguf",
     "checkpoints/gptq",
     "checkpoints/model_source",
     "checkpoints/model_spec",

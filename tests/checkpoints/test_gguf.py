@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 
-from sqft.checkpoints.gguf import module_shapes
+from sqft.checkpoints.gguf import module_shapes, open_gguf
 from sqft.checkpoints.model_source import ModelSource
 from sqft.utils.digests import Digests
 
@@ -53,6 +53,19 @@ def test_a_gguf_file(tmp_path: Path, find: Callable[..., ModelSource]) -> None:
     assert found.kind == "gguf" and found.digest == Digests().file(tmp_path / "tiny.gguf")
     assert module_shapes(found.shapes) == {f"model.layers.0.{name}": shape for name, shape in BLOCK.items()}
     assert found.parameters == 10 * 32 + 32 + sum(out * into for out, into in BLOCK.values())
+
+
+def test_the_reader_finds_what_the_packages_own_finds(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    ours, stock = open_gguf(path), GGUFReader(path)
+    assert open_gguf(path) is ours and type(ours) is not GGUFReader
+    assert {name: field.contents() for name, field in ours.fields.items()} == {
+        name: field.contents() for name, field in stock.fields.items()
+    }
+    for one, other in zip(ours.tensors, stock.tensors, strict=True):
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type) and (one.data == other.data).all()
+    write_gguf(path, tensors=False)
+    assert not open_gguf(path).tensors
 
 
 @pytest.mark.parametrize("cut", [0, 3, 20, 200, 500, -100])

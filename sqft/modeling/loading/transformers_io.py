@@ -36,6 +36,7 @@ from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import towers
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
+from sqft.modeling.compat import fast_gguf
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.packed_floats import read_packed_floats
 from sqft.utils.files import write_json
@@ -70,8 +71,9 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Switch off warnings and standard error too: transformers' GGUF reader draws a progress bar of its own."""
-    with quiet_transformers(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    """Switch off warnings and standard error too: transformers' GGUF reader draws a progress bar of its own. And let it
+    read such a file faster."""
+    with quiet_transformers(), fast_gguf(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
