@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 DATA := examples/quickstart/data
-CONSUMERS ?= gptqmodel compressed_tensors
+CONSUMERS ?= gptqmodel compressed_tensors llama_cpp
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .PHONY: help setup model quickstart check lint docs test test-fast test-slow kill-test consumers clean
@@ -79,7 +79,7 @@ consumers: $(CONSUMERS:%=.consumers/%/.done)
 
 .consumers/%/.done: tests/consumers/%/requirements.txt
 	$(PYTHON) -m venv .consumers/$*
-	.consumers/$*/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $<)"
+	grep '^torch==' $< | xargs -r .consumers/$*/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	.consumers/$*/bin/pip install -q numpy setuptools wheel ninja packaging
 	BUILD_CUDA_EXT=0 .consumers/$*/bin/pip install -q --no-build-isolation -r $<
 	@touch $@

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -215,6 +215,16 @@ class Exporter(Component):
     reads_single_experts: ClassVar[bool] = True
     """False if readers of its codes would miss those of experts which the model's class joins: the plan refuses it for
     them."""
+
+    def refuses(self, config: Mapping[str, Any], grid: Mapping[str, Any]) -> str | None:
+        """Return why it cannot write a model, for the plan; None when it can, or only the weights will tell.
+
+        Args:
+            config: the content of the model's config.json; empty where there is none.
+            grid: of codes, as far as the plan knows it: `bits`, `group_size` (-1: a row), `symmetric` and `act_order`,
+                whether each input names its group; empty for a model of floats.
+        """
+        return None
 
     @abstractmethod
     def export(self, model: ModelReader, folder: Path) -> None:

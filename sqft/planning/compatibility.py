@@ -9,8 +9,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.safetensors import read_object
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Component, Exporter, Merger, Quantizer
 from sqft.errors import Problem, SqftError
@@ -266,3 +268,32 @@ def check_exporter(
         f"'{exporter.component.name}' writes codes, but this recipe's model holds floats; "
         f"use {' or '.join(fitting) or 'another exporter'}, or add quantize",
     )
+
+
+def check_export(
+    exporter: ResolvedComponent[Exporter],
+    model: ModelSource,
+    quantizer: ResolvedComponent[Quantizer] | None,
+    quantized: bool,
+    place: str,
+) -> Iterator[Problem]:
+    """Check that an exporter can write this model, and codes on such grids.
+
+    Args:
+        exporter: the component.
+        model: the recipe's model.
+        quantizer: what makes the codes; None where they came with the model.
+        quantized: whether the model to export holds codes.
+        place: where the exporter is named in the recipe.
+    """
+    config = read_object(model.path / "config.json") if model.kind == "folder" and model.path.is_dir() else {}
+    grid: dict[str, Any] = {}
+    if quantized and quantizer:
+        options = quantizer.component
+        grid = {name: getattr(options, name) for name in ("bits", "group_size", "symmetric") if hasattr(options, name)}
+        grid["act_order"] = getattr(options, "act_order", False) and not getattr(options, "static_groups", False)
+    elif quantized and (stored := model.quantization):
+        named = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
+        grid = {ours: stored[theirs] for theirs, ours in named.items() if theirs in stored}
+    if why := exporter.component.refuses(config, grid):
+        yield Problem(place, why)

@@ -111,7 +111,7 @@ def plan_steps(resolver: Resolver, base: AdapterBase) -> list[Step]:
     else:
         for name in _present(recipe, "search", "merge"):
             resolver.report(name, "needs a finetune section; add one or remove this")
-    add(plan_export(recipe.export, resolver, base))
+    add(plan_export(recipe.export, resolver, base, steps))
     if recipe.evaluate:
         add(plan_evaluate(recipe.evaluate, resolver, base, steps))
     if not (steps or resolver.problems):

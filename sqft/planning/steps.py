@@ -252,7 +252,7 @@ def plan_merge(section: Merge, resolver: Resolver, base: AdapterBase, steps: Ste
     )
 
 
-def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBase) -> Iterator[Step]:
+def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBase, steps: Steps) -> Iterator[Step]:
     """Plan each `export`: of the merged model, or of the last model that a step makes."""
     recipe = resolver.recipe
     if sections and recipe.finetune and recipe.merge is None:
@@ -269,6 +269,10 @@ def plan_export(sections: Sequence[Export], resolver: Resolver, base: AdapterBas
             others = resolver.installed(Exporter)
             resolver.collect(compatibility.check_exporter(exporter, base.kind, others, f"{place}.exporter"))
             _check_codes(resolver, exporter.component, base, f"{place}.exporter")
+            if resolver.has_model:
+                quantizer = component_of(steps["quantize"], Quantizer) if "quantize" in steps else None
+                given = resolver.model, quantizer, base.quantized
+                resolver.collect(compatibility.check_export(exporter, *given, f"{place}.exporter"))
         yield Step(
             name="export" if len(sections) == 1 else f"export:{section.exporter.name}-{index}",
             stage="export",

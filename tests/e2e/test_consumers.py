@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import read_quantized
+from tests.support.elsewhere import ROOT, elsewhere
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "qa-sparsepeft.json"
-REQUIRED = ("gptqmodel", "compressed_tensors")
 FEW_STEPS = [
     "finetune.steps=4",
     "finetune.warmup_steps=0",
@@ -50,19 +48,6 @@ def test_the_real_model_merges_into_codes(run: Run) -> None:
     for layer, quantized in read_quantized(run["merge"].folder / "model").items():
         value = dequantize(quantized)
         assert not value[~unpack_mask(masks[layer], (value.shape[0], value.shape[1]))].any(), layer
-
-
-def elsewhere(consumer: str, *arguments: object, **environment: str) -> str:
-    """What a program prints in a consumer's environment, which must be there."""
-    python = ROOT / ".consumers" / consumer / "bin" / "python"
-    if not python.exists() and consumer not in REQUIRED:
-        pytest.skip(f"`make consumers CONSUMERS={consumer}` makes its environment; not made here")
-    assert python.exists(), "run `make consumers` first"
-    command = [str(python), "-P", *map(str, arguments)]
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where sqft may be
-    done = subprocess.run(command, capture_output=True, text=True, env=own | environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def opened(consumer: str, folder: Path, scratch: Path, same: Path | None = None) -> str:

@@ -1,0 +1,185 @@
+"""Write a finished model as one GGUF file, a tensor at a time, and read it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sqft.api import ModelReader, StageError
+from sqft.kernels.grids import dequantize
+from sqft_gguf.families import (
+    FAMILIES,
+    ROPE_FREQUENCIES,
+    add_settings,
+    heads_of,
+    interleave,
+    refusal_of_config,
+    rope_factors,
+)
+from sqft_gguf.grids import blocks, type_of
+from sqft_gguf.vocabulary import add_tokenizer
+
+FILE = "model.gguf"
+TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+PRECISIONS = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
+ENDS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its name there and in the model, its shape and type, and the heads whose rows are put in
+    another order (0: none)."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    kind: Type
+    heads: int = 0
+
+
+def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None:
+    """Write `model` into `folder`; matrices of floats get the precision `dtype`, those at both ends `embeddings`.
+
+    Raises:
+        StageError: when GGUF has no place for the model, for its codes, or for its tokenizer, or when what was written
+            is not the model.
+    """
+    config = json.loads((model.folder / "config.json").read_text("utf-8"))
+    if why := refusal_of_config(config):
+        raise StageError(f"export (gguf): {why}")
+    family = FAMILIES[config["model_type"]]
+    entries = list(_entries(model, config, dtype, embeddings))
+    writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[family.architecture])
+    try:
+        writer.add_name(model.folder.name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_file_type(entries))
+        add_settings(writer, config)
+        rows = next(entry.shape[0] for entry in entries if entry.source.endswith(ENDS[0]))
+        add_tokenizer(writer, model.folder, rows)
+        factors = rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FREQUENCIES, factors.shape, factors.dtype, factors.nbytes)
+        for entry in entries:
+            shape, size = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind), _bytes(entry)
+            writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), size, entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for entry in entries:
+            writer.write_tensor_data(_data(model, entry))
+    finally:
+        writer.close()
+    check(model, folder / FILE, entries)
+
+
+def check(model: ModelReader, file: Path, entries: list[Entry]) -> None:
+    """Read a file back with gguf's own reader, and compare all values with the model's, bit for bit where they are not
+    rounded.
+
+    Raises:
+        StageError: naming a tensor that is not the model's.
+    """
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for entry in entries:
+        found = gguf.quants.dequantize(stored[entry.name].data, entry.kind).reshape(entry.shape)
+        expected = _floats(model, entry)
+        if entry.kind == Type.Q8_0 and not _codes(model, entry):
+            expected = gguf.quants.dequantize(gguf.quants.quantize(expected, Type.Q8_0), Type.Q8_0)
+        elif entry.kind in (Type.F16, Type.BF16):
+            to = torch.float16 if entry.kind == Type.F16 else torch.bfloat16
+            expected = torch.from_numpy(expected).to(to).float().numpy()
+        if not np.array_equal(found, expected):
+            raise StageError(f"export (gguf): {entry.name} as stored has not the values of {entry.source}")
+
+
+def _entries(model: ModelReader, config: Mapping[str, Any], dtype: str, embeddings: str) -> Iterator[Entry]:
+    family = FAMILIES[config["model_type"]]
+    names = gguf.get_tensor_name_map(family.architecture, config["num_hidden_layers"])
+    heads, key_heads, _ = heads_of(config)
+    turned = {"q_proj": heads, "k_proj": key_heads} if family.interleaved else {}
+    coded = set(model.quantized())
+    for source in model.names():
+        if (
+            source == "lm_head.weight"
+            and config.get("tie_word_embeddings")
+            and source.removesuffix(".weight") not in coded
+        ):
+            continue  # llama.cpp takes the embedding
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise StageError(f"export (gguf): {family.architecture.name} has no name for {source} in GGUF")
+        layer = source.rpartition(".")[0]
+        if source.endswith(".weight") and layer in coded:
+            codes = model.codes(layer)
+            try:
+                kind = type_of(codes.grid, codes.codes.shape[1])
+            except ValueError as error:
+                raise StageError(f"export (gguf): {source}: {error}") from None
+            shape = tuple(codes.codes.shape)
+        else:
+            tensor = model.tensor(source)
+            shape = tuple(tensor.shape)
+            kind = _precision(source, tensor, dtype, embeddings)
+        yield Entry(name, source, shape, kind, turned.get(layer.rpartition(".")[2], 0))
+
+
+def _precision(source: str, tensor: Tensor, dtype: str, embeddings: str) -> Type:
+    """Return the type of a tensor of floats: float32 for vectors, as llama.cpp wants them."""
+    if tensor.dim() == 1:
+        return Type.F32
+    wanted = embeddings if source.endswith(ENDS) else dtype
+    return PRECISIONS.get(wanted, TYPES.get(tensor.dtype, Type.F32))
+
+
+def _bytes(entry: Entry) -> int:
+    return int(np.prod(gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)))
+
+
+def _codes(model: ModelReader, entry: Entry) -> bool:
+    return entry.source.removesuffix(".weight") in set(model.quantized())
+
+
+def _data(model: ModelReader, entry: Entry) -> NDArray[Any]:
+    """Return a tensor's bytes."""
+    if _codes(model, entry):
+        codes = model.codes(entry.source.removesuffix(".weight"))
+        packed = blocks(codes)
+        return interleave(packed, entry.heads) if entry.heads else packed
+    floats = _floats(model, entry)
+    if entry.kind == Type.F16:
+        rounded = torch.from_numpy(floats).half()
+        if not bool(rounded.isfinite().all()):
+            raise StageError(f"export (gguf): {entry.source} does not fit into float16; take bfloat16")
+    return np.ascontiguousarray(gguf.quants.quantize(floats, entry.kind)).view(np.uint8)
+
+
+def _floats(model: ModelReader, entry: Entry) -> NDArray[np.float32]:
+    """Return a tensor's values, float32, with its rows in llama.cpp's order."""
+    if _codes(model, entry):
+        tensor = dequantize(model.codes(entry.source.removesuffix(".weight")))
+    else:
+        tensor = model.tensor(entry.source).float()
+    values: NDArray[np.float32] = tensor.numpy()
+    return np.ascontiguousarray(interleave(values, entry.heads)) if entry.heads else values
+
+
+def _file_type(entries: list[Entry]) -> int:
+    """Return the number that names what most weights of the file are."""
+    kinds = [entry.kind for entry in entries if len(entry.shape) > 1]
+    most = max(set(kinds), key=lambda kind: sum(int(np.prod(e.shape)) for e in entries if e.kind == kind))
+    named = {Type.F32: "ALL_F32", Type.F16: "MOSTLY_F16", Type.BF16: "MOSTLY_BF16"}
+    return int(gguf.LlamaFileType[named.get(most, f"MOSTLY_{most.name}")])
