@@ -104,7 +104,8 @@ def test_each_family(family: str, precision: str, merged_tokenizer: PreTrainedTo
     file = run["export"].folder / "model" / "model.gguf"
     # With codes, llama.cpp rounds what enters a layer to 8 bits.
     tolerance = 0.3 if precision == "codes" else 0.02
-    assert "largest difference" in asked(file, tmp_path, said(model, own, [TEXT], 8), tolerance)
+    print(family, precision, report := asked(file, tmp_path, said(model, own, [TEXT], 8), tolerance))
+    assert "largest difference" in report
 
 
 @pytest.mark.timeout(1800)
