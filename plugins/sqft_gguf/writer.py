@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +31,29 @@ from sqft_gguf.families import (
 from sqft_gguf.grids import blocks, type_of
 from sqft_gguf.vocabulary import add_tokenizer
 
+log = logging.getLogger("sqft")
 FILE = "model.gguf"
 TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 PRECISIONS = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
-ENDS = ("embed_tokens.weight", "lm_head.weight")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: its name there and in the model, its shape and type, and the heads whose rows are put in
-    another order (0: none)."""
+    """A tensor of the file: its name there and in the model, its shape and type, whether it is of codes, and the heads
+    whose rows are put in another order (0: none)."""
 
     name: str
     source: str
     shape: tuple[int, ...]
     kind: Type
-    heads: int = 0
+    coded: bool
+    heads: int
+
+    @property
+    def layer(self) -> str:
+        """The module that it is of."""
+        return self.source.rpartition(".")[0]
 
 
 def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None:
@@ -58,6 +66,8 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
     config = json.loads((model.folder / "config.json").read_text("utf-8"))
     if why := refusal_of_config(config):
         raise StageError(f"export (gguf): {why}")
+    if config.get("sliding_window") and config["model_type"] == "mistral":
+        log.warning("llama.cpp has no sliding window in this family: it sees all of a prompt longer than that")
     family = FAMILIES[config["model_type"]]
     entries = list(_entries(model, config, dtype, embeddings))
     writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[family.architecture])
@@ -65,8 +75,8 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
         writer.add_name(model.folder.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(entries))
-        add_settings(writer, config)
-        rows = next(entry.shape[0] for entry in entries if entry.source.endswith(ENDS[0]))
+        rows = next(entry.shape[0] for entry in entries if entry.source == EMBEDDING)
+        add_settings(writer, {**config, "vocab_size": rows})
         add_tokenizer(writer, model.folder, rows)
         factors = rope_factors(config)
         if factors is not None:
@@ -97,7 +107,7 @@ def check(model: ModelReader, file: Path, entries: list[Entry]) -> None:
     for entry in entries:
         found = gguf.quants.dequantize(stored[entry.name].data, entry.kind).reshape(entry.shape)
         expected = _floats(model, entry)
-        if entry.kind == Type.Q8_0 and not _codes(model, entry):
+        if entry.kind == Type.Q8_0 and not entry.coded:
             expected = gguf.quants.dequantize(gguf.quants.quantize(expected, Type.Q8_0), Type.Q8_0)
         elif entry.kind in (Type.F16, Type.BF16):
             to = torch.float16 if entry.kind == Type.F16 else torch.bfloat16
@@ -111,19 +121,17 @@ def _entries(model: ModelReader, config: Mapping[str, Any], dtype: str, embeddin
     names = gguf.get_tensor_name_map(family.architecture, config["num_hidden_layers"])
     heads, key_heads, _ = heads_of(config)
     turned = {"q_proj": heads, "k_proj": key_heads} if family.interleaved else {}
-    coded = set(model.quantized())
-    for source in model.names():
-        if (
-            source == "lm_head.weight"
-            and config.get("tie_word_embeddings")
-            and source.removesuffix(".weight") not in coded
-        ):
-            continue  # llama.cpp takes the embedding
+    quantized, sources = set(model.quantized()), list(model.names())
+    tied = HEAD in sources and "lm_head" not in quantized and config.get("tie_word_embeddings")
+    if tied and model.tensor(HEAD).equal(model.tensor(EMBEDDING)):  # llama.cpp takes the embedding
+        sources.remove(HEAD)
+    for source in sources:
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise StageError(f"export (gguf): {family.architecture.name} has no name for {source} in GGUF")
         layer = source.rpartition(".")[0]
-        if source.endswith(".weight") and layer in coded:
+        coded = source.endswith(".weight") and layer in quantized
+        if coded:
             codes = model.codes(layer)
             try:
                 kind = type_of(codes.grid, codes.codes.shape[1])
@@ -134,14 +142,14 @@ def _entries(model: ModelReader, config: Mapping[str, Any], dtype: str, embeddin
             tensor = model.tensor(source)
             shape = tuple(tensor.shape)
             kind = _precision(source, tensor, dtype, embeddings)
-        yield Entry(name, source, shape, kind, turned.get(layer.rpartition(".")[2], 0))
+        yield Entry(name, source, shape, kind, coded, turned.get(layer.rpartition(".")[2], 0))
 
 
 def _precision(source: str, tensor: Tensor, dtype: str, embeddings: str) -> Type:
     """Return the type of a tensor of floats: float32 for vectors, as llama.cpp wants them."""
     if tensor.dim() == 1:
         return Type.F32
-    wanted = embeddings if source.endswith(ENDS) else dtype
+    wanted = embeddings if source in (EMBEDDING, HEAD) else dtype
     return PRECISIONS.get(wanted, TYPES.get(tensor.dtype, Type.F32))
 
 
@@ -149,15 +157,10 @@ def _bytes(entry: Entry) -> int:
     return int(np.prod(gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)))
 
 
-def _codes(model: ModelReader, entry: Entry) -> bool:
-    return entry.source.removesuffix(".weight") in set(model.quantized())
-
-
 def _data(model: ModelReader, entry: Entry) -> NDArray[Any]:
     """Return a tensor's bytes."""
-    if _codes(model, entry):
-        codes = model.codes(entry.source.removesuffix(".weight"))
-        packed = blocks(codes)
+    if entry.coded:
+        packed = blocks(model.codes(entry.layer))
         return interleave(packed, entry.heads) if entry.heads else packed
     floats = _floats(model, entry)
     if entry.kind == Type.F16:
@@ -169,10 +172,7 @@ def _data(model: ModelReader, entry: Entry) -> NDArray[Any]:
 
 def _floats(model: ModelReader, entry: Entry) -> NDArray[np.float32]:
     """Return a tensor's values, float32, with its rows in llama.cpp's order."""
-    if _codes(model, entry):
-        tensor = dequantize(model.codes(entry.source.removesuffix(".weight")))
-    else:
-        tensor = model.tensor(entry.source).float()
+    tensor = dequantize(model.codes(entry.layer)) if entry.coded else model.tensor(entry.source).float()
     values: NDArray[np.float32] = tensor.numpy()
     return np.ascontiguousarray(interleave(values, entry.heads)) if entry.heads else values
 

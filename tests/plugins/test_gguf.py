@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sqft_gguf import Gguf, vocabulary, writer
 from sqft_gguf.families import FAMILIES, interleave, refusal_of_config, rope_factors
 from sqft_gguf.grids import blocks, refusal_of_grid, type_of
@@ -234,6 +235,17 @@ def test_the_tokenizer_and_the_settings(tiny: Path, registry: Registry, tmp_path
     assert fields["general.architecture"] == "llama" and fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
     kinds_of = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds_of["token_embd.weight"] == kinds_of["output.weight"] == "F16"
+
+
+def test_a_head_with_values_of_its_own_is_kept_though_the_config_ties_it(tiny: Path, tmp_path: Path) -> None:
+    config = config_of(tiny)
+    (tiny / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    names = {tensor.name for tensor in gguf.GGUFReader(written(FinishedModel(tiny), tmp_path / "own")).tensors}
+    assert "output.weight" in names
+    state = load_file(tiny / "model.safetensors")
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tiny / "model.safetensors")
+    names = {tensor.name for tensor in gguf.GGUFReader(written(FinishedModel(tiny), tmp_path / "tied")).tensors}
+    assert "output.weight" not in names
 
 
 def test_embeddings_of_8_bits(tiny: Path, tmp_path: Path) -> None:
