@@ -27,13 +27,14 @@ class Gguf(Exporter):
         "as-is", description="precision of the embeddings and the head; q8_0 rounds them to 8 bits"
     )
 
-    def refuses(self, config: Mapping[str, Any], grid: Mapping[str, Any]) -> str | None:
+    def refuses(self, path: Path, config: Mapping[str, Any], grid: Mapping[str, Any]) -> str | None:
         if find_spec("gguf") is None:
             return "writing a GGUF file needs the package gguf: pip install 'sqft[gguf]'"
         from sqft_gguf.families import refusal_of_config
         from sqft_gguf.grids import refusal_of_grid
+        from sqft_gguf.vocabulary import refusal_of_tokenizer
 
-        return refusal_of_config(config) or refusal_of_grid(grid)
+        return refusal_of_config(config) or refusal_of_grid(grid) or refusal_of_tokenizer(path)
 
     def export(self, model: ModelReader, folder: Path) -> None:
         from sqft_gguf.writer import write

@@ -34,6 +34,7 @@ FAMILIES = {
 }
 """By `model_type` of config.json."""
 ROPE_FREQUENCIES = "rope_freqs.weight"
+WRITTEN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
 SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 
 
@@ -44,8 +45,15 @@ def refusal_of_config(config: Mapping[str, Any]) -> str | None:
         return None
     if kind not in FAMILIES:
         return f"'gguf' writes models of {', '.join(FAMILIES)}, and this one's model_type is {kind}"
-    if (rope := _rope(config).get("rope_type", "default")) not in ("default", "llama3", *SCALINGS):
-        return f"'gguf' cannot write positions that are scaled by '{rope}'"
+    rope = _rope(config)
+    scaled = rope.get("rope_type", "default")
+    known = ("default", *SCALINGS, *(("llama3",) if FAMILIES[kind].architecture == MODEL_ARCH.LLAMA else ()))
+    if scaled not in known:
+        return f"'gguf' cannot write positions of {kind} that are scaled by '{scaled}'"
+    if scaled != "llama3" and (more := sorted(name for name in rope.keys() - WRITTEN if rope[name] is not None)):
+        return f"'gguf' cannot write {more[0]} of positions that are scaled by '{scaled}'"
+    if config.get("attention_bias") and kind == "qwen3":
+        return "llama.cpp has no biases of attention in models of qwen3"
     if config.get("hidden_act", "silu") != "silu":
         return f"llama.cpp computes silu in models of {kind}, and this one has {config['hidden_act']}"
     if config.get("use_sliding_window") and kind != "mistral":

@@ -43,9 +43,11 @@ def type_of(grid: Grid, inputs: int) -> GGMLQuantizationType:
     Raises:
         ValueError: saying why none does.
     """
+    if grid.bits not in (2, 3, 4, 8):
+        raise ValueError(f"GGUF has no type for codes of {grid.bits} bits that keeps their values")
     symmetric = is_symmetric(grid)
     settings = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": symmetric}
-    if why := refusal_of_grid(settings | {"act_order": grid.group_index is not None}):
+    if why := refusal_of_grid(settings | {"act_order": grid.group_index is not None and grid.group_size != -1}):
         raise ValueError(why)
     if inputs % BLOCK or (grid.group_size != -1 and inputs % grid.group_size):
         raise ValueError(f"GGUF's groups are of {BLOCK} inputs, and rows of {inputs} do not fill them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     if not file.is_file():
         raise StageError(f"export (gguf): {folder} has no tokenizer.json, from which the vocabulary is written")
     stored = json.loads(file.read_text("utf-8"))
+    cutting = how_it_cuts(stored)
     last = max([*stored["model"]["vocab"].values(), *(added["id"] for added in stored["added_tokens"])])
     if last >= rows:
         raise StageError(f"export (gguf): {file} has a token {last}, and the embedding {rows} rows")
@@ -46,12 +48,26 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]], kinds[added["id"]] = added["content"], kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(how_it_cuts(stored))
+    writer.add_tokenizer_pre(cutting)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
     special.add_special_token = _added(folder, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
+
+
+def refusal_of_tokenizer(path: Path) -> str | None:
+    """Return why the tokenizer of a model's folder cannot be written; None when it can, or nothing is known of it."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        how_it_cuts(json.loads(file.read_text("utf-8")))
+    except StageError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError):  # whoever loads it says what is wrong with it
+        return None
+    return None
 
 
 def how_it_cuts(stored: Mapping[str, Any]) -> str:
@@ -64,7 +80,8 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
         StageError: when llama.cpp has no such way that is known here.
     """
     model, cutting = stored["model"], stored["pre_tokenizer"] or {}
-    if model["type"] == "BPE" and not model.get("byte_fallback"):
+    normalizer = (stored.get("normalizer") or {}).get("type")
+    if model["type"] == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC"):
         steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
         match [(step.get("type"), step) for step in steps]:
             case [("ByteLevel", {"use_regex": True, "add_prefix_space": False})]:
@@ -74,7 +91,10 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
                 ("ByteLevel", {"use_regex": True, "add_prefix_space": False}),
             ]:
                 return "smollm"
-            case [("Split", {"pattern": {"Regex": pattern}}), ("ByteLevel", {"use_regex": False})] if pattern in SPLITS:
+            case [
+                ("Split", {"pattern": {"Regex": pattern}, "behavior": "Isolated"}),
+                ("ByteLevel", {"use_regex": False, "add_prefix_space": False}),
+            ] if pattern in SPLITS:
                 return SPLITS[pattern]
     raise StageError(
         f"export (gguf): the tokenizer ({model['type']}) cuts texts in a way that is not known here; 'gguf' knows the "
@@ -83,8 +103,18 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
 
 
 def _added(folder: Path, ids: Mapping[str, int]) -> dict[str, bool]:
-    """Return whether the tokenizer puts its first and last token around a text, as it does."""
+    """Return whether the tokenizer puts its first and last token around a text, as it does.
+
+    Raises:
+        StageError: when it puts others there.
+    """
     from tokenizers import Tokenizer
 
-    around = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids
-    return {"bos": around[0] == ids.get("bos"), "eos": len(around) > 1 and around[-1] == ids.get("eos")}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    around, inside = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    for begins, ends in product((False, True), repeat=2):
+        if around == [ids.get("bos")] * begins + inside + [ids.get("eos")] * ends:
+            return {"bos": begins, "eos": ends}
+    raise StageError("export (gguf): the tokenizer puts tokens around a text that are not its first and its last one")

@@ -28,7 +28,7 @@ from sqft_gguf.families import (
     refusal_of_config,
     rope_factors,
 )
-from sqft_gguf.grids import blocks, type_of
+from sqft_gguf.grids import BLOCK, blocks, type_of
 from sqft_gguf.vocabulary import add_tokenizer
 
 log = logging.getLogger("sqft")
@@ -72,7 +72,7 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
     entries = list(_entries(model, config, dtype, embeddings))
     writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[family.architecture])
     try:
-        writer.add_name(model.folder.name)
+        writer.add_name(Path(config.get("_name_or_path") or model.folder).name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(entries))
         rows = next(entry.shape[0] for entry in entries if entry.source == EMBEDDING)
@@ -150,6 +150,8 @@ def _precision(source: str, tensor: Tensor, dtype: str, embeddings: str) -> Type
     if tensor.dim() == 1:
         return Type.F32
     wanted = embeddings if source in (EMBEDDING, HEAD) else dtype
+    if wanted == "q8_0" and tensor.shape[-1] % BLOCK:
+        raise StageError(f"export (gguf): {source} has rows of {tensor.shape[-1]}, and q8_0 wants multiples of {BLOCK}")
     return PRECISIONS.get(wanted, TYPES.get(tensor.dtype, Type.F32))
 
 

@@ -216,11 +216,12 @@ class Exporter(Component):
     """False if readers of its codes would miss those of experts which the model's class joins: the plan refuses it for
     them."""
 
-    def refuses(self, config: Mapping[str, Any], grid: Mapping[str, Any]) -> str | None:
+    def refuses(self, path: Path, config: Mapping[str, Any], grid: Mapping[str, Any]) -> str | None:
         """Return why it cannot write a model, for the plan; None when it can, or only the weights will tell.
 
         Args:
-            config: the content of the model's config.json; empty where there is none.
+            path: the recipe's model, a folder or a GGUF file; no weight should be read.
+            config: the content of its config.json; empty where there is none.
             grid: of codes, as far as the plan knows it: `bits`, `group_size` (-1: a row), `symmetric` and `act_order`,
                 whether each input names its group; empty for a model of floats.
         """

@@ -18,7 +18,7 @@ from sqft.utils.text import human_size
 
 log = logging.getLogger("sqft")
 IGNORE_MEMORY = "SQFT_IGNORE_MEMORY"
-"""Environment variable: set to anything, what needs more memory than there is runs all the same."""
+"""Environment variable: set to 1, what needs more memory than there is runs all the same."""
 
 
 def check_run(
@@ -80,7 +80,7 @@ def check_memory(plan: Plan, missing: Sequence[Step], device: str, replan: Repla
     shortage = shortage_of(plan, [step.name for step in missing], device, replan)
     if shortage is None:
         return
-    if shortage.hopeless and not os.environ.get(IGNORE_MEMORY):
+    if shortage.hopeless and os.environ.get(IGNORE_MEMORY, "0") in ("", "0"):
         raise DeviceError(f"{shortage.message}; {IGNORE_MEMORY}=1 in the environment runs it all the same")
     log.warning("%s", shortage.message)
 

@@ -100,7 +100,7 @@ def _by_group(grid: Grid, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     inputs = tensors[0].shape[1]
     size = inputs if grid.group_size == -1 else grid.group_size
-    if grid.group_index is not None or inputs % size:
+    if grid.group_index is not None or not tensors[0].numel() or inputs % size:
         return *expand_per_input(grid, inputs), *tensors
     of_groups = (part.float()[..., None] for part in (grid.scale, grid.zero))
     return *of_groups, *(tensor.reshape(len(tensor), -1, size) for tensor in tensors)

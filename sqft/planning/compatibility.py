@@ -295,5 +295,9 @@ def check_export(
     elif quantized and (stored := model.quantization):
         named = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
         grid = {ours: stored[theirs] for theirs, ours in named.items() if theirs in stored}
-    if why := exporter.component.refuses(config, grid):
+        if stored.get("static_groups"):
+            grid["act_order"] = False
+    if grid.get("group_size") == -1:  # one group has no order
+        grid["act_order"] = False
+    if why := exporter.component.refuses(model.path, config, grid):
         yield Problem(place, why)

@@ -38,6 +38,9 @@ COPIES_OF_EXPERTS = 3
 """Copies of a block whose experts are stored together, while it is written: one by one, together, and as they are named
 in the file."""
 
+LARGEST_FILE = 5 * 10**9
+"""Bytes of a file of weights, unless an exporter is told otherwise."""
+
 RESULTS_BYTES = 1 << 16
 """The measurements that an evaluation stores."""
 
@@ -302,9 +305,9 @@ def estimate_merge(
 
 
 def estimate_export(model: ModelSource, dtype: str) -> Estimate:
-    """Estimate `export`."""
+    """Estimate `export`: exporters take a tensor at a time, and may hold those of one file."""
     size = model_bytes(model, dtype)
-    return Estimate(model.parameters, size, size + RUNTIME_OVERHEAD)
+    return Estimate(model.parameters, size, min(size, LARGEST_FILE) + RUNTIME_OVERHEAD)
 
 
 def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:

@@ -42,7 +42,6 @@ class Processes:
     store: Any = None
     messages: int = 0
     """How many messages this process has sent, or received."""
-    gathers: int = field(default=0, repr=False)
     groups: int = field(default=0, repr=False)
 
     @property
@@ -73,13 +72,12 @@ class Processes:
         return self.receive()
 
     def gather(self, value: str) -> list[str]:
-        """Return the values of all processes in the first one, in order; nothing in the others.
+        """Return the values of all processes in the first one, in order; nothing in the others. Once after a message.
 
         Raises:
             DeviceError: when another process failed, which has printed why.
         """
-        key = f"gathered/{self.gathers}"
-        self.gathers += 1
+        key = f"gathered/{self.messages}"
         if self.is_main:
             return [value, *(self._wait_for(f"{key}/{rank}") for rank in range(1, self.count))]
         self.store.set(f"{key}/{self.rank}", value)

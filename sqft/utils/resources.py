@@ -14,6 +14,8 @@ import sqft
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux says what a container, or a job on a cluster, may use."""
+RECLAIMED = ("inactive_file", "active_file", "slab_reclaimable")
+"""What a control group has in memory and gives back when memory is wanted: most of all, copies of files."""
 
 
 def versions() -> dict[str, str]:
@@ -61,12 +63,13 @@ def free_memory(own: Path = Path("/proc/self/cgroup"), groups: Path = CGROUPS) -
 def _groups_of(own: Path, groups: Path) -> Iterator[Path]:
     """Yield the folders of this process's control groups for memory, and those around them, of version 2 and 1."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text("utf-8", "surrogateescape").splitlines()
     except OSError:  # not on Linux
         return
     for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if not path or (kinds and "memory" not in kinds.split(",")):
             continue
         root = groups / "memory" if kinds else groups
         folder = root / path.lstrip("/")
@@ -87,6 +90,7 @@ def _cached(folder: Path) -> int:
     """Return the bytes of a group that are copies of files, which make room when memory is wanted."""
     try:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(stat.get("inactive_file", 0))
+        # In version 1 only the totals count the groups inside.
+        return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in RECLAIMED)
     except (OSError, ValueError):
         return 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sqft_gguf import Gguf, vocabulary, writer
 from sqft_gguf.families import FAMILIES, interleave, refusal_of_config, rope_factors
 from sqft_gguf.grids import blocks, refusal_of_grid, type_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -89,10 +89,23 @@ def test_codes_that_gguf_has_no_type_for(grid: Grid, inputs: int, why: str) -> N
             {"model_type": "gemma3_text"},
             "writes models of llama, mistral, qwen2, qwen3, and this one's model_type is gemma3",
         ),
-        ({"model_type": "llama", "rope_scaling": {"type": "dynamic"}}, "positions that are scaled by 'dynamic'"),
+        (
+            {"model_type": "llama", "rope_scaling": {"type": "dynamic"}},
+            "positions of llama that are scaled by 'dynamic'",
+        ),
         ({"model_type": "qwen2", "hidden_act": "gelu"}, "computes silu in models of qwen2, and this one has gelu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "set use_sliding_window to false"),
         ({"model_type": "llama", "hidden_act": "silu", "rope_parameters": {"rope_type": "llama3"}}, None),
+        (
+            {"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}},
+            "positions of qwen2 that are scaled by 'llama3'",
+        ),
+        ({"model_type": "qwen3", "attention_bias": True}, "no biases of attention in models of qwen3"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "beta_fast": 8}},
+            "cannot write beta_fast of",
+        ),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": None}}, None),
         ({}, None),
     ],
 )
@@ -160,7 +173,11 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 def test_how_a_tokenizer_cuts(cutting: Any, name: str | None) -> None:
     stored = {"model": {"type": "BPE"}, "pre_tokenizer": cutting}
     if name:
-        assert vocabulary.how_it_cuts(stored) == name
+        assert (
+            vocabulary.how_it_cuts(stored) == vocabulary.how_it_cuts({**stored, "normalizer": {"type": "NFC"}}) == name
+        )
+        with pytest.raises(StageError, match="not known here"):
+            vocabulary.how_it_cuts({**stored, "normalizer": {"type": "Lowercase"}})
     else:
         with pytest.raises(StageError, match=r"the tokenizer \(BPE\) cuts texts in a way that is not known here"):
             vocabulary.how_it_cuts(stored)
@@ -275,6 +292,32 @@ def test_the_plan_refuses_what_cannot_be_written(
         Orchestrator(registry, tmp_path).plan(recipe(tiny, options))
     (problem,) = caught.value.problems
     assert problem.place == "export.0.exporter" and why in problem.message
+
+
+def test_the_plan_refuses_a_tokenizer(tiny: Path, registry: Registry, tmp_path: Path) -> None:
+    stored = json.loads((tiny / "tokenizer.json").read_text())
+    (tiny / "tokenizer.json").write_text(json.dumps(stored | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(RecipeError, match=r"export\.0\.exporter: .* cuts texts in a way that is not known here"):
+        Orchestrator(registry, tmp_path / "store").plan(recipe(tiny, {}))
+
+
+@pytest.mark.parametrize(("around", "adds"), [("<s> $A", (True, False)), ("$A </s>", (False, True)), ("</s> $A", None)])
+def test_what_a_tokenizer_puts_around_a_text(around: str, adds: tuple[bool, bool] | None, tiny: Path) -> None:
+    """Padding in its file is none of that; other tokens there are refused."""
+    inner = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", 0), ("</s>", 1)])
+    inner.enable_padding(length=8, pad_id=1, pad_token="</s>")
+    inner.save(str(tiny / "tokenizer.json"))
+    if adds:
+        assert vocabulary._added(tiny, {"bos": 0, "eos": 1}) == dict(zip(("bos", "eos"), adds, strict=True))
+    else:
+        with pytest.raises(StageError, match="puts tokens around a text that are not its first and its last one"):
+            vocabulary._added(tiny, {"bos": 0, "eos": 1})
+
+
+def test_embeddings_that_no_blocks_of_32_fill(tiny: Path) -> None:
+    with pytest.raises(StageError, match="has rows of 48, and q8_0 wants multiples of 32"):
+        writer._precision("lm_head.weight", torch.ones(2, 48), "as-is", "q8_0")
 
 
 def test_what_was_written_is_read_back(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,22 @@ def test_a_container_or_a_job_may_have_less(job: str, tmp_path: Path) -> None:
         assert free_memory(own, tmp_path) == GIB
 
 
+@pytest.mark.parametrize("total", ["", "total_"])
+def test_files_in_use_make_room_too(total: str, tmp_path: Path) -> None:
+    """Of version 1 the totals count, with those of the groups inside."""
+    own = written(tmp_path, {"own": "0::/"}) / "own"
+    stat = f"inactive_file 1\n{total}inactive_file {GIB}\n{total}active_file {3 * GIB}\n{total}slab_reclaimable {GIB}"
+    stat = stat if total else stat.partition("\n")[2]
+    written(tmp_path, {"memory.max": 10 * GIB, "memory.current": 9 * GIB, "memory.stat": stat})
+    assert free_memory(own, tmp_path) == 7 * GIB
+
+
+def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "own").write_bytes(b"\n\nnothing\n0::\n3:memory\n0::/caf\xe9\n")
+    written(tmp_path, {"memory.max": 4 * GIB, "memory.current": GIB, "memory.stat": "odd"})
+    assert free_memory(tmp_path / "own", tmp_path) == 4 * GIB
+
+
 def test_version_1(tmp_path: Path) -> None:
     own = written(tmp_path, {"own": "7:cpu,cpuacct:/a\n4:memory:/a"}) / "own"
     written(tmp_path / "memory" / "a", {"memory.limit_in_bytes": 6 * GIB, "memory.usage_in_bytes": GIB})
