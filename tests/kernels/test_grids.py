@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.api import Grid, Quantized
-from sqft.kernels.grids import SMALLEST_SCALE, dequantize, fit_grid, quantize, residual, scale_grid
+from sqft.kernels.grids import SMALLEST_SCALE, dequantize, fake_quantize, fit_grid, quantize, residual, scale_grid
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -148,3 +148,13 @@ def test_a_stretched_scale_keeps_its_sign() -> None:
     grid = Grid(torch.tensor([[0.5, -0.5, -0.25]]).half(), torch.full((1, 3), 8, dtype=torch.int32), 32, 4)
     assert scale_grid(grid, torch.ones(1, 3)).scale.equal(grid.scale)
     assert scale_grid(grid, torch.tensor([[2.0, 2.0, -1.0]])).scale.tolist() == [[1.0, -1.0, -SMALLEST_SCALE]]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+@pytest.mark.parametrize("size", [-1, 32])
+def test_a_layer_without_weights(shape: tuple[int, int], size: int) -> None:
+    groups = 1 if size == -1 else shape[1] // size
+    grid = Grid(torch.ones(shape[0], groups).half(), torch.full((shape[0], groups), 8), size, 4, None)
+    weight = torch.ones(shape)
+    codes = quantize(weight, grid)
+    assert codes.shape == fake_quantize(weight, grid).shape == dequantize(Quantized(codes, grid)).shape == shape
