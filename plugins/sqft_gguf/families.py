@@ -56,8 +56,12 @@ def refusal_of_config(config: Mapping[str, Any]) -> str | None:
         return "llama.cpp has no biases of attention in models of qwen3"
     if config.get("hidden_act", "silu") != "silu":
         return f"llama.cpp computes silu in models of {kind}, and this one has {config['hidden_act']}"
-    if config.get("use_sliding_window") and kind != "mistral":
-        return "llama.cpp has no sliding window in this family; set use_sliding_window to false if prompts are short"
+    window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
+    if window and window < config.get("max_position_embeddings", window + 1):
+        return (
+            f"llama.cpp has no sliding window in models of {kind}; where no text is longer than {window} tokens, set "
+            "sliding_window to null in config.json"
+        )
     return None
 
 

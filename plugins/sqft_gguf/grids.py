@@ -29,7 +29,7 @@ def refusal_of_grid(grid: Mapping[str, Any]) -> str | None:
         grid: `bits`, `group_size`, `symmetric` and whether groups are in `act_order`, where they are known.
     """
     if grid.get("act_order"):
-        return "groups in act-order have no place in GGUF; use reorder_groups or static_groups in place of act_order"
+        return "groups in act-order have no place in GGUF; add static_groups to act_order, or use reorder_groups"
     if (size := grid.get("group_size", -1)) != -1 and size % BLOCK:
         return f"GGUF's groups are of {BLOCK} inputs, and groups of {size} are no multiple of that"
     if grid.get("bits") == 8 and grid.get("symmetric") is False:

@@ -19,6 +19,8 @@ SPLITS = {
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST: "qwen2",
 }
 """How a text is cut before it is encoded -> llama.cpp's name for that."""
+STRIPS = ("lstrip", "rstrip", "single_word")
+"""What an added token may do to the text around it, and llama.cpp does not."""
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
@@ -40,7 +42,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     last = max([*stored["model"]["vocab"].values(), *(added["id"] for added in stored["added_tokens"])])
     if last >= rows:
         raise StageError(f"export (gguf): {file} has a token {last}, and the embedding {rows} rows")
-    tokens = [f"[PAD{row}]" for row in range(rows)]
+    taken = {*stored["model"]["vocab"], *(added["content"] for added in stored["added_tokens"])}
+    tokens = [f"[PAD{row}]" + "_" * (f"[PAD{row}]" in taken) for row in range(rows)]
     kinds = [TokenType.UNUSED] * rows
     for token, row in stored["model"]["vocab"].items():
         tokens[row], kinds[row] = token, TokenType.NORMAL
@@ -81,9 +84,10 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
     """
     model, cutting = stored["model"], stored["pre_tokenizer"] or {}
     normalizer = (stored.get("normalizer") or {}).get("type")
-    if model["type"] == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC"):
+    strips = any(added.get(how) for added in stored.get("added_tokens", ()) for how in STRIPS)
+    if model["type"] == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC") and not strips:
         steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
-        match [(step.get("type"), step) for step in steps]:
+        match [(step.get("type"), {"use_regex": True, **step}) for step in steps]:
             case [("ByteLevel", {"use_regex": True, "add_prefix_space": False})]:
                 return "gpt-2"
             case [
@@ -94,7 +98,7 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
             case [
                 ("Split", {"pattern": {"Regex": pattern}, "behavior": "Isolated"}),
                 ("ByteLevel", {"use_regex": False, "add_prefix_space": False}),
-            ] if pattern in SPLITS:
+            ] if pattern in SPLITS and model.get("ignore_merges", False) == (SPLITS[pattern] == "llama-bpe"):
                 return SPLITS[pattern]
     raise StageError(
         f"export (gguf): the tokenizer ({model['type']}) cuts texts in a way that is not known here; 'gguf' knows the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoConfig
 
 from sqft.api import ModelReader, StageError
 from sqft.kernels.grids import dequantize
@@ -31,7 +31,6 @@ from sqft_gguf.families import (
 from sqft_gguf.grids import BLOCK, blocks, type_of
 from sqft_gguf.vocabulary import add_tokenizer
 
-log = logging.getLogger("sqft")
 FILE = "model.gguf"
 TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 PRECISIONS = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
@@ -66,19 +65,18 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
     config = json.loads((model.folder / "config.json").read_text("utf-8"))
     if why := refusal_of_config(config):
         raise StageError(f"export (gguf): {why}")
-    if config.get("sliding_window") and config["model_type"] == "mistral":
-        log.warning("llama.cpp has no sliding window in this family: it sees all of a prompt longer than that")
+    with_defaults = AutoConfig.from_pretrained(model.folder).to_dict()
     family = FAMILIES[config["model_type"]]
-    entries = list(_entries(model, config, dtype, embeddings))
+    entries = list(_entries(model, with_defaults, dtype, embeddings))
     writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[family.architecture])
     try:
         writer.add_name(Path(config.get("_name_or_path") or model.folder).name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(entries))
         rows = next(entry.shape[0] for entry in entries if entry.source == EMBEDDING)
-        add_settings(writer, {**config, "vocab_size": rows})
+        add_settings(writer, {**with_defaults, "vocab_size": rows})
         add_tokenizer(writer, model.folder, rows)
-        factors = rope_factors(config)
+        factors = rope_factors(with_defaults)
         if factors is not None:
             writer.add_tensor_info(ROPE_FREQUENCIES, factors.shape, factors.dtype, factors.nbytes)
         for entry in entries:

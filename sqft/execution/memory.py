@@ -49,6 +49,8 @@ def shortage_of(plan: Plan, missing: Iterable[str], device: str, replan: Replan)
     changes, needed = _smaller(plan, step, free, replan)
     need = f"{step.name} needs about {human_size(_needed(step))} of memory, and {human_size(free)} are free"
     settings = " ".join(f"--set {change}" for change in changes)
+    if "model.dtype=bfloat16" in changes:
+        settings += ", which changes all numbers a little,"
     if not changes:
         remedy = "free some memory, or use a larger machine"
     elif needed <= free:

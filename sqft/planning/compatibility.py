@@ -293,10 +293,8 @@ def check_export(
         grid = {name: getattr(options, name) for name in ("bits", "group_size", "symmetric") if hasattr(options, name)}
         grid["act_order"] = getattr(options, "act_order", False) and not getattr(options, "static_groups", False)
     elif quantized and (stored := model.quantization):
-        named = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
+        named = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
         grid = {ours: stored[theirs] for theirs, ours in named.items() if theirs in stored}
-        if stored.get("static_groups"):
-            grid["act_order"] = False
     if grid.get("group_size") == -1:  # one group has no order
         grid["act_order"] = False
     if why := exporter.component.refuses(model.path, config, grid):

@@ -34,6 +34,9 @@ COPIES_OF_LAYER = 4
 EVALUATION_OVERHEAD = 1 << 30
 """The process with the caches of generation and the harness."""
 
+EVALUATION_WORK = 1 << 29
+"""Activations and logits of a measurement."""
+
 COPIES_OF_EXPERTS = 3
 """Copies of a block whose experts are stored together, while it is written: one by one, together, and as they are named
 in the file."""
@@ -311,8 +314,10 @@ def estimate_export(model: ModelSource, dtype: str) -> Estimate:
 
 
 def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:
-    """Estimate one measurement of `evaluate`."""
-    return Estimate(model.parameters, RESULTS_BYTES, 2 * model_bytes(model, dtype) + EVALUATION_OVERHEAD)
+    """Estimate one measurement of `evaluate`: what is no floats in the file is there twice while it is loaded."""
+    size = model_bytes(model, dtype)
+    beside = max(EVALUATION_WORK, size if model.kind == "gguf" or model.dequantize else 0)
+    return Estimate(model.parameters, RESULTS_BYTES, size + beside + EVALUATION_OVERHEAD)
 
 
 def calibration_bytes(

@@ -89,7 +89,8 @@ def _number(folder: Path, *names: str) -> int | None:
 def _cached(folder: Path) -> int:
     """Return the bytes of a group that are copies of files, which make room when memory is wanted."""
     try:
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        lines = map(str.split, (folder / "memory.stat").read_text().splitlines())
+        stat = {line[0]: line[1] for line in lines if len(line) == 2}
         # In version 1 only the totals count the groups inside.
         return sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in RECLAIMED)
     except (OSError, ValueError):

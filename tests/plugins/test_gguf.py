@@ -56,7 +56,7 @@ def test_every_weight_keeps_its_value(layer: Quantized) -> None:
 @pytest.mark.parametrize(
     ("grid", "why"),
     [
-        ({"bits": 4, "act_order": True}, "act-order have no place in GGUF; use reorder_groups or static_groups"),
+        ({"bits": 4, "act_order": True}, "act-order have no place in GGUF; add static_groups to act_order"),
         ({"bits": 4, "group_size": 16}, "groups of 16 are no multiple of that"),
         ({"bits": 8, "symmetric": False}, "no type for 8 bits with zero points; set symmetric to true"),
         ({"bits": 8, "group_size": 128, "symmetric": True, "act_order": False}, None),
@@ -94,7 +94,10 @@ def test_codes_that_gguf_has_no_type_for(grid: Grid, inputs: int, why: str) -> N
             "positions of llama that are scaled by 'dynamic'",
         ),
         ({"model_type": "qwen2", "hidden_act": "gelu"}, "computes silu in models of qwen2, and this one has gelu"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "set use_sliding_window to false"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "no text is longer than 8 tokens"),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}, None),
+        ({"model_type": "mistral", "sliding_window": 8, "max_position_embeddings": 16}, "has no sliding window"),
+        ({"model_type": "mistral", "sliding_window": 16, "max_position_embeddings": 16}, None),
         ({"model_type": "llama", "hidden_act": "silu", "rope_parameters": {"rope_type": "llama3"}}, None),
         (
             {"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}},
@@ -171,13 +174,15 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     ],
 )  # fmt: skip
 def test_how_a_tokenizer_cuts(cutting: Any, name: str | None) -> None:
-    stored = {"model": {"type": "BPE"}, "pre_tokenizer": cutting}
+    stored = {"model": {"type": "BPE", "ignore_merges": name == "llama-bpe"}, "pre_tokenizer": cutting}
     if name:
         assert (
             vocabulary.how_it_cuts(stored) == vocabulary.how_it_cuts({**stored, "normalizer": {"type": "NFC"}}) == name
         )
         with pytest.raises(StageError, match="not known here"):
             vocabulary.how_it_cuts({**stored, "normalizer": {"type": "Lowercase"}})
+        with pytest.raises(StageError, match="not known here"):
+            vocabulary.how_it_cuts({**stored, "added_tokens": [{"content": "<x>", "lstrip": True}]})
     else:
         with pytest.raises(StageError, match=r"the tokenizer \(BPE\) cuts texts in a way that is not known here"):
             vocabulary.how_it_cuts(stored)
