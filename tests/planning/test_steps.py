@@ -172,7 +172,7 @@ def test_exports(
 ) -> None:
     raw = {key: value for key, value in raw.items() if key not in left_out}
     resolver = resolver_of({**raw, "export": [{"exporter": name} for name in exporters]}, registry)
-    made = list(steps.plan_export(resolver.recipe.export, resolver, adapter_base(resolver)))
+    made = list(steps.plan_export(resolver.recipe.export, resolver, adapter_base(resolver), {}))
     assert [step.name for step in made] == names and all(dict(step.inputs) == inputs for step in made)
     assert [found.startswith(str(problem)) for found in problems(resolver)] == ([True] if problem else [])
 
