@@ -232,7 +232,7 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("tasks from nowhere", put("evaluate.include_path", "nowhere"), "evaluate.include_path: there is no folder"),
     ("merger and merge that disagree", put("finetune.merger", "unmerged"), "merge: merger 'unmerged' leaves the adapter beside the base"),
     ("an unmerged export", all_of(put("merge"), put("evaluate"), put("export", [{"exporter": "hf"}])), "export: exports a complete model, but the adapter is not merged"),
-    ("codes without quantize", put("export", [{"exporter": "gptq"}]), "export.0.exporter: 'gptq' writes codes, but this recipe's model holds floats; use hf"),
+    ("codes without quantize", put("export", [{"exporter": "gptq"}]), "export.0.exporter: 'gptq' writes codes, but this recipe's model holds floats; use gguf or hf"),
 ]  # fmt: skip
 
 THE_COMMAND_LINE: list[tuple[str, Change, str]] = [

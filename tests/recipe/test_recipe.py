@@ -80,7 +80,7 @@ CASES = [
     ("search.data", DELETE, "search.data: is missing: searcher 'hill-climbing' evaluates on it"),
     ("search.metric", "bleu", "search.metric: input should be 'exact_match' or 'loss'"),
     ("finetune", DELETE, "search: needs a finetune section"),
-    ("export", [{"exporter": "gguf"}], "export.0.exporter: no exporter named 'gguf'"),
+    ("export", [{"exporter": "onnx"}], "export.0.exporter: no exporter named 'onnx'"),
     ("evaluate.of", ["merged"], "evaluate.of.0: 'merged' is not one of model, sparsify"),
     ("evaluate.of", ["merge", "merge"], "evaluate.of.1: 'merge' is listed twice"),
     ("evaluate.of", ["finetune:hill-climbing"], "evaluate.of.0: searcher 'hill-climbing' needs evaluations"),
