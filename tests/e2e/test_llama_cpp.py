@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from sqft_gguf import Gguf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,6 +27,7 @@ from sqft.modeling.evaluation import exact_match
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.utils.progress import silent
+from tests.support.byte_bpe import byte_level_bpe
 from tests.support.elsewhere import ROOT, elsewhere
 
 pytestmark = pytest.mark.slow
@@ -56,12 +56,7 @@ TEXT = "The quick brown fox jumps over 15 lazy dogs. A box has 15 stamps; Ben ta
 @pytest.fixture(scope="module")
 def merged_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with merges, which llama.cpp wants, and a token that ends a text."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(alphabet))
-    inner.train_from_iterator([TEXT] * 3, trainer)
+    inner = byte_level_bpe([TEXT] * 3, 320, ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 

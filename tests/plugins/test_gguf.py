@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sqft_gguf import Gguf, vocabulary, writer
 from sqft_gguf.families import FAMILIES, interleave, refusal_of_config, rope_factors
 from sqft_gguf.grids import blocks, refusal_of_grid, type_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -25,6 +25,7 @@ from sqft.api import Grid, Quantized, StageError
 from sqft.errors import RecipeError
 from sqft.kernels.grids import dequantize
 from sqft.modeling.loading.finished_model import FinishedModel
+from tests.support.byte_bpe import byte_level_bpe
 
 
 @st.composite
@@ -196,12 +197,7 @@ def test_how_a_tokenizer_cuts(cutting: Any, name: str | None) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A model that GGUF can hold, in bfloat16 but for its norms, with rows that no token has."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=262, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    inner.train_from_iterator(["the then them there"], trainer)
+    inner = byte_level_bpe(["the then them there"], 262, ["<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = "{{ messages }}"
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def silent_transformers() -> Iterator[None]:
+def silent_transformers(gguf: bool = False) -> Iterator[None]:
     """Switch off warnings and standard error too: transformers' GGUF reader draws a progress bar of its own. And let it
-    read such a file faster."""
-    with quiet_transformers(), fast_gguf(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    read a GGUF file faster, where it is to read one."""
+    reading = fast_gguf() if gguf else nullcontext()
+    with quiet_transformers(), reading, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
@@ -85,7 +86,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
         ModelError: when transformers has no causal language model for its config.
     """
     try:
-        with silent_transformers(), torch.device("meta"):
+        with silent_transformers(spec.is_gguf), torch.device("meta"):
             config = _config(spec)
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
@@ -114,7 +115,7 @@ def stock_class(config: PretrainedConfig) -> Any:
 def skeleton_with_towers(spec: ModelSpec) -> PreTrainedModel | None:
     """Return, on the meta device, the model with towers that a folder could hold, if it is loaded without them as its
     config names no class that sqft knows; otherwise None."""
-    with silent_transformers(), torch.device("meta"):
+    with silent_transformers(spec.is_gguf), torch.device("meta"):
         config = _config(spec)
         kind = type(config)
         if stock_class(config) is AutoModelForMultimodalLM:
@@ -158,7 +159,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     path, what = spec.path, f"the tokenizer of {spec.path}"
     try:
-        with silent_transformers():
+        with silent_transformers(spec.is_gguf):
             tokenizer = _tokenizer(spec)
             what = str(path)
             model, info = _dequantized(spec) if spec.dequantize else _from_pretrained(spec)
@@ -233,7 +234,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         ModelError: when transformers cannot make a tokenizer of its files.
     """
     try:
-        with silent_transformers():
+        with silent_transformers(spec.is_gguf):
             return _tokenizer(spec)
     except Exception as error:
         raise ModelError(f"transformers cannot load the tokenizer of {spec.path}: {first_sentence(error)}") from error
