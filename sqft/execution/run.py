@@ -82,7 +82,8 @@ class Run(Mapping[str, Outcome]):
 
 
 def loading_instructions(result: Path, run: Run) -> str:
-    """Return Python code that loads a run's result from the folder `result`, or why it cannot be loaded."""
+    """Return Python code that loads a run's result from the folder `result`, or how else it is used, or why it cannot be
+    loaded."""
     if (result / "adapter_config.json").is_file():
         base = run.plan.adapter_base.model(run.inputs("search")).resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
@@ -102,6 +103,8 @@ def loading_instructions(result: Path, run: Run) -> str:
         )
     if (result / "sqft_adapter.json").is_file():
         return 'this adapter acts only through its merger; add "merge": {} to the recipe to get a model'
+    if file := next(result.glob("*.gguf"), None):
+        return f'a GGUF file, for llama.cpp and programs made of it:\nllama-cli -m "{file}"'
     return (
         "from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'

@@ -96,6 +96,12 @@ def test_how_to_load_a_model(tmp_path: Path, config: dict[str, Any] | None, word
     assert all(word in text for word in [*words, f'from_pretrained("{tmp_path}"'])
 
 
+def test_how_to_use_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    text = loading_instructions(tmp_path, run_of(tmp_path))
+    assert text.endswith(f'llama-cli -m "{tmp_path / "model.gguf"}"') and "AutoModel" not in text
+
+
 @pytest.mark.parametrize(
     ("base", "where"), [("models/base", '"{}/models/base"'), ("models/b.gguf", '"{}/models", gguf_file="b.gguf"')]
 )
