@@ -82,8 +82,7 @@ class Run(Mapping[str, Outcome]):
 
 
 def loading_instructions(result: Path, run: Run) -> str:
-    """Return Python code that loads a run's result from the folder `result`, or how else it is used, or why it cannot be
-    loaded."""
+    """Return code that loads a run's result from the folder `result`, a command that uses it, or why neither works."""
     if (result / "adapter_config.json").is_file():
         base = run.plan.adapter_base.model(run.inputs("search")).resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
