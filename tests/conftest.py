@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -126,8 +127,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def raw(model_folder: Path, data: Path) -> dict[str, Any]:
-    """A complete recipe on the tiny model, as plain data."""
+def raw(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """A complete recipe on the tiny model, as plain data, to be changed."""
+    return copy.deepcopy(tiny_recipe)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(model_folder: Path, data: Path) -> dict[str, Any]:
+    """`raw`, as it is before any test changes it."""
     return {
         "schema": 1,
         "name": "tiny",

@@ -29,7 +29,7 @@ ROOMS = {  # what each package, or module at the root, may import besides itself
     "modeling": "errors types utils kernels components checkpoints data",
     "stages": "errors types utils kernels components checkpoints data recipe planning modeling",
     "execution": "errors utils components checkpoints recipe planning store modeling stages",
-    "tools": "errors types utils kernels components checkpoints data recipe planning modeling stages execution",
+    "tools": "errors types utils kernels components checkpoints data recipe planning store modeling stages execution",
     "cli": "errors utils components recipe store execution tools",
     "api": "errors types components checkpoints",
     "testing": "errors types kernels components",

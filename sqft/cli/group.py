@@ -14,6 +14,8 @@ from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
 from sqft.cli.plan import plan
 from sqft.cli.plugins import plugins
+from sqft.cli.push import push
+from sqft.cli.report import report
 from sqft.cli.run import run
 from sqft.cli.schema import schema
 from sqft.cli.show import show
@@ -35,6 +37,8 @@ main.add_command(inspect)
 main.add_command(merge)
 main.add_command(plan)
 main.add_command(plugins)
+main.add_command(push)
+main.add_command(report)
 main.add_command(run)
 main.add_command(schema)
 main.add_command(show)

@@ -54,12 +54,14 @@ def print_report(screen: Any, run: Run) -> None:
 
 
 def print_result(screen: Any, run: Run, output: Path | None) -> None:
-    """Print the report, copy the result to --output if given, and print where it is and how to load it.
+    """Print the report, copy the result with a model card to --output if given, print where it is and how to load it.
 
     Raises:
         SqftError: when there is nothing to copy, or the copy cannot be written.
     """
     from sqft.execution.run import loading_instructions
+    from sqft.tools.publishing import write_documents
+    from sqft.tools.run_report.facts import read_facts
     from sqft.utils.files import copy_folder
 
     if not processes().is_main:
@@ -74,6 +76,8 @@ def print_result(screen: Any, run: Run, output: Path | None) -> None:
     if output:
         try:
             copy_folder(result, output)
+            facts = read_facts(run.folder, run.folder.parents[1])
+            write_documents(facts.ending_in(result, loading_instructions(result.resolve(), run)), output)
         except OSError as error:
             reason = error.strerror or error
             raise SqftError(f"--output {output} cannot be written: {reason}; the result stays in {result}") from None

@@ -111,9 +111,11 @@ class Orchestrator:
                 artifact = next(twins, None) or self._obtain(plan, step, inputs, label, used)
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
-            report = make_report(plan, finished_artifacts(self.store, plan, outcomes))
+            finished = finished_artifacts(self.store, plan, outcomes)
+            report = make_report(plan, finished)
             if self.processes.is_main:
-                write_report(self.store, folder, report, outcomes, started)
+                done = {step.name: Outcome(step, finished[step.name]) for step in plan.steps if step.name in finished}
+                write_report(self.store, Run(plan, folder, done, report), started)
         return Run(plan, folder, outcomes, report)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:

@@ -102,6 +102,18 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return heads, cells
 
 
+def flat_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a flat dict for each measured configuration, with equal keys: rows of a table for other programs."""
+    rows = []
+    for row in report["rows"]:
+        flat = {name: value for name, value in row.items() if name not in ("texts", "tasks", "lm_eval", "answers")}
+        flat |= {f"perplexity {text}": found["perplexity"] for text, found in row.get("texts", {}).items()}
+        flat |= {f"{task} {metric}": value for task, found in row["tasks"].items() for metric, value in found.items()}
+        rows.append({"recipe": report["recipe"], "seed": report["seed"], **flat})
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
 def title(report: Mapping[str, Any]) -> str:
     """Return the title of the table."""
     return f"{report['recipe']} (seed {report['seed']})"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.errors import ArtifactError
+from sqft.execution.report import flat_rows, table, title
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.stages import STAGES
 from sqft.store.artifacts import Artifact
@@ -66,6 +67,23 @@ class Run(Mapping[str, Outcome]):
 
     def __len__(self) -> int:
         return len(self.outcomes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a flat dict for each measured configuration: `pandas.DataFrame(run.rows())`."""
+        return flat_rows(self.report)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.folder.name}: {', '.join(self.outcomes) or 'nothing done'}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table of results, as notebooks show it."""
+        from html import escape
+
+        heads, cells = table(self.report)
+        lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
+        head = "".join(f"<th>{escape(head)}</th>" for head in heads)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table><caption>{escape(title(self.report))}</caption><tr>{head}</tr>{body}</table>"
 
     def result(self) -> Path | None:
         """Return the folder of the last model or adapter: exported, merged, adapter, or sparse model.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqft.execution.report import report_markdown
-from sqft.execution.run import Outcome
+from sqft.execution.run import Run, loading_instructions
 from sqft.planning.fingerprint import core_digest
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.rerun import with_absolute_paths
@@ -46,27 +46,35 @@ def write_plan(store: Store, folder: Path, plan: Plan) -> None:
         write_json(folder / "plan.json", [_step_json(step) for step in plan.steps])
 
 
-def write_report(
-    store: Store, folder: Path, report: dict[str, Any], outcomes: Mapping[str, Outcome], started: str
-) -> None:
-    """Write report, times, versions, and links to the artifacts into a run's folder.
+def write_report(store: Store, run: Run, started: str) -> None:
+    """Write a run's report, times, versions, links to its artifacts and how to load its result into its folder.
 
     Args:
         store: the store that the folder belongs to.
-        folder: the run's folder.
-        report: what `make_report` returned.
-        outcomes: the artifacts of the run's steps, by step.
-        started: when the run started, in ISO 8601.
+        run: all steps that are done, of earlier runs of the same plan too: a record only grows.
+        started: when this run started, in ISO 8601; the first start is kept.
 
     Raises:
         StoreError: when it cannot be written.
     """
-    links = {name: f"../../artifacts/{outcome.folder.name}" for name, outcome in outcomes.items()}
+    links = {name: f"../../artifacts/{outcome.folder.name}" for name, outcome in run.items()}
+    content: dict[str, Any] = {"started": _first_start(run.folder) or started, "finished": now(), "artifacts": links}
+    if result := run.result():
+        folder = result.resolve()
+        content |= {"result": f"../../artifacts/{folder.parent.name}/{folder.name}"}
+        content |= {"loading": loading_instructions(folder, run)}
     with store.writing():
-        write_json(folder / "report.json", report)
-        (folder / "report.md").write_text(report_markdown(report), "utf-8")
-        content = {"started": started, "finished": now(), "versions": versions(), "artifacts": links}
-        write_json(folder / "run.json", content)
+        write_json(run.folder / "report.json", run.report)
+        (run.folder / "report.md").write_text(report_markdown(run.report), "utf-8")
+        write_json(run.folder / "run.json", content | {"versions": versions()})
+
+
+def _first_start(folder: Path) -> str | None:
+    """Return when a run was started first; None when it was not, or its record cannot be read."""
+    try:
+        return str(json.loads((folder / "run.json").read_text("utf-8"))["started"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _step_json(step: Step) -> dict[str, Any]:

@@ -26,7 +26,7 @@ OPTIONAL_PACKAGES = {
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
 }
 """Packages that sqft runs without, and what needs each. Those of sqft's own extras are read from its metadata."""
-EXTRA_FEATURES = {"gguf": "GGUF files as models"}
+EXTRA_FEATURES = {"gguf": "GGUF files as models", "matplotlib": "charts (sqft report)"}
 """The feature that needs a package of an extra, where the extra's name does not say it."""
 DEVELOPER_EXTRAS = {"dev"}
 """Extras of sqft that users do not need."""

@@ -40,6 +40,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
     monkeypatch.setattr("sqft.execution.report.table", lambda _: ([], []))
     monkeypatch.setattr("sqft.execution.report.title", lambda _: "title")
     monkeypatch.setattr("sqft.execution.run.loading_instructions", lambda result, run: f"load {result.name}")
+    facts = SimpleNamespace(ending_in=lambda result, loading: f"{result.name}, {loading}")
+    monkeypatch.setattr("sqft.tools.run_report.facts.read_facts", lambda folder, root: facts)
+    monkeypatch.setattr("sqft.tools.publishing.write_documents", lambda run, out: (out / "README.md").write_text(run))
     return Console(file=io.StringIO(), soft_wrap=True)
 
 
@@ -55,6 +58,7 @@ def test_a_result_is_copied_and_named(tmp_path: Path, screen: Console) -> None:
     assert said(screen).endswith(f"report: {tmp_path}/report.md\nresult: {tmp_path}/result\nload result\n")
     print_result(screen, finished(tmp_path, tmp_path / "result"), tmp_path / "out")
     assert (tmp_path / "out" / "a").read_text() == "a" and said(screen).endswith("load out\n")
+    assert (tmp_path / "out" / "README.md").read_text() == "result, load result"
 
 
 def test_without_a_result_there_is_nothing_to_copy(tmp_path: Path, screen: Console) -> None:

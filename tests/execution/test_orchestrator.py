@@ -102,6 +102,16 @@ def test_a_run_until_a_stage_and_one_that_makes_a_stage_anew(
     assert stages.made == ["finetune", "search", "merge"]
 
 
+def test_a_record_of_a_run_only_grows(stages: type[OneFile], orchestrator: Orchestrator, recipe: Recipe) -> None:
+    plan = orchestrator.plan(recipe)
+    run = orchestrator.run(plan)
+    first = json.loads((run.folder / "run.json").read_text())
+    again = orchestrator.run(plan, until="sparsify")
+    second = json.loads((run.folder / "run.json").read_text())
+    assert list(again) == ["sparsify"] and list(second["artifacts"]) == NAMES
+    assert {**second, "finished": ""} == {**first, "finished": ""}
+
+
 def test_plugins_are_told_of_every_step(
     stages: type[OneFile], orchestrator: Orchestrator, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,3 +118,44 @@ def test_how_to_load_an_adapter(tmp_path: Path, base: str, where: str) -> None:
 def test_an_adapter_that_acts_through_its_mask_has_to_be_merged(tmp_path: Path) -> None:
     (tmp_path / "sqft_adapter.json").write_text("{}")
     assert 'add "merge": {} to the recipe' in loading_instructions(tmp_path, run_of(tmp_path))
+
+
+REPORT = {
+    "recipe": "tiny",
+    "seed": 3,
+    "steps": [],
+    "rows": [
+        {
+            "configuration": name,
+            "accuracy": 0.5,
+            "stderr": 0.1,
+            "perplexity": 12.0,
+            "texts": {"held<out>.txt": {"perplexity": 12.0}},
+            "tasks": {"piqa": {"acc": 0.7, "acc_stderr": 0.01}} if name == "merge" else {},
+            "lm_eval": None,
+            "answers": ["evaluate-0/predictions.jsonl"],
+            "sparsity": 0.5,
+            "trainable": None,
+            "storage": None,
+            "seconds": None,
+            "peak_memory": None,
+            "evaluation_seconds": 1.0,
+        }
+        for name in ("sparsify", "merge")
+    ],
+}
+
+
+def test_rows_are_flat_and_have_equal_keys(tmp_path: Path) -> None:
+    rows = Run(None, tmp_path, {}, REPORT).rows()  # type: ignore[arg-type]
+    assert [row["configuration"] for row in rows] == ["sparsify", "merge"] and rows[0].keys() == rows[1].keys()
+    assert rows[0]["piqa acc"] is None and rows[1]["piqa acc"] == 0.7 and rows[0]["perplexity held<out>.txt"] == 12.0
+    assert all(isinstance(value, str | int | float | None) for row in rows for value in row.values())
+    assert (rows[0]["recipe"], rows[0]["seed"]) == ("tiny", 3)
+
+
+def test_a_notebook_shows_the_table_and_a_shell_one_line(tmp_path: Path) -> None:
+    run = Run(None, tmp_path / "tiny-0", {"merge": outcome("merge", tmp_path)}, REPORT)  # type: ignore[arg-type]
+    html = run._repr_html_()
+    assert html.count("<tr>") == 3 and "50.0% ± 10.0%" in html and "held<out>" not in html
+    assert repr(run) == "<Run tiny-0: merge>"

@@ -1,0 +1,41 @@
+"""`sqft report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sqft.cli.options import complete_run, store_option
+from sqft.cli.output import report_errors
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_run)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write.  [default: report.html in the folder of the first run]",
+)
+@store_option
+@report_errors
+def report(runs: tuple[str, ...], output: Path | None, store: Path) -> None:
+    """Write a page that shows what runs did: results, loss, search, ranks, errors of layers, cost, recipe.
+
+    RUN is a folder of store/runs, its name, or the recipe's name (then its newest run is taken). Several runs are
+    compared on the same items with the first. The page is one file and needs no network.
+    """
+    from sqft.errors import SqftError
+    from sqft.store.runs import find_run
+    from sqft.tools.run_report.facts import read_facts
+    from sqft.tools.run_report.page import render
+    from sqft.utils.files import reason, write_text
+
+    found = [read_facts(*find_run(run, store)) for run in dict.fromkeys(runs)]
+    file = output or found[0].folder / "report.html"
+    page = render(found)
+    try:
+        write_text(file, page)
+    except OSError as error:
+        raise SqftError(f"{file} cannot be written: {reason(error)}; name another with --output") from None
+    click.echo(f"page: {file}")

@@ -1,0 +1,127 @@
+"""One HTML file of one run or several: tables, charts, recipes. It needs no other file and no network."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqft.execution.report import settings_of_tasks, table
+from sqft.tools.run_report import charts
+from sqft.tools.run_report.comparison import HEADS, comparisons
+from sqft.tools.run_report.facts import RunFacts
+from sqft.utils.text import human_size
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what it shows in words."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+def render(runs: Sequence[RunFacts]) -> str:
+    """Return the page.
+
+    Raises:
+        SqftError: when matplotlib, which draws the charts, is not installed.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    compared = list(comparisons(runs))
+    differing = [index for index, comparison in enumerate(compared) if comparison.differs]
+    lines = [line for run in runs for line in settings_of_tasks(run.report)]
+    environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
+    text = environment.get_template("page.html").render(
+        title=" and ".join(run.name for run in runs),
+        subtitle=f"sqft {runs[0].record['versions']['sqft']}, seed {', '.join(str(r.report['seed']) for r in runs)}",
+        results=_results(runs),
+        settings=list(dict.fromkeys(lines)),
+        compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing},
+        overall=list(_overall(runs)),
+        runs=[_run(run) for run in runs],
+    )
+    return _numbered(text)
+
+
+def _numbered(page: str) -> str:
+    """Give each chart on the page ids of its own."""
+    first, *parts = page.split("<svg")
+    return first + "".join(charts.with_own_ids(f"<svg{part}", f"c{n}") for n, part in enumerate(parts))
+
+
+def _results(runs: Sequence[RunFacts]) -> dict[str, Any]:
+    """Return the table of all measured configurations, of several runs one below the other."""
+    rows = [
+        {**row, "configuration": f"{run.name}: {row['configuration']}"} for run in runs for row in run.report["rows"]
+    ]
+    if len(runs) == 1:
+        rows = runs[0].report["rows"]
+    heads, cells = table({"rows": rows})
+    return {"heads": heads, "rows": cells}
+
+
+def _run(run: RunFacts) -> dict[str, Any]:
+    """Return what the page shows of one run."""
+    steps, record = run.report["steps"], run.record
+    cost = [[s["step"], f"{s['seconds']:.0f} s", human_size(s["peak_memory"]), human_size(s["storage"])] for s in steps]
+    return {
+        "name": run.name,
+        "times": f"started {record['started']}, finished {record['finished']}",
+        "charts": list(_charts(run)),
+        "missing": ", ".join(name for name in record["artifacts"] if name not in run.artifacts),
+        "cost": {"heads": ["step", "time", "peak memory", "on disk"], "rows": cost},
+        "loading": run.loading,
+        "recipe": json.dumps(run.recipe, indent=2, ensure_ascii=False),
+        "versions": "\n".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+
+
+def _charts(run: RunFacts) -> Iterator[Chart]:
+    """Draw what one run did, step by step."""
+    if sparsity := run.sparsity():
+        caption = "Share of weights that are zero, by block; a line for each layer of a block (of experts, the mean)."
+        yield Chart("Sparsity by layer", charts.line_chart(sparsity, "block", "sparsity", limits=(0, 1)), caption)
+    for label, errors in run.errors().items():
+        caption = "Squared error relative to the layer before the step, by block."
+        yield Chart(f"Error of {label}", charts.line_chart(errors, "block", "relative error", log=True), caption)
+    if losses := run.losses():
+        caption = "Mean loss of a label in each optimizer step, and the mean over the last ten steps."
+        yield Chart("Loss of fine-tuning", charts.line_chart(losses, "step", "loss"), caption)
+    if trials := run.trials():
+        caption = "Each configuration that the search evaluated, in order; higher is better."
+        yield Chart("Search", charts.line_chart(trials, "trial", "value"), caption)
+    if ranks := run.ranks():
+        caption = "The rank of every group of layers in the configuration that the search chose."
+        yield Chart("Chosen ranks", charts.rank_chart(ranks), caption)
+
+
+def _overall(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+    """Draw accuracy, each task, and perplexity against sparsity, where runs differ in sparsity."""
+    measured: dict[str, dict[str, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for row in run.report["rows"]:
+            for measure, (value, error) in _measures(row).items():
+                kind = row["configuration"].partition(" ")[0]
+                measured[measure][kind].append((row["sparsity"], value, error))
+    for measure, lines in measured.items():
+        several = {kind: points for kind, points in lines.items() if len({round(x, 3) for x, *_ in points}) > 1}
+        if several:
+            caption = "A point for each run, with its standard error; a line for each configuration."
+            yield Chart(f"{measure} by sparsity", charts.error_chart(several, "sparsity", measure), caption)
+
+
+def _measures(row: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return a row's measures with their standard errors."""
+    found = {}
+    if row["accuracy"] is not None:
+        found["accuracy"] = (row["accuracy"], row["stderr"] or 0.0)
+    for task, metrics in row["tasks"].items():
+        found |= {f"{task} {m}": (v, metrics.get(f"{m}_stderr", 0.0)) for m, v in metrics.items() if "_stderr" not in m}
+    for text, one in row.get("texts", {}).items():
+        found[f"perplexity {text}"] = (one["perplexity"], one["perplexity"] * (one.get("stderr") or 0.0))
+    return found
