@@ -29,6 +29,7 @@ from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.utils.progress import silent
 from tests.support.byte_bpe import byte_level_bpe
 from tests.support.elsewhere import ROOT, elsewhere
+from tests.support.real_model import PROBLEMS, real_int4
 
 pytestmark = pytest.mark.slow
 CHECK = ROOT / "tests" / "consumers" / "llama_cpp" / "check.py"
@@ -106,20 +107,12 @@ def test_each_family(family: str, precision: str, merged_tokenizer: PreTrainedTo
 @pytest.mark.timeout(1800)
 def test_the_real_model(tmp_path: Path) -> None:
     """INT4 in symmetric groups: answers to fifty of the quickstart's problems, and the next tokens' probabilities."""
-    data = ROOT / "examples" / "quickstart" / "data"
-    raw = {
-        "name": "gguf",
-        "model": {"path": str(ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf")},
-        "sparsify": {"scorer": "magnitude", "sparsity": 0.3},
-        "quantize": {"quantizer": {"name": "rtn", "options": {"group_size": 64}}},
-    }
-    orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
-    made = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"].folder / "model"
+    made = real_int4()
     folder = tmp_path / "exported"
     folder.mkdir()
     Gguf(embeddings="float16").export(FinishedModel(made), folder)
     model, tokenizer = load_model(ModelSpec(made))
-    records = read_records(data / "test.jsonl", 50)
+    records = read_records(PROBLEMS, 50)
     texts = [record["prompt"] for record in records]
     found = exact_match(model, tokenizer, records, "text", 4, 8, silent)
     answers = [{"text": one["generated"], "tokens": 4} for one in found["predictions"]]
