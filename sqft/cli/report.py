@@ -31,7 +31,8 @@ def report(runs: tuple[str, ...], output: Path | None, store: Path) -> None:
     from sqft.tools.run_report.page import render
     from sqft.utils.files import reason, write_text
 
-    found = [read_facts(*find_run(run, store)) for run in dict.fromkeys(runs)]
+    folders = {folder.resolve(): root for folder, root in (find_run(run, store) for run in runs)}
+    found = [read_facts(folder, root) for folder, root in folders.items()]
     file = output or found[0].folder / "report.html"
     page = render(found)
     try:

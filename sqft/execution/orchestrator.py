@@ -114,7 +114,10 @@ class Orchestrator:
             finished = finished_artifacts(self.store, plan, outcomes)
             report = make_report(plan, finished)
             if self.processes.is_main:
-                done = {step.name: Outcome(step, finished[step.name]) for step in plan.steps if step.name in finished}
+                done: dict[str, Outcome] = {}
+                for step in plan.steps:
+                    if step.name in finished and done.keys() >= set(step.inputs.values()):
+                        done[step.name] = Outcome(step, finished[step.name])
                 write_report(self.store, Run(plan, folder, done, report), started)
         return Run(plan, folder, outcomes, report)
 

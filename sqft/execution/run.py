@@ -99,6 +99,10 @@ class Run(Mapping[str, Outcome]):
         return {role: self[name].folder for role, name in self.plan.step(step).inputs.items()}
 
 
+RESULT = "{result}"
+"""Stands in a run's record for the folder of its result, which moves with the store."""
+
+
 def loading_instructions(result: Path, run: Run) -> str:
     """Return code that loads a run's result from the folder `result`, a command that uses it, or why neither works."""
     if (result / "adapter_config.json").is_file():

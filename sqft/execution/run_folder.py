@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.execution.report import report_markdown
-from sqft.execution.run import Run, loading_instructions
+from sqft.execution.run import RESULT, Run, loading_instructions
 from sqft.planning.fingerprint import core_digest
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.rerun import with_absolute_paths
@@ -62,7 +62,7 @@ def write_report(store: Store, run: Run, started: str) -> None:
     if result := run.result():
         folder = result.resolve()
         content |= {"result": f"../../artifacts/{folder.parent.name}/{folder.name}"}
-        content |= {"loading": loading_instructions(folder, run)}
+        content |= {"loading": loading_instructions(folder, run).replace(str(folder), RESULT)}
     with store.writing():
         write_json(run.folder / "report.json", run.report)
         (run.folder / "report.md").write_text(report_markdown(run.report), "utf-8")
@@ -83,6 +83,7 @@ def _step_json(step: Step) -> dict[str, Any]:
         "fingerprint": step.fingerprint,
         "code": core_digest(step.stage),
         "inputs": dict(step.inputs),
+        "digests": dict(step.digests),
         "components": {kind: component.identity for kind, component in step.components.items()},
         "estimate": dataclasses.asdict(step.estimate),
     }

@@ -5,60 +5,98 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 from sqft.errors import SqftError
 from sqft.execution.report import table
 from sqft.recipe.fields import OutputPath, fields_marked
 from sqft.recipe.recipe import Recipe
+from sqft.store.artifacts import Artifact, Store
 from sqft.tools.run_report.facts import RunFacts
 from sqft.tools.run_report.page import render
 from sqft.types import InputPath
-from sqft.utils.files import write_text
+from sqft.utils.files import reason, write_text
 from sqft.utils.text import escaped, human_size
 
 CARD, RECIPE, REPORT = "README.md", "sqft-recipe.json", "sqft-report.html"
 """Files beside a result. Not "recipe.json": a folder with that is a run's."""
-MADE_BY = {"sparsify": "sparse", "quantize": "quantized", "finetune": "fine-tuned", "merge": "adapters merged"}
+MADE_BY = {"sparsify": "sparse", "finetune": "fine-tuned", "merge": "adapters merged"}
+"""What a step makes of a model, in a word; "quantized" is said of any result with codes."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of results: what it is, the library that the hub names, and with what sqft's tests open it."""
+
+    words: str
+    library: str | None
+    tried: str = ""
+
+
 FORMATS = {
-    "gptq": "a GPTQ checkpoint",
-    "compressed-tensors": "a compressed-tensors checkpoint",
-    "gguf": "a GGUF file",
-    "adapter": "a PEFT adapter",
-    "floats": "safetensors, floats",
+    "gptq": Format("a GPTQ checkpoint", "transformers", "transformers with gptqmodel, and ONNX Runtime GenAI"),
+    "compressed-tensors": Format(
+        "a compressed-tensors checkpoint", "transformers", "transformers with compressed-tensors"
+    ),
+    "gguf": Format("a GGUF file", "gguf", "llama.cpp (by xllamacpp) and transformers"),
+    "peft": Format("a PEFT adapter; its base is in the store of the run that made it", "peft", "peft"),
+    "sqft": Format("an adapter that acts through its merger; merge it to get a model", None),
+    "floats": Format("safetensors, floats", "transformers", "transformers"),
+    "other": Format("what a plugin's exporter wrote", None),
 }
-TRIED = {
-    "gptq": "transformers with gptqmodel and optimum, and auto-gptq",
-    "compressed-tensors": "transformers with compressed-tensors",
-    "gguf": "llama.cpp (by xllamacpp) and transformers",
-    "adapter": "peft",
-    "floats": "transformers",
-}
-"""With which programs sqft's tests open folders of a format. See docs/how-to/export.md."""
 
 
 def documents(run: RunFacts, name: str) -> dict[str, str]:
     """Return the texts that stand beside a result, by file name: card, recipe, and with matplotlib report.
 
+    No path of this machine gets into them: of each, the last part is left.
+
     Args:
-        run: the run that made it. No path of this machine gets into the texts: of each, the last part is left.
+        run: the run that made it.
         name: what the result is loaded by: a folder, or an id on the hub.
+
+    Raises:
+        SqftError: when the run has no result, or its record does not say how it is loaded.
     """
-    result = _result(run)
-    recipe = without_local_paths(run.recipe)
-    record = {**run.record, "loading": run.loading.replace(str(result), name)}
-    public = dataclasses.replace(run, recipe=recipe, record=record)
-    texts = {
-        CARD: card(public, name, _license(run.recipe)),
-        RECIPE: json.dumps(recipe, indent=2, ensure_ascii=False) + "\n",
-    }
+    if "loading" not in run.record:
+        raise SqftError(
+            f"the record of run {run.name} does not say what its result is; run its recipe again (it is reused)"
+        )
+    format, public = format_of(run), _public(run, name)
+    texts = {CARD: card(public, name, format, _license(run.recipe))}
+    texts[RECIPE] = json.dumps(public.recipe, indent=2, ensure_ascii=False) + "\n"
     try:
         texts[REPORT] = render([public])
     except SqftError:
         pass  # without matplotlib, the card has the table
     return texts
+
+
+def _public(run: RunFacts, name: str) -> RunFacts:
+    """Return what may be said of a run elsewhere: without paths of this machine."""
+    hub_file = "/" in name and format_of(run) == "gguf"
+    loading = f"llama-cli -hf {name}" if hub_file else run.loading(name)
+    loading = re.sub(r'"(/[^"]*)"', lambda found: f'"{PurePath(found[1]).name}"', loading)  # an adapter's base
+    rows = [{**row, "texts": _short_names(row.get("texts", {}))} for row in run.report["rows"]]
+    return dataclasses.replace(
+        run,
+        report={**run.report, "rows": rows},
+        recipe=without_local_paths(run.recipe),
+        record={**run.record, "loading": loading},
+    )
+
+
+def _short_names(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return texts by the names of their files alone, with a number where one comes again."""
+    named: dict[str, Any] = {}
+    for path, measured in texts.items():
+        times = sum(PurePath(other).name == PurePath(path).name for other in [*texts][: [*texts].index(path)])
+        named[PurePath(path).name + (f" ({times + 1})" if times else "")] = measured
+    return named
 
 
 def write_documents(run: RunFacts, folder: Path) -> None:
@@ -67,32 +105,41 @@ def write_documents(run: RunFacts, folder: Path) -> None:
         write_text(folder / file, text)
 
 
-def card(run: RunFacts, name: str, license: str | None = None) -> str:
-    """Return the model card: the hub's metadata, what was done, results, how to load it. `license` is the base's."""
+def card(run: RunFacts, name: str, format: str, license: str | None = None) -> str:
+    """Return the model card: the hub's metadata, what was done, results, how to load it.
+
+    Args:
+        run: what may be said of the run.
+        name: what the result is loaded by.
+        format: of the result, a key of `FORMATS`.
+        license: the base model's.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = base_model(run.recipe)
+    base, what, bits = base_model(run.recipe), FORMATS[format], _bits(run)
     steps = [words for step, words in MADE_BY.items() if step in _made(run)]
     data = ModelCardData(
         model_name=PurePath(name).name,
         base_model=base,
         datasets=sorted(_hub_data(run.recipe)) or None,
         license=license,
-        library_name="gguf" if format_of(run) == "gguf" else "peft" if format_of(run) == "adapter" else "transformers",
+        library_name=what.library,
         pipeline_tag="text-generation",
-        tags=["sqft", *(MADE_BY[step] for step in ("sparsify", "quantize", "finetune") if step in _made(run))],
+        tags=["sqft", *(word for word in steps if word != MADE_BY["merge"]), *(["quantized"] if bits else [])],
         eval_results=list(_eval_results(run)) or None,
     )
     heads, cells = table({"rows": run.report["rows"]})
-    lines = [
-        f"# {PurePath(name).name}",
+    sparsity = _sparsity(run)
+    facts = [
         f"Made from {base or PurePath(str(run.recipe['model']['path'])).name} by sqft "
-        f"{run.record['versions']['sqft']}: {', '.join(steps)}. {_precision(run)} It is {FORMATS[format_of(run)]}.",
-        "## Load it",
-        f"```text\n{run.loading}\n```",
-        f"sqft's tests open such folders with {TRIED[format_of(run)]}.",
-        "Zeros by themselves make no program faster here: these are dense files.",
+        f"{run.record['versions']['sqft']}: {', '.join(steps) or 'exported'}.",
+        f"{sparsity:.2%} of the weights of its linear layers are zero." if sparsity else "",
+        f"Linear layers have {bits} bits a weight." if bits else "",
+        f"It is {what.words}: {human_size(sum(path.stat().st_size for path in _files(run)))}.",
     ]
+    lines = [f"# {PurePath(name).name}", " ".join(filter(None, facts)), "## Load it", f"```text\n{run.loading()}\n```"]
+    lines += [f"sqft's tests open such results with {what.tried}."] if what.tried else []
+    lines += ["The zeros by themselves make no program faster: they are stored like other weights."] if sparsity else []
     if cells:
         lines += ["## Results", "\n".join([_line(heads), "|---" * len(heads) + "|", *map(_line, cells)])]
         lines.append("Each row is a step, measured before any export. ± is a standard error over the items.")
@@ -111,30 +158,31 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
 
     Raises:
         SqftError: when the run has no result that another machine could load, or the hub refuses it.
+        ArtifactError: when a file of the result has changed since it was stored.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    result = _result(run)
-    if format_of(run) == "adapter" or (result / "sqft_adapter.json").is_file():
+    if format_of(run) in ("peft", "sqft"):
         raise SqftError(
             f"the result of run {run.name} is an adapter, and its base is only in this store; merge it "
             f"(`sqft merge {run.name}`), or push the base and the adapter yourself"
         )
-    files = sorted(path for path in result.rglob("*") if path.is_file())
-    added = [CommitOperationAdd(path.relative_to(result).as_posix(), path) for path in files]
-    added += [CommitOperationAdd(name, text.encode()) for name, text in documents(run, repo).items()]
+    result = _result(run)
+    Store(run.root).verify(_artifact(run))
     api = HfApi()
-    # OSError, and the error of the HTTP library that huggingface_hub uses: no connection, a timeout.
-    network: Any = HfHubHTTPError.__bases__
-    refusals: tuple[type[Exception], ...] = (*network, HFValidationError, OfflineModeIsEnabled, ValueError)
     try:
         made = api.create_repo(repo, private=not public, exist_ok=True)
-        names = {operation.path_in_repo: operation for operation in added}  # a document wins over a file of its name
-        api.create_commit(made.repo_id, list(names.values()), commit_message=f"sqft run {run.name}")
-    except refusals as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SqftError(f"{repo} could not be uploaded: {reason}; `hf auth login` logs in, or set HF_TOKEN") from None
+        added = {path.relative_to(result).as_posix(): path for path in _files(run)}
+        texts = documents(run, made.repo_id)  # these win over files of their names
+        contents = added | {name: text.encode() for name, text in texts.items()}
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(made.repo_id, operations, commit_message=f"sqft run {run.name}")
+    except SqftError:
+        raise
+    except Exception as error:  # of the hub, of its HTTP library, of the disk: none of them is a fault of sqft
+        raise SqftError(
+            f"{repo} could not be uploaded: {reason(error)}; `hf auth login` logs in, or set HF_TOKEN"
+        ) from error
     return str(made)
 
 
@@ -142,9 +190,21 @@ def without_local_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored recipe in which the last part alone is left of each path on this machine."""
     raw: dict[str, Any] = copy.deepcopy(dict(recipe))
     for field in fields_marked(Recipe, (InputPath, OutputPath), raw):
-        if isinstance(field.value, str) and PurePath(field.value).is_absolute():
-            field.holder[field.key] = PurePath(field.value).name
-    return raw
+        field.holder[field.key] = _last_part(field.value)
+    return cast(dict[str, Any], _with_short_options(raw))
+
+
+def _with_short_options(content: Any, inside: bool = False) -> Any:
+    """Return plain data in which options' paths are shortened: those of plugins that are not installed, too."""
+    if isinstance(content, dict):
+        return {key: _with_short_options(value, inside or key == "options") for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_short_options(value, inside) for value in content]
+    return _last_part(content) if inside else content
+
+
+def _last_part(value: Any) -> Any:
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def base_model(recipe: Mapping[str, Any]) -> str | None:
@@ -158,10 +218,19 @@ def format_of(run: RunFacts) -> str:
     result = _result(run)
     if next(result.glob("*.gguf"), None):
         return "gguf"
+    for file, format in (("adapter_config.json", "peft"), ("sqft_adapter.json", "sqft")):
+        if (result / file).is_file():
+            return format
     if not (result / "config.json").is_file():
-        return "adapter"
-    settings = json.loads((result / "config.json").read_text("utf-8")).get("quantization_config") or {}
-    return str(settings.get("quant_method", "floats")) if settings.get("quant_method") in FORMATS else "floats"
+        return "other"
+    method = _quantization(run).get("quant_method")
+    return str(method) if method in FORMATS else "other" if method else "floats"
+
+
+def _quantization(run: RunFacts) -> dict[str, Any]:
+    file = _result(run) / "config.json"
+    found = json.loads(file.read_text("utf-8")).get("quantization_config") if file.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def _result(run: RunFacts) -> Path:
@@ -170,18 +239,30 @@ def _result(run: RunFacts) -> Path:
     return run.result
 
 
-def _final_row(run: RunFacts) -> Mapping[str, Any] | None:
-    """Return the measurements of the last model that the run made; None when it was not measured."""
-    made = [name for name in _made(run) if name in ("sparsify", "quantize", "search", "merge")]
-    rows = {row["configuration"].partition(" ")[0]: row for row in run.report["rows"]}
-    return rows.get(made[-1]) if made else None
+def _artifact(run: RunFacts) -> Artifact:
+    """Return the artifact that holds the result."""
+    folder = _result(run).parent.name
+    return next(artifact for artifact in run.artifacts.values() if artifact.folder.name == folder)
+
+
+def _files(run: RunFacts) -> list[Path]:
+    """Return the files of the result that its artifact lists."""
+    artifact, part = _artifact(run), _result(run).name
+    return [artifact.folder / name for name in artifact.manifest["files"] if PurePath(name).parts[0] == part]
 
 
 def _made(run: RunFacts) -> list[str]:
     """Return the steps up to the one that wrote the result."""
     names, folder = list(run.record["artifacts"]), _result(run).parent.name
     writers = [index for index, link in enumerate(run.record["artifacts"].values()) if PurePath(link).name == folder]
-    return names[: max(writers) + 1]
+    return names[: max(writers, default=-1) + 1]
+
+
+def _final_row(run: RunFacts) -> Mapping[str, Any] | None:
+    """Return the measurements of the last model up to the result; None when it was not measured."""
+    made = ["model", *(name for name in _made(run) if name in ("sparsify", "quantize", "search", "merge"))]
+    rows = {row["configuration"].partition(" ")[0]: row for row in run.report["rows"]}
+    return rows.get(made[-1])
 
 
 def _eval_results(run: RunFacts) -> Iterator[Any]:
@@ -198,39 +279,45 @@ def _eval_results(run: RunFacts) -> Iterator[Any]:
         match = run.recipe["evaluate"]["exact_match"]["data"]
         yield result(PurePath(match["path"] if isinstance(match, dict) else match).name, "accuracy", row["accuracy"])
     for text, found in row.get("texts", {}).items():
-        yield result(PurePath(text).name, "perplexity", found["perplexity"])
+        yield result(text, "perplexity", found["perplexity"])
     for task, metrics in row["tasks"].items():
         for metric, value in metrics.items():
             if not metric.endswith("_stderr"):
                 yield result(task, metric.partition(",")[0], value)
 
 
-def _precision(run: RunFacts) -> str:
-    """Return what share of the weights is zero, in how many bits they are, and how large the result is."""
-    made = [name for name in _made(run) if name in ("sparsify", "quantize", "merge")]
-    reports = [run.artifacts[name].report for name in made if name in run.artifacts]
-    sparsity = next((report["sparsity"] for report in reversed(reports) if "sparsity" in report), None)
-    bits = next((report["bits"] for report in reversed(reports) if "bits" in report), None)
-    zeros = f"{sparsity:.2%} of the weights of its linear layers are zero. " if sparsity is not None else ""
-    size = human_size(sum(path.stat().st_size for path in _result(run).rglob("*") if path.is_file()))
-    return f"{zeros}{f'Linear layers have {bits} bits a weight. ' if bits else ''}Size: {size}."
+def _sparsity(run: RunFacts) -> float | None:
+    """Return what share of the weights the last step up to the result left at zero; None when none of them pruned."""
+    made = [name for name in ("merge", "quantize", "sparsify") if name in _made(run) and name in run.artifacts]
+    found = [run.artifacts[name].report["sparsity"] for name in made if "sparsity" in run.artifacts[name].report]
+    return next(iter(found), None) if "sparsify" in run.recipe else None
+
+
+def _bits(run: RunFacts) -> int | None:
+    """Return how many bits a weight of a linear layer has in the result; None of floats."""
+    format, steps = format_of(run), [run.artifacts[name].report for name in _made(run) if name in run.artifacts]
+    coded = next((report["bits"] for report in reversed(steps) if report.get("bits")), None)
+    bits = _quantization(run).get("bits") or coded
+    return int(bits) if bits and format in ("gptq", "compressed-tensors", "gguf") else None
 
 
 def _hub_data(recipe: Mapping[str, Any]) -> set[str]:
-    """Return the ids of data sets on the hub that a stored recipe names."""
+    """Return the ids of data sets on the hub that a stored recipe calibrates and trains with."""
     marked = fields_marked(Recipe, InputPath, copy.deepcopy(dict(recipe)))
-    named = [field.value for field in marked if field.marker.hub and field.place[0] != "model" and field.value]
+    used = (("calibration", "data"), ("finetune", "data"))
+    named = [field.value for field in marked if field.marker.hub and field.place[:2] in used]
     return {value for value in named if isinstance(value, str) and "/" in value and not PurePath(value).is_absolute()}
 
 
 def _license(recipe: Mapping[str, Any]) -> str | None:
     """Return the licence that the card in the base model's own folder names."""
+    import yaml
     from huggingface_hub.repocard import metadata_load
 
     file = Path(str(recipe["model"]["path"])) / CARD
     try:
         named = (metadata_load(file) or {}).get("license") if file.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return named if isinstance(named, str) else None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 LEVEL, DRAWS, CHUNK = 0.95, 10_000, 100
 """Of a bootstrap interval: how often it should hold, how many times the items are drawn, how many draws at once."""
@@ -17,9 +15,16 @@ def mcnemar(only_first: int, only_second: int) -> float:
         only_first: how many items only the first model answers right.
         only_second: how many only the second does. Items on which both agree say nothing.
     """
-    n, least = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, k) for k in range(least + 1))
-    return min(1.0, float(Fraction(2 * tail, 2**n)))
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+
+
+def t_quantile(freedom: int) -> float:
+    """Return how many standard errors of a mean reach to either end of its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:

@@ -61,6 +61,18 @@ def test_a_result_is_copied_and_named(tmp_path: Path, screen: Console) -> None:
     assert (tmp_path / "out" / "README.md").read_text() == "result, load result"
 
 
+def test_a_card_that_cannot_be_made_is_no_end_of_a_run(
+    tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: Any, out: Path) -> None:
+        raise SqftError("no card")
+
+    monkeypatch.setattr("sqft.tools.publishing.write_documents", fails)
+    (tmp_path / "result").mkdir()
+    print_result(screen, finished(tmp_path, tmp_path / "result"), tmp_path / "out")
+    assert "the model is complete, but has no card: no card" in said(screen) and said(screen).endswith("load out\n")
+
+
 def test_without_a_result_there_is_nothing_to_copy(tmp_path: Path, screen: Console) -> None:
     print_result(screen, finished(tmp_path, None), None)
     assert "result: none to load yet" in said(screen)

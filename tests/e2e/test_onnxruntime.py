@@ -81,13 +81,13 @@ def test_tiny_models(config: PretrainedConfig, quantizer: dict[str, Any], tokeni
 
 
 @pytest.mark.timeout(1800)
-def test_the_real_model(tmp_path: Path) -> None:
-    """By the builder's own choices: the head in 4 bits too, and activations in 8 while it computes."""
+@pytest.mark.parametrize(
+    ("options", "tolerance", "equal"), [(FLOATS, 0.01, 49), (FLOATS[:1], 1, 35)], ids=["floats", "8 bits"]
+)
+def test_the_real_model(options: tuple[str, ...], tolerance: float, equal: int, tmp_path: Path) -> None:
+    """With activations in floats the answers are ours; the builder's own choice, 8 bits, changes some."""
     _, tokenizer = load_model(ModelSpec(real_int4()))
     texts = [tokenizer(record["prompt"]).input_ids for record in read_records(PROBLEMS, 50)]
-    for number, options in enumerate([FLOATS, ()]):
-        (scratch := tmp_path / str(number)).mkdir()
-        report = checked(real_int4(), scratch, texts, 0.01 if options else 3, 4, *options)
-        print(report)
-        assert "210 of the quantized layers found" in report and " 0 differ" in report
-        assert int(report.split(" of 50 answers")[0].rpartition(" ")[2]) >= (49 if options else 25)
+    print(report := checked(real_int4(), tmp_path, texts, tolerance, 4, *options))
+    assert "210 of the quantized layers found" in report and " 0 differ" in report
+    assert int(report.split(" of 50 answers")[0].rpartition(" ")[2]) >= equal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def test_a_record_of_a_run_only_grows(stages: type[OneFile], orchestrator: Orche
     second = json.loads((run.folder / "run.json").read_text())
     assert list(again) == ["sparsify"] and list(second["artifacts"]) == NAMES
     assert {**second, "finished": ""} == {**first, "finished": ""}
+    shutil.rmtree(run["finetune"].folder)  # what was made of it is still there, and cannot be used alone
+    orchestrator.run(plan, until="sparsify")
+    assert list(json.loads((run.folder / "run.json").read_text())["artifacts"]) == ["sparsify"]
 
 
 def test_plugins_are_told_of_every_step(

@@ -51,7 +51,7 @@ def test_recipe_and_plan_are_enough_to_go_on(store: Store, plan: Plan) -> None:
     steps = json.loads((folder / "plan.json").read_text())
     assert [(step["name"], step["fingerprint"]) for step in steps] == [(s.name, s.fingerprint) for s in plan.steps]
     assert steps[0]["components"]["scorer"]["name"] == "wanda" and steps[0]["estimate"]["parameters"] > 0
-    assert len(steps[0]["code"]) == 64
+    assert len(steps[0]["code"]) == 64 and steps[0]["digests"] == dict(plan.steps[0].digests) != {}
 
 
 def finished(store: Store, plan: Plan, folder: Path, *steps: str) -> Run:
@@ -76,7 +76,7 @@ def test_a_report_names_its_artifacts_and_its_result(store: Store, plan: Plan) -
     assert content["artifacts"]["merge"] == "../../artifacts/merge-0123456789ab"
     result = (folder / content["result"]).resolve()
     assert result == (store.artifacts / "merge-0123456789ab" / "model").resolve()
-    assert content["loading"].endswith(f'from_pretrained("{result}", dtype="auto")')
+    assert content["loading"].endswith('from_pretrained("{result}", dtype="auto")')
 
 
 def test_the_first_start_is_kept_and_a_damaged_record_is_replaced(store: Store, plan: Plan) -> None:

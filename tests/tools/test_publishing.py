@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from sqft.errors import SqftError
+from sqft.errors import ArtifactError, SqftError
 from sqft.execution.run import Run
 from sqft.tools.publishing import documents, format_of, push, without_local_paths, write_documents
 from sqft.tools.run_report.facts import RunFacts, read_facts
@@ -47,6 +49,38 @@ def test_no_path_of_this_machine_leaves(facts: RunFacts, made_store: Path) -> No
     assert json.loads(texts["sqft-recipe.json"])["finetune"]["data"] == {"path": "train.jsonl"}
 
 
+def test_no_path_leaves_of_a_moved_store_of_options_or_of_texts(
+    facts: RunFacts, made_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made_store, tmp_path / "moved")
+    moved = read_facts(tmp_path / "moved" / "runs" / facts.name, tmp_path / "moved")
+    recipe = json.loads(json.dumps(facts.recipe))
+    recipe["sparsify"]["scorer"] = {"name": "not-installed", "options": {"folder": "/home/alice/masks"}}
+    rows = [
+        {**row, "texts": {f"{who}/t.txt": {"perplexity": 2.0} for who in ("alice", "bob")}}
+        for row in facts.report["rows"]
+    ]
+    moved = dataclasses.replace(moved, recipe=recipe, report={**facts.report, "rows": rows})
+    texts = documents(moved, "someone/small")
+    assert not any(word in text for text in texts.values() for word in ("alice", str(made_store), str(tmp_path)))
+    assert "perplexity t.txt (2)" in texts["README.md"]
+    names = [result.dataset_name for result in ModelCard(texts["README.md"]).data.eval_results or []]
+    assert {"t.txt", "t.txt (2)"} <= set(names)
+
+
+def test_a_card_says_what_an_adapter_is(facts: RunFacts, made: tuple[Run, Run]) -> None:
+    adapter = facts.ending_in(made[0]["search"].folder / "adapter", "merge it")
+    card = ModelCard(documents(adapter, "x")["README.md"])
+    assert format_of(adapter) == "sqft" and card.data.library_name is None and "acts through its merger" in card.text
+    assert "such results with" not in card.text
+
+
+def test_a_record_of_an_earlier_sqft_is_made_again(facts: RunFacts) -> None:
+    record = {name: value for name, value in facts.record.items() if name != "loading"}
+    with pytest.raises(SqftError, match="does not say what its result is; run its recipe again"):
+        documents(dataclasses.replace(facts, record=record), "x")
+
+
 def test_ids_of_the_hub_stay(facts: RunFacts, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(facts.recipe))
     recipe["model"]["path"] = "HuggingFaceTB/SmolLM2-135M"
@@ -55,16 +89,19 @@ def test_ids_of_the_hub_stay(facts: RunFacts, tmp_path: Path) -> None:
     assert (
         found["model"]["path"] == "HuggingFaceTB/SmolLM2-135M" and found["finetune"]["data"]["path"] == "openai/gsm8k"
     )
-    named = RunFacts(facts.folder, facts.report, recipe, facts.record, facts.artifacts)
-    card = ModelCard(documents(named, "x")["README.md"])
+    recipe["evaluate"]["exact_match"]["data"] = "someone/questions"
+    recipe["finetune"]["teacher"] = {"model": "someone/teacher"}
+    card = ModelCard(documents(dataclasses.replace(facts, recipe=recipe), "x")["README.md"])
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M" and card.data.datasets == ["openai/gsm8k"]
 
 
 def test_the_licence_is_the_base_models(facts: RunFacts, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     recipe = {**facts.recipe, "model": {"path": str(tmp_path)}}
-    named = RunFacts(facts.folder, facts.report, recipe, facts.record, facts.artifacts)
+    named = dataclasses.replace(facts, recipe=recipe)
     assert ModelCard(documents(named, "x")["README.md"]).data.license == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntitle: a: b: [c\n---\n")  # no YAML
+    assert ModelCard(documents(named, "x")["README.md"]).data.license is None
 
 
 def test_a_result_before_the_merge_has_its_own_numbers(facts: RunFacts, made: tuple[Run, Run]) -> None:
@@ -149,6 +186,23 @@ def test_a_push_uploads_the_result_with_its_documents(facts: RunFacts, hub: dict
 def test_a_hub_that_refuses_is_named(facts: RunFacts, hub: dict[str, Any]) -> None:
     hub["refuses"] = True
     with pytest.raises(SqftError, match=r"someone/small could not be uploaded: .*hf auth login"):
+        push(facts, "someone/small")
+
+
+def test_a_result_that_has_changed_stays(made: tuple[Run, Run], hub: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(made[0].folder.parents[1], tmp_path / "store")
+    facts = read_facts(tmp_path / "store" / "runs" / made[0].folder.name, tmp_path / "store")
+    assert facts.result is not None
+    weights = facts.result / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ArtifactError, match=r"model.safetensors has changed since it was stored"):
+        push(facts, "someone/small")
+    assert not hub
+
+
+def test_an_error_without_words_is_told(facts: RunFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(SqftError, match="someone/small could not be uploaded"):
         push(facts, "someone/small")
 
 

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import math
 import random
+from fractions import Fraction
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import bootstrap
 
-from sqft.utils.significance import bootstrap_interval, mcnemar
+from sqft.utils.significance import bootstrap_interval, mcnemar, t_quantile
 
 
-@given(st.integers(0, 400), st.integers(0, 400))
-def test_mcnemar_is_a_binomial_test_of_the_items_that_differ(first: int, second: int) -> None:
-    expected = binomtest(first, first + second).pvalue if first + second else 1.0
-    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemar_is_twice_the_tail_of_coins(first: int, second: int) -> None:
+    """Fair coins decide which model alone is right: as exact fractions."""
+    n, least = first + second, min(first, second)
+    tail = Fraction(sum(math.comb(n, k) for k in range(least + 1)), 2**n)
+    assert mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
 
 
 def test_mcnemar_of_very_many_items() -> None:
-    assert mcnemar(5000, 5000) == 1.0 and 0 < mcnemar(400, 900) < 1e-40
+    assert mcnemar(50_000, 50_000) == 1.0 and 0 < mcnemar(400, 900) < 1e-40
+
+
+def test_students_t() -> None:
+    """With one degree of freedom it is Cauchy's: tan(π · 0.475). With two, the closed form t / √(2 + t²) = 0.95."""
+    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.475))
+    t = t_quantile(2)
+    assert t / math.sqrt(2 + t * t) == pytest.approx(0.95) and t_quantile(10**6) == pytest.approx(1.96, abs=1e-3)
+
+
+def test_an_interval_is_scipys_bootstrap() -> None:
+    draw = random.Random(1)
+    differences = [draw.choice([-1.0, 0.0, 0.0, 1.0, 1.0]) for _ in range(300)]
+    found = bootstrap((differences,), numpy.mean, method="percentile", n_resamples=10_000, rng=0).confidence_interval
+    assert bootstrap_interval(differences) == pytest.approx((found.low, found.high), abs=0.005)
 
 
 def test_an_interval_of_many_items_is_the_normal_one() -> None:

@@ -13,6 +13,8 @@ from sqft.tools.run_report.facts import Series
 
 WIDTH, HEIGHT = 4.4, 2.8
 """Inches. At 72 points an inch this is about the width of a phone, so that texts can be read there."""
+TALLEST, MOST_LABELS = 7.0, 40
+"""Inches of the rows of a chart of ranks, and how many of them have a label."""
 INK = "#010203"
 """Drawn in this colour, a line or text takes the page's (`currentColor`)."""
 COLOURS = ("#3b82c4", "#d9772b", "#3a9d5d", "#b5485f", "#8464b8", "#8a8d30", "#2a9d9d", "#c45ba0")
@@ -50,7 +52,7 @@ def rank_chart(ranks: Mapping[str, Mapping[int, int]]) -> str:
     """Draw the rank of each group of layers: a row for each name in the block, a column for each block."""
     import numpy
 
-    height = max(1.5, 0.9 + 0.32 * len(ranks))
+    height = 0.9 + min(max(0.6, 0.32 * len(ranks)), TALLEST)
     with _axes("block", "", height) as (axes, svg):
         from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
         from matplotlib.patches import Patch
@@ -64,7 +66,8 @@ def rank_chart(ranks: Mapping[str, Mapping[int, int]]) -> str:
         norm = BoundaryNorm([index - 0.5 for index in range(len(known) + 1)], max(len(known), 1))
         edges = numpy.arange(table.shape[1] + 1) - 0.5
         axes.pcolormesh(edges, numpy.arange(len(ranks) + 1) - 0.5, table, cmap=ListedColormap(shades), norm=norm, lw=0)
-        axes.set_yticks(range(len(ranks)), [short_name(name) for name in ranks])
+        every = -(-len(ranks) // MOST_LABELS)  # of very many rows, as experts have, some are named
+        axes.set_yticks(range(0, len(ranks), every), [short_name(name) for name in [*ranks][::every]])
         axes.invert_yaxis()
         patches = [Patch(color=shade, label=f"rank {rank}") for shade, rank in zip(shades, known, strict=True)]
         _legend(axes, handles=patches)
@@ -73,7 +76,7 @@ def rank_chart(ranks: Mapping[str, Mapping[int, int]]) -> str:
 
 def short_name(layer: str) -> str:
     """Return a layer's name without the module that holds it: "q_proj+k_proj+v_proj" of "self_attn.q_proj+…"."""
-    return layer.rpartition(".")[2] if "*" not in layer else layer
+    return layer.rpartition(".")[2] if "experts" not in layer else layer
 
 
 @contextmanager
@@ -90,7 +93,13 @@ def _axes(x: str, y: str, height: float = HEIGHT) -> Iterator[tuple[Any, list[st
     except ModuleNotFoundError:
         raise SqftError(MISSING) from None
     ink = dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK)
-    style = {"svg.fonttype": "none", "svg.hashsalt": "sqft", "font.size": 9, "font.family": "sans-serif"}
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "sqft",
+        "text.parse_math": False,
+        "font.size": 9,
+        "font.family": "sans-serif",
+    }
     cycle = {"axes.prop_cycle": cycler(color=COLOURS)}
     with rc_context(style | ink | cycle):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqft.tools.run_report.facts import RunFacts
-from sqft.utils.significance import bootstrap_interval, mcnemar
+from sqft.tools.run_report.facts import Measure, RunFacts
+from sqft.utils.significance import LEVEL, bootstrap_interval, mcnemar, t_quantile
 from sqft.utils.statistics import paired_difference
 
 
@@ -22,7 +22,7 @@ class Comparison:
     difference: float
     """A share of right answers, or for a text the ratio of perplexities less 1."""
     interval: tuple[float, float]
-    """Where the difference lies in 95 of 100 draws of the items; for a text, ± 1.96 standard errors over windows."""
+    """Where the difference lies in 95 of 100 draws of the items; for a text, by Student's t over its windows."""
     only_first: int | None = None
     """How many items only the first answers right; None where answers are not right or wrong."""
     only_second: int | None = None
@@ -31,8 +31,8 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether 0 is outside the interval."""
-        return not self.interval[0] <= 0 <= self.interval[1]
+        """Whether 0 is outside the interval, and of right and wrong answers p is below 0.05 too."""
+        return not self.interval[0] <= 0 <= self.interval[1] and (self.p is None or self.p < 1 - LEVEL)
 
     def cells(self) -> list[str]:
         """Return the comparison as text: cells under `HEADS`."""
@@ -50,38 +50,35 @@ HEADS = ["model", "less", "measure", "difference", "95 % interval", "only it, on
 def comparisons(runs: Sequence[RunFacts]) -> Iterator[Comparison]:
     """Compare each configuration with the same one of the first run; in one run alone, its last model with all others.
 
-    Only items that both answered count. Measures that share no items are left out.
+    Only items that both answered count, under the same rules: the settings of `exact_match` or of lm-eval; of a text,
+    its content, the windows and the model's own path, on which the tokens depend.
     """
     first = runs[0]
     if len(runs) == 1:
-        *others, last = [*first.texts()] or [""]
+        *others, last = [*first.measures] or [""]
         for other in others:
-            yield from _compare((first, other, other), (first, last, last))
+            yield from _compare(first.measures[other], first.measures[last], other, last)
     for run in runs[1:]:
-        for configuration in run.texts():
-            if configuration in first.texts():
-                names = (f"{one.name}: {configuration}" for one in (first, run))
-                yield from _compare((first, configuration, next(names)), (run, configuration, next(names)))
+        for name in run.measures:
+            if name in first.measures:
+                labels = f"{first.name}: {name}", f"{run.name}: {name}"
+                yield from _compare(first.measures[name], run.measures[name], *labels)
 
 
-def _compare(one: tuple[RunFacts, str, str], other: tuple[RunFacts, str, str]) -> Iterator[Comparison]:
-    """Compare two configurations (run, configuration, label) on every measure that both have."""
-    (first_run, first, first_label), (second_run, second, second_label) = one, other
-    before, after = first_run.answers.get(first, {}), second_run.answers.get(second, {})
-    for measure in (name for name in before if name in after):
-        if found := compare_answers(before[measure], after[measure]):
-            yield Comparison(first_label, second_label, measure, *found)
-    texts = first_run.texts().get(first, {}), second_run.texts().get(second, {})
-    for role in (role for role in texts[0] if role in texts[1]):
-        try:
-            mean, error = paired_difference(texts[0][role], texts[1][role])
-        except ValueError:
-            continue  # other windows
-        if error is not None:
-            interval = math.expm1(mean - 1.96 * error), math.expm1(mean + 1.96 * error)
-            windows = len(texts[0][role]["windows"])
-            label = "perplexity" if len(texts[0]) == 1 else f"perplexity {role}"
-            yield Comparison(first_label, second_label, label, windows, math.expm1(mean), interval)
+def _compare(first: Sequence[Measure], second: Sequence[Measure], one: str, other: str) -> Iterator[Comparison]:
+    """Compare two configurations on every measure that both have under the same rules."""
+    known = {measure.rules: measure for measure in first}
+    for after in (measure for measure in second if measure.rules in known):
+        before = known[after.rules]
+        if after.windows:
+            mean, error = paired_difference(before.windows, after.windows)
+            windows = len(after.windows["windows"])
+            if error is not None:
+                half = t_quantile(windows - 1) * error
+                interval = math.expm1(mean - half), math.expm1(mean + half)
+                yield Comparison(one, other, after.name, windows, math.expm1(mean), interval)
+        elif found := compare_answers(before.answers, after.answers):
+            yield Comparison(one, other, after.name, *found)
 
 
 def compare_answers(

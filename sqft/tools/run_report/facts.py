@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import StoreError
+from sqft.execution.run import RESULT
+from sqft.recipe.stages import EVALUABLE
 from sqft.store.artifacts import Artifact, Store
 from sqft.utils.files import reason
 
@@ -26,14 +29,31 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """One way in which a model was measured, item by item."""
+
+    name: str
+    rules: str
+    """What the numbers depend on besides the model: only under equal rules are two models compared."""
+    answers: Mapping[str, float]
+    """How right each answer is, 1 or 0 for most measures, by its question; empty for a text."""
+    windows: Mapping[str, Any] = field(default_factory=dict)
+    """A text's negative log-likelihood, window by window; empty for questions."""
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """A run's folder, read, and those of its artifacts that are still in the store."""
 
     folder: Path
+    root: Path
+    """The store."""
     report: Mapping[str, Any]
     recipe: Mapping[str, Any]
     record: Mapping[str, Any]
     """`run.json`: times, versions, links, and how the result is loaded."""
+    digests: Mapping[str, Mapping[str, str]]
+    """Content digests of the files that each step reads, by their roles."""
     artifacts: Mapping[str, Artifact]
 
     @property
@@ -41,19 +61,26 @@ class RunFacts:
         return self.folder.name
 
     @property
-    def loading(self) -> str:
-        """How the result is loaded; empty when the run leaves nothing to load."""
-        return str(self.record.get("loading", ""))
-
-    @property
     def result(self) -> Path | None:
         """The folder of the result; None when there is none, or it is no longer in the store."""
         folder = (self.folder / str(self.record.get("result", ""))).resolve()
         return folder if "result" in self.record and folder.is_dir() else None
 
+    def loading(self, name: str | None = None) -> str:
+        """Return how the result is loaded, from a folder or an id on the hub; unless given, from where it is."""
+        return str(self.record.get("loading", "")).replace(RESULT, name or str(self.result))
+
     def ending_in(self, result: Path, loading: str) -> RunFacts:
-        """Return the facts with another result, such as that of a run which stopped before the last step."""
+        """Return the facts with another result, such as that of a run which stopped before the last step; `loading` has
+        `RESULT` in place of the folder."""
         return dataclasses.replace(self, record={**self.record, "result": str(result.resolve()), "loading": loading})
+
+    def configurations(self) -> dict[str, str]:
+        """Return the step that measured each configuration, in the order in which models are made."""
+        order = [stage.partition(":")[0] for stage in EVALUABLE]
+        steps = [name for name, artifact in self.artifacts.items() if artifact.manifest["stage"] == "evaluate"]
+        measured = {name.partition(":")[2]: name for name in steps}
+        return dict(sorted(measured.items(), key=lambda one: order.index(one[0].partition(":")[0])))
 
     def losses(self) -> Series:
         """Return the loss of each optimizer step, its mean over steps, and that of validation where there was any."""
@@ -77,11 +104,12 @@ class RunFacts:
         return {"trial": list(enumerate(values, 1)), "best so far": list(enumerate(best, 1))}
 
     def ranks(self) -> dict[str, dict[int, int]]:
-        """Return the chosen rank of every group of layers: by its name in the block, and by the block's number."""
+        """Return the chosen rank of every group of layers, each expert's too: by its name in the block, and by the
+        block's number."""
         space, choice = self._json("finetune", "space.json"), self._json("search", "choice.json")
         found: dict[str, dict[int, int]] = defaultdict(dict)
         for order, (group, rank) in enumerate(zip(space.get("groups", ()), choice.get("ranks", ()), strict=False)):
-            block, name = in_block(group["name"], order)
+            block, name = in_block(group["name"], order, experts=True)
             found[name][block] = rank
         return dict(found)
 
@@ -100,39 +128,67 @@ class RunFacts:
         return {label: by_block(layers) for label, layers in found.items()}
 
     @cached_property
-    def answers(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return how right each answer is, 1 or 0 for most measures: by configuration, measure and item."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for name, artifact in self.artifacts.items():
-            if artifact.manifest["stage"] != "evaluate":
-                continue
-            measures = found.setdefault(name.partition(":")[2], {})
-            answers = self._lines(name, "predictions.jsonl")
-            measures["accuracy"] = by_question((f"{a['prompt']}\0{a['expected']}", a["right"]) for a in answers)
-            for task, metrics in artifact.report.get("tasks", {}).items():
-                samples = self._lines(name, f"samples/{task.replace('/', '_')}.jsonl")
-                for metric in (metric for metric in metrics if not metric.endswith("_stderr")):
-                    key, _, used = metric.partition(",")
-                    scored = [s for s in samples if s.get("filter", "none") == (used or "none") and key in s]
-                    measures[f"{task} {metric}"] = by_question((s["doc_hash"], s[key]) for s in scored)
-        return found
+    def measures(self) -> dict[str, list[Measure]]:
+        """Every measure of each configuration that was taken item by item."""
+        return {
+            configuration: [*self._matched(step), *self._tasks(step), *self._texts(step)]
+            for configuration, step in self.configurations().items()
+        }
 
-    def texts(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        """Return what perplexity was measured window by window: by configuration and text."""
-        evaluated = [(name, a) for name, a in self.artifacts.items() if a.manifest["stage"] == "evaluate"]
-        return {name.partition(":")[2]: artifact.report.get("texts", {}) for name, artifact in evaluated}
+    def _matched(self, step: str) -> Iterator[Measure]:
+        """Yield the answers to `exact_match`."""
+        if answers := self._lines(step, "predictions.jsonl"):
+            section = self.recipe["evaluate"]["exact_match"]
+            rules = {key: value for key, value in section.items() if key not in ("data", "batch_size")}
+            right = ((f"{one['prompt']}\0{one['expected']}", one["right"]) for one in answers)
+            yield Measure("accuracy", json.dumps(rules, sort_keys=True), by_question(right))
+
+    def _tasks(self, step: str) -> Iterator[Measure]:
+        """Yield the answers to lm-eval's tasks, where they were kept and a metric is the mean over them."""
+        report = self.artifacts[step].report
+        asked = report.get("lm_eval", {})
+        shared = {name: value for name, value in asked.items() if name not in ("names", "tasks")}
+        for task, metrics in report.get("tasks", {}).items():
+            samples = self._lines(step, f"samples/{task.replace('/', '_')}.jsonl")
+            rules = json.dumps([task, shared, asked.get("tasks", {}).get(task)], sort_keys=True)
+            for metric in (metric for metric in metrics if not metric.endswith("_stderr")):
+                key, _, used = metric.partition(",")
+                scored = [s for s in samples if s.get("filter", "none") == (used or "none") and key in s]
+                answers = by_question((s["doc_hash"], s[key]) for s in scored)
+                if answers and math.isclose(statistics.fmean(answers.values()), metrics[metric], abs_tol=1e-6):
+                    yield Measure(f"{task} {metric}", f"{metric} {rules}", answers)
+
+    def _texts(self, step: str) -> Iterator[Measure]:
+        """Yield the windows of each text, under the names that the results have."""
+        texts, configuration = self.artifacts[step].report.get("texts", {}), step.partition(":")[2]
+        row = next(row for row in self.report["rows"] if row["configuration"].partition(" ")[0] == configuration)
+        names = list(row["texts"]) if len(row.get("texts", ())) == len(texts) else list(texts)
+        for (role, measured), name in zip(texts.items(), names, strict=True):
+            # Without a digest, as in earlier records, a text is compared within its run alone.
+            digest = self.digests.get(step, {}).get(role) or f"{self.folder} {role}"
+            rules = json.dumps([digest, self.recipe["model"]["path"], measured["window_tokens"]])
+            yield Measure("perplexity" if len(texts) == 1 else f"perplexity {name}", rules, {}, measured)
 
     def _report(self, step: str) -> Mapping[str, Any]:
         return self.artifacts[step].report if step in self.artifacts else {}
 
     def _json(self, step: str, name: str) -> Any:
-        return self.artifacts[step].read_json(name) if self._has(step, name) else {}
+        return self._read(step, name, json.loads) if self._has(step, name) else {}
 
     def _lines(self, step: str, name: str) -> list[Any]:
-        if not self._has(step, name):
-            return []
-        text = (self.artifacts[step].folder / name).read_text("utf-8", errors="replace")
-        return [json.loads(line) for line in text.splitlines()]
+        """Return the entries of a JSON Lines file; only a line feed ends a line, and not every line of Unicode's."""
+
+        def parse(text: str) -> list[Any]:
+            return [json.loads(line) for line in text.split("\n") if line]
+
+        return self._read(step, name, parse) if self._has(step, name) else []
+
+    def _read(self, step: str, name: str, parse: Callable[[str], Any]) -> Any:
+        file = self.artifacts[step].folder / name
+        try:
+            return parse(file.read_text("utf-8", errors="replace"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file} is damaged ({reason(error)}); run with --fresh {step}") from None
 
     def _has(self, step: str, name: str) -> bool:
         return step in self.artifacts and name in self.artifacts[step].manifest["files"]
@@ -151,13 +207,15 @@ def read_facts(folder: Path, root: Path) -> RunFacts:
         report, recipe, record, plan = (
             json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("report", "recipe", "run", "plan")
         )
+        _ = report["rows"], report["steps"], report["seed"], recipe["model"]["path"], record["versions"]["sqft"]
         made = [(step["name"], step["fingerprint"]) for step in plan if step["name"] in record["artifacts"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        digests = {step["name"]: step.get("digests", {}) for step in plan}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreError(f"run {folder.name} cannot be read ({reason(error)}); run its recipe again") from None
     store = Store(root)
     found = {name: store.find(name.partition(":")[0], fingerprint) for name, fingerprint in made}
     artifacts = {name: artifact for name, artifact in found.items() if artifact}
-    return RunFacts(folder, report, recipe, record, artifacts)
+    return RunFacts(folder, root, report, recipe, record, digests, artifacts)
 
 
 def by_question(values: Iterable[tuple[str, Any]]) -> dict[str, float]:
@@ -175,11 +233,15 @@ def by_question(values: Iterable[tuple[str, Any]]) -> dict[str, float]:
     return found
 
 
-def in_block(layer: str, order: int) -> tuple[int, str]:
-    """Return the number of a layer's block and the layer's name in it, experts' numbers as "*"; where the name has no
-    number, its order among all."""
+def in_block(layer: str, order: int, experts: bool = False) -> tuple[int, str]:
+    """Return the number of a layer's block and the layer's name in it; where it has no number, its order among all.
+
+    An expert's number is "*", unless `experts`.
+    """
     match = BLOCK.search(layer)
-    return (int(match[1]), re.sub(r"\b\d+\b", "*", match[2])) if match else (order, layer)
+    if match is None:
+        return order, layer
+    return int(match[1]), match[2] if experts else re.sub(r"\b\d+\b", "*", match[2])
 
 
 def by_block(layers: Mapping[str, float]) -> Series:

@@ -34,13 +34,13 @@ def render(runs: Sequence[RunFacts]) -> str:
 
     compared = list(comparisons(runs))
     differing = [index for index, comparison in enumerate(compared) if comparison.differs]
-    lines = [line for run in runs for line in settings_of_tasks(run.report)]
+    lines = [(run.name, line) for run in runs for line in settings_of_tasks(run.report)]
     environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
     text = environment.get_template("page.html").render(
         title=" and ".join(run.name for run in runs),
         subtitle=f"sqft {runs[0].record['versions']['sqft']}, seed {', '.join(str(r.report['seed']) for r in runs)}",
         results=_results(runs),
-        settings=list(dict.fromkeys(lines)),
+        settings=[line if len(runs) == 1 else f"{name}: {line}" for name, line in lines],
         compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing},
         overall=list(_overall(runs)),
         runs=[_run(run) for run in runs],
@@ -75,7 +75,7 @@ def _run(run: RunFacts) -> dict[str, Any]:
         "charts": list(_charts(run)),
         "missing": ", ".join(name for name in record["artifacts"] if name not in run.artifacts),
         "cost": {"heads": ["step", "time", "peak memory", "on disk"], "rows": cost},
-        "loading": run.loading,
+        "loading": run.loading() if run.result else "",
         "recipe": json.dumps(run.recipe, indent=2, ensure_ascii=False),
         "versions": "\n".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
@@ -93,7 +93,9 @@ def _charts(run: RunFacts) -> Iterator[Chart]:
         caption = "Mean loss of a label in each optimizer step, and the mean over the last ten steps."
         yield Chart("Loss of fine-tuning", charts.line_chart(losses, "step", "loss"), caption)
     if trials := run.trials():
-        caption = "Each configuration that the search evaluated, in order; higher is better."
+        caption = (
+            "Each configuration that the search evaluated on as many samples as the last, in order; higher is better."
+        )
         yield Chart("Search", charts.line_chart(trials, "trial", "value"), caption)
     if ranks := run.ranks():
         caption = "The rank of every group of layers in the configuration that the search chose."

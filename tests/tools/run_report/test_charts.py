@@ -75,3 +75,14 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SqftError, match=r"pip install 'sqft\[report\]'"):
         charts.line_chart({"a": [(0, 1.0)]}, "x", "y")
+
+
+def test_signs_of_mathematics_are_text() -> None:
+    assert "cost $^$ 5" in texts(charts.line_chart({"a$b$c": [(0, 1.0)], "b": [(0, 2.0)]}, "step", "cost $^$ 5"))
+
+
+def test_ranks_of_very_many_experts_stay_on_the_page() -> None:
+    ranks = {f"mlp.experts.{n}.up_proj": {0: 8 if n % 2 else 4} for n in range(300)}
+    root = ElementTree.fromstring(charts.rank_chart(ranks))
+    assert float((root.get("viewBox") or "").split()[3]) < 72 * 8.5
+    assert {"rank 4", "rank 8", "mlp.experts.0.up_proj"} <= set(texts(charts.rank_chart(ranks)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 
 from sqft.execution.run import Run
-from sqft.tools.run_report.comparison import compare_answers, comparisons
+from sqft.tools.run_report.comparison import Comparison, compare_answers, comparisons
 from sqft.tools.run_report.facts import read_facts
 
 
@@ -32,13 +34,32 @@ def test_one_run_compares_its_last_model_with_all_others(made: tuple[Run, Run], 
 def test_several_runs_are_compared_with_the_first(made: tuple[Run, Run], made_store: Path) -> None:
     first, second = (read_facts(run.folder, made_store) for run in made)
     found = [one for one in comparisons([first, second]) if one.measure == "perplexity"]
-    assert [one.first for one in found] == [f"{first.name}: {name}" for name in first.texts()]
-    assert [one.second for one in found] == [f"{second.name}: {name}" for name in second.texts()]
+    assert [one.first for one in found] == [f"{first.name}: {name}" for name in first.configurations()]
+    assert [one.second for one in found] == [f"{second.name}: {name}" for name in second.configurations()]
     rows = [{row["configuration"]: row for row in run.report["rows"]} for run in made]
     sparsify = next(one for one in found if one.first.endswith("sparsify"))
     assert sparsify.difference == pytest.approx(
         rows[1]["sparsify"]["perplexity"] / rows[0]["sparsify"]["perplexity"] - 1
     )
+
+
+def test_only_what_was_measured_under_the_same_rules_is_compared(made: tuple[Run, Run], made_store: Path) -> None:
+    """Another text, answers graded otherwise, and a record of an earlier sqft, which does not know its texts."""
+    first, second = (read_facts(run.folder, made_store) for run in made)
+    roles = {step: dict.fromkeys(digests, "another") for step, digests in second.digests.items()}
+    other_text = dataclasses.replace(second, digests=roles)
+    assert {one.measure for one in comparisons([first, other_text])} == {"accuracy"}
+    assert {one.measure for one in comparisons([first, dataclasses.replace(second, digests={})])} == {"accuracy"}
+    graded = copy.deepcopy(dict(second.recipe))
+    graded["evaluate"]["exact_match"]["max_new_tokens"] = 9
+    assert {one.measure for one in comparisons([first, dataclasses.replace(second, recipe=graded)])} == {"perplexity"}
+
+
+def test_few_answers_that_differ_are_no_difference() -> None:
+    """Four answers that only one model has right: no interval of draws has 0, and yet p is 0.125."""
+    found = compare_answers({str(n): 0.0 for n in range(200)}, {str(n): float(n < 4) for n in range(200)})
+    assert found is not None and found[2][0] > 0 and found[5] == 0.125
+    assert not Comparison("a", "b", "accuracy", *found).differs
 
 
 def test_right_and_wrong_answers() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -49,13 +51,14 @@ def test_sparsity_and_errors_by_block(facts: RunFacts, made: tuple[Run, Run], ma
 
 def test_answers_are_as_right_as_the_report_says(facts: RunFacts, made: tuple[Run, Run]) -> None:
     for row in made[0].report["rows"]:
-        answers = facts.answers[row["configuration"].partition(" ")[0]]["accuracy"]
+        accuracy, *_ = facts.measures[row["configuration"].partition(" ")[0]]
+        answers = accuracy.answers
         assert len(answers) == 10 and fmean(answers.values()) == pytest.approx(row["accuracy"])
 
 
 def test_the_result_and_how_it_is_loaded(facts: RunFacts, made: tuple[Run, Run]) -> None:
     assert facts.result == made[0]["merge"].folder.resolve() / "model"
-    assert facts.loading.endswith(f'from_pretrained("{facts.result}", dtype="auto")')
+    assert facts.loading().endswith(f'from_pretrained("{facts.result}", dtype="auto")')
 
 
 def test_an_artifact_that_is_gone_is_missing_and_nothing_else(
@@ -85,6 +88,52 @@ def test_a_run_that_cannot_be_read(
         read_facts(folder, tmp_path / "store")
 
 
+def test_a_moved_store_says_where_the_result_is_now(made: tuple[Run, Run], made_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(made_store, tmp_path / "moved")
+    facts = read_facts(tmp_path / "moved" / "runs" / made[0].folder.name, tmp_path / "moved")
+    assert str(tmp_path / "moved") in facts.loading() and str(made_store) not in facts.loading()
+
+
+def test_configurations_are_in_the_order_in_which_models_are_made(facts: RunFacts) -> None:
+    backwards = dataclasses.replace(facts, artifacts=dict(reversed(facts.artifacts.items())))
+    assert [*backwards.configurations()] == ["model", "sparsify", "finetune:maximal", "search", "merge"]
+
+
+def evaluated(facts: RunFacts, tmp_path: Path, files: dict[str, str], **report: Any) -> RunFacts:
+    """The facts with another evaluation of the merged model."""
+    artifact = facts.artifacts["evaluate:merge"]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    manifest = artifact.manifest | {"files": {name: {} for name in files}, "report": artifact.report | report}
+    return dataclasses.replace(
+        facts, artifacts={"evaluate:merge": dataclasses.replace(artifact, folder=tmp_path, manifest=manifest)}
+    )
+
+
+def test_of_lm_evals_metrics_those_count_that_are_means_over_answers(facts: RunFacts, tmp_path: Path) -> None:
+    """lambada's perplexity is of a log-likelihood in each answer: the mean of these is no perplexity."""
+    samples = [{"doc_hash": h, "filter": "none", "acc": a, "perplexity": -2.0} for h, a in (("x", 1.0), ("y", 0.0))]
+    text = "".join(json.dumps(one) + "\n" for one in samples)
+    other = evaluated(
+        facts, tmp_path, {"samples/toy.jsonl": text}, tasks={"toy": {"acc": 0.5, "acc_stderr": 0.5, "perplexity": 7.4}}
+    )
+    names = [measure.name for measure in other.measures["merge"]]
+    assert "toy acc" in names and "toy perplexity" not in names
+
+
+def test_a_line_ends_at_a_line_feed_only(facts: RunFacts, tmp_path: Path) -> None:
+    answer = {"prompt": "one\u2028two\u0085three", "expected": "3", "right": True}
+    other = evaluated(facts, tmp_path, {"predictions.jsonl": json.dumps(answer, ensure_ascii=False) + "\n"})
+    (accuracy,) = [measure for measure in other.measures["merge"] if measure.name == "accuracy"]
+    assert list(accuracy.answers.values()) == [1.0]
+
+
+def test_a_damaged_file_is_named(facts: RunFacts, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"predictions.jsonl is damaged .*--fresh evaluate:merge"):
+        _ = evaluated(facts, tmp_path, {"predictions.jsonl": "{\n"}).measures
+
+
 @pytest.mark.parametrize(
     ("layer", "found"),
     [
@@ -95,6 +144,10 @@ def test_a_run_that_cannot_be_read(
 )
 def test_where_a_layer_is(layer: str, found: tuple[int, str]) -> None:
     assert in_block(layer, 7) == found
+
+
+def test_each_expert_has_its_own_rank() -> None:
+    assert in_block("model.layers.0.mlp.experts.11.w1", 7, experts=True) == (0, "mlp.experts.11.w1")
 
 
 def test_experts_are_averaged() -> None:

@@ -111,3 +111,9 @@ def test_in_a_browser_no_part_is_wider_than_the_page_and_nothing_fails(
     assert found, done.stdout[-500:] + done.stderr[-500:]
     assert int(found[1]) <= width and int(found[2]) == pages[1].count("<svg") and found[3] == "true"
     assert "CONSOLE" not in done.stderr
+    # As it is shipped: what its own policy forbids, such as any request, is reported to the console.
+    (tmp_path / "shipped.html").write_text(pages[1])
+    shipped = subprocess.run(
+        [*command, f"file://{tmp_path / 'shipped.html'}"], capture_output=True, text=True, timeout=120
+    )
+    assert "Cost of each step" in shipped.stdout and "CONSOLE" not in shipped.stderr
