@@ -88,7 +88,7 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
     if arguments.choices:
         raw["finetune"]["data"] = {"path": str(data / "train.jsonl"), "prompt": "multiple-choice"}
         del raw["evaluate"]["exact_match"]
-        raw["evaluate"] |= {"tasks": ["choices"], "include_path": str(data / "task")}
+        raw["evaluate"] |= {"tasks": ["choices"], "include_path": str(data / "task"), "log_samples": True}
     else:
         raw["evaluate"]["exact_match"] = {
             "data": str(data / "test.jsonl"),
