@@ -13,6 +13,8 @@ from sqft.errors import ArtifactError, ModelError
 from sqft.utils.files import write_json, written_whole
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands in a Git repository for a large one."""
 
 
 def weight_files(path: Path) -> dict[Path, set[str]]:
@@ -49,8 +51,11 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors in a safetensors file, from its header alone.
 
     Raises:
-        ArtifactError: when the header is invalid, or the file is shorter than the header says.
+        ArtifactError: when the header is invalid, the file is shorter than the header says, or it only stands for one.
     """
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ArtifactError(f"{path} is a Git LFS pointer, and not the weights; run `git lfs pull` in its folder")
     try:
         header, start = _raw_header(path)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

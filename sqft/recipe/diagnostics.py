@@ -17,6 +17,21 @@ M = TypeVar("M", bound=BaseModel)
 Place = tuple[str | int, ...]
 PLACEHOLDER = "placeholder"
 ROUNDS = 8
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "lr_scheduler_type": "schedule",
+    "target_modules": "targets",
+    "lora_target_modules": "targets",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "model_name_or_path": "path",
+}
+"""What other programs call some of the keys here."""
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
@@ -30,6 +45,9 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
             message = _unknown_key(str(where[-1]), _keys_at(model, where[:-1]))
         elif item["type"] == "missing":
             message = "is missing"
+        elif item["type"] in ("tuple_type", "list_type"):
+            message = f"input should be a list, found {brief(item['input'])}"
+            message += '; ["*"] is all of them' if item["input"] == "all-linear" else ""
         elif item["type"] not in ("value_error",):
             message = f"{message[0].lower()}{message[1:]}, found {brief(item['input'])}"
         problems.append(Problem(place, message))
@@ -43,7 +61,7 @@ def _place(item: Any) -> Place:
 
 def _unknown_key(key: str, known: list[str]) -> str:
     message = f"unknown key; known here: {', '.join(known) or 'none'}."
-    close = difflib.get_close_matches(key, known, n=1)
+    close = [ELSEWHERE[key]] if ELSEWHERE.get(key) in known else difflib.get_close_matches(key, known, n=1)
     return f"{message} Did you mean '{close[0]}'?" if close else message
 
 

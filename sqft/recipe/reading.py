@@ -30,7 +30,8 @@ def read_json(path: Path) -> Any:
         raise RecipeError([Problem("", "is not UTF-8 text; save it as UTF-8")], str(path)) from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise RecipeError([Problem(place, f"not valid JSON: {error.msg}")], str(path)) from None
+        hint = "; recipes are JSON, and YAML is not read" if path.suffix in (".yaml", ".yml") else ""
+        raise RecipeError([Problem(place, f"not valid JSON: {error.msg}{hint}")], str(path)) from None
     except ValueError as error:
         raise RecipeError([Problem("", str(error))], str(path)) from None
     except RecursionError:

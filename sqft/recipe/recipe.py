@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,6 +81,7 @@ class Recipe(Section):
         Raises:
             RecipeError: with every mistake and its path.
         """
+        raw = copy.deepcopy(raw)
         for change in changes:
             apply(raw, change, source, cls)
         return cls.parse(raw, folder, source)

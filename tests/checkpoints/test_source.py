@@ -47,6 +47,12 @@ def test_the_digest_is_of_what_makes_the_result(folder: Path, tmp_path: Path, fi
         digest = changed
 
 
+def test_an_adapter_beside_the_model_is_refused(folder: Path, assert_rejected: Callable[..., None]) -> None:
+    """transformers would load both as one, and what is measured as the model would be another one."""
+    (folder / "adapter_config.json").write_text("{}")
+    assert_rejected(folder, "holds a PEFT adapter beside the model", "merge the adapter first, or move its files")
+
+
 @pytest.mark.parametrize("sizes", [[64, 128], "64", None])
 def test_a_size_that_is_no_number_is_none(folder: Path, sizes: Any, find: Callable[..., ModelSource]) -> None:
     """Some configs give a number for each layer."""

@@ -35,6 +35,12 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
         ({"model": {"path": "m"}}, "name: is missing"),
         (changed("sparsify", sparsity=2), "sparsify.sparsity: input should be less than 1, found 2"),
         (changed("sparsify", patern="2:4"), "sparsify.patern: unknown key; known here: .* Did you mean 'pattern'?"),
+        (changed("finetune", lr=1), "finetune.lr: unknown key; known here: .* Did you mean 'learning_rate'?"),
+        (changed("finetune", targets="q_proj"), 'finetune.targets: input should be a list, found "q_proj"'),
+        (
+            changed("finetune", targets="all-linear"),
+            r'finetune.targets: .* a list, found "all-linear"; \["\*"\] is all',
+        ),
         (changed("sparsify", xyzzy=1), "sparsify.xyzzy: unknown key; known here: .*exclude."),
         (changed("finetune", data=[]), "finetune.data: tuple should have at least 1 item"),
         (

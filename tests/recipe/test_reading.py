@@ -107,3 +107,9 @@ def test_a_change_that_leads_nowhere(change: str, place: str, message: str) -> N
 def test_a_change_of_what_is_no_object(raw: Any) -> None:
     with pytest.raises(RecipeError, match="there is no such path in the recipe"):
         apply(raw, "name=x", "r.json", Recipe)
+
+
+def test_a_recipe_in_yaml_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: x\n")
+    with pytest.raises(RecipeError, match=r"not valid JSON: .*; recipes are JSON, and YAML is not read"):
+        read_json(tmp_path / "r.yaml")

@@ -264,3 +264,10 @@ def test_a_change_inside_a_list_of_data(raw: dict[str, Any]) -> None:
     changed = Recipe.changed(raw, ["finetune.data.1.weight=2"])
     assert changed.finetune and isinstance(changed.finetune.data, tuple)
     assert [(data.path, data.weight) for data in changed.finetune.data] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
+
+
+def test_changes_leave_the_callers_data_alone() -> None:
+    raw = {"name": "x", "model": {"path": "m"}, "sparsify": {"scorer": "wanda"}}
+    before = copy.deepcopy(raw)
+    assert Recipe.changed(raw, ["sparsify.sparsity=0.7"]).sparsify.sparsity == 0.7  # type: ignore[union-attr]
+    assert raw == before
