@@ -58,8 +58,8 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
     config = read_object(path / "config.json")
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"{path} holds a PEFT adapter beside the model (adapter_config.json), and transformers would load both as one; "
-            "merge the adapter first, or move its files elsewhere"
+            f"{path} holds a PEFT adapter beside the model (adapter_config.json), and transformers would load both as "
+            "one; merge the adapter first, or move its files elsewhere"
         )
     if dequantize is not None:
         check_dequantize(path, config, dequantize)
