@@ -207,7 +207,7 @@ THE_RECIPE: list[tuple[str, Change, str]] = [
     ("an unknown merger", put("finetune.merger", "sparspeft"), "finetune.merger: no merger named|Did you mean 'sparsepeft'?"),
     ("an unknown searcher", put("search.searcher", "hill-climb"), "search.searcher: no searcher named|Did you mean 'hill-climbing'?"),
     ("an unknown exporter", put("export", [{"exporter": "hff"}]), "export.0.exporter: no exporter named|Did you mean 'hf'?"),
-    ("an export that is no list", put("export", {"exporter": "hf"}), "export: input should be a valid tuple"),
+    ("an export that is no list", put("export", {"exporter": "hf"}), "export: input should be a list"),
     ("an unknown option", put("finetune.adapter.options.rank", [4]), "finetune.adapter.options.rank: unknown key|Did you mean 'ranks'?"),
     ("an option out of range", put("finetune.adapter.options.alpha", -1), "finetune.adapter.options.alpha: input should be greater than 0"),
     ("ranks that rise", put("finetune.adapter.options.ranks", [2, 4]), "finetune.adapter.options.ranks: ranks must go from large to small"),
