@@ -53,9 +53,6 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ArtifactError: when the header is invalid, the file is shorter than the header says, or it only stands for one.
     """
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ArtifactError(f"{path} is a Git LFS pointer, and not the weights; run `git lfs pull` in its folder")
     try:
         header, start = _raw_header(path)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -66,6 +63,11 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{bad[0]} has the shape {shapes[bad[0]]!r:.60}")
         return shapes
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ArtifactError(
+                    f"{path} is a Git LFS pointer, and not the weights; run `git lfs pull` in its folder"
+                ) from None
         cause = error if isinstance(error, ValueError) else "its header is invalid"
         raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
 

@@ -59,7 +59,7 @@ def print_result(screen: Any, run: Run, output: Path | None) -> None:
     Raises:
         SqftError: when there is nothing to copy, or the copy cannot be written.
     """
-    from sqft.execution.run import RESULT, loading_instructions
+    from sqft.execution.run import loading_instructions, loading_template
     from sqft.tools.publishing import write_documents
     from sqft.tools.run_report.facts import read_facts
     from sqft.utils.files import copy_folder
@@ -81,8 +81,8 @@ def print_result(screen: Any, run: Run, output: Path | None) -> None:
             raise SqftError(f"--output {output} cannot be written: {reason}; the result stays in {result}") from None
         made, result = result, output
         try:
-            loading = loading_instructions(made.resolve(), run).replace(str(made.resolve()), RESULT)
-            write_documents(read_facts(run.folder, run.folder.parents[1]).ending_in(made, loading), output)
+            facts = read_facts(run.folder, run.folder.parents[1])
+            write_documents(facts.ending_in(made, loading_template(made, run)), output)
         except (SqftError, OSError) as error:
             screen.print(f"the model is complete, but has no card: {error}", highlight=False, markup=False)
     result = result.resolve()

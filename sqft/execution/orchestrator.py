@@ -114,11 +114,7 @@ class Orchestrator:
             finished = finished_artifacts(self.store, plan, outcomes)
             report = make_report(plan, finished)
             if self.processes.is_main:
-                done: dict[str, Outcome] = {}
-                for step in plan.steps:
-                    if step.name in finished and done.keys() >= set(step.inputs.values()):
-                        done[step.name] = Outcome(step, finished[step.name])
-                write_report(self.store, Run(plan, folder, done, report), started)
+                write_report(self.store, Run(plan, folder, usable_outcomes(plan, finished), report), started)
         return Run(plan, folder, outcomes, report)
 
     def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
@@ -224,6 +220,15 @@ def finished_artifacts(store: Store, plan: Plan, outcomes: Mapping[str, Outcome]
     earlier = {step.name: store.find(step.stage, step.fingerprint) for step in later}
     made = {name: outcome.artifact for name, outcome in outcomes.items()}
     return made | {name: artifact for name, artifact in earlier.items() if artifact}
+
+
+def usable_outcomes(plan: Plan, finished: Mapping[str, Artifact]) -> dict[str, Outcome]:
+    """Return the outcomes of those steps whose inputs are there too, by step: without them nothing can be loaded."""
+    usable: dict[str, Outcome] = {}
+    for step in plan.steps:
+        if step.name in finished and usable.keys() >= set(step.inputs.values()):
+            usable[step.name] = Outcome(step, finished[step.name])
+    return usable
 
 
 def steps_until(plan: Plan, stage: str | None) -> list[Step]:

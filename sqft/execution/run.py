@@ -130,3 +130,9 @@ def loading_instructions(result: Path, run: Run) -> str:
         "from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("{result}", dtype="auto")'
     )
+
+
+def loading_template(result: Path, run: Run) -> str:
+    """Return the instructions with `RESULT` in place of the folder."""
+    folder = result.resolve()
+    return loading_instructions(folder, run).replace(str(folder), RESULT)

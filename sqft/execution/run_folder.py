@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.execution.report import report_markdown
-from sqft.execution.run import RESULT, Run, loading_instructions
+from sqft.execution.run import Run, loading_template
 from sqft.planning.fingerprint import core_digest
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.rerun import with_absolute_paths
@@ -62,7 +62,7 @@ def write_report(store: Store, run: Run, started: str) -> None:
     if result := run.result():
         folder = result.resolve()
         content |= {"result": f"../../artifacts/{folder.parent.name}/{folder.name}"}
-        content |= {"loading": loading_instructions(folder, run).replace(str(folder), RESULT)}
+        content |= {"loading": loading_template(result, run)}
     with store.writing():
         write_json(run.folder / "report.json", run.report)
         (run.folder / "report.md").write_text(report_markdown(run.report), "utf-8")

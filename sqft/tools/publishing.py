@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, cast
 
@@ -20,7 +21,8 @@ from sqft.tools.run_report.facts import RunFacts
 from sqft.tools.run_report.page import render
 from sqft.types import InputPath
 from sqft.utils.files import reason, write_text
-from sqft.utils.text import escaped, human_size
+from sqft.utils.hub import HUB_ID
+from sqft.utils.text import human_size, markdown_rows
 
 CARD, RECIPE, REPORT = "README.md", "sqft-recipe.json", "sqft-report.html"
 """Files beside a result. Not "recipe.json": a folder with that is a run's."""
@@ -69,10 +71,8 @@ def documents(run: RunFacts, name: str) -> dict[str, str]:
     format, public = format_of(run), _public(run, name)
     texts = {CARD: card(public, name, format, _license(run.recipe))}
     texts[RECIPE] = json.dumps(public.recipe, indent=2, ensure_ascii=False) + "\n"
-    try:
+    if find_spec("matplotlib"):  # without it, the card has the table
         texts[REPORT] = render([public])
-    except SqftError:
-        pass  # without matplotlib, the card has the table
     return texts
 
 
@@ -141,7 +141,7 @@ def card(run: RunFacts, name: str, format: str, license: str | None = None) -> s
     lines += [f"sqft's tests open such results with {what.tried}."] if what.tried else []
     lines += ["The zeros by themselves make no program faster: they are stored like other weights."] if sparsity else []
     if cells:
-        lines += ["## Results", "\n".join([_line(heads), "|---" * len(heads) + "|", *map(_line, cells)])]
+        lines += ["## Results", markdown_rows(heads, cells)]
         lines.append("Each row is a step, measured before any export. ± is a standard error over the items.")
     lines += ["## Recipe", f"`{RECIPE}` (of paths, only the last part is left):"]
     lines.append(f"```json\n{json.dumps(run.recipe, indent=2, ensure_ascii=False)}\n```")
@@ -210,7 +210,7 @@ def _last_part(value: Any) -> Any:
 def base_model(recipe: Mapping[str, Any]) -> str | None:
     """Return the Hugging Face id of a stored recipe's own model; None for a folder or a file."""
     path = str(recipe["model"]["path"])
-    return path if "/" in path and not PurePath(path).is_absolute() else None
+    return path if HUB_ID.fullmatch(path) else None
 
 
 def format_of(run: RunFacts) -> str:
@@ -306,7 +306,7 @@ def _hub_data(recipe: Mapping[str, Any]) -> set[str]:
     marked = fields_marked(Recipe, InputPath, copy.deepcopy(dict(recipe)))
     used = (("calibration", "data"), ("finetune", "data"))
     named = [field.value for field in marked if field.marker.hub and field.place[:2] in used]
-    return {value for value in named if isinstance(value, str) and "/" in value and not PurePath(value).is_absolute()}
+    return {value for value in named if isinstance(value, str) and HUB_ID.fullmatch(value)}
 
 
 def _license(recipe: Mapping[str, Any]) -> str | None:
@@ -320,7 +320,3 @@ def _license(recipe: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return named if isinstance(named, str) else None
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(map(escaped, cells))} |"

@@ -29,8 +29,13 @@ def human_size(size: float) -> str:
 
 
 def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, under its title; Markdown's own characters in cells are escaped."""
-    return "\n".join([f"# {title}", "", _line(head), "|" + "---|" * len(head), *map(_line, rows)]) + "\n"
+    """Return a table in Markdown, under its title."""
+    return f"# {title}\n\n{markdown_rows(head, rows)}\n"
+
+
+def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; Markdown's own characters in cells are escaped."""
+    return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
 
 
 def _line(cells: Sequence[str]) -> str:

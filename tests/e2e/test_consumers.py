@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+from transformers import Qwen3_5TextConfig
 
-from sqft import Orchestrator, Recipe, Registry, Run
+from sqft import Orchestrator, Registry, Run
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import unpack_mask
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.quantized import read_quantized
 from tests.support.elsewhere import ROOT, elsewhere
+from tests.support.models_for_others import quantized_folder, save_random
 
 pytestmark = pytest.mark.slow
 RECIPE = ROOT / "examples" / "recipes" / "qa-sparsepeft.json"
@@ -92,9 +93,7 @@ def test_other_grids_elsewhere(options: dict[str, Any], consumer: str, tmp_path:
         "calibration": {"data": str(ROOT / "examples/quickstart/data/calibration.jsonl"), "samples": 2, "length": 128},
         "quantize": {"quantizer": {"name": name, "options": options}},
     }
-    orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
-    quantized = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"]
-    assert "largest difference" in opened(consumer, quantized.folder / "model", tmp_path)
+    assert "largest difference" in opened(consumer, quantized_folder(raw, ROOT / "store"), tmp_path)
 
 
 def test_linear_attention_with_narrow_inputs_in_floats_elsewhere(tokenizer: Any, data: Path, tmp_path: Path) -> None:
@@ -104,17 +103,13 @@ def test_linear_attention_with_narrow_inputs_in_floats_elsewhere(tokenizer: Any,
     linear = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     kinds = {"layer_types": ["linear_attention", "full_attention"], "bos_token_id": 1, "eos_token_id": 1}
     config = Qwen3_5TextConfig(vocab_size=len(tokenizer), pad_token_id=1, **sizes, **heads, **linear, **kinds)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     raw = {
         "name": "narrow",
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"path": str(save_random(config, tokenizer, tmp_path / "model"))},
         "calibration": {"data": str(data / "calibration.jsonl"), "samples": 4, "length": 32},
         "quantize": {"quantizer": {"name": "gptq", "options": {"group_size": 32}}},
     }
-    orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
-    folder = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"].folder / "model"
+    folder = quantized_folder(raw, tmp_path / "store")
     assert "model.layers.0.linear_attn.in_proj_a" not in read_quantized(folder)
     assert "largest difference" in opened("gptqmodel", folder, tmp_path)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sqft_gguf import Gguf
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -29,7 +28,7 @@ from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.utils.progress import silent
 from tests.support.byte_bpe import byte_level_bpe
 from tests.support.elsewhere import ROOT, elsewhere
-from tests.support.real_model import PROBLEMS, real_int4
+from tests.support.models_for_others import PROBLEMS, real_int4, save_random
 
 pytestmark = pytest.mark.slow
 CHECK = ROOT / "tests" / "consumers" / "llama_cpp" / "check.py"
@@ -85,11 +84,9 @@ def asked(file: Path, scratch: Path, prompts: list[dict[str, Any]], tolerance: f
 def test_each_family(family: str, precision: str, merged_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Names, orders of rows and positions, on random weights large enough that positions matter."""
     kind, settings = FAMILIES[family]
-    torch.manual_seed(0)
     config = kind(vocab_size=len(merged_tokenizer), initializer_range=0.2, **SIZES | settings)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    merged_tokenizer.save_pretrained(tmp_path / "model")
-    recipe: dict[str, Any] = {"name": "gguf", "model": {"path": str(tmp_path / "model")}}
+    made_of = save_random(config, merged_tokenizer, tmp_path / "model")
+    recipe: dict[str, Any] = {"name": "gguf", "model": {"path": str(made_of)}}
     recipe |= {"sparsify": {"scorer": "magnitude"}, "export": [{"exporter": "gguf"}]}
     if precision == "codes":
         recipe["quantize"] = {"quantizer": {"name": "rtn", "options": {"symmetric": False, "group_size": 32}}}

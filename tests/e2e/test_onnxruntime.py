@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.data.records import read_records
 from sqft.modeling.loading import load_model
 from tests.support.elsewhere import ROOT, elsewhere
-from tests.support.real_model import PROBLEMS, real_int4, write_expectations
+from tests.support.models_for_others import PROBLEMS, quantized_folder, real_int4, save_random, write_expectations
 
 pytestmark = pytest.mark.slow
 CHECK = ROOT / "tests" / "consumers" / "onnxruntime_genai" / "check.py"
@@ -45,17 +43,13 @@ def checked(folder: Path, scratch: Path, texts: list[list[int]], tolerance: floa
 )
 def test_tiny_models(config: PretrainedConfig, quantizer: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
     """Every code kept, and with floats for activations the model's own logits, on random weights of some size."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     raw = {
         "name": "onnx",
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"path": str(save_random(config, tokenizer, tmp_path / "model"))},
         "sparsify": {"scorer": "magnitude"},
         "quantize": {"quantizer": {"name": "rtn", "options": quantizer}},
     }
-    orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
-    folder = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"].folder / "model"
+    folder = quantized_folder(raw, tmp_path / "store")
     print(report := checked(folder, tmp_path, [[5, 77, 13, 40, 99, 12, 200, 7]], 0.002, 6))
     assert "14 of the quantized layers found" in report and " 0 differ" in report
 

@@ -12,7 +12,7 @@ from sqft.data.records import read_records
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.finished_model import FinishedModel
 from tests.support.elsewhere import ROOT, elsewhere
-from tests.support.real_model import PROBLEMS, real_int4, write_expectations
+from tests.support.models_for_others import PROBLEMS, real_int4, write_expectations
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CHECK = ROOT / "tests" / "consumers" / "openvino" / "check.py"

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ class RunFacts:
         values = [float(trial["value"]) for trial in trials]
         if not values:
             return {}
-        best = [max(values[: number + 1]) for number in range(len(values))]
-        return {"trial": list(enumerate(values, 1)), "best so far": list(enumerate(best, 1))}
+        return {"trial": list(enumerate(values, 1)), "best so far": list(enumerate(accumulate(values, max), 1))}
 
     def ranks(self) -> dict[str, dict[int, int]]:
         """Return the chosen rank of every group of layers, each expert's too: by its name in the block, and by the

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqft.execution.report import settings_of_tasks, table
@@ -36,22 +36,20 @@ def render(runs: Sequence[RunFacts]) -> str:
     differing = [index for index, comparison in enumerate(compared) if comparison.differs]
     lines = [(run.name, line) for run in runs for line in settings_of_tasks(run.report)]
     environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
-    text = environment.get_template("page.html").render(
+    return environment.get_template("page.html").render(
         title=" and ".join(run.name for run in runs),
         subtitle=f"sqft {runs[0].record['versions']['sqft']}, seed {', '.join(str(r.report['seed']) for r in runs)}",
         results=_results(runs),
         settings=[line if len(runs) == 1 else f"{name}: {line}" for name, line in lines],
         compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing},
-        overall=list(_overall(runs)),
-        runs=[_run(run) for run in runs],
+        overall=_with_own_ids(_overall(runs), "all-"),
+        runs=[_run(run, f"run{number}-") for number, run in enumerate(runs)],
     )
-    return _numbered(text)
 
 
-def _numbered(page: str) -> str:
-    """Give each chart on the page ids of its own."""
-    first, *parts = page.split("<svg")
-    return first + "".join(charts.with_own_ids(f"<svg{part}", f"c{n}") for n, part in enumerate(parts))
+def _with_own_ids(drawn: Iterable[Chart], place: str) -> list[Chart]:
+    """Give each chart ids of its own on the page; `place` tells the lists of charts there apart."""
+    return [replace(chart, svg=charts.with_own_ids(chart.svg, f"{place}{n}")) for n, chart in enumerate(drawn)]
 
 
 def _results(runs: Sequence[RunFacts]) -> dict[str, Any]:
@@ -65,14 +63,14 @@ def _results(runs: Sequence[RunFacts]) -> dict[str, Any]:
     return {"heads": heads, "rows": cells}
 
 
-def _run(run: RunFacts) -> dict[str, Any]:
-    """Return what the page shows of one run."""
+def _run(run: RunFacts, place: str) -> dict[str, Any]:
+    """Return what the page shows of one run; `place` is for `_with_own_ids`."""
     steps, record = run.report["steps"], run.record
     cost = [[s["step"], f"{s['seconds']:.0f} s", human_size(s["peak_memory"]), human_size(s["storage"])] for s in steps]
     return {
         "name": run.name,
         "times": f"started {record['started']}, finished {record['finished']}",
-        "charts": list(_charts(run)),
+        "charts": _with_own_ids(_charts(run), place),
         "missing": ", ".join(name for name in record["artifacts"] if name not in run.artifacts),
         "cost": {"heads": ["step", "time", "peak memory", "on disk"], "rows": cost},
         "loading": run.loading() if run.result else "",

@@ -1,4 +1,4 @@
-"""The real model at INT4, untuned, made once in ./store and opened by several programs."""
+"""Models that other programs are to open: the real one at INT4, made once in ./store, and random ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.checkpoints.model_spec import ModelSpec
@@ -27,8 +28,21 @@ def real_int4() -> Path:
         "sparsify": {"scorer": "magnitude", "sparsity": 0.3},
         "quantize": {"quantizer": {"name": "rtn", "options": {"group_size": 64}}},
     }
-    orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
+    return quantized_folder(raw, ROOT / "store")
+
+
+def quantized_folder(raw: dict[str, Any], store: Path) -> Path:
+    """Run a recipe up to its quantized model and return that model's folder."""
+    orchestrator = Orchestrator(Registry.discover(), store)
     return orchestrator.run(orchestrator.plan(Recipe.parse(raw)))["quantize"].folder / "model"
+
+
+def save_random(config: PretrainedConfig, tokenizer: Any, folder: Path) -> Path:
+    """Write a model of random weights, always the same, with its tokenizer, and return its folder."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_expectations(
