@@ -4,8 +4,7 @@
 >>> check(MyScorer())            # or check_scorer(MyScorer())
 
 Each raises `ContractError` saying what was promised and not kept. A component is given what the core
-would give it and no more: the statistics it `needs`, the bases it lists. Exporters write files of
-models and are checked by running them; see `check_exporter`.
+would give it and no more: the statistics it `needs`, the bases it lists; an exporter, tiny models.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from functools import singledispatch
 from itertools import product
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sqft.components import checks
@@ -327,9 +327,31 @@ def _check_merger_on(merger: Merger, base: BaseWeight) -> None:
             raise ContractError(f"{label} has a derivative that is not the one of its combine")
 
 
-def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None:
-    """Check that it writes something into an empty folder and leaves the source as it was."""
+@check.register
+def check_exporter(exporter: Exporter, model: ModelReader | None = None, folder: Path | None = None) -> None:
+    """Check that it writes something into an empty folder and leaves the source as it was.
+
+    Args:
+        exporter: the component.
+        model: what it writes; unless given, tiny Llamas: of floats, unless it needs codes, and of codes.
+        folder: is empty, and written to; given with `model`.
+
+    Raises:
+        ContractError: saying which promise is broken.
+    """
     _check_options(exporter)
+    if model and folder:
+        _check_export(exporter, model, folder)
+        return
+    from sqft.modeling.tiny_model import tiny_model
+
+    for codes in [True] if exporter.needs_codes else [False, True]:
+        with TemporaryDirectory() as scratch:
+            (target := Path(scratch) / "exported").mkdir()
+            _check_export(exporter, tiny_model(Path(scratch) / "model", codes), target)
+
+
+def _check_export(exporter: Exporter, model: ModelReader, folder: Path) -> None:
     before = {file.name: file.read_bytes() for file in model.folder.iterdir() if file.is_file()}
     exporter.export(model, folder)
     if not any(folder.iterdir()):
@@ -338,7 +360,6 @@ def check_exporter(exporter: Exporter, model: ModelReader, folder: Path) -> None
         raise ContractError(f"{_label(exporter)} changed the model it was to export")
 
 
-@check.register(Exporter)
 def _check_options(component: Component) -> None:
     """Options survive the trip through a recipe, nothing else is kept, and the component explains itself."""
     cls = type(component)

@@ -32,7 +32,7 @@ ROOMS = {  # what each package, or module at the root, may import besides itself
     "tools": "errors types utils kernels components checkpoints data recipe planning store modeling stages execution",
     "cli": "errors utils components recipe store execution tools",
     "api": "errors types components checkpoints",
-    "testing": "errors types kernels components",
+    "testing": "errors types kernels components modeling",
     "__init__": "components recipe planning store execution",
     "__main__": "cli",
 }

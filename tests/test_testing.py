@@ -277,9 +277,23 @@ def test_a_merger_is_asked_about_the_bases_it_lists(bases: set[str], masked: set
     ],
 )
 def test_bad_exporters_are_caught(export: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=message):
+        check(variant(HuggingFace, export=export)())
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
     (source / "config.json").write_text("{}")
     with pytest.raises(ContractError, match=message):
         check_exporter(variant(HuggingFace, export=export)(), FinishedModel(source), target)
+
+
+@pytest.mark.parametrize(("needs_codes", "expected"), [(False, [0, 14]), (True, [14])])
+def test_an_exporter_is_given_the_models_it_can_write(needs_codes: bool, expected: list[int]) -> None:
+    given = []
+
+    def export(self: Any, model: Any, folder: Path) -> None:
+        given.append(len(model.quantized()))
+        (folder / "a").touch()
+
+    check(variant(HuggingFace, export=export, needs_codes=needs_codes)())
+    assert given == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import click
@@ -37,6 +38,10 @@ def plugins(as_json: bool, disable: tuple[str, ...]) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    offered = Counter((row["kind"], row["name"]) for row in rows)
+    for row in rows:
+        if row["kind"] != "broken" and offered[row["kind"], row["name"]] > 1:
+            row["name"] = f"{row['plugin']}/{row['name']}"  # which a recipe may write
     heads = ("kind", "name", "provider", "summary")
     lines = [[head.upper() for head in heads], *([row[head] for head in heads] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)] + [0]

@@ -43,12 +43,12 @@ def check_output(output: Path | None) -> None:
 
 def print_report(screen: Any, run: Run) -> None:
     """Print the table of what was evaluated, and where the report is."""
-    from sqft.execution.report import settings_of_tasks, table, title
+    from sqft.execution.report import remarks, table, title
 
     heads, cells = table(run.report)
     if cells:
         show_table(screen, title(run.report), heads, cells)
-    for line in settings_of_tasks(run.report):
+    for line in remarks(run.report):
         screen.print(line, highlight=False, markup=False)
     screen.print(f"report: {run.folder / 'report.md'}", highlight=False, markup=False)
 

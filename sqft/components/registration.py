@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqft.components.kinds import Component
-from sqft.utils.code_digest import digest_files, package_digest
+from sqft.utils.code_digest import class_digest, digest_files, package_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +32,8 @@ class Registration:
     def code(self) -> str:
         """Digest of every .py file of the component's top-level package, so that edits are noticed.
 
-        For a class in a script, it is the digest of the script. For a class in a notebook, it is that of the class's
-        source; if there is no source, it is random, so that its results are never reused.
+        For a class in a script, it is the digest of the script. For a class in a notebook, it is that of the bytecode
+        of the class and of what it calls in the notebook.
         """
         package = self.component.__module__.partition(".")[0]
         if package != "__main__" and (digest := package_digest(package)):
@@ -44,10 +41,7 @@ class Registration:
         script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
         if package == "__main__" and script.is_file():
             return digest_files([script], script.parent)
-        try:
-            return hashlib.sha256(inspect.getsource(self.component).encode()).hexdigest()
-        except (OSError, TypeError):
-            return os.urandom(16).hex()
+        return class_digest(self.component)
 
     def __str__(self) -> str:
         return f"{self.component.kind} '{self.component.name}' ({self.provider.source})"

@@ -10,12 +10,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from importlib import metadata
 from types import SimpleNamespace
 
 import pluggy
 
+from sqft import __version__
 from sqft.components import hookspecs
 from sqft.components.discovery import GROUP, distributions, version_mismatch
 from sqft.components.kinds import KINDS, Component
@@ -23,6 +26,8 @@ from sqft.components.registration import Broken, Provider, Registration
 from sqft.components.validation import component_mistake
 from sqft.errors import PluginError
 
+OURS = f"sqft {__version__}"
+"""The source of the plugins that come with sqft."""
 NOT_INSTALLED = "added by this process"
 """The source of a plugin that `Registry.add` was given, in the place of a distribution's name and version."""
 
@@ -74,6 +79,8 @@ class Registry:
     def get(self, kind: str, name: str) -> Registration:
         """Return the registration of that kind and name; "plugin/name" picks one when several offer the name.
 
+        Of installed plugins that offer one name, sqft's own is taken, so that no other package changes a recipe.
+
         Raises:
             PluginError: when there is none (with suggestions and broken plugins) or more than one.
         """
@@ -81,6 +88,8 @@ class Registry:
         offered = self._entries.get((kind, bare), [])
         if plugin:
             offered = [registration for registration in offered if registration.provider.plugin == plugin]
+        elif not any(registration.provider.source == NOT_INSTALLED for registration in offered):
+            offered = [registration for registration in offered if registration.provider.source == OURS] or offered
         if len(offered) == 1:
             return offered[0]
         if offered:
@@ -122,7 +131,8 @@ class Registry:
             self._break(provider, wrong)
             return
         try:
-            plugin = point.load()
+            with redirect_stdout(sys.stderr):  # what a plugin prints is no output of a command
+                plugin = point.load()
         except (Exception, SystemExit) as error:
             self._break(provider, f"could not be loaded: {type(error).__name__}: {error}")
             return
@@ -164,7 +174,8 @@ class Registry:
             if impl.plugin is not plugin:
                 continue
             try:
-                offered = list(impl.function() or ())
+                with redirect_stdout(sys.stderr):
+                    offered = list(impl.function() or ())
             except (Exception, SystemExit) as error:
                 self._break(provider, f"failed in {hook}: {type(error).__name__}: {error}")
                 continue

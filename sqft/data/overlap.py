@@ -1,15 +1,18 @@
-"""How much of a text occurs word for word in another one, such as the one that calibration sees. No torch."""
+"""How much of a text occurs word for word in another one, such as the one that calibration sees, and which records
+occur in another data set. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sqft.data.conversations import texts_in
 from sqft.data.readers import is_plain_text, read_rows, read_text
-from sqft.data.records import ReadOptions
+from sqft.data.records import ReadOptions, records_of
 from sqft.errors import DataError
 
 RUN = 13
@@ -23,6 +26,8 @@ OTHER_LIMIT = 1 << 25
 """Characters of the other file."""
 BLOCK = 1 << 17
 """Words that are hashed at once."""
+LARGEST = 1 << 25
+"""Bytes of a file whose records are compared with those of others; more would take seconds."""
 WORD = re.compile(r"[^\W_]+")
 
 
@@ -47,6 +52,31 @@ def shared_runs(
     wanted = {run for of_text in runs for run in of_text}
     found = {run for run in _runs(other, OTHER_LIMIT, options) if run in wanted} if wanted else set()
     return [sum(run in found for run in of_text) / len(of_text) if of_text else 0.0 for of_text in runs]
+
+
+def shared_records(asked: tuple[Path, ReadOptions], others: Iterable[tuple[Path, ReadOptions]]) -> tuple[int, int]:
+    """Count the records of a data set that other data sets hold too, and all of its records.
+
+    Files of more than 32 MiB and folders are not looked into: they count as others only where they are the same file or
+    folder.
+
+    Raises:
+        DataError: when a file cannot be read.
+    """
+    path, options = asked
+    if not _is_small(path):
+        return (1, 1) if any(other == path and how.split == options.split for other, how in others) else (0, 1)
+    wanted = [_content(record) for record in records_of(path, options)]
+    known = {_content(record) for other, how in others if _is_small(other) for record in records_of(other, how)}
+    return sum(content in known for content in wanted), len(wanted)
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= LARGEST
+
+
+def _content(record: dict[str, Any]) -> int:
+    return hash(json.dumps({name: record.get(name) for name in ("prompt", "completion", "messages", "text")}))
 
 
 def _runs(file: Path, limit: int, options: ReadOptions | None = None) -> Iterator[int]:

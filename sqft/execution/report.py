@@ -120,28 +120,32 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """Return the table as Markdown, what its numbers depend on, and where the answers are."""
-    lines = settings_of_tasks(report)
+    """Return the table as Markdown, warnings of steps, what its numbers depend on, and where the answers are."""
+    lines = remarks(report)
     lines += [
         f"answers of {row['configuration']}: ../../artifacts/{file}"
         for row in report["rows"]
         for file in row["answers"]
     ]
-    remarks = "".join(f"- {escaped(line)}\n" for line in lines)
-    return markdown_table(title(report), *table(report)) + (f"\n{remarks}" if remarks else "")
+    listed = "".join(f"- {escaped(line)}\n" for line in lines)
+    return markdown_table(title(report), *table(report)) + (f"\n{listed}" if listed else "")
 
 
-def settings_of_tasks(report: Mapping[str, Any]) -> list[str]:
-    """Return lines that say how lm-eval was asked, the same for every row: its settings, then each task."""
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """Return what belongs below the table: warnings of steps, and how lm-eval was asked, the same for every row: its
+    settings, then each task."""
+    warnings = ((step["step"], step["report"].get("warning")) for step in report["steps"])
+    lines = [f"warning of {name}: {text}" for name, text in warnings if text]
     asked = next((row["lm_eval"] for row in report["rows"] if row["lm_eval"]), None)
     if asked is None:
-        return []
+        return lines
     given = [
         f"{name} {json.dumps(value, ensure_ascii=False)}"
         for name, value in asked.items()
         if name not in ("lm_eval", "names", "tasks") and value not in (None, {})
     ]
-    return [f"lm-eval {asked['lm_eval']}: {', '.join(given)}"] + [
+    lines.append(f"lm-eval {asked['lm_eval']}: {', '.join(given)}")
+    return lines + [
         f"{task}: {_version(facts['version'])}, {facts['num_fewshot']}-shot, {facts['documents']:,} of {facts['of']:,} "
         "documents"
         for task, facts in asked["tasks"].items()

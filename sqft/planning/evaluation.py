@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.data.chat_template import ChatTemplate
-from sqft.data.overlap import RUN, shared_runs
+from sqft.data.overlap import RUN, shared_records, shared_runs
 from sqft.data.records import records_of
 from sqft.errors import DataError, Problem
 from sqft.planning.conversations import ConversationCheck
@@ -112,6 +112,29 @@ def notes_on_seen_text(
                     f"{share:.0%} of its runs of {RUN} words occur in {Path(data.file or data.path).name}, too, which "
                     f"{why}; measure another text beside it",
                 )
+
+
+def notes_on_known_records(place: str, asked: tuple[Path, Data], steps: Mapping[str, Step]) -> Notes:
+    """Note where records that are asked are among those that the model is trained on, or that chose its ranks.
+
+    Args:
+        place: the data set's, in the recipe.
+        asked: the data set: its file, and how it is read.
+        steps: those planned so far.
+    """
+    known = {"are trained on": _training_data(steps["finetune"])} if "finetune" in steps else {}
+    if "search" in steps and (chosen := steps["search"].files.get("data")):
+        section = steps["search"].section
+        assert isinstance(section, Search) and section.data
+        known["choose the ranks in the search"] = [(chosen, section.data)]
+    for what, others in known.items():
+        try:
+            shared, total = shared_records(asked, others)
+        except (DataError, OSError):
+            continue  # the stage that reads it says so
+        if shared:
+            part = "its records" if shared == total else f"{shared:,} of its {total:,} records"
+            yield place, f"{part} also {what}; use others, to see what the model can do beyond them"
 
 
 def check_template(section: Evaluate, conversations: ConversationCheck | None) -> Iterator[Problem]:

@@ -201,6 +201,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     streamed = not evaluates and _adapted_in_parts(resolver, base)
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
+        if section.data:
+            resolver.note_all(evaluation.notes_on_known_records("search.data", (files["data"], section.data), steps))
     return Step(
         name="search",
         stage="search",
@@ -308,6 +310,9 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_chats(section, files, steps, resolver.recipe.model.chat_template_kwargs))
         resolver.note_all(evaluation.notes_on_seen_text(section, files, steps, resolver.recipe.calibration))
+        if section.exact_match and any(name.startswith(evaluation.TUNED) for name in section.of):
+            asked = files["exact_match.data"], section.exact_match.data
+            resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")

@@ -18,6 +18,11 @@ from sqft.types import Quantized
 
 log = logging.getLogger("sqft")
 
+UNCHANGED = (
+    "training changed no code, so that the merged model is the one before training; train for more steps, with a "
+    'larger finetune.learning_rate, or with finetune.base "floats" or "compensated", where small deltas move codes'
+)
+
 
 class Merged(NamedTuple):
     """A layer that was merged."""
@@ -61,13 +66,17 @@ def merge_layer(layer: MergedLinear, before: Quantized | None, device: str) -> M
 
 
 def report_of(layers: Iterable[Mapping[str, int]], bits: int | None = None) -> Report:
-    """Return what to report of merged layers, given the counts of each, and the bits of the base's codes."""
+    """Return what to report of merged layers, given the counts of each, and the bits of the base's codes; warn where
+    training changed none of these."""
     layers, total = list(layers), Counter[str]()
     for counts in layers:
         total.update(counts)
-    report = {"layers": len(layers), **total, "sparsity": total["zeros_after"] / total["weights"]}
+    report: Report = {"layers": len(layers), **total, "sparsity": total["zeros_after"] / total["weights"]}
     if bits is None:
         return report
+    if not total["codes_changed"]:
+        log.warning("%s", UNCHANGED)
+        report["warning"] = UNCHANGED
     return {**report, "bits": bits, **{key: total[key] for key in ("codes_changed", "codes_unlike_base")}}
 
 

@@ -12,7 +12,7 @@ from sqft_wanda import Wanda
 
 from sqft.api import Scorer
 from sqft.components.registration import Broken, Provider, Registration
-from sqft.utils.code_digest import digest_files, package_digest
+from sqft.utils.code_digest import class_digest, digest_files, package_digest
 
 PROVIDER = Provider("mine", "sqft-mine 1.0")
 
@@ -58,22 +58,7 @@ def test_a_class_of_a_script_counts_by_the_script(script: Path) -> None:
     assert registration.code != before
 
 
-def test_a_class_without_a_file_counts_by_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_without_a_file_counts_by_its_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-    monkeypatch.setattr("inspect.getsource", lambda _: "class Made: ...")
-    registration = Registration(made_in("__main__"), PROVIDER)
-    before = registration.code
-    assert registration.code == before
-    monkeypatch.setattr("inspect.getsource", lambda _: "class Made: more")
-    assert registration.code != before
-
-
-def test_a_class_without_a_source_is_never_taken_for_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-
-    def nothing(_: Any) -> str:
-        raise OSError("no source")
-
-    monkeypatch.setattr("inspect.getsource", nothing)
-    registration = Registration(made_in("__main__"), PROVIDER)
-    assert registration.code != registration.code
+    made = made_in("__main__")
+    assert Registration(made, PROVIDER).code == class_digest(made)

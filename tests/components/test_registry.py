@@ -136,15 +136,38 @@ def test_a_version_mismatch_is_seen_before_the_import(site: Path) -> None:
 
 
 def test_a_clash_is_an_error_only_for_who_names_it(site: Path) -> None:
-    install(site, "sqft-dup", "1.0", SCORER.format(name="wanda"), "mine")
+    for number in (1, 2):
+        install(site, f"sqft-dup{number}", "1.0", SCORER.format(name="ours"), f"mine{number}")
     registry = Registry.discover()
     assert registry.broken() == []
     assert registry.get("scorer", "magnitude")
-    message = r"offered more than once: mine/wanda \(sqft-dup 1\.0\), wanda/wanda \(sqft 0\.1\.0\). Write the one"
+    message = r"offered more than once: mine1/ours \(sqft-dup1 1\.0\), mine2/ours \(sqft-dup2 1\.0\). Write the one"
     with pytest.raises(PluginError, match=message):
-        registry.get("scorer", "wanda")
+        registry.get("scorer", "ours")
+    assert registry.get("scorer", "mine2/ours").provider.source == "sqft-dup2 1.0"
+
+
+def test_no_other_package_takes_a_name_of_ours(site: Path) -> None:
+    install(site, "sqft-dup", "1.0", SCORER.format(name="wanda"), "mine")
+    registry = Registry.discover()
+    assert registry.get("scorer", "wanda").component is Wanda
     assert registry.get("scorer", "mine/wanda").provider.source == "sqft-dup 1.0"
-    assert registry.get("scorer", "wanda/wanda").component is Wanda
+
+
+def test_what_a_process_adds_is_not_passed_over() -> None:
+    class Mine(Wanda):
+        """Mine."""
+
+    registry = Registry.discover()
+    registry.add(Mine, name="mine")
+    with pytest.raises(PluginError, match=r"mine/wanda \(added by this process\), wanda/wanda"):
+        registry.get("scorer", "wanda")
+
+
+def test_what_a_plugin_prints_is_no_output(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "sqft-loud", "1.0", "print('hello')\n" + SCORER.format(name="loud"), "loud")
+    assert Registry.discover().get("scorer", "loud")
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_two_plugins_of_one_name(site: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sqft.data import overlap
-from sqft.data.overlap import shared_runs
-from sqft.recipe.data import CalibrationData
+from sqft.data.overlap import shared_records, shared_runs
+from sqft.recipe.data import CalibrationData, Data
 
 WORDS = [f"word{number}" for number in range(100)]
 
@@ -57,3 +57,24 @@ def test_a_run_goes_on_in_the_next_row(tmp_path: Path) -> None:
     lines = [" ".join(WORDS[start : start + 5]) for start in range(0, 100, 5)]
     other.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     assert shared_runs([(text, None)], other) == [1]
+
+
+def as_data(**settings: object) -> Data:
+    return Data.model_validate({"path": "a.jsonl", **settings})
+
+
+def test_records_that_two_data_sets_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other fields they have, and whichever file they come from; an equal prompt alone is not enough."""
+    sums = [{"prompt": f"{n}+1=", "completion": str(n + 1), "id": n} for n in range(6)]
+    chat = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
+    files = {"a": [*sums[:4], chat], "b": [{**sums[0], "id": 9}, {**sums[1], "completion": "x"}], "c": [sums[3], chat]}
+    paths = {name: tmp_path / f"{name}.jsonl" for name in files}
+    for name, records in files.items():
+        paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    a, b, c = ((path, as_data()) for path in paths.values())
+    assert shared_records(a, [b]) == (1, 5) and shared_records(a, [b, c]) == (3, 5) and shared_records(a, [a]) == (5, 5)
+    assert shared_records(b, [c]) == (0, 2) and shared_records(a, []) == (0, 5)
+    assert shared_records((paths["a"], as_data(limit=2)), [b]) == (1, 2)
+    monkeypatch.setattr(overlap, "LARGEST", 100)  # only b is no larger
+    assert shared_records(b, [a]) == (0, 2) and shared_records(a, [b]) == (0, 1) and shared_records(a, [a]) == (1, 1)
+    assert shared_records(a, [(paths["a"], as_data(split="train[:1]"))]) == (0, 1)

@@ -26,6 +26,7 @@ from tests.support.models_for_others import quantized_folder, save_random
 pytestmark = pytest.mark.slow
 RECIPE = ROOT / "examples" / "recipes" / "qa-sparsepeft.json"
 FEW_STEPS = [
+    "sparsify.updater=least-squares",
     "finetune.steps=4",
     "finetune.warmup_steps=0",
     "evaluate.exact_match=null",
@@ -35,7 +36,7 @@ FEW_STEPS = [
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """QA-SparsePEFT of a few steps, on the sparse base that is in ./store, if it is there."""
+    """QA-SparsePEFT of a few steps, on the sparse base that `make quickstart` left in ./store."""
     orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
     return orchestrator.run(orchestrator.load(RECIPE, FEW_STEPS))
 

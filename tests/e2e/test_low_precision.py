@@ -15,13 +15,14 @@ from sqft.kernels.masks import unpack_mask
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "gptq.json"
+SHARED = ["sparsify.updater=least-squares", "quantize.quantizer.options.symmetric=true"]
+"""The quickstart's sparse model and the codes of `test_consumers.py`, which ./store has already."""
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    """On the sparse base that is in ./store, if it is there."""
     orchestrator = Orchestrator(Registry.discover(), ROOT / "store")
-    return orchestrator.run(orchestrator.plan(Recipe.load(RECIPE)))
+    return orchestrator.run(orchestrator.plan(Recipe.load(RECIPE, SHARED)))
 
 
 def test_little_is_lost_and_no_zero(run: Run) -> None:

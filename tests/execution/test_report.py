@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.execution.report import make_report, report_markdown, settings_of_tasks, table
+from sqft.execution.report import make_report, remarks, report_markdown, table
 from sqft.planning.plan import Plan
 from sqft.store.artifacts import Artifact
 
@@ -135,10 +135,16 @@ def test_what_the_numbers_of_tasks_hang_on(plan: Plan) -> None:
         'lm-eval 0.4.13: apply_chat_template true, gen_kwargs {"top_p": 0.5}',
         "arc: version 1.0, 25-shot, 1,000 of 2,376 documents",
     ]
-    assert settings_of_tasks(report) == lines
+    assert remarks(report) == lines
     answers = "answers of model: ../../artifacts/evaluate-0123/samples/arc.jsonl"
     assert report_markdown(report).endswith("|\n\n" + "".join(f"- {line}\n" for line in [*lines, answers]))
-    assert settings_of_tasks(make_report(plan, {"evaluate:model": artifact("evaluate", FACTS)})) == []
+    assert remarks(make_report(plan, {"evaluate:model": artifact("evaluate", FACTS)})) == []
+
+
+def test_what_a_step_warns_of_is_below_the_table(plan: Plan) -> None:
+    report = make_report(plan, {"merge": artifact("merge", {"layers": 4, "warning": "training changed no code"})})
+    assert remarks(report) == ["warning of merge: training changed no code"]
+    assert report_markdown(report).endswith("\n- warning of merge: training changed no code\n")
 
 
 def test_markdown_in_names_stands_for_itself(plan: Plan) -> None:

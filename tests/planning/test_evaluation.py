@@ -162,3 +162,25 @@ def test_notes_on_chats(
     plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
     found = [note for note in plan.notes if "the model is trained on" in note]
     assert len(found) == len(notes) and all(any(note.startswith(start) for note in found) for start in notes)
+
+
+def test_notes_on_records_that_are_known(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    sums = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(12)]
+    parts = {"train": sums[:6], "validation": sums[4:9], "test": sums[8:], "other": sums[10:]}
+    files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", records)) for name, records in parts.items()}
+
+    def notes(test: str, of: str = "merge") -> list[str]:
+        raw["finetune"]["data"], raw["search"]["data"] = files["train"], files["validation"]
+        raw["evaluate"] = {"of": [of], "exact_match": {"data": files[test]}}
+        return [note for note in orchestrator.plan(Recipe.parse(raw)).notes if " also " in note]
+
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    end = "; use others, to see what the model can do beyond them"
+    search = f"search.data: 2 of its 5 records also are trained on{end}"
+    chosen = "evaluate.exact_match.data: 1 of its 4 records also choose the ranks in the search" + end
+    assert notes("test") == [search, chosen] and notes("other") == notes("test", "sparsify") == [search]
+    assert notes("train") == [
+        search,
+        f"evaluate.exact_match.data: its records also are trained on{end}",
+        f"evaluate.exact_match.data: 2 of its 6 records also choose the ranks in the search{end}",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 import torch
 from sqft_gptq.solver import round_to_nearest
 from sqft_nls.adapter import Nls
@@ -79,6 +80,15 @@ def test_what_a_merge_changes_is_counted() -> None:
     assert report["layers"] == 2 and report["codes_unlike_base"] == 14 and report["bits"] == 4
     assert report["sparsity"] == counts["zeros_after"] / counts["weights"]
     assert "bits" not in report_of([filled.counts])
+
+
+def test_codes_that_training_did_not_change_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    counts = {"weights": 4, "zeros_before": 2, "zeros_after": 2, "codes_changed": 0, "codes_unlike_base": 3}
+    with caplog.at_level("WARNING", "sqft"):
+        assert "training changed no code" in report_of([counts, counts], 4)["warning"]
+        assert "warning" not in report_of([counts, {**counts, "codes_changed": 1}], 4)
+        assert "warning" not in report_of([counts])
+    assert len(caplog.records) == 1
 
 
 def test_codes_before_training() -> None:

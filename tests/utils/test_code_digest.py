@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,53 @@ def test_names_and_contents_cannot_be_exchanged(tmp_path: Path) -> None:
     files = [sorted(folder.iterdir()) for folder in (first, second)]
     assert digest_files(files[0], first) != digest_files(files[1], second)
     assert digest_files(files[0], first) == digest_files(files[0], tmp_path / "a")
+
+
+CELL = """
+from functools import cached_property
+from sqft.api import Scorer
+
+SCALE = {scale}
+
+def helper(weight):
+    return [inner(part) for part in weight]
+
+def inner(part):
+    {inner}
+
+class Mine(Scorer):
+    '''Mine.'''
+    name = "mine"
+    power: int = 2
+
+    @property
+    def doubled(self):
+        return {doubled}
+
+    def score(self, weight, stats, *, by={by}):
+        chosen = {{{chosen}}}
+        return helper(weight) if chosen else SCALE
+"""
+SAID = {"scale": "1.5", "inner": "return part", "doubled": "2 * self.power", "by": "1", "chosen": "'a', 'b', 'c'"}
+PRINT = "import sys; from sqft.utils.code_digest import class_digest; exec(sys.argv[1]); print(class_digest(Mine))"
+
+
+def digest_of_cell(**changes: str) -> str:
+    """The digest of a class as a notebook has it: run in `__main__`, which has no file."""
+    made = subprocess.run(
+        [sys.executable, "-c", PRINT, CELL.format(**{**SAID, **changes})], capture_output=True, text=True, check=True
+    )
+    return made.stdout
+
+
+def test_a_class_without_a_file_has_the_same_digest_in_each_process() -> None:
+    assert digest_of_cell() == digest_of_cell()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scale": "2.5"}, {"inner": "return -part"}, {"doubled": "3 * self.power"}, {"by": "2"}, {"chosen": "'a', 'b'"}],
+    ids=["a value", "a function of a function", "a property", "a default", "a constant"],
+)
+def test_what_a_class_calls_counts(change: dict[str, str]) -> None:
+    assert digest_of_cell(**change) != digest_of_cell()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqft.execution.report import settings_of_tasks, table
+from sqft.execution.report import remarks, table
 from sqft.tools.run_report import charts
 from sqft.tools.run_report.comparison import HEADS, comparisons
 from sqft.tools.run_report.facts import RunFacts
@@ -34,7 +34,7 @@ def render(runs: Sequence[RunFacts]) -> str:
 
     compared = list(comparisons(runs))
     differing = [index for index, comparison in enumerate(compared) if comparison.differs]
-    lines = [(run.name, line) for run in runs for line in settings_of_tasks(run.report)]
+    lines = [(run.name, line) for run in runs for line in remarks(run.report)]
     environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
         title=" and ".join(run.name for run in runs),

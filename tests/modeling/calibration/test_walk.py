@@ -157,6 +157,7 @@ def check_wanda(folder: Path, source: Path, run: Any, kinds: tuple[str, ...] = (
 
     plan, step = run.plan, run["sparsify"].step
     model, tokenizer = load_model(ModelSpec(plan.source.path, "float32"))
+    model.model.layers = model.model.layers[:1]
     seed = StepData(plan, step).seed_for("calibration")
     calibration = plan.recipe.calibration
     windows = calibration_windows(step.files["calibration"], tokenizer, calibration.samples, calibration.length, seed)
