@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF has it: byte-level BPE, from tokenizer.json."""
+"""A tokenizer as GGUF has it, from tokenizer.json: byte-level BPE, or that of SentencePiece."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from sqft.api import StageError
+from sqft_gguf import sentencepiece
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,13 +24,14 @@ STRIPS = ("lstrip", "rstrip", "single_word")
 """What an added token may do to the text around it, and llama.cpp does not."""
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
+def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, phi3: bool = False) -> None:
     """Write the tokenizer of a model's folder.
 
     Args:
         writer: of the GGUF file.
         folder: of the model.
         rows: of the embedding; rows without a token get one that no text has.
+        phi3: whether llama.cpp strips spaces after special tokens, as it does in models of Phi-3.
 
     Raises:
         StageError: when it is of a kind that is not known here.
@@ -38,7 +40,9 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     if not file.is_file():
         raise StageError(f"export (gguf): {folder} has no tokenizer.json, from which the vocabulary is written")
     stored = json.loads(file.read_text("utf-8"))
-    cutting = how_it_cuts(stored)
+    check_strips(stored, phi3)
+    pieces = sentencepiece.prefix_of(stored)
+    cutting = how_it_cuts(stored) if pieces is None else "default"
     last = max([*stored["model"]["vocab"].values(), *(added["id"] for added in stored["added_tokens"])])
     if last >= rows:
         raise StageError(f"export (gguf): {file} has a token {last}, and the embedding {rows} rows")
@@ -46,26 +50,50 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
     tokens = [f"[PAD{row}]" + "_" * (f"[PAD{row}]" in taken) for row in range(rows)]
     kinds = [TokenType.UNUSED] * rows
     for token, row in stored["model"]["vocab"].items():
-        tokens[row], kinds[row] = token, TokenType.NORMAL
+        tokens[row], kinds[row] = token, TokenType.NORMAL if pieces is None else sentencepiece.kind_of(token, stored)
     for added in stored["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]], kinds[added["id"]] = added["content"], kind
-    writer.add_tokenizer_model("gpt2")
+        text = added["content"]
+        tokens[added["id"]] = text if pieces is None else text.replace(sentencepiece.SPACE, " ")
+        kinds[added["id"]] = TokenType.UNKNOWN if text == stored["model"].get("unk_token") else kind
+    writer.add_tokenizer_model("gpt2" if pieces is None else "llama")
     writer.add_tokenizer_pre(cutting)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
+    if pieces is not None:
+        writer.add_token_scores(sentencepiece.scores_of(stored, rows))
+        writer.add_add_space_prefix(pieces)
+    special = SpecialVocab(folder, load_merges=pieces is None, n_vocab=rows)
     special.add_special_token = _added(folder, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
 
 
-def refusal_of_tokenizer(path: Path) -> str | None:
+def check_strips(stored: Mapping[str, Any], phi3: bool) -> None:
+    """Check that no added token changes the text around it in a way that llama.cpp does not.
+
+    Raises:
+        StageError: naming a token that does.
+    """
+    for added in stored.get("added_tokens", ()):
+        right = phi3 and added.get("special") and added["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        right = right or (phi3 and added["content"] == "</s>")
+        if any(bool(added.get(how)) != (how == "rstrip" and bool(right)) for how in STRIPS):
+            raise StageError(
+                f"export (gguf): the token {added['content']!r} changes the text around it ({', '.join(STRIPS)}) in "
+                "another way than in llama.cpp"
+            )
+
+
+def refusal_of_tokenizer(path: Path, phi3: bool = False) -> str | None:
     """Return why the tokenizer of a model's folder cannot be written; None when it can, or nothing is known of it."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
     try:
-        how_it_cuts(json.loads(file.read_text("utf-8")))
+        stored = json.loads(file.read_text("utf-8"))
+        check_strips(stored, phi3)
+        if sentencepiece.prefix_of(stored) is None:
+            how_it_cuts(stored)
     except StageError as error:
         return str(error)
     except (ValueError, KeyError, TypeError):  # whoever loads it says what is wrong with it
@@ -84,8 +112,7 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
     """
     model, cutting = stored["model"], stored["pre_tokenizer"] or {}
     normalizer = (stored.get("normalizer") or {}).get("type")
-    strips = any(added.get(how) for added in stored.get("added_tokens", ()) for how in STRIPS)
-    if model["type"] == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC") and not strips:
+    if model["type"] == "BPE" and not model.get("byte_fallback") and normalizer in (None, "NFC"):
         steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
         match [(step.get("type"), {"use_regex": True, **step}) for step in steps]:
             case [("ByteLevel", {"use_regex": True, "add_prefix_space": False})]:
@@ -102,7 +129,7 @@ def how_it_cuts(stored: Mapping[str, Any]) -> str:
                 return SPLITS[pattern]
     raise StageError(
         f"export (gguf): the tokenizer ({model['type']}) cuts texts in a way that is not known here; 'gguf' knows the "
-        "byte-level BPE of GPT-2, SmolLM, Llama 3 and Qwen"
+        "byte-level BPE of GPT-2, SmolLM, Llama 3 and Qwen, and SentencePiece's of Llama 2 and Gemma"
     )
 
 

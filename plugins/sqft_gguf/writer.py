@@ -21,7 +21,6 @@ from sqft.api import ModelReader, StageError
 from sqft.kernels.grids import dequantize
 from sqft_gguf.families import (
     FAMILIES,
-    ROPE_FREQUENCIES,
     add_settings,
     heads_of,
     interleave,
@@ -39,8 +38,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: its name there and in the model, its shape and type, whether it is of codes, and the heads
-    whose rows are put in another order (0: none)."""
+    """A tensor of the file: its name there and in the model, its shape and type, whether it is of codes, the heads
+    whose rows are put in another order (0: none), and what is added to its values."""
 
     name: str
     source: str
@@ -48,6 +47,7 @@ class Entry:
     kind: Type
     coded: bool
     heads: int
+    offset: float
 
     @property
     def layer(self) -> str:
@@ -66,27 +66,30 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
     if why := refusal_of_config(config):
         raise StageError(f"export (gguf): {why}")
     with_defaults = AutoConfig.from_pretrained(model.folder).to_dict()
+    if why := refusal_of_config(with_defaults):
+        raise StageError(f"export (gguf): {why}")
     family = FAMILIES[config["model_type"]]
     entries = list(_entries(model, with_defaults, dtype, embeddings))
     writer = GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[family.architecture])
     try:
-        writer.add_name(Path(config.get("_name_or_path") or model.folder).name)
+        name = Path(config.get("_name_or_path") or model.folder).name
+        writer.add_name(name if family.named in name.lower() else f"{name} ({family.named})")
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(entries))
         rows = next(entry.shape[0] for entry in entries if entry.source == EMBEDDING)
         add_settings(writer, {**with_defaults, "vocab_size": rows})
-        add_tokenizer(writer, model.folder, rows)
+        add_tokenizer(writer, model.folder, rows, config["model_type"] == "phi3")
         factors = rope_factors(with_defaults)
-        if factors is not None:
-            writer.add_tensor_info(ROPE_FREQUENCIES, factors.shape, factors.dtype, factors.nbytes)
+        for name, values in factors.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for entry in entries:
             shape, size = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind), _bytes(entry)
             writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), size, entry.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
+        for values in factors.values():
+            writer.write_tensor_data(values)
         for entry in entries:
             writer.write_tensor_data(_data(model, entry))
     finally:
@@ -140,7 +143,8 @@ def _entries(model: ModelReader, config: Mapping[str, Any], dtype: str, embeddin
             tensor = model.tensor(source)
             shape = tuple(tensor.shape)
             kind = _precision(source, tensor, dtype, embeddings)
-        yield Entry(name, source, shape, kind, coded, turned.get(layer.rpartition(".")[2], 0))
+        offset = family.norm_offset if layer.endswith("norm") else 0.0
+        yield Entry(name, source, shape, kind, coded, turned.get(layer.rpartition(".")[2], 0), offset)
 
 
 def _precision(source: str, tensor: Tensor, dtype: str, embeddings: str) -> Type:
@@ -171,8 +175,8 @@ def _data(model: ModelReader, entry: Entry) -> NDArray[Any]:
 
 
 def _floats(model: ModelReader, entry: Entry) -> NDArray[np.float32]:
-    """Return a tensor's values, float32, with its rows in llama.cpp's order."""
-    tensor = dequantize(model.codes(entry.layer)) if entry.coded else model.tensor(entry.source).float()
+    """Return a tensor's values as llama.cpp wants them, float32: with their offset, and rows in its order."""
+    tensor = dequantize(model.codes(entry.layer)) if entry.coded else model.tensor(entry.source).float() + entry.offset
     values: NDArray[np.float32] = tensor.numpy()
     return np.ascontiguousarray(interleave(values, entry.heads)) if entry.heads else values
 

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from sqft_gguf import Gguf
+from tokenizers import AddedToken
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -29,6 +33,7 @@ from sqft.utils.progress import silent
 from tests.support.byte_bpe import byte_level_bpe
 from tests.support.elsewhere import ROOT, elsewhere
 from tests.support.models_for_others import PROBLEMS, real_int4, save_random
+from tests.support.sentencepiece_bpe import sentencepiece_bpe
 
 pytestmark = pytest.mark.slow
 CHECK = ROOT / "tests" / "consumers" / "llama_cpp" / "check.py"
@@ -38,6 +43,16 @@ SIZES = {
     "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32}
+GEMMA_SCALED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 1.9], "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+}  # fmt: skip
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama, biases, a head of its own": (
@@ -47,10 +62,22 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama 3.1": (LlamaConfig, {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}}),
     "linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
     "mistral, wide heads": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "llama, SentencePiece": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "gemma2": (Gemma2Config, {**GEMMA, "sliding_window": 16}),
+    "gemma3": (Gemma3TextConfig, {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16}),
+    "gemma3, scaled": (
+        Gemma3TextConfig,
+        {**GEMMA, "num_hidden_layers": 7, "sliding_window": 16, "rope_parameters": GEMMA_SCALED},
+    ),
+    "phi3": (Phi3Config, {}),
+    # llama.cpp takes the factors of long texts where its context, here 256, is longer than the original one.
+    "phi3, for long texts": (Phi3Config, {"rope_parameters": LONG, "max_position_embeddings": 1024}),
 }
 TEXT = "The quick brown fox jumps over 15 lazy dogs. A box has 15 stamps; Ben takes 12. Left:"
+TEXTS = {"phi3": "<|user|> \n Hello the row<|endoftext|> brown", "gemma": "two  boxes\n\n   the quick ümlaut 🦊"}
+"""What a family's tokenizer treats in its own way, by how its name begins."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +85,21 @@ def merged_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with merges, which llama.cpp wants, and a token that ends a text."""
     inner = byte_level_bpe([TEXT] * 3, 320, ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def tokenizer_of(family: str, merged_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    end = "</s>"
+    if family.startswith("gemma"):
+        inner = sentencepiece_bpe(True, ["\n\n", "▁▁"])
+    elif family.startswith("phi3"):
+        end, after = "<|endoftext|>", {"rstrip": True, "normalized": False}
+        inner = sentencepiece_bpe(False, [AddedToken("</s>", **after), AddedToken("<|user|>", special=True, **after)])
+    elif "SentencePiece" in family:
+        inner = sentencepiece_bpe(False)
+    else:
+        return merged_tokenizer
+    inner.add_special_tokens([end])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=end, unk_token="<unk>")
 
 
 def said(model: PreTrainedModel, tokenizer: Any, texts: list[str], likely: int) -> list[dict[str, Any]]:
@@ -73,6 +115,16 @@ def said(model: PreTrainedModel, tokenizer: Any, texts: list[str], likely: int) 
     return found
 
 
+def is_text(prompt: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether the likeliest next tokens are text: llama.cpp says nothing of an end, nor of part of a letter."""
+    best = max(prompt["logprobs"].values())
+    likely = [int(token) for token, logprob in prompt["logprobs"].items() if logprob > best - 0.5]
+    pieces = tokenizer.convert_ids_to_tokens(likely)
+    return not any(
+        piece.startswith("<") or "�" in tokenizer.decode([row]) for row, piece in zip(likely, pieces, strict=True)
+    )
+
+
 def asked(file: Path, scratch: Path, prompts: list[dict[str, Any]], tolerance: float, answers: Any = ()) -> str:
     given = scratch / "given.json"
     given.write_text(json.dumps({"prompts": prompts, "answers": list(answers), "tolerance": tolerance}))
@@ -84,8 +136,9 @@ def asked(file: Path, scratch: Path, prompts: list[dict[str, Any]], tolerance: f
 def test_each_family(family: str, precision: str, merged_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Names, orders of rows and positions, on random weights large enough that positions matter."""
     kind, settings = FAMILIES[family]
-    config = kind(vocab_size=len(merged_tokenizer), initializer_range=0.2, **SIZES | settings)
-    made_of = save_random(config, merged_tokenizer, tmp_path / "model")
+    tokenizer = tokenizer_of(family, merged_tokenizer)
+    config = kind(vocab_size=len(tokenizer), initializer_range=0.2, **SIZES | settings)
+    made_of = save_random(config, tokenizer, tmp_path / "model")
     recipe: dict[str, Any] = {"name": "gguf", "model": {"path": str(made_of)}}
     recipe |= {"sparsify": {"scorer": "magnitude"}, "export": [{"exporter": "gguf"}]}
     if precision == "codes":
@@ -97,7 +150,11 @@ def test_each_family(family: str, precision: str, merged_tokenizer: PreTrainedTo
     file = run["export"].folder / "model" / "model.gguf"
     # With codes, llama.cpp rounds what enters a layer to 8 bits.
     tolerance = 0.3 if precision == "codes" else 0.02
-    print(family, precision, report := asked(file, tmp_path, said(model, own, [TEXT], 8), tolerance))
+    texts = [TEXT[:end] for end in range(len(TEXT), 50, -2)]
+    texts += [text for name, text in TEXTS.items() if family.startswith(name)]
+    prompts = [one for one in said(model, own, texts, 8) if is_text(one, own)][-6:]
+    assert prompts and ("gemma" not in family or max(len(one["tokens"]) for one in prompts) > 32)  # two windows
+    print(family, precision, len(prompts), report := asked(file, tmp_path, prompts, tolerance))
     assert "largest difference" in report
 
 
