@@ -23,6 +23,7 @@ import sqft
 from sqft import Orchestrator, Recipe, Registry, api, errors
 from sqft.cli import main
 from sqft.recipe.data import TrainingData
+from sqft.tools.sweep import Sweep, plan_cells
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -121,6 +122,7 @@ def here(
     recipes.mkdir(parents=True)
     shutil.copytree(data, quickstart)
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "examples" / "paper", recipes.parent / "paper")
     for file in ROOT.glob("examples/recipes/*.json"):
         (recipes / file.name).write_text(json.dumps(small(json.loads(file.read_text()), model_folder)))
     (tmp_path / "store").symlink_to(shared_store)
@@ -139,10 +141,13 @@ def test_a_page_works_from_top_to_bottom(page: Path, here: Path, model_folder: P
     for file, language, needed, text in FENCE.findall(page.read_text()):
         if language == "json":
             raw = json.loads(text)
-            if whole(raw) is not raw:  # its data are nobody's
+            if "axes" in raw:
+                Sweep.parse(raw, here)
+            elif whole(raw) is not raw:  # its data are nobody's
                 continue
-            raw = small(raw, model_folder)
-            Orchestrator(Registry.discover(), here / "store").plan(Recipe.parse(raw, here))
+            else:
+                raw = small(raw, model_folder)
+                Orchestrator(Registry.discover(), here / "store").plan(Recipe.parse(raw, here))
             text = json.dumps(raw)
         if file:
             (here / file).parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +202,28 @@ def test_recipes_validate() -> None:
     shown = json_blocks()
     assert len(shown) >= 8
     for content in shown:
-        Recipe.parse(whole(content))
+        if "axes" in content:
+            Sweep.parse(content)
+        else:
+            Recipe.parse(whole(content))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/paper/**/*.json")), ids=lambda file: file.stem)
+def test_the_papers_sweeps(file: Path) -> None:
+    """Each cell is a recipe; the small ones are planned by the page that names them, or by the test below."""
+    if file.name == "base.json":
+        Recipe.load(file)
+        return
+    cells = Sweep.load(file).cells()
+    assert len({cell.name for cell in cells}) == len(cells) > 1
+    for cell in cells:
+        Recipe.load(cell.recipe, cell.changes)
+
+
+def test_the_small_sweeps_can_be_run(here: Path) -> None:
+    orchestrator = Orchestrator(Registry.discover(), here / "store")
+    for file in sorted(here.glob("examples/paper/small/*.json")):
+        assert len(plan_cells(Sweep.load(file), orchestrator)) > 1
 
 
 def whole(content: dict[str, Any]) -> dict[str, Any]:

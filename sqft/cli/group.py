@@ -20,6 +20,7 @@ from sqft.cli.run import run
 from sqft.cli.schema import schema
 from sqft.cli.show import show
 from sqft.cli.status import status
+from sqft.cli.sweep import sweep
 
 
 @click.group()
@@ -43,3 +44,4 @@ main.add_command(run)
 main.add_command(schema)
 main.add_command(show)
 main.add_command(status)
+main.add_command(sweep)

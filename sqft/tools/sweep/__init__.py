@@ -1,0 +1,7 @@
+"""A sweep: one recipe with every combination of some settings, run through one store."""
+
+from sqft.tools.sweep.definition import Cell, Sweep
+from sqft.tools.sweep.results import CellResult, SweepResults
+from sqft.tools.sweep.running import plan_cells, run_sweep
+
+__all__ = ["Cell", "CellResult", "Sweep", "SweepResults", "plan_cells", "run_sweep"]

@@ -1,0 +1,118 @@
+"""What the cells of a sweep measured: tidy rows, a table of means over seeds, and the files of both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft.tools.sweep.definition import RESERVED, SEED, Cell
+from sqft.utils.files import write_json, write_text
+from sqft.utils.text import escaped, markdown_table
+
+FIGURES = ("accuracy", "perplexity", "sparsity")
+"""Those of RESERVED that the table has."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of a cell.
+
+    Args:
+        cell: the cell.
+        folder: of its run.
+        rows: what was measured, a flat dict for each configuration; None unless it is done.
+        error: why it failed; None when it did not.
+    """
+
+    cell: Cell
+    folder: Path
+    rows: tuple[dict[str, Any], ...] | None = None
+    error: str | None = None
+
+    @property
+    def state(self) -> str:
+        """One of "done", "failed" and "not run"."""
+        return "failed" if self.error else "not run" if self.rows is None else "done"
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """What all cells of a sweep measured."""
+
+    name: str
+    axes: tuple[str, ...]
+    cells: tuple[CellResult, ...]
+
+    @property
+    def failed(self) -> list[CellResult]:
+        """The cells that failed."""
+        return [one for one in self.cells if one.error]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a flat dict for each configuration of each cell, with equal keys, for `pandas.DataFrame`."""
+        rows = [
+            {**one.cell.values, **{key: value for key, value in row.items() if key != "recipe"}, "run": one.folder.name}
+            for one in self.cells
+            for row in one.rows or ()
+        ]
+        keys = dict.fromkeys(key for row in rows for key in row)
+        return [{key: row.get(key) for key in keys} for row in rows]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return heads and cells: a line for each configuration, its figures as means over seeds, with the standard
+        deviation of several; of one seed, accuracy has its standard error."""
+        rows = self.rows()
+        axes = [axis for axis in self.axes if axis != SEED]
+        figures = [key for key in self._figures(rows) if any(row[key] is not None for row in rows)]
+        lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            lines.setdefault((*(row[axis] for axis in axes), row["configuration"]), []).append(row)
+        cells = [
+            [*labels, str(len(same)), *(_mean(key, [row for row in same if row[key] is not None]) for key in figures)]
+            for labels, same in lines.items()
+        ]
+        return [*axes, "configuration", "seeds", *figures], cells
+
+    def _figures(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the keys of what the table shows; of texts, "perplexity" stands for a single one."""
+        keys = [key for key in (rows[0] if rows else ()) if key not in self.axes and not key.endswith("_stderr")]
+        texts = [key for key in keys if key.startswith("perplexity ")]
+        hidden = texts if len(texts) < 2 else ["perplexity"]
+        return [key for key in keys if key not in hidden and (key in FIGURES or key not in (*RESERVED, SEED))]
+
+    def write(self, folder: Path) -> None:
+        """Write results.json, results.csv and report.md."""
+        rows, text = self.rows(), io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        cells = [
+            {"values": dict(one.cell.values), "run": one.folder.name, "state": one.state, "error": one.error}
+            for one in self.cells
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", {"sweep": self.name, "axes": self.axes, "cells": cells, "rows": rows})
+        write_text(folder / "results.csv", text.getvalue())
+        write_text(folder / "report.md", self._markdown())
+
+    def _markdown(self) -> str:
+        lines = [f"- {one.state}: {one.cell}" + (f" ({one.error})" if one.error else "") for one in self.cells]
+        others = [line for line in lines if not line.startswith("- done")]
+        return markdown_table(self.name, *self.table()) + "".join(f"\n{escaped(line)}" for line in others)
+
+
+def _mean(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a figure's mean over rows, one for each seed."""
+    values = [float(row[key]) for row in rows]
+    if not values:
+        return "–"
+    form = {"accuracy": "{:.1%}", "sparsity": "{:.2%}"}.get(key, "{:.2f}" if key.startswith("perplexity") else "{:.3f}")
+    shown = form.format(statistics.mean(values))
+    if key == "sparsity" or (len(values) == 1 and key != "accuracy"):
+        return shown
+    return f"{shown} ± {form.format(statistics.stdev(values) if len(values) > 1 else rows[0]['stderr'])}"

@@ -1,0 +1,134 @@
+"""Cells on tiny models: shared steps, failures, what is done before, and processes side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Orchestrator, Registry
+from sqft.errors import SqftError
+from sqft.tools.sweep import Sweep, plan_cells, run_sweep
+
+
+@pytest.fixture
+def recipe(raw: dict[str, Any], tmp_path: Path) -> Path:
+    """Sparsified and trained for two steps, then measured."""
+    raw["evaluate"]["of"] = ["sparsify", "search"]
+    raw["finetune"]["steps"] = 2
+    raw["search"] = {"searcher": "heuristic"}
+    for section in ("merge", "export", "quantize"):
+        raw.pop(section, None)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(raw))
+    return file
+
+
+@pytest.fixture
+def sweep(recipe: Path, tmp_path: Path) -> Sweep:
+    axes = {
+        "adapter": {"small": {"finetune.learning_rate": 1e-3}, "large": {"finetune.learning_rate": 0.1}},
+        "seed": [0, 1],
+    }
+    return Sweep.parse({"name": "s", "recipe": str(recipe), "axes": axes}, tmp_path)
+
+
+@pytest.fixture
+def orchestrator(registry: Registry, tmp_path: Path) -> Orchestrator:
+    return Orchestrator(registry, tmp_path / "store")
+
+
+def test_shared_steps_are_made_once_and_nothing_is_done_again(
+    sweep: Sweep, orchestrator: Orchestrator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = plan_cells(sweep, orchestrator)
+    results = run_sweep(sweep, orchestrator, plans)
+    assert [one.state for one in results.cells] == ["done"] * 4
+    made = [folder.name.partition("-")[0] for folder in (orchestrator.store.root / "artifacts").glob("[a-z]*")]
+    assert made.count("sparsify") == 2 and made.count("finetune") == 4  # calibration windows are drawn by the seed
+    rows = results.rows()
+    assert {(row["adapter"], row["seed"], row["configuration"]) for row in rows} == {
+        (adapter, seed, of)
+        for adapter in ("small", "large")
+        for seed in (0, 1)
+        for of in ("sparsify", "search (heuristic)")
+    }
+    folder = orchestrator.store.root / "sweeps" / "s"
+    assert json.loads((folder / "results.json").read_text())["rows"] == rows
+    assert {file.name for file in folder.iterdir()} == {"results.json", "results.csv", "report.md"}
+    # A second time: nothing is run, and the results are the same.
+    monkeypatch.setattr(Orchestrator, "run", lambda *_: pytest.fail("ran a cell again"))
+    with caplog.at_level(logging.INFO, "sqft"):
+        again = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator))
+    assert again.rows() == rows and sum("done before" in record.getMessage() for record in caplog.records) == 4
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(
+    sweep: Sweep, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One fails as the user can mend it, one by a bug; run again, only these are run."""
+    run, ran = Orchestrator.run, list[str]()
+
+    def failing(self: Orchestrator, plan: Any, *arguments: Any) -> Any:
+        ran.append(plan.recipe.name)
+        if plan.recipe.name == "s-small-1":
+            raise SqftError("no room")
+        if plan.recipe.name == "s-large-0":
+            raise ZeroDivisionError("oh")
+        return run(self, plan, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Orchestrator, "run", failing)
+        results = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator))
+    assert [one.state for one in results.cells] == ["done", "failed", "failed", "done"] and len(ran) == 4
+    assert [one.error for one in results.failed] == ["no room", "ZeroDivisionError: oh"]
+    read = json.loads((orchestrator.store.root / "sweeps" / "s" / "results.json").read_text())
+    assert [cell["error"] for cell in read["cells"]] == [None, "no room", "ZeroDivisionError: oh", None]
+    assert [one.state for one in run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).cells] == ["done"] * 4
+
+
+def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    axes = {"sparsify.sparsity": [0.5, 1.5], "finetune.adapter": ["lora", "lorra"], "seed": [0, 1]}
+    sweep = Sweep.parse({"name": "s", "recipe": str(recipe), "axes": axes}, tmp_path, "mine.json")
+    with pytest.raises(SqftError) as caught:
+        plan_cells(sweep, orchestrator)
+    text = str(caught.value)
+    assert text.startswith(
+        "mine.json: cells that cannot be run\n(sparsify.sparsity 0.5, finetune.adapter lorra, seed 0)"
+    )
+    assert "and 1 more" in text and "no adapter named 'lorra'" in text and "sparsify.sparsity: " in text
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(SqftError, match="`skip` leaves no cell"):
+        everything = {"name": "s", "recipe": str(recipe), "axes": {"seed": [0]}, "skip": [{"seed": 0}]}
+        plan_cells(Sweep.parse(everything, tmp_path), orchestrator)
+
+
+@pytest.fixture
+def pair(recipe: Path, tmp_path: Path) -> Sweep:
+    return Sweep.parse({"name": "s", "recipe": str(recipe), "axes": {"seed": [0, 1]}}, tmp_path)
+
+
+def test_cells_side_by_side(pair: Sweep, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    """Two processes at a time: the results are those of one process."""
+    results = run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), ["cpu", "cpu"])
+    assert [one.error for one in results.cells] == [None] * 2
+    alone = Orchestrator(orchestrator.registry, tmp_path / "alone")
+    expected = run_sweep(pair, alone, plan_cells(pair, alone))
+
+    def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in row.items() if "seconds" not in k and k not in ("peak_memory", "storage")} for row in rows
+        ]
+
+    assert figures(results.rows()) == figures(expected.rows())
+    logs = {file.name for file in (orchestrator.store.root / "sweeps" / "s" / "cells").glob("*.log")}
+    assert logs == {"s-0.log", "s-1.log"}
+
+
+def test_a_process_that_fails_is_named(pair: Sweep, orchestrator: Orchestrator) -> None:
+    results = run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), ["cuda:7", "cuda:8"])
+    assert [one.state for one in results.cells] == ["failed"] * 2
+    assert all("cuda" in str(one.error) for one in results.cells), results.cells[0].error
