@@ -1,6 +1,7 @@
 """One calibration walk for Wanda and GPTQ against two, on the quickstart's model: perplexity and seconds.
 
     python benchmarks/one_walk.py [--samples 16] [--length 512] [--ways two masks joint turn]
+        [--calibration general.jsonl] [--texts prose.txt manuals.txt]
 
 two     two walks: sparsify's, then one over the sparse model, where earlier blocks are already quantized
 turn    the same, and in each block one input after the other (what sqft does)
@@ -51,13 +52,16 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=["two", "masks", "joint", "turn"], default=["two", "masks", "joint"]
     )
+    parser.add_argument("--calibration", type=Path, default=DATA / "calibration.jsonl", help="records of text")
+    parser.add_argument("--texts", nargs="+", type=Path, default=[DATA / "heldout.txt"], help="texts of perplexity")
     arguments = parser.parse_args()
     quantizer = Gptq(group_size=64, reorder_groups=False)
     source = find_model(str(MODEL), Path, None, Digests())
-    print("| way | perplexity | seconds |\n|---|---|---|")
+    heads = [text.stem for text in arguments.texts]
+    print(f"| way | {' | '.join(heads)} | seconds |\n|{'---|' * (len(heads) + 2)}", flush=True)
     for way in arguments.ways:
         model, tokenizer = load_model(ModelSpec(source.path, "float32"))
-        windows = calibration_windows(DATA / "calibration.jsonl", tokenizer, arguments.samples, arguments.length, 0)
+        windows = calibration_windows(arguments.calibration, tokenizer, arguments.samples, arguments.length, 0)
         later: dict[str, Tensor] = {}
 
         def prune(name: str, linear: nn.Linear, stats: LinearStats) -> None:
@@ -84,9 +88,9 @@ def main() -> None:
         for name, value in later.items():
             model.get_parameter(f"{name}.weight").data.copy_(value)
         with torch.inference_mode():
-            held_out = text_windows(DATA / "heldout.txt", tokenizer, 8192, 1024)
-            found = perplexity(model, held_out, silent)["perplexity"]
-        print(f"| {way} | {found:.2f} | {seconds:.0f} |", flush=True)
+            windows_of = (text_windows(text, tokenizer, 8192, 1024) for text in arguments.texts)
+            found = [perplexity(model, held_out, silent)["perplexity"] for held_out in windows_of]
+        print(f"| {way} | {' | '.join(f'{one:.2f}' for one in found)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def sweep(
     writes all figures to sweeps/NAME in the store: results.csv, results.json and report.md.
     """
     from sqft.errors import SqftError
-    from sqft.tools.sweep import Sweep, plan_cells, run_sweep
+    from sqft.tools.sweep import DIFFERENCE_HEADS, Sweep, plan_cells, run_sweep
     from sqft.utils.distributed import processes
 
     if processes().count > 1:
@@ -60,6 +60,9 @@ def sweep(
         return
     results = run_sweep(found, orchestrator, plans, devices, disable)
     show_table(screen, found.name, *results.table())
+    if results.differences:
+        cells = [one.cells() for one in results.differences]
+        show_table(screen, "On the same questions", DIFFERENCE_HEADS, cells)
     screen.print(f"results: {orchestrator.store.root / 'sweeps' / found.name}", highlight=False, markup=False)
     if results.failed:
         names = "; ".join(f"({one.cell})" for one in results.failed)

@@ -28,6 +28,11 @@ def human_size(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def signed_percent(share: float) -> str:
+    """Return a share in hundredths, with its sign: "+1.5"."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown, under its title."""
     return f"# {title}\n\n{markdown_rows(head, rows)}\n"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sqft.tools.run_report.facts import Measure, RunFacts
 from sqft.utils.significance import LEVEL, bootstrap_interval, mcnemar, t_quantile
 from sqft.utils.statistics import paired_difference
+from sqft.utils.text import signed_percent
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Comparison:
     def cells(self) -> list[str]:
         """Return the comparison as text: cells under `HEADS`."""
         unit = " %" if self.measure.startswith("perplexity") else " points"
-        low, high = map(_signed, self.interval)
+        low, high = map(signed_percent, self.interval)
         answers = "–" if self.p is None else f"+{self.only_second:,} −{self.only_first:,} of {self.items:,}"
         p = "–" if self.p is None else f"{self.p:.2g}"
-        difference = f"{_signed(self.difference)}{unit}"
+        difference = f"{signed_percent(self.difference)}{unit}"
         return [self.second, self.first, self.measure, difference, f"{low} to {high}", answers, p]
 
 
@@ -97,8 +98,3 @@ def compare_answers(
         return len(items), mean, interval, None, None, None
     only_first, only_second = differences.count(-1.0), differences.count(1.0)
     return len(items), mean, interval, only_first, only_second, mcnemar(only_first, only_second)
-
-
-def _signed(share: float) -> str:
-    """Return a share in hundredths, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")

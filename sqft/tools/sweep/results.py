@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sqft.tools.sweep.definition import RESERVED, SEED, Cell
 from sqft.utils.files import write_json, write_text
-from sqft.utils.text import escaped, markdown_table
+from sqft.utils.text import escaped, markdown_rows, markdown_table, signed_percent
 
 FIGURES = ("accuracy", "perplexity", "sparsity")
 """Those of RESERVED that the table has."""
@@ -40,6 +41,37 @@ class CellResult:
         return "failed" if self.error else "not run" if self.rows is None else "done"
 
 
+DIFFERENCE_HEADS = ["cell", "less", "configuration", "measure", "seeds", "difference", "95 % interval", "by seed"]
+
+
+@dataclass(frozen=True)
+class CellDifference:
+    """What a cell gives on a measure, less what the first cell gives on the same questions with the same seeds."""
+
+    cell: str
+    first: str
+    configuration: str
+    measure: str
+    by_seed: Mapping[str, float]
+    """The mean difference of each seed."""
+    interval: tuple[float, float]
+    """Where the mean lies in 95 of 100 draws of the questions, each drawn with its answers of all seeds: seeds share
+    the questions, so their answers to one are a cluster (Field and Welsh 2007, the cluster bootstrap)."""
+
+    @property
+    def difference(self) -> float:
+        """The mean over questions and seeds."""
+        return math.fsum(self.by_seed.values()) / len(self.by_seed)
+
+    def cells(self) -> list[str]:
+        """Return the difference as text: cells under `DIFFERENCE_HEADS`."""
+        low, high = map(signed_percent, self.interval)
+        seeds = ", ".join(signed_percent(value) for value in self.by_seed.values())
+        shown = f"{signed_percent(self.difference)} points"
+        named = [self.cell, self.first, self.configuration, self.measure, str(len(self.by_seed))]
+        return [*named, shown, f"{low} to {high}", seeds]
+
+
 @dataclass(frozen=True)
 class SweepResults:
     """What all cells of a sweep measured."""
@@ -47,6 +79,8 @@ class SweepResults:
     name: str
     axes: tuple[str, ...]
     cells: tuple[CellResult, ...]
+    differences: tuple[CellDifference, ...] = ()
+    """Of each combination of values to the first one; they are made once all cells are done."""
 
     @property
     def failed(self) -> list[CellResult]:
@@ -96,14 +130,19 @@ class SweepResults:
             for one in self.cells
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "results.json", {"sweep": self.name, "axes": self.axes, "cells": cells, "rows": rows})
+        found = [{**asdict(one), "difference": one.difference} for one in self.differences]
+        content = {"sweep": self.name, "axes": self.axes, "cells": cells, "rows": rows, "differences": found}
+        write_json(folder / "results.json", content)
         write_text(folder / "results.csv", text.getvalue())
         write_text(folder / "report.md", self._markdown())
 
     def _markdown(self) -> str:
         lines = [f"- {one.state}: {one.cell}" + (f" ({one.error})" if one.error else "") for one in self.cells]
         others = [line for line in lines if not line.startswith("- done")]
-        return markdown_table(self.name, *self.table()) + "".join(f"\n{escaped(line)}" for line in others)
+        differing = [one.cells() for one in self.differences]
+        tables = [markdown_table(self.name, *self.table())]
+        tables += [f"\n{markdown_rows(DIFFERENCE_HEADS, differing)}\n"] if differing else []
+        return "".join([*tables, *(f"\n{escaped(line)}" for line in others)])
 
 
 def _mean(key: str, rows: Sequence[Mapping[str, Any]]) -> str:

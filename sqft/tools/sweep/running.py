@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -19,6 +19,7 @@ from sqft.execution.orchestrator import Orchestrator
 from sqft.execution.report import flat_rows
 from sqft.planning.plan import Plan
 from sqft.recipe.rerun import with_absolute_paths
+from sqft.tools.sweep.comparison import differences
 from sqft.tools.sweep.definition import Cell, Sweep
 from sqft.tools.sweep.results import CellResult, SweepResults
 from sqft.utils.files import write_json
@@ -71,7 +72,10 @@ def run_sweep(
     else:
         for cell, plan in running.open():
             running.run_here(cell, plan)
-    return running.results()
+    results = running.results()
+    results = replace(results, differences=tuple(differences(results, orchestrator.store.root)))
+    results.write(running.folder)
+    return results
 
 
 @dataclass

@@ -1,0 +1,60 @@
+"""Whether cells differ by more than chance, on the same questions and with the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from sqft.errors import SqftError
+from sqft.tools.run_report.facts import RunFacts, read_facts
+from sqft.tools.sweep.definition import SEED
+from sqft.tools.sweep.results import CellDifference, SweepResults
+from sqft.utils.significance import bootstrap_interval
+
+
+def differences(results: SweepResults, store: Path) -> list[CellDifference]:
+    """Compare each combination of values besides the seed's with the first one that is done.
+
+    Only questions that both answered under the same rules count, and seeds that both have.
+    """
+    groups: dict[str, dict[str, RunFacts]] = {}
+    for one in results.cells:
+        if one.rows is not None:
+            others = {axis: value for axis, value in one.cell.values.items() if axis != SEED}
+            label = ", ".join(f"{axis} {value}" for axis, value in others.items())
+            seed = one.cell.values.get(SEED, "")
+            try:
+                groups.setdefault(label, {})[seed] = read_facts(one.folder, store)
+            except SqftError:
+                continue  # the table has what is left of it
+    (first, before), *rest = groups.items() or [("", {})]
+    return [found for label, after in rest for found in _differences(first, before, label, after)]
+
+
+def _differences(
+    first: str, before: Mapping[str, RunFacts], cell: str, after: Mapping[str, RunFacts]
+) -> Iterator[CellDifference]:
+    """Yield how a cell differs from the first one, for each configuration and measure of questions that both have."""
+    by_measure: dict[tuple[str, str], dict[str, Mapping[str, float]]] = {}
+    for seed in (seed for seed in before if seed in after):
+        for configuration, step in after[seed].configurations().items():
+            other = before[seed].artifacts.get(step)
+            if other is None or other.folder == after[seed].artifacts[step].folder:
+                continue  # not measured there, or the same model
+            known = {one.rules: one.answers for one in before[seed].measures[configuration] if one.answers}
+            for one in after[seed].measures[configuration]:
+                if one.rules in known:
+                    differing = _by_question(known[one.rules], one.answers)
+                    by_measure.setdefault((configuration, one.name), {})[seed] = differing
+    for (configuration, measure), of_seeds in by_measure.items():
+        shared = set.intersection(*(set(one) for one in of_seeds.values()))
+        questions = [question for question in next(iter(of_seeds.values())) if question in shared]
+        if questions:
+            means = [math.fsum(one[q] for one in of_seeds.values()) / len(of_seeds) for q in questions]
+            by_seed = {seed: math.fsum(one[q] for q in questions) / len(questions) for seed, one in of_seeds.items()}
+            yield CellDifference(cell, first, configuration, measure, by_seed, bootstrap_interval(means))
+
+
+def _by_question(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {question: after[question] - right for question, right in before.items() if question in after}

@@ -1,0 +1,80 @@
+"""Differences of cells on the same questions, clustered by question."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft import Orchestrator, Registry
+from sqft.tools.sweep import Sweep, SweepResults, plan_cells, run_sweep
+from sqft.tools.sweep.comparison import _differences, differences
+
+
+@pytest.fixture(scope="module")
+def done(tiny_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResults, Path]:
+    """Two sparsities and two seeds, untrained, on ten questions."""
+    folder = tmp_path_factory.mktemp("sweep")
+    raw = {key: tiny_recipe[key] for key in ("name", "model", "calibration", "sparsify", "evaluate")}
+    raw["evaluate"] = raw["evaluate"] | {"of": ["model", "sparsify"]}
+    (folder / "recipe.json").write_text(json.dumps(raw))
+    axes = {"sparsify.sparsity": [0.5, 0.9], "seed": [0, 1]}
+    sweep = Sweep.parse({"name": "s", "recipe": "recipe.json", "axes": axes}, folder)
+    orchestrator = Orchestrator(Registry.discover(), folder / "store")
+    return run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)), folder / "store"
+
+
+def test_only_what_differs_is_compared(done: tuple[SweepResults, Path]) -> None:
+    """The dense model is the same in all cells; the texts' perplexity is no question."""
+    results, store = done
+    (found,) = results.differences
+    assert found.configuration == "sparsify" and [*found.by_seed] == ["0", "1"]
+    assert (found.cell, found.first) == ("sparsify.sparsity 0.9", "sparsify.sparsity 0.5")
+    accuracy = {
+        (row["sparsify.sparsity"], row["seed"]): row["accuracy"] for row in results.rows() if row["sparsity"] > 0.1
+    }
+    for seed, value in found.by_seed.items():
+        assert value == pytest.approx(accuracy["0.9", int(seed)] - accuracy["0.5", int(seed)])
+    read = json.loads((store / "sweeps" / "s" / "results.json").read_text())
+    assert read["differences"][0]["by_seed"] == found.by_seed
+    assert (
+        "| sparsify.sparsity 0.9 | sparsify.sparsity 0.5 | sparsify |"
+        in (store / "sweeps" / "s" / "report.md").read_text()
+    )
+
+
+class Facts:
+    """What of a run's facts is asked for: the answers, under their rules."""
+
+    def __init__(self, folder: str, **answers: float) -> None:
+        self.artifacts = {"evaluate:merge": type("Artifact", (), {"folder": Path(folder)})()}
+        measure = type("Measure", (), {"rules": "r", "name": "accuracy", "answers": answers})()
+        self.measures = {"merge": [measure]}
+
+    def configurations(self) -> dict[str, str]:
+        return {"merge": "evaluate:merge"}
+
+
+def test_a_question_is_drawn_with_its_answers_of_all_seeds() -> None:
+    """Against all draws of the questions, listed; a question that one seed lacks does not count."""
+    before: Any = {"0": Facts("a", q=0, r=1, s=0, t=1), "1": Facts("b", q=0, r=0, s=1), "2": Facts("c", q=1)}
+    after: Any = {"0": Facts("d", q=1, r=1, s=1, t=1), "1": Facts("e", q=1, r=0, s=0), "3": Facts("f", q=1)}
+    (found,) = _differences("first", before, "second", after)
+    means = [(1 + 1) / 2, 0.0, (1 - 1) / 2]  # of q, r, s over the seeds
+    assert found.by_seed == {"0": pytest.approx(2 / 3), "1": 0.0} and found.difference == pytest.approx(1 / 3)
+    draws = sorted(statistics.mean(draw) for draw in itertools.product(means, repeat=3))
+    low, high = (draws[math.ceil(share * len(draws)) - 1] for share in (0.025, 0.975))
+    assert found.interval == (pytest.approx(low), pytest.approx(high))
+    assert found.cells()[-3:] == ["+33.3 points", "+0.0 to +100.0", "+66.7, +0.0"]
+
+
+def test_the_same_model_is_not_compared() -> None:
+    one: Any = {"0": Facts("a", q=0)}
+    assert list(_differences("x", one, "y", {"0": Facts("a", q=0)})) == []  # type: ignore[dict-item]
+    assert list(_differences("x", one, "y", {"1": Facts("b", q=0)})) == []  # type: ignore[dict-item]
+    assert differences(SweepResults("s", (), ()), Path()) == []
