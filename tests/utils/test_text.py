@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sqft.utils.text import brief, human_size, markdown_table
+from sqft.utils.text import brief, human_size, markdown_table, signed_percent
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,7 @@ def test_long_values_are_shortened() -> None:
 def test_a_table_escapes_what_markdown_would_read() -> None:
     table = markdown_table("Title", ["a", "b"], [["x|y", "*b*\nc"], ["<i>", "[l]`\\"]])
     assert table == "# Title\n\n| a | b |\n|---|---|\n| x\\|y | \\*b\\* c |\n| \\<i> | \\[l]\\`\\\\ |\n"
+
+
+def test_shares_with_their_sign() -> None:
+    assert [signed_percent(share) for share in (0.015, -0.2, 0.0)] == ["+1.5", "−20.0", "+0.0"]
