@@ -68,8 +68,8 @@ def refusal_of_config(config: Mapping[str, Any]) -> str | None:
     family = FAMILIES[kind]
     if why := _refusal_of_positions(config, kind):
         return why
-    if config.get("attention_bias") and kind == "qwen3":
-        return "llama.cpp has no biases of attention in models of qwen3"
+    if config.get("attention_bias") and kind in ("qwen3", "gemma2", "gemma3_text"):
+        return f"llama.cpp has no biases of attention in models of {kind}"
     found = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if found != family.activation:
         return f"llama.cpp computes {family.activation} in models of {kind}, and this one has {found}"
@@ -199,7 +199,7 @@ def _attention_factor(config: Mapping[str, Any]) -> float:
     if given := rope.get("attention_factor"):
         return float(given)
     original = rope["original_max_position_embeddings"]
-    longer = config["max_position_embeddings"] / original
+    longer = rope.get("factor") or config["max_position_embeddings"] / original
     return math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
 
 
@@ -216,4 +216,5 @@ def _rope(config: Mapping[str, Any], layers: str = "full_attention") -> dict[str
     scaling = scaling.get(layers, scaling)
     theta = scaling.get("rope_theta", config.get("rope_theta"))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its first name
     return {**scaling, "rope_type": kind, **({} if theta is None else {"rope_theta": theta})}

@@ -74,13 +74,18 @@ def check_strips(stored: Mapping[str, Any], phi3: bool) -> None:
     Raises:
         StageError: naming a token that does.
     """
+    prepends = sentencepiece.PREPEND in (stored.get("normalizer") or {}).get("normalizers", ())
     for added in stored.get("added_tokens", ()):
-        right = phi3 and added.get("special") and added["content"] not in ("<unk>", "<s>", "<|endoftext|>")
-        right = right or (phi3 and added["content"] == "</s>")
-        if any(bool(added.get(how)) != (how == "rstrip" and bool(right)) for how in STRIPS):
+        right = phi3 and added["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        if any(bool(added.get(how)) != (how == "rstrip" and right) for how in STRIPS):
             raise StageError(
                 f"export (gguf): the token {added['content']!r} changes the text around it ({', '.join(STRIPS)}) in "
                 "another way than in llama.cpp"
+            )
+        if prepends and added.get("normalized"):  # a space is put before it, so that it is found in no text
+            raise StageError(
+                f"export (gguf): the token {added['content']!r} is found in other texts than in llama.cpp; set its "
+                "normalized to false in tokenizer.json"
             )
 
 
@@ -94,6 +99,8 @@ def refusal_of_tokenizer(path: Path, phi3: bool = False) -> str | None:
         check_strips(stored, phi3)
         if sentencepiece.prefix_of(stored) is None:
             how_it_cuts(stored)
+        else:
+            sentencepiece.scores_of(stored, 1 + max(stored["model"]["vocab"].values()))
     except StageError as error:
         return str(error)
     except (ValueError, KeyError, TypeError):  # whoever loads it says what is wrong with it

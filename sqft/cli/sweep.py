@@ -58,12 +58,12 @@ def sweep(
             missing = [step.name for step in plan.steps if step.name not in plan.reused]
             screen.print(f"{cell}: {', '.join(missing) or 'done'}", highlight=False, markup=False)
         return
-    results = run_sweep(found, orchestrator, plans, devices, disable)
+    results = run_sweep(found, orchestrator, plans, devices, disable, changes)
     show_table(screen, found.name, *results.table())
     if results.differences:
         cells = [one.cells() for one in results.differences]
         show_table(screen, "On the same questions", DIFFERENCE_HEADS, cells)
-    screen.print(f"results: {orchestrator.store.root / 'sweeps' / found.name}", highlight=False, markup=False)
+    screen.print(f"results: {results.folder}", highlight=False, markup=False)
     if results.failed:
         names = "; ".join(f"({one.cell})" for one in results.failed)
         screen.print(f"{len(results.failed)} of {len(results.cells)} cells failed: {names}", markup=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqft.components.kinds import Component
-from sqft.utils.code_digest import class_digest, digest_files, package_digest
+from sqft.utils.code_digest import cells_digest, digest_files, package_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,9 @@ class Registration:
     def code(self) -> str:
         """Digest of every .py file of the component's top-level package, so that edits are noticed.
 
-        For a class in a script, it is the digest of the script. For a class in a notebook, it is that of the bytecode
-        of the class and of what it calls in the notebook.
+        For a class in a script, it is the digest of the script. For a class in a notebook, it is that of the cells that
+        define the class and what it calls; if their source is not to be had, it is random, so that results are never
+        reused.
         """
         package = self.component.__module__.partition(".")[0]
         if package != "__main__" and (digest := package_digest(package)):
@@ -41,7 +43,7 @@ class Registration:
         script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
         if package == "__main__" and script.is_file():
             return digest_files([script], script.parent)
-        return class_digest(self.component)
+        return cells_digest(self.component) or os.urandom(16).hex()
 
     def __str__(self) -> str:
         return f"{self.component.kind} '{self.component.name}' ({self.provider.source})"

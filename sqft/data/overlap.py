@@ -55,7 +55,8 @@ def shared_runs(
 
 
 def shared_records(asked: tuple[Path, ReadOptions], others: Iterable[tuple[Path, ReadOptions]]) -> tuple[int, int]:
-    """Count the records of a data set that other data sets hold too, and all of its records.
+    """Count the records of a data set that other data sets hold too, and all of its records. A prompt is known whatever
+    its completion is; a conversation or a text as a whole.
 
     Files of more than 32 MiB and folders are not looked into: they count as others only where they are the same file or
     folder.
@@ -65,7 +66,8 @@ def shared_records(asked: tuple[Path, ReadOptions], others: Iterable[tuple[Path,
     """
     path, options = asked
     if not _is_small(path):
-        return (1, 1) if any(other == path and how.split == options.split for other, how in others) else (0, 1)
+        same = (other == path and (how.config, how.split) == (options.config, options.split) for other, how in others)
+        return int(any(same)), 1
     wanted = [_content(record) for record in records_of(path, options)]
     known = {_content(record) for other, how in others if _is_small(other) for record in records_of(other, how)}
     return sum(content in known for content in wanted), len(wanted)
@@ -76,7 +78,8 @@ def _is_small(path: Path) -> bool:
 
 
 def _content(record: dict[str, Any]) -> int:
-    return hash(json.dumps({name: record.get(name) for name in ("prompt", "completion", "messages", "text")}))
+    asked = record["prompt"].strip() if "prompt" in record else [record.get("messages"), record.get("text")]
+    return hash(json.dumps(asked, sort_keys=True))
 
 
 def _runs(file: Path, limit: int, options: ReadOptions | None = None) -> Iterator[int]:

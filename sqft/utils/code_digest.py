@@ -1,9 +1,11 @@
-"""Digests of Python source files and of classes, so that an edit to a component's code is noticed."""
+"""Digests of Python source files and of notebooks' cells, so that an edit to a component's code is noticed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import inspect
+import linecache
+from collections.abc import Iterable
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -40,56 +42,40 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
     return total.hexdigest()
 
 
-def class_digest(cls: type) -> str:
-    """Return the digest of a class that has no file, such as one of a notebook's cell.
+def cells_digest(cls: type) -> str:
+    """Return the digest of the notebook cells that define a class and what it calls there; "" when their source is not
+    to be had.
 
-    It is of the bytecode of its functions, and of what these name in the class's own module: functions, classes, and
-    plain values. So it is the same in each process of one version of Python.
+    Plain values that it reads from other cells count too; other objects there do not.
     """
-    total = hashlib.sha256()
-    for part in _parts(cls, cls.__module__, set()):
-        total.update(f"{part}\0".encode(errors="surrogatepass"))
-    return total.hexdigest()
+    texts, seen, waiting = set[str](), set[int](), list[Any]([cls])
+    while waiting:
+        one = inspect.unwrap(waiting.pop())
+        if id(one) in seen or getattr(one, "__module__", None) != cls.__module__:
+            continue
+        seen.add(id(one))
+        if isinstance(one, type):
+            waiting += [*one.__bases__, *(function for member in vars(one).values() for function in _functions(member))]
+        elif isinstance(one, FunctionType):
+            if not (lines := linecache.getlines(one.__code__.co_filename)):
+                return ""
+            texts.add("".join(lines))
+            for name in _names(one.__code__) & one.__globals__.keys():
+                value = one.__globals__[name]
+                if isinstance(value, (bool, int, float, complex, str, bytes)):
+                    texts.add(f"{name} = {value!r}")
+                waiting.append(value)
+    return hashlib.sha256("\0".join(sorted(texts)).encode(errors="surrogatepass")).hexdigest() if texts else ""
 
 
-def _parts(value: Any, module: str, seen: set[int]) -> Iterator[str]:
-    """Yield what the digest of a value is made of; a function or class of another module counts by its name."""
-    value = getattr(value, "__func__", value)  # of a classmethod or a staticmethod
-    value = value.fget if isinstance(value, property) else getattr(value, "func", value)
-    if isinstance(value, (type, FunctionType)):
-        yield value.__qualname__
-        if value.__module__ != module or id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, type):
-            members = {name: member for name, member in vars(value).items() if _is_written(name, member)}
-            yield from _parts([*value.__mro__[1:], *members.items()], module, seen)
-        else:
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            yield from _parts([value.__defaults__, value.__kwdefaults__, *cells], module, seen)
-            yield from _parts_of_code(value.__code__, value.__globals__, module, seen)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _parts(one, module, seen)
-    elif isinstance(value, dict):
-        yield from _parts([*value.items()], module, seen)
-    elif isinstance(value, (set, frozenset)):
-        yield from sorted(map(repr, value))  # their own order differs from process to process
-    else:
-        plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
-        yield repr(value) if plain else type(value).__qualname__
+def _functions(member: Any) -> list[Any]:
+    """Return the functions of a member of a class."""
+    if isinstance(member, property):
+        return [member.fget, member.fset, member.fdel]
+    return [getattr(member, "__func__", getattr(member, "func", member))]
 
 
-def _is_written(name: str, member: Any) -> bool:
-    """Whether a member of a class is one that its author wrote, not one that Python or pydantic keeps there."""
-    return isinstance(member, FunctionType) or not (name.startswith("__") and name.endswith("__"))
-
-
-def _parts_of_code(code: CodeType, names: dict[str, Any], module: str, seen: set[int]) -> Iterator[str]:
-    yield f"{code.co_code.hex()} {code.co_names}"
-    for constant in code.co_consts:
-        inner = isinstance(constant, CodeType)
-        yield from _parts_of_code(constant, names, module, seen) if inner else _parts(constant, module, seen)
-    for name in code.co_names:
-        if name in names:
-            yield from _parts(names[name], module, seen)
+def _names(code: CodeType) -> set[str]:
+    """Return the names that a function reads, and those inside it."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)

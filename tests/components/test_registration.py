@@ -12,7 +12,7 @@ from sqft_wanda import Wanda
 
 from sqft.api import Scorer
 from sqft.components.registration import Broken, Provider, Registration
-from sqft.utils.code_digest import class_digest, digest_files, package_digest
+from sqft.utils.code_digest import digest_files, package_digest
 
 PROVIDER = Provider("mine", "sqft-mine 1.0")
 
@@ -58,7 +58,12 @@ def test_a_class_of_a_script_counts_by_the_script(script: Path) -> None:
     assert registration.code != before
 
 
-def test_a_class_without_a_file_counts_by_its_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_a_notebook_counts_by_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, the file that holds the method; where there is no source, it is never taken for an earlier one."""
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-    made = made_in("__main__")
-    assert Registration(made, PROVIDER).code == class_digest(made)
+    registration = Registration(made_in("__main__"), PROVIDER)
+    monkeypatch.setattr(registration.component.score, "__module__", "__main__")
+    before = registration.code
+    assert registration.code == before
+    monkeypatch.setattr("linecache.getlines", lambda _: [])
+    assert registration.code != registration.code != before

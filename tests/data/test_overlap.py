@@ -64,10 +64,14 @@ def as_data(**settings: object) -> Data:
 
 
 def test_records_that_two_data_sets_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other fields they have, and whichever file they come from; an equal prompt alone is not enough."""
+    """Whatever other fields and completions they have, and whichever file they come from."""
     sums = [{"prompt": f"{n}+1=", "completion": str(n + 1), "id": n} for n in range(6)]
     chat = {"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}
-    files = {"a": [*sums[:4], chat], "b": [{**sums[0], "id": 9}, {**sums[1], "completion": "x"}], "c": [sums[3], chat]}
+    files = {
+        "a": [*sums[:4], chat],
+        "b": [{**sums[0], "id": 9, "completion": "x"}, {**sums[5], "prompt": " 5+1= "}],
+        "c": [sums[3], chat],
+    }
     paths = {name: tmp_path / f"{name}.jsonl" for name in files}
     for name, records in files.items():
         paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))

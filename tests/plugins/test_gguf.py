@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sqft_gguf import Gguf, vocabulary, writer
-from sqft_gguf.families import FAMILIES, interleave, refusal_of_config, rope_factors
+from sqft_gguf.families import (
+    FAMILIES,
+    LONG,
+    SHORT,
+    _attention_factor,
+    interleave,
+    refusal_of_config,
+    rope_factors,
+)
 from sqft_gguf.grids import blocks, refusal_of_grid, type_of
 from tokenizers import Tokenizer, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sqft import Orchestrator, Recipe, Registry
@@ -131,6 +139,8 @@ GEMMA = {
             {"model_type": "llama", "head_dim": 64, "partial_rotary_factor": 0.5},
             "cannot write partial_rotary_factor of",
         ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [], "long_factor": []}}, None),
+        ({**GEMMA, "attention_bias": True}, "no biases of attention in models of gemma3_text"),
         (GEMMA, None),
         ({**GEMMA, "layer_types": ["full_attention"] * 7}, "but each 6th a sliding window, and layer_types differ"),
         (
@@ -185,6 +195,21 @@ def test_frequencies_of_llama_3() -> None:
     (found,) = rope_factors(config.to_dict()).values()
     torch.testing.assert_close(torch.from_numpy(found), (plain / scaled.double()).float())
     assert rope_factors({"rope_theta": 1e4}) == {}
+
+
+@pytest.mark.parametrize("given", [{}, {"factor": 32.0}, {"attention_factor": 1.5}])
+def test_frequencies_of_phi_3(given: dict[str, float]) -> None:
+    """Divisors, and what queries and keys are multiplied by, as transformers has them."""
+    factors = {"short_factor": [1.0 + k for k in range(8)], "long_factor": [2.0 + k for k in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors, **given}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072}
+    config = Phi3Config(**sizes, rope_parameters=rope)
+    for name, length in ((SHORT, 8), (LONG, 10_000)):
+        scaled, factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)
+        plain = 1e4 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+        found = torch.from_numpy(rope_factors(config.to_dict())[name])
+        torch.testing.assert_close(found, (plain / scaled.double()).float())
+        assert _attention_factor(config.to_dict()) == pytest.approx(factor)
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -73,17 +74,20 @@ def test_names_and_contents_cannot_be_exchanged(tmp_path: Path) -> None:
     assert digest_files(files[0], first) == digest_files(files[0], tmp_path / "a")
 
 
-CELL = """
-from functools import cached_property
-from sqft.api import Scorer
+CELLS = {
+    "helpers": """
+from functools import cache
+SCALE = 1.5
 
-SCALE = {scale}
-
+@cache
 def helper(weight):
     return [inner(part) for part in weight]
 
 def inner(part):
-    {inner}
+    return part
+""",
+    "class": """
+from sqft.api import Scorer
 
 class Mine(Scorer):
     '''Mine.'''
@@ -92,32 +96,43 @@ class Mine(Scorer):
 
     @property
     def doubled(self):
-        return {doubled}
+        return 2 * self.power
 
-    def score(self, weight, stats, *, by={by}):
-        chosen = {{{chosen}}}
-        return helper(weight) if chosen else SCALE
+    def score(self, weight, stats):
+        return helper(weight) if self.doubled else SCALE
+""",
+}
+RUN = """
+import json, linecache, os, sys
+from sqft.utils.code_digest import cells_digest
+for name, text in json.loads(sys.argv[1]).items():
+    file = f"/tmp/ipykernel_{os.getpid()}/{name}.py"  # as Jupyter names a cell, whose text it puts there
+    if name != sys.argv[2]:
+        linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    exec(compile(text, file, "exec"))
+print(cells_digest(Mine))
 """
-SAID = {"scale": "1.5", "inner": "return part", "doubled": "2 * self.power", "by": "1", "chosen": "'a', 'b', 'c'"}
-PRINT = "import sys; from sqft.utils.code_digest import class_digest; exec(sys.argv[1]); print(class_digest(Mine))"
 
 
-def digest_of_cell(**changes: str) -> str:
-    """The digest of a class as a notebook has it: run in `__main__`, which has no file."""
-    made = subprocess.run(
-        [sys.executable, "-c", PRINT, CELL.format(**{**SAID, **changes})], capture_output=True, text=True, check=True
-    )
-    return made.stdout
+def digest_of_cells(cell: str = "", old: str = "", new: str = "", without: str = "") -> str:
+    """The digest of a class as a notebook has it, after a change of a cell."""
+    cells = {name: text.replace(old, new) if name == cell else text for name, text in CELLS.items()}
+    assert not cell or cells != CELLS
+    words = [sys.executable, "-c", RUN, json.dumps(cells), without]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_class_without_a_file_has_the_same_digest_in_each_process() -> None:
-    assert digest_of_cell() == digest_of_cell()
+def test_a_class_of_a_notebook_has_the_same_digest_in_each_process() -> None:
+    assert digest_of_cells() == digest_of_cells() != ""
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"scale": "2.5"}, {"inner": "return -part"}, {"doubled": "3 * self.power"}, {"by": "2"}, {"chosen": "'a', 'b'"}],
-    ids=["a value", "a function of a function", "a property", "a default", "a constant"],
+    ("cell", "old", "new"),
+    [("class", "2 * self", "3 * self"), ("class", "int = 2", "int = 3"), ("helpers", "return part", "return -part")],
 )
-def test_what_a_class_calls_counts(change: dict[str, str]) -> None:
-    assert digest_of_cell(**change) != digest_of_cell()
+def test_the_cells_of_a_class_and_of_what_it_calls_count(cell: str, old: str, new: str) -> None:
+    assert digest_of_cells(cell, old, new) != digest_of_cells()
+
+
+def test_a_cell_without_source_leaves_no_digest() -> None:
+    assert digest_of_cells(without="class") == digest_of_cells(without="helpers") == ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +22,15 @@ from sqft.recipe.reading import read_json
 SEED = "seed"
 """The axis over which results are averaged."""
 RESERVED = (
-    "recipe", "configuration", "accuracy", "stderr", "perplexity", "sparsity", "trainable", "storage", "seconds",
-    "peak_memory", "evaluation_seconds", "run",
+    "name", "recipe", "run", "configuration", "accuracy", "stderr", "perplexity", "sparsity", "trainable", "storage",
+    "seconds", "peak_memory", "evaluation_seconds",
 )  # fmt: skip
 """What results call other things."""
+NOT_SET = {"name": "is made of the sweep's name and the values", "recipe": "has a place of its own in the sweep"}
+"""What settings may not hold: why."""
+NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+LONGEST = 100
+"""Letters of a run's name, besides a digest."""
 RECIPE = "recipe"
 """Among the settings of a labelled value: another recipe to begin from."""
 
@@ -55,10 +62,13 @@ class Sweep(Section):
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of the format of sweeps")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the sweep's folder of results")
-    recipe: str | None = Field(None, description="recipe file that cells begin from, unless an axis names another")
+    recipe: str | None = Field(
+        None, min_length=1, description="recipe file that cells begin from, unless an axis names another"
+    )
     set: dict[str, Any] = Field({}, description="settings of all cells, by their places in the recipe")
-    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
-        min_length=1, description="the values of each axis; the last axis changes fastest"
+    axes: dict[str, Any] = Field(
+        min_length=1,
+        description="each axis's values, a list, or settings by label; the last axis changes fastest",
     )
     skip: tuple[dict[str, Any], ...] = Field((), description="cells that are left out: all that have these values")
 
@@ -99,17 +109,25 @@ class Sweep(Section):
         return self._source
 
     def cells(self, changes: Sequence[str] = ()) -> list[Cell]:
-        """Return a cell for each combination of values that is not left out; `changes` are made in all, last."""
-        cells = []
+        """Return a cell for each combination of values that is not left out; `changes` are made in all, last.
+
+        Raises:
+            RecipeError: when a change is of something that an axis sets.
+        """
+        for place in (change.partition("=")[0] for change in changes):
+            if axis := next(
+                (axis for axis in self.axes if any(_related(place, one) for one in self._places(axis))), None
+            ):
+                raise RecipeError([Problem(f"axes.{axis}", f"sets what --set {place} changes, too")], self.source)
+        cells, names = [], self._names()
         for chosen in product(*(self._values(axis) for axis in self.axes)):
             values = {axis: label for axis, (label, _) in zip(self.axes, chosen, strict=True)}
             if any(one.items() <= values.items() for one in self._skipped()):
                 continue
             settings = dict(self.set)
-            for _, given in chosen:
-                settings |= given
-            recipe = settings.pop(RECIPE, self.recipe)
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join((self.name, *values.values()))).rstrip("-.")
+            for given in (given for _, given in chosen):
+                settings = {place: value for place, value in settings.items() if not _within(place, given)} | given
+            recipe, name = settings.pop(RECIPE, self.recipe), names[*values.values()]
             words = [f"{place}={json.dumps(value)}" for place, value in settings.items()]
             cells.append(Cell(name, values, self._folder / str(recipe), (*words, *changes, f"name={json.dumps(name)}")))
         return cells
@@ -119,29 +137,80 @@ class Sweep(Section):
         given = self.axes[axis]
         return list(given.items()) if isinstance(given, dict) else [(_shown(value), {axis: value}) for value in given]
 
+    def _names(self) -> dict[tuple[str, ...], str]:
+        """Return the name of each combination's run: of its values, and a digest where that is long or not its own."""
+        labels = product(*([label for label, _ in self._values(axis)] for axis in self.axes))
+        plain = {values: NO_NAME.sub("-", "-".join((self.name, *values))).rstrip("-.") for values in labels}
+        shared = Counter(plain.values())
+        return {
+            values: name
+            if shared[name] == 1 and len(name) <= LONGEST
+            else f"{name[:LONGEST]}-{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
+            for values, name in plain.items()
+        }
+
+    def _places(self, axis: str) -> list[str]:
+        """Return what an axis sets, besides the recipe to begin from."""
+        return sorted({place for _, settings in self._values(axis) for place in settings if place != RECIPE})
+
     def _skipped(self) -> list[dict[str, str]]:
         return [{axis: _shown(value) for axis, value in one.items()} for one in self.skip]
 
     def _problems(self) -> list[Problem]:
-        problems = []
-        for axis in self.axes:
-            labels = [label for label, _ in self._values(axis)]
-            if axis in RESERVED:
-                problems.append(Problem(f"axes.{axis}", "is what results call something else; choose another name"))
-            if not labels:
-                problems.append(Problem(f"axes.{axis}", "has no values; give some, or remove this axis"))
-            if twice := sorted({label for label in labels if labels.count(label) > 1}):
-                problems.append(Problem(f"axes.{axis}", f"has {twice[0]} twice; keep one"))
-            if self.recipe is None and not any(
-                all(RECIPE in settings for _, settings in self._values(other)) for other in self.axes
-            ):
-                problems.append(Problem("recipe", "is missing; name a recipe file, here or for each value of an axis"))
-                break
-        for index, one in enumerate(self._skipped()):
-            for axis, label in one.items():
+        problems = [problem for axis, given in self.axes.items() for problem in _problems_of_axis(axis, given)]
+        problems += [Problem(f"set.{key}", why) for key, why in NOT_SET.items() if key in self.set]
+        if problems:
+            return problems
+        if self.recipe is None and not any(
+            all(RECIPE in settings for _, settings in self._values(axis)) for axis in self.axes
+        ):
+            problems.append(Problem("recipe", "is missing; name a recipe file, here or for each value of an axis"))
+        for one, other in combinations(self.axes, 2):
+            if both := [a for a in self._places(one) for b in self._places(other) if _related(a, b)]:
+                problems.append(
+                    Problem(f"axes.{other}", f"sets {both[0]}, as the axis {one} does; make one axis of both")
+                )
+        for index, skipped in enumerate(self._skipped()):
+            for axis, label in skipped.items():
                 if axis not in self.axes or label not in dict(self._values(axis)):
                     problems.append(Problem(f"skip.{index}.{axis}", f"no axis '{axis}' has the value {label}"))
         return problems
+
+
+def _problems_of_axis(axis: str, given: Any) -> list[Problem]:
+    place = f"axes.{axis}"
+    if not axis or "=" in axis:
+        return [Problem(place, "is no name of an axis")]
+    if axis in RESERVED:
+        return [Problem(place, "is what results call something else; choose another name")]
+    if not isinstance(given, list | dict):
+        return [Problem(place, "expected a list of values, or an object of labels")]
+    if not given:
+        return [Problem(place, "has no values; give some, or remove this axis")]
+    if isinstance(given, list):
+        shown = [_shown(value) for value in given]
+        return [Problem(place, f"has {value} twice; keep one") for value in {*shown} if shown.count(value) > 1]
+    problems = [] if axis != SEED else [Problem(place, "is the axis of seeds, expected a list of numbers")]
+    for label, settings in given.items():
+        where = f"{place}.{label}"
+        if not isinstance(settings, dict):
+            problems.append(Problem(where, "expected an object: the settings that the label stands for"))
+            continue
+        if not isinstance(settings.get(RECIPE, "a"), str):
+            problems.append(Problem(f"{where}.{RECIPE}", "expected the path of a recipe file"))
+        problems += [
+            Problem(f"{where}.{key}", why) for key, why in NOT_SET.items() if key in settings and key != RECIPE
+        ]
+    return problems
+
+
+def _related(one: str, other: str) -> bool:
+    """Whether one place in a recipe is the other, or inside it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _within(place: str, others: Iterable[str]) -> bool:
+    return any(f"{place}.".startswith(f"{other}.") for other in others)
 
 
 def _shown(value: Any) -> str:

@@ -79,8 +79,10 @@ class SweepResults:
     name: str
     axes: tuple[str, ...]
     cells: tuple[CellResult, ...]
+    folder: Path
+    """Where the results are written."""
     differences: tuple[CellDifference, ...] = ()
-    """Of each combination of values to the first one; they are made once all cells are done."""
+    """Of each combination of values to the first one; they are made at the end."""
 
     @property
     def failed(self) -> list[CellResult]:
@@ -106,10 +108,7 @@ class SweepResults:
         lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in rows:
             lines.setdefault((*(row[axis] for axis in axes), row["configuration"]), []).append(row)
-        cells = [
-            [*labels, str(len(same)), *(_mean(key, [row for row in same if row[key] is not None]) for key in figures)]
-            for labels, same in lines.items()
-        ]
+        cells = [[*labels, str(len(same)), *(_mean(key, same) for key in figures)] for labels, same in lines.items()]
         return [*axes, "configuration", "seeds", *figures], cells
 
     def _figures(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,22 +118,29 @@ class SweepResults:
         hidden = texts if len(texts) < 2 else ["perplexity"]
         return [key for key in keys if key not in hidden and (key in FIGURES or key not in (*RESERVED, SEED))]
 
-    def write(self, folder: Path) -> None:
+    def write(self) -> None:
         """Write results.json, results.csv and report.md."""
         rows, text = self.rows(), io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         cells = [
-            {"values": dict(one.cell.values), "run": one.folder.name, "state": one.state, "error": one.error}
+            {
+                "values": dict(one.cell.values),
+                "recipe": one.cell.recipe.name,
+                "changes": one.cell.changes,
+                "run": one.folder.name,
+                "state": one.state,
+                "error": one.error,
+            }
             for one in self.cells
         ]
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         found = [{**asdict(one), "difference": one.difference} for one in self.differences]
         content = {"sweep": self.name, "axes": self.axes, "cells": cells, "rows": rows, "differences": found}
-        write_json(folder / "results.json", content)
-        write_text(folder / "results.csv", text.getvalue())
-        write_text(folder / "report.md", self._markdown())
+        write_json(self.folder / "results.json", content)
+        write_text(self.folder / "results.csv", text.getvalue())
+        write_text(self.folder / "report.md", self._markdown())
 
     def _markdown(self) -> str:
         lines = [f"- {one.state}: {one.cell}" + (f" ({one.error})" if one.error else "") for one in self.cells]
@@ -146,12 +152,14 @@ class SweepResults:
 
 
 def _mean(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a figure's mean over rows, one for each seed."""
-    values = [float(row[key]) for row in rows]
+    """Return a figure's mean over rows, one for each seed, and how many have it where not all do."""
+    values = [float(row[key]) for row in rows if row[key] is not None]
     if not values:
         return "–"
     form = {"accuracy": "{:.1%}", "sparsity": "{:.2%}"}.get(key, "{:.2f}" if key.startswith("perplexity") else "{:.3f}")
     shown = form.format(statistics.mean(values))
-    if key == "sparsity" or (len(values) == 1 and key != "accuracy"):
-        return shown
-    return f"{shown} ± {form.format(statistics.stdev(values) if len(values) > 1 else rows[0]['stderr'])}"
+    if key != "sparsity" and len(values) > 1:
+        shown += f" ± {form.format(statistics.stdev(values))}"
+    elif key == "accuracy" and len(rows) == 1:
+        shown += f" ± {form.format(rows[0]['stderr'])}"
+    return shown if len(values) == len(rows) else f"{shown} ({len(values)} of {len(rows)})"

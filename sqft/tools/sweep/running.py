@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Lock, RLock, current_thread, main_thread
 from typing import Any
 
 from sqft.errors import SqftError
@@ -47,11 +50,25 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
         raise SqftError("\n".join([f"{sweep.source}: cells that cannot be run", *lines]))
     if not cells:
         raise SqftError(f"{sweep.source}: `skip` leaves no cell")
+    same: dict[str, list[Cell]] = {}
+    for cell, plan in plans:
+        same.setdefault(plan.fingerprint, []).append(cell)
+    for one, *others in same.values():
+        if others:
+            both = f"({one}) and ({others[0]})"
+            raise SqftError(f"{sweep.source}: {both} are the same run; leave one out with `skip`, or remove a value")
+    if not any(step.stage == "evaluate" for _, plan in plans for step in plan.steps):
+        log.warning("no cell measures anything; add evaluate to the recipe, or to `set`")
     return plans
 
 
 def run_sweep(
-    sweep: Sweep, orchestrator: Orchestrator, plans: Plans, devices: Sequence[str] = (), disable: Sequence[str] = ()
+    sweep: Sweep,
+    orchestrator: Orchestrator,
+    plans: Plans,
+    devices: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    changes: Sequence[str] = (),
 ) -> SweepResults:
     """Run the cells that are not done; what is done is in `sweeps/NAME` of the store after each.
 
@@ -63,9 +80,11 @@ def run_sweep(
         plans: of `plan_cells`.
         devices: cells run side by side, each in a process of its own: at most one on each device at a time. One that is
             named twice runs two.
-        disable: plugins that these processes skip.
+        disable: plugins that these processes skip. They know the installed ones only.
+        changes: those of `plan_cells`; with some, results are in a folder of their own.
     """
-    running = _Running(sweep, orchestrator, plans)
+    suffix = f"-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:8]}" if changes else ""
+    running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / f"{sweep.name}{suffix}")
     if len(devices) > 1:
         with _Processes(running, disable) as processes:
             processes.run(devices)
@@ -74,81 +93,93 @@ def run_sweep(
             running.run_here(cell, plan)
     results = running.results()
     results = replace(results, differences=tuple(differences(results, orchestrator.store.root)))
-    results.write(running.folder)
+    results.write()
     return results
 
 
 @dataclass
 class _Running:
-    """A sweep while it runs: what became of each cell so far."""
+    """A sweep while it runs: what became of each cell so far. Its methods may be called from several threads."""
 
-    sweep: Sweep
     orchestrator: Orchestrator
     plans: Plans
+    sweep: Sweep
+    folder: Path
     errors: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        return self.orchestrator.store.root / "sweeps" / self.sweep.name
+    known: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+    lock: RLock = field(default_factory=RLock)
 
     def open(self) -> Iterator[tuple[Cell, Plan]]:
         """Yield the cells that are not done."""
+        self.write()
         for number, (cell, plan) in enumerate(self.plans, 1):
             if self.rows(plan) is not None:
                 log.info("cell %d of %d (%s): done before", number, len(self.plans), cell)
             else:
                 log.info("cell %d of %d (%s)", number, len(self.plans), cell)
                 yield cell, plan
-        self.results().write(self.folder)
 
     def run_here(self, cell: Cell, plan: Plan) -> None:
         try:
             self.orchestrator.run(self.orchestrator.plan(plan.recipe))
         except Exception as error:  # a cell that fails must not stop the others
             self.failed(cell, str(error) if isinstance(error, SqftError) else f"{type(error).__name__}: {error}")
-        self.results().write(self.folder)
+        self.write()
 
     def failed(self, cell: Cell, error: str) -> None:
-        self.errors[cell.name] = error
+        with self.lock:
+            self.errors[cell.name] = error
         log.error("cell (%s) failed: %s", cell, error)
+
+    def write(self) -> None:
+        with self.lock:
+            self.results().write()
 
     def results(self) -> SweepResults:
         found = (
             CellResult(cell, self.run_folder(plan), self.rows(plan), self.errors.get(cell.name))
             for cell, plan in self.plans
         )
-        return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found))
+        return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found), self.folder)
 
     def run_folder(self, plan: Plan) -> Path:
         return self.orchestrator.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
 
     def rows(self, plan: Plan) -> tuple[dict[str, Any], ...] | None:
         """Return what a cell measured; None unless all of its steps are in the store, and its report is written."""
-        store = self.orchestrator.store
-        if not all(store.is_complete(step.stage, step.fingerprint) for step in plan.steps):
-            return None
-        try:
-            report: Mapping[str, Any] = json.loads((self.run_folder(plan) / "report.json").read_text("utf-8"))
-            return tuple(flat_rows(report)) if len(report["steps"]) == len(plan.steps) else None
-        except (OSError, ValueError, LookupError):
-            return None
+        store, name = self.orchestrator.store, plan.recipe.name
+        if name not in self.known and all(store.is_complete(step.stage, step.fingerprint) for step in plan.steps):
+            try:
+                report: Mapping[str, Any] = json.loads((self.run_folder(plan) / "report.json").read_text("utf-8"))
+                if len(report["steps"]) == len(plan.steps):
+                    self.known[name] = tuple(flat_rows(report))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                pass  # it is written again by running the cell
+        return self.known.get(name)
 
 
 class _Processes:
-    """Runs cells by `sqft run`, a process for each; those that are left at the end are stopped."""
+    """Runs cells by `sqft run`, a process for each; those that are left at the end, or by SIGTERM, are stopped."""
 
     def __init__(self, running: _Running, disable: Sequence[str]) -> None:
         self.running, self.disable = running, disable
         self.alive: set[subprocess.Popen[bytes]] = set()
-        self.stopped = False
+        self.stopped, self.lock = False, Lock()
 
     def __enter__(self) -> _Processes:
+        self.before = signal.signal(signal.SIGTERM, _exit) if current_thread() is main_thread() else None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopped = True
-        for process in [*self.alive]:
-            process.terminate()
+        self.stop()
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.alive:
+                process.terminate()
 
     def run(self, devices: Sequence[str]) -> None:
         waiting: SimpleQueue[tuple[Cell, Plan]] = SimpleQueue()
@@ -168,7 +199,7 @@ class _Processes:
                 for future in futures:
                     future.result()
             finally:
-                self.__exit__()
+                self.stop()
 
     def run_one(self, cell: Cell, plan: Plan, device: str) -> None:
         folder, start = self.running.folder / "cells", time.monotonic()
@@ -178,15 +209,31 @@ class _Processes:
         words = ["run", str(recipe), "--store", str(self.running.orchestrator.store.root), "--device", device]
         words += [word for plugin in self.disable for word in ("--disable", plugin)]
         with said.open("wb") as output:
-            process = subprocess.Popen([sys.executable, "-m", "sqft", *words], stdout=output, stderr=subprocess.STDOUT)
-            self.alive.add(process)
+            with self.lock:
+                if self.stopped:
+                    return
+                process = subprocess.Popen([sys.executable, "-m", "sqft", *words], stdout=output, stderr=output)
+                self.alive.add(process)
             status = process.wait()
-            self.alive.discard(process)
+            with self.lock:
+                self.alive.discard(process)
         if self.stopped:
             return
         if status:
-            text = said.read_text("utf-8", "replace")
-            self.running.failed(cell, text.rpartition("error: ")[2].strip() or f"status {status}; see {said}")
+            self.running.failed(cell, _error_in(said, status))
         else:
             log.info("cell (%s): done in %.0f s on %s", cell, time.monotonic() - start, device)
-        self.running.results().write(self.running.folder)
+        self.running.write()
+
+
+def _exit(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _error_in(said: Path, status: int) -> str:
+    """Return the message with which a process ended, or else how it ended and where its output is."""
+    _, found, message = f"\n{said.read_text('utf-8', 'replace')}".rpartition("\nerror: ")
+    if status == 2 and found:
+        return message.strip()
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"its process {how}; what it printed is in {said}"

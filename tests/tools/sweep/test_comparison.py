@@ -77,4 +77,4 @@ def test_the_same_model_is_not_compared() -> None:
     one: Any = {"0": Facts("a", q=0)}
     assert list(_differences("x", one, "y", {"0": Facts("a", q=0)})) == []  # type: ignore[dict-item]
     assert list(_differences("x", one, "y", {"1": Facts("b", q=0)})) == []  # type: ignore[dict-item]
-    assert differences(SweepResults("s", (), ()), Path()) == []
+    assert differences(SweepResults("s", (), (), Path()), Path()) == []

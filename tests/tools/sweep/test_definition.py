@@ -24,17 +24,23 @@ RAW: dict[str, Any] = {
 
 
 def test_a_cell_for_each_combination(tmp_path: Path) -> None:
-    cells = Sweep.parse(RAW, tmp_path).cells(["seed=7"])
+    cells = Sweep.parse(RAW, tmp_path).cells(["merge={}"])
     assert [cell.name for cell in cells[:3]] == ["s-LoRA-0.3-0", "s-LoRA-0.3-1", "s-LoRA-0.5-0"] and len(cells) == 8
     first, last = cells[0], cells[-1]
     assert first.values == {"adapter": "LoRA", "sparsify.sparsity": "0.3", "seed": "0"}
     assert str(first) == "adapter LoRA, sparsify.sparsity 0.3, seed 0"
     assert first.recipe == tmp_path / "a.json" and last.recipe == tmp_path / "b.json"
     assert first.changes == (
-        "finetune.steps=9", 'finetune.adapter="lora"', "sparsify.sparsity=0.3", "seed=0", "seed=7",
+        "finetune.steps=9", 'finetune.adapter="lora"', "sparsify.sparsity=0.3", "seed=0", "merge={}",
         'name="s-LoRA-0.3-0"',
     )  # fmt: skip
-    assert last.changes == ("finetune.steps=3", "sparsify.sparsity=0.5", "seed=1", "seed=7", 'name="s-other-0.5-1"')
+    assert last.changes == (
+        "finetune.steps=3",
+        "sparsify.sparsity=0.5",
+        "seed=1",
+        "merge={}",
+        'name="s-other-0.5-1"',
+    )
 
 
 def test_cells_that_are_left_out() -> None:
@@ -44,14 +50,37 @@ def test_cells_that_are_left_out() -> None:
     ]  # fmt: skip
 
 
-def test_names_are_folders_names() -> None:
+def test_each_run_has_a_name_of_its_own() -> None:
+    """Plain where the values are, else with a digest: signs that a folder cannot have, long ones, and the same ones."""
+
+    def names(**axes: Any) -> list[str]:
+        return [cell.name for cell in Sweep.parse({"name": "s", "recipe": "a.json", "axes": axes}).cells()]
+
+    assert names(data=["x/y.jsonl", "z"]) == ["s-x-y.jsonl", "s-z"]
+    for axes in (
+        {"a": ["x y", "x/y", "x-y"]},
+        {"a": ["é", "ü", ""]},
+        {"a": ["p", "p-q"], "b": ["r", "q-r"]},
+        {"a": ["x" * 300, "x" * 299]},
+    ):
+        found = names(**axes)
+        assert len(set(found)) == len(found) and all(0 < len(name) < 120 and name.isascii() for name in found), found
+
+
+def test_an_axis_comes_before_what_is_set_inside_it() -> None:
     raw = {
         "name": "s",
         "recipe": "a.json",
-        "axes": {"finetune.data": ["x/y z.jsonl"], "search": {"": {"search": None}}},
+        "set": {"sparsify.sparsity": 0.1, "sparsify": {"scorer": "wanda"}, "merge": {}},
     }
-    (cell,) = Sweep.parse(raw).cells()
-    assert cell.name == "s-x-y-z.jsonl" and cell.changes[1] == "search=null"
+    (cell,) = Sweep.parse(raw | {"axes": {"sparsify": [{"sparsity": 0.5}]}}).cells()
+    assert cell.changes[:2] == ("merge={}", 'sparsify={"sparsity": 0.5}')
+
+
+@pytest.mark.parametrize("change", ["seed=7", "sparsify=null", "sparsify.sparsity=0.1", "finetune.adapter.name=lora"])
+def test_what_an_axis_sets_cannot_be_changed_in_all_cells(change: str) -> None:
+    with pytest.raises(RecipeError, match=f"sets what --set {change.partition('=')[0]} changes, too"):
+        Sweep.parse(RAW).cells([change])
 
 
 @pytest.mark.parametrize(
@@ -66,6 +95,17 @@ def test_names_are_folders_names() -> None:
         ({"skip": [{"sed": 0}]}, "skip.0.sed: no axis 'sed' has the value 0"),
         ({"name": "a/b"}, "name: "),
         ({"axis": {}}, "axis: "),
+        ({"axes": {"a": 5}}, "axes.a: expected a list of values"),
+        ({"axes": {"a": {"x": 5}}}, "axes.a.x: expected an object"),
+        ({"axes": {"a": {"x": {"recipe": None}}}}, "axes.a.x.recipe: expected the path"),
+        ({"axes": {"a": {"x": {"name": "y"}}}}, "axes.a.x.name: is made of the sweep's name"),
+        ({"axes": {"": [1]}}, "axes.: is no name of an axis"),
+        ({"axes": {"name": ["a"]}}, "axes.name: is what results call something else"),
+        ({"axes": {"seed": {"a": {"seed": 1}}}}, "axes.seed: is the axis of seeds"),
+        ({"axes": {"a": {"x": {"seed": 1}}, "seed": [0]}}, "axes.seed: sets seed, as the axis a does"),
+        ({"axes": {"a": {"x": {"finetune": None}}, "finetune.steps": [1]}}, "axes.finetune.steps: sets finetune, as"),
+        ({"set": {"recipe": "b.json"}}, "set.recipe: has a place of its own"),
+        ({"recipe": ""}, "recipe: "),
     ],
 )
 def test_mistakes(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ def result(adapter: str, seed: int, *rows: dict[str, Any], error: str | None = N
 
 
 @pytest.fixture
-def results() -> SweepResults:
+def results(tmp_path: Path) -> SweepResults:
     """Of lora, three seeds; of nls, one that measured a task too, and one that failed."""
     cells = [result("lora", seed, row("model", seed, None), row("merge", seed, 0.2 + 0.1 * seed)) for seed in range(3)]
     cells += [result("nls", 0, row("merge", 0, 0.5, **{"arc acc": 0.25, "arc acc_stderr": 0.1}))]
     cells += [result("nls", 1, error="no *room*")]
-    return SweepResults("s", AXES, tuple(cells))
+    return SweepResults("s", AXES, tuple(cells), tmp_path / "new" / "s")
 
 
 def test_means_over_seeds(results: SweepResults) -> None:
@@ -48,16 +48,25 @@ def test_means_over_seeds(results: SweepResults) -> None:
     ]
 
 
+def test_a_figure_that_some_seeds_lack() -> None:
+    """Its mean says of how many it is, and has no error of one of them."""
+    cells = [result("lora", seed, row("merge", seed, accuracy)) for seed, accuracy in enumerate((0.5, None, None))]
+    _, ((*_, accuracy, _, _),) = SweepResults("s", AXES, tuple(cells), Path()).table()
+    assert accuracy == "50.0% (1 of 3)"
+
+
 def test_several_texts_are_shown_by_name() -> None:
     more = {"perplexity b.txt": 20.0}
-    found = SweepResults("s", AXES, tuple(result("lora", seed, row("merge", seed, 0.5, **more)) for seed in (0, 1)))
+    found = SweepResults(
+        "s", AXES, tuple(result("lora", seed, row("merge", seed, 0.5, **more)) for seed in (0, 1)), Path()
+    )
     heads, ((*_, one, other),) = found.table()
     assert heads[-3:] == ["sparsity", "perplexity a.txt", "perplexity b.txt"]
     assert one == f"10.50 ± {statistics.stdev([10, 11]):.2f}" and other == "20.00 ± 0.00"
 
 
 def test_the_files(results: SweepResults, tmp_path: Path) -> None:
-    results.write(tmp_path / "new" / "s")
+    results.write()
     read = json.loads((tmp_path / "new" / "s" / "results.json").read_text())
     assert [cell["state"] for cell in read["cells"]] == ["done"] * 4 + ["failed"] and read["axes"] == [*AXES]
     assert read["rows"] == results.rows() and len(results.rows()) == 7
@@ -72,6 +81,6 @@ def test_the_files(results: SweepResults, tmp_path: Path) -> None:
 
 
 def test_no_cell_is_done(tmp_path: Path) -> None:
-    empty = SweepResults("s", AXES, (result("lora", 0, error="x"),))
-    empty.write(tmp_path)
+    empty = SweepResults("s", AXES, (result("lora", 0, error="x"),), tmp_path)
+    empty.write()
     assert empty.table() == (["adapter", "configuration", "seeds"], []) and [one.error for one in empty.failed] == ["x"]

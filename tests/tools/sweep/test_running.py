@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sqft import Orchestrator, Registry
 from sqft.errors import SqftError
 from sqft.tools.sweep import Sweep, plan_cells, run_sweep
+from sqft.tools.sweep.running import _error_in, _Running
 
 
 @pytest.fixture
@@ -101,6 +108,9 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     )
     assert "and 1 more" in text and "no adapter named 'lorra'" in text and "sparsify.sparsity: " in text
     assert not (tmp_path / "store").exists()
+    twice = {"a": {"x": {"sparsify.sparsity": 0.5}, "y": {"recipe": str(recipe)}}}
+    with pytest.raises(SqftError, match=r"\(a x\) and \(a y\) are the same run"):
+        plan_cells(Sweep.parse({"name": "s", "recipe": str(recipe), "axes": twice}, tmp_path), orchestrator)
     with pytest.raises(SqftError, match="`skip` leaves no cell"):
         everything = {"name": "s", "recipe": str(recipe), "axes": {"seed": [0]}, "skip": [{"seed": 0}]}
         plan_cells(Sweep.parse(everything, tmp_path), orchestrator)
@@ -131,4 +141,75 @@ def test_cells_side_by_side(pair: Sweep, orchestrator: Orchestrator, tmp_path: P
 def test_a_process_that_fails_is_named(pair: Sweep, orchestrator: Orchestrator) -> None:
     results = run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), ["cuda:7", "cuda:8"])
     assert [one.state for one in results.cells] == ["failed"] * 2
-    assert all("cuda" in str(one.error) for one in results.cells), results.cells[0].error
+    for one in results.cells:
+        assert one.error and one.error.startswith("device 'cuda") and "\n" not in one.error, one.error
+
+
+def test_how_a_process_ended(tmp_path: Path) -> None:
+    said = tmp_path / "said.log"
+    said.write_text("the lowest error: 0.4\n")
+    assert _error_in(said, -9) == f"its process was killed by SIGKILL; what it printed is in {said}"
+    assert _error_in(said, 2) == f"its process ended with status 2; what it printed is in {said}"
+    said.write_text("a\nerror: one\nerror: two\n  of it\n")
+    assert _error_in(said, 2) == "two\n  of it" and "status 1" in _error_in(said, 1)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"steps": null, "rows": []}', "{", '{"steps": [], "rows": [5]}'])
+def test_a_damaged_report_is_made_again(content: str, recipe: Path, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    raw = json.loads(recipe.read_text())
+    raw["evaluate"]["of"] = ["sparsify"]
+    for section in ("finetune", "search"):
+        del raw[section]
+    recipe.write_text(json.dumps(raw))
+    sweep = Sweep.parse({"name": "s", "recipe": str(recipe), "axes": {"sparsify.sparsity": [0.5]}}, tmp_path)
+    rows = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).rows()
+    (report,) = (orchestrator.store.root / "runs").glob("*/report.json")
+    report.write_text(content)
+    assert run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).rows() == rows
+
+
+def test_cells_that_end_together_write_in_turn(pair: Sweep, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    running = _Running(orchestrator, plan_cells(pair, orchestrator), pair, tmp_path / "out")
+    with ThreadPoolExecutor(8) as pool:
+        for written in [pool.submit(running.write) for _ in range(100)]:
+            written.result()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == []
+
+
+def test_what_is_changed_in_all_cells_has_results_of_its_own(pair: Sweep, orchestrator: Orchestrator) -> None:
+    changes = ["finetune.steps=1"]
+    results = run_sweep(pair, orchestrator, plan_cells(pair, orchestrator, changes), changes=changes)
+    assert results.folder.name.startswith("s-") and len(results.folder.name) == 10
+    assert "finetune.steps=1" in json.loads((results.folder / "results.json").read_text())["cells"][0]["changes"]
+
+
+STOPPED = """
+import sys
+from sqft import Orchestrator, Registry
+from sqft.tools.sweep import Sweep, plan_cells, run_sweep
+orchestrator = Orchestrator(Registry.discover(), sys.argv[2])
+sweep = Sweep.load(sys.argv[1])
+run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator), ["cpu", "cpu"])
+"""
+
+
+def test_sigterm_stops_the_processes_too(pair: Sweep, recipe: Path, tmp_path: Path) -> None:
+    raw = json.loads(recipe.read_text())
+    raw["finetune"]["steps"] = 100_000
+    recipe.write_text(json.dumps(raw))
+    file, store = tmp_path / "sweep.json", tmp_path / "store"
+    file.write_text(json.dumps({"name": "s", "recipe": str(recipe), "axes": {"seed": [0, 1]}}))
+    sweeping = subprocess.Popen([sys.executable, "-c", STOPPED, str(file), str(store)])
+    try:
+        logs = [store / "sweeps" / "s" / "cells" / f"s-{seed}.log" for seed in (0, 1)]
+        deadline = time.monotonic() + 120
+        while not all(log.is_file() and "finetune" in log.read_text() for log in logs):
+            assert time.monotonic() < deadline and sweeping.poll() is None
+            time.sleep(0.2)
+        children = psutil.Process(sweeping.pid).children()
+        assert len(children) == 2
+        sweeping.terminate()
+        assert sweeping.wait(60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(children, timeout=10)[1]
+    finally:
+        sweeping.kill()
