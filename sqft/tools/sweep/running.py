@@ -93,7 +93,8 @@ def run_sweep(
             running.run_here(cell, plan)
     results = running.results()
     results = replace(results, differences=tuple(differences(results, orchestrator.store.root)))
-    results.write()
+    with orchestrator.store.writing():
+        results.write()
     return results
 
 
@@ -132,7 +133,7 @@ class _Running:
         log.error("cell (%s) failed: %s", cell, error)
 
     def write(self) -> None:
-        with self.lock:
+        with self.lock, self.orchestrator.store.writing():
             self.results().write()
 
     def results(self) -> SweepResults:
