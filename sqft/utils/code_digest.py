@@ -44,7 +44,7 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
 
 def cells_digest(cls: type) -> str:
     """Return the digest of the notebook cells that define a class and what it calls there; "" when their source is not
-    to be had.
+    to be had, or does not tell all: a function made inside another one depends on how that was called.
 
     Plain values that it reads from other cells count too; other objects there do not.
     """
@@ -57,9 +57,10 @@ def cells_digest(cls: type) -> str:
         if isinstance(one, type):
             waiting += [*one.__bases__, *(function for member in vars(one).values() for function in _functions(member))]
         elif isinstance(one, FunctionType):
-            if not (lines := linecache.getlines(one.__code__.co_filename)):
+            lines = linecache.getlines(one.__code__.co_filename)
+            if not lines or set(one.__code__.co_freevars) - {"__class__"}:  # which super() needs
                 return ""
-            texts.add("".join(lines))
+            texts |= {"".join(lines), f"{one.__qualname__} in line {one.__code__.co_firstlineno}"}
             for name in _names(one.__code__) & one.__globals__.keys():
                 value = one.__globals__[name]
                 if isinstance(value, (bool, int, float, complex, str, bytes)):

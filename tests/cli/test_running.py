@@ -32,7 +32,7 @@ def test_an_output_that_is_in_the_way(tmp_path: Path, name: str) -> None:
 
 
 def finished(folder: Path, result: Path | None) -> Any:
-    return SimpleNamespace(folder=folder, report={"rows": []}, result=lambda: result)
+    return SimpleNamespace(folder=folder, report={"rows": [], "steps": []}, result=lambda: result)
 
 
 @pytest.fixture

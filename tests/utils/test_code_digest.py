@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from sqft.utils.code_digest import digest_files, package_digest
+from sqft.utils.code_digest import cells_digest, digest_files, package_digest
 
 
 @pytest.fixture
@@ -136,3 +136,25 @@ def test_the_cells_of_a_class_and_of_what_it_calls_count(cell: str, old: str, ne
 
 def test_a_cell_without_source_leaves_no_digest() -> None:
     assert digest_of_cells(without="class") == digest_of_cells(without="helpers") == ""
+
+
+def test_what_depends_on_how_a_function_was_called_leaves_no_digest() -> None:
+    """Two classes of one cell, made by one function, differ."""
+
+    def made(sign: int) -> type:
+        class Made:
+            def score(self, weight: int) -> int:
+                return sign * weight
+
+        return Made
+
+    class Plain:
+        def one(self) -> int:
+            return super().__hash__()
+
+    class Other:
+        def one(self) -> int:
+            return super().__hash__()
+
+    assert cells_digest(made(1)) == cells_digest(made(-1)) == ""
+    assert "" != cells_digest(Plain) != cells_digest(Other) != ""
