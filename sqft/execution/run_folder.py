@@ -23,13 +23,18 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def run_folder(store: Store, plan: Plan) -> Path:
+    """Return the folder of a plan's runs: a different recipe of the same name has a different fingerprint."""
+    return store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
+
+
 def make_run_folder(store: Store, plan: Plan) -> Path:
-    """Make and return the folder of a plan's runs: a different recipe of the same name has a different fingerprint.
+    """Make and return the folder of a plan's runs.
 
     Raises:
         StoreError: when it cannot be made.
     """
-    folder = store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
+    folder = run_folder(store, plan)
     with store.writing():
         folder.mkdir(parents=True, exist_ok=True)
     return folder

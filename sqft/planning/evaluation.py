@@ -49,6 +49,11 @@ Notes = Iterator[tuple[str, str]]
 """Pairs of a place in the recipe and what there is to say about it."""
 
 
+def measures_tuned(section: Evaluate) -> bool:
+    """Return whether a tuned model is among what is measured."""
+    return any(name.startswith(TUNED) for name in section.of)
+
+
 def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Problem]:
     """Check that lm-eval, or a folder of task files, has every task that is named.
 
@@ -96,7 +101,7 @@ def notes_on_seen_text(
     read = next((step.files["calibration"] for step in steps.values() if "calibration" in step.files), None)
     if read and calibration:
         seen.append((read, calibration.data, "calibration sees: its perplexity flatters what fits that text"))
-    if "finetune" in steps and any(name.startswith(TUNED) for name in section.of):
+    if "finetune" in steps and measures_tuned(section):
         trained = "training sees: after tuning, its perplexity is that of known text"
         seen += [(path, data, trained) for path, data in _training_data(steps["finetune"])]
     texts = [(files[role], text.tokens) for role, text in section.texts.items()]
@@ -220,7 +225,7 @@ def notes_on_chats(
         steps: those planned so far.
         arguments: the model's own, for its chat template.
     """
-    if "finetune" not in steps or not any(name.startswith(TUNED) for name in section.of):
+    if "finetune" not in steps or not measures_tuned(section):
         return
     trained = _form_of_training(steps["finetune"], arguments)
     if section.tasks and trained.kind == "messages":

@@ -310,7 +310,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_chats(section, files, steps, resolver.recipe.model.chat_template_kwargs))
         resolver.note_all(evaluation.notes_on_seen_text(section, files, steps, resolver.recipe.calibration))
-        if section.exact_match and any(name.startswith(evaluation.TUNED) for name in section.of):
+        if section.exact_match and evaluation.measures_tuned(section):
             asked = files["exact_match.data"], section.exact_match.data
             resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
     section = evaluation.texts_within_window(section, files, resolver)

@@ -20,6 +20,8 @@ from sqft.utils.annotations import parts_of
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What names a folder of the store."""
 
 
 class Section(BaseModel):

@@ -61,6 +61,17 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a valid JSON number; write a finite number")
 
 
+def checked_object(raw: object, source: str) -> dict[str, Any]:
+    """Return plain data that must be an object, as a recipe or a sweep is.
+
+    Raises:
+        RecipeError: when it is something else.
+    """
+    if not isinstance(raw, dict):
+        raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
+    return raw
+
+
 def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:
     """Make one change "path=value" of `--set` in plain data; the value is JSON, or else text.
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from sqft.errors import Problem, RecipeError, SqftError
+from sqft.errors import RecipeError, SqftError
 from sqft.recipe.diagnostics import problems_of, without_mistakes
-from sqft.recipe.fields import Section
-from sqft.recipe.reading import apply, read_json
+from sqft.recipe.fields import RUN_NAME, Section
+from sqft.recipe.reading import apply, checked_object, read_json
 from sqft.recipe.sections import Calibration, Evaluate, Export, Finetune, Merge, Model, Quantize, Search, Sparsify
 from sqft.utils.text import brief
 
@@ -24,9 +24,7 @@ class Recipe(Section):
     json_schema: str | None = Field(
         None, alias="$schema", description="path of the file that `sqft schema` wrote, for editors"
     )
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder; it has no other effect"
-    )
+    name: str = Field(pattern=RUN_NAME, description="name of the run's folder; it has no other effect")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="the source of all randomness")
     model: Model
     calibration: Calibration | None = None
@@ -93,8 +91,7 @@ class Recipe(Section):
         Raises:
             RecipeError: with every mistake and its path.
         """
-        if not isinstance(raw, dict):
-            raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
+        raw = checked_object(raw, source)
         try:
             return cls.model_validate(raw)._at(folder, source)
         except ValidationError as error:

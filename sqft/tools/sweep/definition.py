@@ -15,9 +15,9 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError
 
 from sqft.errors import Problem, RecipeError
-from sqft.recipe.diagnostics import problems_of
-from sqft.recipe.fields import Section
-from sqft.recipe.reading import read_json
+from sqft.recipe.diagnostics import problems_of, related
+from sqft.recipe.fields import RUN_NAME, Section
+from sqft.recipe.reading import checked_object, read_json
 
 SEED = "seed"
 """The axis over which results are averaged."""
@@ -61,7 +61,7 @@ class Sweep(Section):
     """
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of the format of sweeps")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the sweep's folder of results")
+    name: str = Field(pattern=RUN_NAME, description="name of the sweep's folder of results")
     recipe: str | None = Field(
         None, min_length=1, description="recipe file that cells begin from, unless an axis names another"
     )
@@ -92,10 +92,8 @@ class Sweep(Section):
         Raises:
             RecipeError: with every mistake and its path.
         """
-        if not isinstance(raw, dict):
-            raise RecipeError([Problem("", f"expected a JSON object, found {type(raw).__name__}")], source)
         try:
-            made = cls.model_validate(raw)
+            made = cls.model_validate(checked_object(raw, source))
         except ValidationError as error:
             raise RecipeError(problems_of(error, cls), source) from None
         made._folder, made._source = (folder or Path.cwd()).resolve(), source
@@ -116,13 +114,13 @@ class Sweep(Section):
         """
         for place in (change.partition("=")[0] for change in changes):
             if axis := next(
-                (axis for axis in self.axes if any(_related(place, one) for one in self._places(axis))), None
+                (axis for axis in self.axes if any(related(place, one) for one in self._places(axis))), None
             ):
                 raise RecipeError([Problem(f"axes.{axis}", f"sets what --set {place} changes, too")], self.source)
-        cells, names = [], self._names()
+        cells, names, skipped = [], self._names(), self._skipped()
         for chosen in product(*(self._values(axis) for axis in self.axes)):
             values = {axis: label for axis, (label, _) in zip(self.axes, chosen, strict=True)}
-            if any(one.items() <= values.items() for one in self._skipped()):
+            if any(one.items() <= values.items() for one in skipped):
                 continue
             settings = dict(self.set)
             for given in (given for _, given in chosen):
@@ -143,9 +141,7 @@ class Sweep(Section):
         plain = {values: NO_NAME.sub("-", "-".join((self.name, *values))).rstrip("-.") for values in labels}
         shared = Counter(plain.values())
         return {
-            values: name
-            if shared[name] == 1 and len(name) <= LONGEST
-            else f"{name[:LONGEST]}-{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
+            values: name if shared[name] == 1 and len(name) <= LONGEST else f"{name[:LONGEST]}-{short_digest(values)}"
             for values, name in plain.items()
         }
 
@@ -166,7 +162,7 @@ class Sweep(Section):
         ):
             problems.append(Problem("recipe", "is missing; name a recipe file, here or for each value of an axis"))
         for one, other in combinations(self.axes, 2):
-            if both := [a for a in self._places(one) for b in self._places(other) if _related(a, b)]:
+            if both := [a for a in self._places(one) for b in self._places(other) if related(a, b)]:
                 problems.append(
                     Problem(f"axes.{other}", f"sets {both[0]}, as the axis {one} does; make one axis of both")
                 )
@@ -175,6 +171,11 @@ class Sweep(Section):
                 if axis not in self.axes or label not in dict(self._values(axis)):
                     problems.append(Problem(f"skip.{index}.{axis}", f"no axis '{axis}' has the value {label}"))
         return problems
+
+
+def short_digest(values: Sequence[str]) -> str:
+    """Return a digest of a few letters, for a name."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def _problems_of_axis(axis: str, given: Any) -> list[Problem]:
@@ -202,11 +203,6 @@ def _problems_of_axis(axis: str, given: Any) -> list[Problem]:
             Problem(f"{where}.{key}", why) for key, why in NOT_SET.items() if key in settings and key != RECIPE
         ]
     return problems
-
-
-def _related(one: str, other: str) -> bool:
-    """Whether one place in a recipe is the other, or inside it."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _within(place: str, others: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import signal
@@ -14,16 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock, RLock, current_thread, main_thread
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 from sqft.errors import SqftError
 from sqft.execution.orchestrator import Orchestrator
 from sqft.execution.report import flat_rows
+from sqft.execution.run_folder import run_folder
 from sqft.planning.plan import Plan
 from sqft.recipe.rerun import with_absolute_paths
 from sqft.tools.sweep.comparison import differences
-from sqft.tools.sweep.definition import Cell, Sweep
+from sqft.tools.sweep.definition import Cell, Sweep, short_digest
 from sqft.tools.sweep.results import CellResult, SweepResults
 from sqft.utils.files import write_json
 from sqft.utils.text import shortened
@@ -83,7 +83,7 @@ def run_sweep(
         disable: plugins that these processes skip. They know the installed ones only.
         changes: those of `plan_cells`; with some, results are in a folder of their own.
     """
-    suffix = f"-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:8]}" if changes else ""
+    suffix = f"-{short_digest(changes)}" if changes else ""
     running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / f"{sweep.name}{suffix}")
     if len(devices) > 1:
         with _Processes(running, disable) as processes:
@@ -108,7 +108,7 @@ class _Running:
     folder: Path
     errors: dict[str, str] = field(default_factory=dict)
     known: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
-    lock: RLock = field(default_factory=RLock)
+    lock: Any = field(default_factory=Lock)
 
     def open(self) -> Iterator[tuple[Cell, Plan]]:
         """Yield the cells that are not done."""
@@ -138,20 +138,19 @@ class _Running:
 
     def results(self) -> SweepResults:
         found = (
-            CellResult(cell, self.run_folder(plan), self.rows(plan), self.errors.get(cell.name))
+            CellResult(cell, run_folder(self.orchestrator.store, plan), self.rows(plan), self.errors.get(cell.name))
             for cell, plan in self.plans
         )
         return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found), self.folder)
-
-    def run_folder(self, plan: Plan) -> Path:
-        return self.orchestrator.store.runs / f"{plan.recipe.name}-{plan.fingerprint[:8]}"
 
     def rows(self, plan: Plan) -> tuple[dict[str, Any], ...] | None:
         """Return what a cell measured; None unless all of its steps are in the store, and its report is written."""
         store, name = self.orchestrator.store, plan.recipe.name
         if name not in self.known and all(store.is_complete(step.stage, step.fingerprint) for step in plan.steps):
             try:
-                report: Mapping[str, Any] = json.loads((self.run_folder(plan) / "report.json").read_text("utf-8"))
+                report: Mapping[str, Any] = json.loads(
+                    (run_folder(self.orchestrator.store, plan) / "report.json").read_text("utf-8")
+                )
                 if len(report["steps"]) == len(plan.steps):
                     self.known[name] = tuple(flat_rows(report))
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
