@@ -9,11 +9,14 @@ from sqft.errors import RecipeError
 from sqft.planning.plan import Plan, Step
 from sqft.recipe import Recipe
 from sqft.recipe.sections import Calibration, Finetune, Quantize, Sparsify
+from sqft.utils.distributed import Processes
 from sqft.utils.resources import free_memory
 from sqft.utils.text import human_size
 
 TOLERANCE = 0.8
 """Estimates may be too high by a fifth: what would not fit even then is refused."""
+TOGETHER = ("finetune", "search")
+"""Stages that all processes of a run always make together."""
 ON_DEVICE = ("finetune", "search", "evaluate")
 """Stages that hold the model on the device."""
 
@@ -58,6 +61,38 @@ def shortage_of(plan: Plan, missing: Iterable[str], device: str, replan: Replan)
     else:
         remedy = f"even {settings} would need about {human_size(needed)}: free some memory, or use a larger machine"
     return Shortage(f"{need}; {remedy}", TOLERANCE * _needed(step) > free)
+
+
+def shortage_of_processes(plan: Plan, missing: Iterable[Step], processes: Processes, replan: Replan) -> Shortage | None:
+    """Return what is short for the steps among `missing` that all processes make together on the CPU, each with its own
+    model and its share of the batch; None when all of them fit. See `shortage_of`."""
+    free, here, share = free_memory(), processes.here, plan
+    names = {step.name for step in missing if step.stage in TOGETHER}
+    if names and plan.recipe.finetune:
+        rows = -(-plan.recipe.finetune.batch_size // processes.count)
+        share = replan(_changed(plan.recipe, [f"finetune.batch_size={rows}"]))
+    step = max((step for step in share.steps if step.name in names), key=_needed, default=None)
+    if step is None or here * _needed(step) <= free:
+        return None
+    need = f"{step.name} needs about {human_size(_needed(step))} of memory in each of {here} processes"
+    message = f"{need}, and {human_size(free)} are free; start fewer processes"
+    return Shortage(message, TOLERANCE * here * _needed(step) > free)
+
+
+def alone_because(step: Step, windows: int, processes: Processes) -> str | None:
+    """Return why the first process should calibrate a step alone; None where all processes can share its windows.
+
+    Args:
+        step: one that calibrates.
+        windows: how many windows it has.
+        processes: those of the run.
+    """
+    if windows < processes.count:
+        return f"calibration.samples of {windows} is too few for {processes.count} processes"
+    if processes.here * _needed(step) > (free := free_memory()):
+        need = f"{processes.here} processes would need {human_size(_needed(step))} each"
+        return f"{need}, and {human_size(free)} are free"
+    return None
 
 
 def _needed(step: Step) -> int:

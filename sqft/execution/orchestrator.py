@@ -17,6 +17,7 @@ from sqft.execution import preflight
 from sqft.execution.earlier_runs import remade_note
 from sqft.execution.layouts import Layouts
 from sqft.execution.log import log_to_file
+from sqft.execution.memory import TOGETHER, alone_because
 from sqft.execution.report import make_report
 from sqft.execution.run import Outcome, Run
 from sqft.execution.run_folder import make_run_folder, now, write_plan, write_report
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from sqft.stages.stage import Stage
 
 log = logging.getLogger("sqft")
-SHARED_STAGES = ("finetune", "search")
-"""Stages in which all processes of a run take part; the first process alone makes the others."""
 TAKE_PART, STORED = "take part", "stored"
 """Messages of the first process: all make this step together; the step's artifact is in the store."""
 
@@ -142,7 +141,7 @@ class Orchestrator:
 
         log.info("%s", label)
         self._notify("sqft_stage_started", step=step)
-        stage, shared = self._stage(plan, step, inputs, scratch), step.stage in SHARED_STAGES
+        stage, shared = self._stage(plan, step, inputs, scratch), self._is_shared(plan, step)
         if shared:
             self.processes.broadcast(TAKE_PART)
         start = time.monotonic()
@@ -169,6 +168,17 @@ class Orchestrator:
         artifact = self.store.commit(scratch, manifest)
         log.info("%s: done in %.0f s, peak %s", label, seconds, human_size(peak[0]))
         return artifact
+
+    def _is_shared(self, plan: Plan, step: Step) -> bool:
+        """Decide whether all processes make a step together; if not, the first one makes it alone."""
+        if step.stage in TOGETHER:
+            return True
+        if self.processes.count == 1 or "calibration" not in step.files or plan.recipe.calibration is None:
+            return False
+        reason = alone_because(step, plan.recipe.calibration.samples, self.processes)
+        if reason:
+            log.info("%s: made by the first process alone: %s", step.name, reason)
+        return reason is None
 
     def _follow(self, plan: Plan, step: Step, inputs: Mapping[str, Path]) -> Artifact:
         """Take part in the step if all processes do; return its artifact once the first process has stored it."""

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 
 from sqft.errors import DeviceError, StoreError
-from sqft.execution.memory import Replan, shortage_of
+from sqft.execution.memory import TOGETHER, Replan, shortage_of, shortage_of_processes
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Evaluate, Finetune
 from sqft.store.artifacts import Store
@@ -47,7 +47,7 @@ def check_run(
     """
     if processes.is_main:
         check_disk(store, steps)
-        check_memory(plan, missing, device, replan)
+        check_memory(plan, missing, device, processes, replan)
         if missing:
             check_model(plan, missing)
             check_tasks(plan, missing)
@@ -71,13 +71,17 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
         )
 
 
-def check_memory(plan: Plan, missing: Sequence[Step], device: str, replan: Replan) -> None:
+def check_memory(plan: Plan, missing: Sequence[Step], device: str, processes: Processes, replan: Replan) -> None:
     """Check that there is memory for the steps that are not done; warn where it is close.
 
     Raises:
         DeviceError: with the memory that is needed, what is free, and settings that need less.
     """
-    shortage = shortage_of(plan, [step.name for step in missing], device, replan)
+    several = processes.count > 1 and device == "cpu"
+    names = [step.name for step in missing if not (several and step.stage in TOGETHER)]
+    shortage = shortage_of(plan, names, device, replan)
+    if shortage is None and several:
+        shortage = shortage_of_processes(plan, missing, processes, replan)
     if shortage is None:
         return
     if shortage.hopeless and os.environ.get(IGNORE_MEMORY, "0") in ("", "0"):

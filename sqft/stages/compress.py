@@ -15,12 +15,15 @@ from sqft.errors import StageError
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.calibration.capture import Hold, Residence
 from sqft.modeling.calibration.hidden_states import HiddenStates
+from sqft.modeling.calibration.team import Team
 from sqft.modeling.calibration.walk import walk
 from sqft.modeling.loading.parts import WholeModel
 from sqft.planning.plan import Step
 from sqft.stages.inputs import StageInputs
 from sqft.types import LinearStats, Statistic
 
+Compress = Callable[[str, nn.Linear, LinearStats], None]
+"""Called with a layer's name, the layer and its statistics; it edits the weight in place."""
 MEASURED_ROWS = 2048
 """Outputs of a layer up to which its output error is exact."""
 
@@ -83,13 +86,17 @@ def output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
     return float((difference @ hessian * difference).sum()) / max(output, 1e-30)
 
 
+def do_nothing(*_: object) -> None:
+    """The `Compress` of a process that only takes part."""
+
+
 def run_calibration(
     inputs: StageInputs,
     opened: WholeModel,
     tokenizer: PreTrainedTokenizerBase,
     layers: Mapping[str, nn.Linear],
     needs: frozenset[Statistic],
-    compress: Callable[[str, nn.Linear, LinearStats], None],
+    compress: Compress,
     label: str,
     sequential: bool = False,
     around: Hold | None = None,
@@ -97,13 +104,16 @@ def run_calibration(
 ) -> int:
     """Call `compress` on each layer with the statistics it needs; return how many calibration tokens that took.
 
+    Of several processes, which must all call this, each runs its share of the calibration text, and the first one alone
+    calls `compress`.
+
     Args:
         inputs: the stage's inputs, for its calibration data, device and display.
         opened: the model, on the CPU.
         tokenizer: its tokenizer.
         layers: the linear layers by name.
         needs: statistics to collect; without any, no text is read.
-        compress: called with a layer's name, the layer and its statistics; it edits the weight in place.
+        compress: compresses one layer.
         label: the word of the display.
         sequential: whether later layers of a block see what the earlier ones became.
         around: see `Residence`; unless given, only has a block in memory.
@@ -111,6 +121,8 @@ def run_calibration(
     """
     around = around or opened.held
     if not needs:
+        if not inputs.processes.is_main:
+            return 0
         of_block: dict[str, list[str]] = {block: [] for block in opened.blocks}
         for name in layers:
             of_block[opened.part_of(name)].append(name)
@@ -125,5 +137,6 @@ def run_calibration(
     residence = Residence(opened.held, around, HiddenStates(section.memory_bytes, inputs.scratch))
     way = inputs.plan.source.layout.walk
     what = (opened.model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
-    walk(*what, residence, done)
+    with inputs.processes.process_group("cpu"):
+        walk(*what, residence, done, Team(inputs.processes.rank, inputs.processes.count))
     return windows.numel()

@@ -20,6 +20,7 @@ from sqft.kernels.finite import all_finite
 from sqft.kernels.grids import dequantize
 from sqft.kernels.masks import pack_mask, unpack_mask
 from sqft.kernels.words import fills_words
+from sqft.modeling.calibration.capture import Hold
 from sqft.modeling.loading import load_model
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.other_model import OtherModel
@@ -32,7 +33,15 @@ from sqft.modeling.loading.quantized import (
     save_settings_of_codes,
     tensors_of_codes,
 )
-from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
+from sqft.stages.compress import (
+    Compress,
+    assign_weight,
+    chosen_layers,
+    do_nothing,
+    guarded,
+    output_error,
+    run_calibration,
+)
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.step_parts import StepParts
 from sqft.types import LinearStats, Quantized
@@ -54,10 +63,17 @@ class QuantizeStage:
     def run(self) -> Report:
         """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings; `masks.safetensors`
         (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero); and,
-        if the quantizer gives them, the floats that it rounded in `compensated.safetensors`, as residuals of a byte."""
+        if the quantizer gives them, the floats that it rounded in `compensated.safetensors`, as residuals of a byte.
+
+        Of several processes the first one quantizes, and each of them runs its share of the calibration text.
+        """
         parts, opened = self.parts, self.parts.opened
         source, folder = self.inputs.plan.spec(self.inputs.model_path()), self.inputs.scratch / "model"
-        layers, dense = chosen_layers(opened.model, self.inputs.step), self._dense()
+        layers = chosen_layers(opened.model, self.inputs.step)
+        if not self.inputs.processes.is_main:
+            self._calibrate(layers, do_nothing, parts.seen)
+            return {}
+        dense = self._dense()
         whole: dict[str, Quantized] = {}  # where the model is not streamed
         quantized: dict[str, Quantized] = {}
         masks: dict[str, Tensor] = {}
@@ -111,18 +127,7 @@ class QuantizeStage:
         around = partial(parts.held, begin=begin, end=end)
         with around(OUTSIDE):
             pass
-        run_calibration(
-            self.inputs,
-            opened,
-            parts.tokenizer,
-            layers,
-            self.quantizer.needs,
-            quantize,
-            "quantizing",
-            True,
-            around,
-            parts.records,
-        )
+        self._calibrate(layers, quantize, around)
         of_layers = self._known()
         if parts.streamed:
             parts.writer.write_index()
@@ -141,6 +146,12 @@ class QuantizeStage:
             "sparsity": zeros / weights,
             "layers": {name: of_layer["errors"] for name, of_layer in of_layers.items()},
         }
+
+    def _calibrate(self, layers: Mapping[str, nn.Linear], quantize: Compress, around: Hold) -> None:
+        """Call `quantize` on each layer with its statistics."""
+        parts, needs, sequential = self.parts, self.quantizer.needs, True
+        what = (self.inputs, parts.opened, parts.tokenizer, layers, needs, quantize, "quantizing", sequential)
+        run_calibration(*what, around, parts.records)
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Return what is known of each layer, in order."""

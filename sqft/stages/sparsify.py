@@ -20,13 +20,22 @@ from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.kernels.checksums import sha256
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 from sqft.modeling.architecture.blocks import shape_of
+from sqft.modeling.calibration.capture import Hold
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.other_model import OtherModel
 from sqft.modeling.loading.part_writer import float_tensors
 from sqft.modeling.loading.parts import OUTSIDE, open_in_parts
 from sqft.modeling.loading.transformers_io import save_model, save_settings
 from sqft.recipe.sections import Sparsify
-from sqft.stages.compress import assign_weight, chosen_layers, guarded, output_error, run_calibration
+from sqft.stages.compress import (
+    Compress,
+    assign_weight,
+    chosen_layers,
+    do_nothing,
+    guarded,
+    output_error,
+    run_calibration,
+)
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.step_parts import StepParts, reload_floats
 from sqft.types import LinearStats, Pattern
@@ -50,9 +59,14 @@ class SparsifyStage:
         return StepParts(self.inputs, self.inputs.plan.model_spec, reload_floats)
 
     def run(self) -> Report:
-        """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept)."""
-        parts, source, updates = self.parts, self.inputs.plan.model_spec, self.updater is not None
+        """Write `model/` (the sparse model) and `masks.safetensors` (bit-packed, true where kept).
+
+        Of several processes the first one prunes, and each of them runs its share of the calibration text.
+        """
+        parts, source = self.parts, self.inputs.plan.model_spec
         layers = chosen_layers(parts.opened.model, self.inputs.step)
+        if not self.inputs.processes.is_main:
+            return self._take_part(layers)
         for part in () if parts.streamed else parts.opened.parts:
             self._begin(part)
         allocation = self._allocation(layers)
@@ -81,11 +95,7 @@ class SparsifyStage:
         around = partial(parts.held, begin=self._begin, end=end)
         with around(OUTSIDE):
             pass
-        needs = self.scorer.needs | (self.updater.needs if self.updater else frozenset())
-        # What comes late in a block makes up for what became of the layers before it, too.
-        total = run_calibration(
-            self.inputs, parts.opened, parts.tokenizer, layers, needs, prune, "pruning", updates, around, parts.records
-        )
+        total = self._calibrate(layers, prune, around)
         if parts.streamed:
             parts.writer.write_index()
             save_settings(parts.opened.model, parts.tokenizer, parts.writer.folder, source)
@@ -94,6 +104,22 @@ class SparsifyStage:
         parts.write_beside(["masks"])
         known = parts.all("layers")
         return self._report({name: known[name] for name in layers}, total)
+
+    def _take_part(self, layers: Mapping[str, nn.Linear]) -> Report:
+        """Run this process's share of the calibration text; the first one prunes the layers, and has the report."""
+        if (allocator := self.inputs.step.component(Allocator)).needs:
+            self._walk_dense(allocator, layers, do_nothing)
+        self._calibrate(layers, do_nothing, self.parts.seen)
+        return {}
+
+    def _calibrate(self, layers: Mapping[str, nn.Linear], prune: Compress, around: Hold) -> int:
+        """Call `prune` on each layer with its statistics; return the number of calibration tokens."""
+        parts, needs = self.parts, self.scorer.needs | (self.updater.needs if self.updater else frozenset())
+        # What comes late in a block makes up for what became of the layers before it, too.
+        updates = self.updater is not None
+        return run_calibration(
+            self.inputs, parts.opened, parts.tokenizer, layers, needs, prune, "pruning", updates, around, parts.records
+        )
 
     def _report(self, layers: Mapping[str, Mapping[str, Any]], tokens: int) -> Report:
         """Return the numbers to report.
@@ -244,9 +270,13 @@ class SparsifyStage:
             measured.update(numbers)
             waiting.clear()
 
+        self._walk_dense(allocator, layers, collect)
+        return measured
+
+    def _walk_dense(self, allocator: Allocator, layers: Mapping[str, nn.Linear], collect: Compress) -> None:
+        """Call `collect` on each layer of the dense model with what the allocator needs."""
         opened, tokenizer = self.parts.opened, self.parts.tokenizer
         run_calibration(self.inputs, opened, tokenizer, layers, allocator.needs, collect, "measuring")
-        return measured
 
 
 def _means(errors: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -71,6 +71,12 @@ class StepParts:
                 yield
                 end(part)
 
+    @contextmanager
+    def seen(self, part: str) -> Iterator[None]:
+        """Have a part in memory, as `held`, where another process finishes it."""
+        with self.held(part, lambda _: None, lambda _: None):
+            yield
+
     def seal(
         self, part: str, record: dict[str, Any], weights: Callable[[], Mapping[str, Tensor]], beside: Beside
     ) -> None:

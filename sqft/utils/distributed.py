@@ -48,6 +48,11 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """How many of them are on this machine, as the launcher says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if self.count > 1 else 1
+
     def broadcast(self, message: str) -> None:
         """Send the next message to all other processes; only the first process may."""
         if self.count > 1:

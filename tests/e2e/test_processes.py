@@ -40,8 +40,10 @@ main()
 """
 
 
-def drive(folder: Path, store: str, count: int, what: str = "::") -> subprocess.CompletedProcess[str]:
-    (folder / "driver.py").write_text(DRIVER)
+def drive(
+    folder: Path, store: str, count: int, what: str = "::", driver: str = DRIVER
+) -> subprocess.CompletedProcess[str]:
+    (folder / "driver.py").write_text(driver)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     command = [sys.executable, *launcher, "driver.py", what, "run", "recipe.json", "--store", store]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,3 +103,80 @@ def test_what_fails_in_one_process_ends_all_with_one_message(folder: Path, rank:
     done = drive(folder, "store", 2, f"raise:{rank}:3")
     assert done.returncode != 0
     assert done.stderr.count("error: ") == done.stderr.count("error: made to fail") == 1
+
+
+CALIBRATING = """
+import os, signal, sys
+import sqft.planning.streaming as streaming
+from sqft.cli import main
+from sqft.modeling.calibration.team import Team
+
+rank, at = sys.argv.pop(1).split(":")
+give, given = Team.give, []
+
+def counted(self, linear):
+    given.append(linear)
+    if (os.environ.get("RANK"), str(len(given))) == (rank, at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    give(self, linear)
+
+streaming.STREAM_FROM = 0
+Team.give = counted
+main()
+"""
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_share_the_calibration_windows_killed_or_not(raw: dict[str, Any], tmp_path: Path) -> None:
+    """One block at a time is in memory, so what was killed goes on after the last finished block."""
+    for section in ("finetune", "search", "merge", "evaluate"):
+        raw.pop(section)
+    raw["sparsify"] |= {"updater": "least-squares", "allocator": "owl"}
+    raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 32}}}
+    raw["calibration"]["samples"] = 5
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+
+    def models(store: str) -> list[dict[str, Tensor]]:
+        folders = [next(tmp_path.glob(f"{store}/artifacts/{stage}-*")) for stage in ("sparsify", "quantize")]
+        return [
+            {
+                name: tensor
+                for file in sorted(one.glob("model/*.safetensors"))
+                for name, tensor in load_file(file).items()
+            }
+            for one in folders
+        ]
+
+    one, two = drive(tmp_path, "one", 1, ":", CALIBRATING), drive(tmp_path, "two", 2, ":", CALIBRATING)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    for stage in ("sparsify", "quantize"):
+        manifests = [
+            json.loads(next(tmp_path.glob(f"{s}/artifacts/{stage}-*/manifest.json")).read_text())
+            for s in ("one", "two")
+        ]
+        assert [manifest["processes"] for manifest in manifests] == [1, 2]
+    (sparse, codes), (shared, shared_codes) = models("one"), models("two")
+    for name, tensor in sparse.items():
+        other = shared[name]
+        assert ((other == 0) != (tensor == 0)).float().mean() < 0.01, name
+        torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)
+    assert codes.keys() == shared_codes.keys()
+    for name in codes:
+        if name.endswith("scales"):
+            torch.testing.assert_close(shared_codes[name], codes[name], rtol=1e-2, atol=1e-4)
+
+    assert drive(tmp_path, "killed", 2, "1:20", CALIBRATING).returncode != 0
+    again = drive(tmp_path, "killed", 2, ":", CALIBRATING)
+    assert again.returncode == 0, again.stderr
+    for whole, resumed in zip(models("two"), models("killed"), strict=True):
+        assert all(tensor.equal(resumed[name]) for name, tensor in whole.items())
+
+
+def test_too_few_windows_are_calibrated_by_the_first_process_alone(raw: dict[str, Any], tmp_path: Path) -> None:
+    for section in ("finetune", "search", "merge", "evaluate"):
+        raw.pop(section)
+    raw["calibration"]["samples"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    done = drive(tmp_path, "store", 2, ":", CALIBRATING)
+    assert done.returncode == 0, done.stderr
+    assert "sparsify: made by the first process alone: calibration.samples of 1 is too few for 2" in done.stdout

@@ -10,8 +10,9 @@ import pytest
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import DeviceError
-from sqft.execution.memory import shortage_of
+from sqft.execution.memory import alone_because, shortage_of, shortage_of_processes
 from sqft.execution.preflight import IGNORE_MEMORY
+from sqft.utils.distributed import Processes
 from sqft.utils.text import human_size
 
 
@@ -98,3 +99,34 @@ def test_a_run_is_refused_before_anything_is_made_unless_it_is_asked_for(
     monkeypatch.setenv(IGNORE_MEMORY, "1")
     orchestrator.run(plan, until="sparsify")
     assert any("of memory, and 1 MiB are free" in message for message in caplog.messages)
+
+
+def test_processes_of_one_machine_are_counted_together_each_with_its_share_of_the_batch(
+    orchestrator: Orchestrator, greedy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, four = orchestrator.plan(Recipe.parse(greedy)), Processes(count=4)
+    share = needed(orchestrator, greedy, "finetune.batch_size=1024")
+    limited(monkeypatch, 4 * share)
+    assert shortage_of_processes(plan, plan.steps, four, orchestrator.plan) is None
+    assert 4 * share > needed(orchestrator, greedy) > share
+    limited(monkeypatch, 4 * share - 1)
+    found = shortage_of_processes(plan, plan.steps, four, orchestrator.plan)
+    assert found is not None and not found.hopeless
+    assert found.message == (
+        f"finetune needs about {human_size(share)} of memory in each of 4 processes, and {human_size(4 * share - 1)} "
+        "are free; start fewer processes"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other two are on another machine
+    assert shortage_of_processes(plan, plan.steps, four, orchestrator.plan) is None
+    assert shortage_of_processes(plan, [plan.step("sparsify")], four, orchestrator.plan) is None
+
+
+def test_calibration_is_shared_where_there_are_windows_and_memory_for_all_processes(
+    orchestrator: Orchestrator, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = orchestrator.plan(Recipe.parse(raw)).step("sparsify")
+    limited(monkeypatch, 2 * step.estimate.memory)
+    assert alone_because(step, 2, Processes(count=2)) is None
+    assert alone_because(step, 1, Processes(count=2)) == "calibration.samples of 1 is too few for 2 processes"
+    reason = alone_because(step, 3, Processes(count=3))
+    assert reason is not None and reason.startswith("3 processes would need ")

@@ -23,6 +23,7 @@ from sqft.modeling.architecture.experts import Expert, route_all_tokens
 from sqft.modeling.calibration.block_runs import RUNS
 from sqft.modeling.calibration.capture import Residence
 from sqft.modeling.calibration.observe import hooked, observe
+from sqft.modeling.calibration.team import Team
 from sqft.types import HESSIAN_BYTES, LinearStats, Statistic
 from sqft.utils.progress import Track
 
@@ -41,6 +42,7 @@ def walk(
     way: str = "blocks",
     residence: Residence | None = None,
     done: Container[str] = (),
+    team: Team | None = None,
 ) -> None:
     """Feed windows of text through the model, and call `compress` for each chosen linear layer.
 
@@ -59,13 +61,16 @@ def walk(
         way: "blocks" or "model", as `how_to_walk` says of the model.
         residence: where the model and the hidden states are. Only by the way of "blocks" may parts be elsewhere.
         done: blocks that are compressed already, in what `residence.around` has in memory.
+        team: processes that all call this with the same arguments, and share the windows. Only the first one calls
+            `compress`, with the statistics of all windows.
 
     Raises:
         ModelError: when the way is "blocks" and the blocks cannot be replayed.
-        StageError: when an activation is not finite, or no token reaches a layer.
+        StageError: when an activation is not finite, no token reaches a layer, or processes see different blocks done.
     """
-    blocks = decoder_blocks(model)
-    runs = RUNS[way](model, blocks, windows, device, residence or Residence())
+    blocks, team = decoder_blocks(model), team or Team()
+    team.assert_same([name for name in blocks if name in done], "finished blocks")
+    runs = RUNS[way](model, blocks, team.share_of(windows), device, residence or Residence())
     for name, run in track(runs, "calibrating", len(blocks)):
         if name in done:
             continue
@@ -77,16 +82,20 @@ def walk(
         groups = [layers] if layers else []
         experts = {f"{name}.{inner}" for inner, module in run.block.named_modules() if isinstance(module, Expert)}
         if sequential and layers:
-            groups = list(_within(HESSIAN_BYTES, _by_input(layers, experts, partial(run, 0))))
+            together = [list(some) for some in _by_input(layers, experts, partial(run, 0))]
+            sets = ({layer: layers[layer] for layer in some} for some in team.agreed(together))
+            groups = list(_within(HESSIAN_BYTES, sets))
         for group in groups:
             steady = way == "blocks" and not _beside(group, experts, name)
-            observed = observe(run, group, needs, steady)
+            observed = team.sum(observe(run, group, needs, steady), group)
             if unreached := {layer: linear for layer, linear in group.items() if not observed[layer].tokens}:
                 with route_all_tokens(run.block):
-                    observed |= observe(run, unreached, needs)
+                    observed |= team.sum(observe(run, unreached, needs), unreached)
                 log.warning("no token is routed to %s; measured on every token instead", ", ".join(unreached))
             for layer, linear in group.items():
-                compress(layer, linear, replace(observed[layer].result(layer), unreached=layer in unreached))
+                if team.is_main:
+                    compress(layer, linear, replace(observed[layer].result(layer), unreached=layer in unreached))
+                team.give(linear)
 
 
 def _beside(layers: Iterable[str], experts: Iterable[str], block: str) -> bool:
@@ -145,7 +154,7 @@ def _by_input(
     return list(together.values())
 
 
-def _within(limit: int, sets: list[dict[str, nn.Linear]]) -> Iterator[dict[str, nn.Linear]]:
+def _within(limit: int, sets: Iterable[dict[str, nn.Linear]]) -> Iterator[dict[str, nn.Linear]]:
     """Split sets into parts whose Hessians take no more than `limit` bytes: layers of one set do not depend on one
     another. A single layer may take more."""
     for some in sets:
