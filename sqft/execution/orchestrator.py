@@ -27,7 +27,7 @@ from sqft.recipe.diagnostics import related
 from sqft.recipe.recipe import Recipe
 from sqft.store.artifacts import Artifact, Store
 from sqft.utils.caches import use_writable_caches
-from sqft.utils.distributed import processes
+from sqft.utils.distributed import Processes, processes
 from sqft.utils.progress import Track, silent
 from sqft.utils.resources import peak_memory, versions
 from sqft.utils.text import human_size
@@ -141,8 +141,9 @@ class Orchestrator:
 
         log.info("%s", label)
         self._notify("sqft_stage_started", step=step)
-        stage, shared = self._stage(plan, step, inputs, scratch), self._is_shared(plan, step)
-        if shared:
+        together = self.processes if self._is_shared(plan, step) else Processes()
+        stage = self._stage(plan, step, inputs, scratch, together)
+        if together.count > 1:
             self.processes.broadcast(TAKE_PART)
         start = time.monotonic()
         with quiet_transformers():
@@ -159,7 +160,7 @@ class Orchestrator:
             "components": {kind: component.identity for kind, component in step.components.items()},
             "versions": versions(),
             "device": self.device,
-            "processes": self.processes.count if shared else 1,
+            "processes": together.count,
             "seconds": seconds,
             "verify_seconds": time.monotonic() - start - seconds,
             "peak_memory": peak[0],
@@ -186,7 +187,8 @@ class Orchestrator:
             from sqft.modeling.loading.transformers_io import quiet_transformers
 
             with quiet_transformers():
-                self._stage(plan, step, inputs, self.store.partial(step.stage, step.fingerprint)).run()
+                scratch = self.store.partial(step.stage, step.fingerprint)
+                self._stage(plan, step, inputs, scratch, self.processes).run()
             self.processes.receive()
         artifact = self.store.find(step.stage, step.fingerprint)
         if artifact is None:
@@ -196,13 +198,13 @@ class Orchestrator:
             )
         return artifact
 
-    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path) -> Stage:
-        """Make a step's stage; its module is imported only now."""
+    def _stage(self, plan: Plan, step: Step, inputs: Mapping[str, Path], scratch: Path, together: Processes) -> Stage:
+        """Make a step's stage, for the processes that make it together; its module is imported only now."""
         from sqft.stages.inputs import StageInputs
         from sqft.stages.stage import make_stage
 
         track = self.track if self.processes.is_main else silent
-        given = StageInputs(plan, step, inputs, scratch, self.device, track, self.processes, self.store.digests)
+        given = StageInputs(plan, step, inputs, scratch, self.device, track, together, self.store.digests)
         return make_stage(given)
 
     def _notify(self, hook: str, **arguments: object) -> None:
