@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 DATA := examples/quickstart/data
-CONSUMERS ?= gptqmodel compressed_tensors llama_cpp onnxruntime_genai openvino
+CONSUMERS ?= gptqmodel compressed_tensors llama_cpp onnxruntime_genai openvino mlx
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .PHONY: help setup model quickstart check lint docs test test-fast test-slow kill-test consumers clean

@@ -19,6 +19,9 @@ GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GPTQ_BITS = (2, 3, 4, 8)
 """The bits that a code may have."""
 
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that vLLM and SGLang join into one, whose name alone they look for among the layers left in floats."""
+
 GPTQ_FILE = "quantize_config.json"
 """The file beside `config.json` that auto-gptq reads its settings from."""
 
@@ -126,8 +129,8 @@ def gptq_config(
     Args:
         grids: The grid of every quantized layer by name. All have the same bits and group size, since the format has
             one of each.
-        floats: The linear layers of the decoder blocks that are not quantized. Two programs that read these folders
-            each have their own setting for them, and both are written.
+        floats: The linear layers of the decoder blocks that are not quantized. Programs that read these folders have
+            two settings for them, and both are written.
         towers: The modules outside the text model, with layers that are not quantized.
         blocks: The module that is the list of the decoder blocks. Programs that read these folders look for it under
             a few names; where there are towers, it is stated.
@@ -161,7 +164,7 @@ def config_of(
         "desc_act": any(of_layer["desc_act"] for of_layer in settings.values()),
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in settings),
     }
-    apart = [f"-:^{re.escape(name)}$" for name in sorted(floats)]
+    apart = [f"-:^{re.escape(name)}$" for name in sorted(_with_joined(floats))]
     if apart:
         layers = (name for name in settings if name.rpartition(".")[2] != "lm_head")
         inner = {re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in layers}
@@ -173,6 +176,18 @@ def config_of(
     if apart:
         config["dynamic"] = {pattern: {} for pattern in apart}
     return config
+
+
+def _with_joined(floats: Iterable[str]) -> set[str]:
+    """Return the names of layers, and those of joined layers of which they are all parts."""
+    names = set(floats)
+    parents = {name.rpartition(".")[0] for name in names}
+    return names | {
+        f"{parent}.{joined}"
+        for parent in parents
+        for joined, parts in JOINED.items()
+        if names.issuperset(f"{parent}.{part}" for part in parts)
+    }
 
 
 def write_gptq_config(folder: Path, config: Mapping[str, Any]) -> None:

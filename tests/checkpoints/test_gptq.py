@@ -150,3 +150,23 @@ def test_the_settings_that_are_written(tmp_path: Path) -> None:
     assert gptq_settings(tmp_path, written) == config
     known = {"bits": 4, "group_size": 16, "sym": False, "desc_act": True, "model_file_base_name": "model"}
     assert json.loads((tmp_path / "quantize_config.json").read_text()) == known
+
+
+def test_layers_that_servers_join_are_left_out_by_their_joined_name() -> None:
+    """vLLM and SGLang ask for `qkv_proj`, whose parts are three layers of the folder; all or none may be floats."""
+    grids = {"m.layers.1.a.q_proj": layer(4, 32, 64, 16, False).grid}
+    floats = [f"m.layers.0.a.{x}_proj" for x in "qkv"] + ["m.layers.0.b.gate_proj"]
+    patterns = [key.removeprefix("-:") for key in gptq_config(grids, floats)["dynamic"]]
+
+    def left_out(name: str) -> bool:
+        return any(re.match(pattern, name) for pattern in patterns)
+
+    assert left_out("m.layers.0.a.qkv_proj") and all(map(left_out, floats))
+    assert not any(map(left_out, ["m.layers.1.a.qkv_proj", "m.layers.0.b.gate_up_proj", "m.layers.0.b.down_proj"]))
+
+
+def test_every_key_that_vllm_and_sglang_index_is_written() -> None:
+    """`from_config` of both (0.33.0 and 0.5.23) raises without the first four, and chooses its kernel by `sym`."""
+    config = gptq_config({"m.layers.0.a.q": layer(4, 32, 64, 16, False).grid}, [])
+    assert {"bits", "group_size", "desc_act", "sym", "lm_head", "quant_method", "checkpoint_format"} == set(config)
+    assert (type(config["desc_act"]), type(config["sym"]), type(config["lm_head"])) == (bool, bool, bool)

@@ -37,7 +37,7 @@ NAMES = {
     "adapter": {"lora", "nls"},
     "searcher": {"heuristic", "hill-climbing", "maximal", "minimal", "random"},
     "merger": {"hira", "qa-sparsepeft", "sparsepeft", "unmerged"},
-    "exporter": {"compressed-tensors", "gguf", "gptq", "hf"},
+    "exporter": {"compressed-tensors", "gguf", "gptq", "hf", "mlx"},
 }
 """The components that recipes may count on."""
 
@@ -67,7 +67,7 @@ def test_every_component_that_a_plugin_defines_is_offered() -> None:
 
 
 EXPORTERS = [entry for entry in ENTRIES if entry.component.kind == "exporter"]
-WITHOUT_ACT_ORDER = {"gguf"}
+WITHOUT_ACT_ORDER = {"gguf", "mlx"}
 """Exporters whose format has no place for it, with tests of their own on other codes."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REQUIRED = ("gptqmodel", "compressed_tensors", "llama_cpp", "onnxruntime_genai", "openvino")
+REQUIRED = ("gptqmodel", "compressed_tensors", "llama_cpp", "onnxruntime_genai", "openvino", "mlx")
 """Consumers that must be there: without one of them, a test fails."""
 
 

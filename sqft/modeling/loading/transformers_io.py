@@ -348,7 +348,8 @@ def _restore_precision(model: PreTrainedModel, folder: Path, source: ModelSpec) 
 
 
 def _add_names_of_transformers_4(folder: Path) -> None:
-    """Add what transformers 4 reads: `rope_theta` and `torch_dtype`, where 5 writes `rope_parameters` and `dtype`."""
+    """Add what transformers 4 and mlx_lm read: `rope_theta`, `rope_scaling` and `torch_dtype`, where transformers 5
+    writes `rope_parameters` and `dtype`."""
     config = json.loads((folder / "config.json").read_text())
     _name_as_transformers_4(config)
     write_json(folder / "config.json", config)
@@ -365,6 +366,8 @@ def _name_as_transformers_4(config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     for inner in config.values():

@@ -17,7 +17,14 @@ import transformers
 from multimodal_models import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from sqft.checkpoints.model_spec import ModelSpec
@@ -131,6 +138,17 @@ def test_older_transformers_read_what_is_saved(model_folder: Path, tmp_path: Pat
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_older_readers_find_how_positions_are_scaled(copy: Path, tmp_path: Path) -> None:
+    """Llama 3.1's, which they would otherwise take for plain ones; transformers 5 reads the same from both names."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    edit(copy / "config.json", rope_parameters=rope | {"original_max_position_embeddings": 32})
+    model, tokenizer = load_model(ModelSpec(copy))
+    save_model(model, tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["rope_scaling"] == config["rope_parameters"] == rope | {"original_max_position_embeddings": 32}
+    assert AutoConfig.from_pretrained(tmp_path / "saved").rope_parameters == model.config.rope_parameters
 
 
 def test_older_transformers_read_the_configs_inside_a_config(
