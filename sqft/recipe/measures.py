@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from sqft.data.answers import Answer
 from sqft.recipe.data import DataRef
 from sqft.recipe.fields import Count, Section, one_or_several
 from sqft.types import InputPath
 
+Answer = Literal["text", "first_number", "last_number"]
 ANSWER = "which part of the generated text is compared: all of it, or its first or last number"
 
 

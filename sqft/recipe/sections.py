@@ -17,10 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sqft.data.answers import Answer
 from sqft.recipe.data import CalibrationRef, DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
-from sqft.recipe.measures import ANSWER, ExactMatch, Perplexities, Perplexity
+from sqft.recipe.measures import ANSWER, Answer, ExactMatch, Perplexities, Perplexity
 from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
 
