@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any, Literal
 
 NUMBER = re.compile(
@@ -32,6 +33,13 @@ def extract_answer(text: str, mode: Answer) -> str:
     if fraction := fraction.rstrip("0"):
         number = f"{number}.{fraction}"
     return f"-{number}" if minus and number != "0" else number
+
+
+def is_right(found: str, expected: str, tolerance: float) -> bool:
+    """Return whether an answer is the expected one; a `tolerance` that is not 0 compares numbers."""
+    if not (found and expected):
+        return False
+    return abs(Decimal(found) - Decimal(expected)) <= Decimal(str(tolerance)) if tolerance else found == expected
 
 
 def without_reasoning(text: str, marker: str, reasons: bool) -> str:

@@ -20,7 +20,8 @@ from sqft.planning.conversations import ConversationCheck
 from sqft.planning.plan import Step
 from sqft.planning.resolution import Resolver
 from sqft.recipe.data import Data
-from sqft.recipe.sections import Calibration, Evaluate, Finetune, Perplexity, Search
+from sqft.recipe.measures import Perplexity
+from sqft.recipe.sections import Calibration, Evaluate, Finetune, Search
 
 NAMED = re.compile(rb"""^\s*(?:-\s+|["']?(?:task|group|tag)["']?\s*:\s*)["']?([^\s"'#]+)""", re.M)
 """The name that a line of a task file gives, or lists: of a task, a group or a tag."""

@@ -18,12 +18,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sqft.recipe.data import CalibrationRef, DataRef, DataRefs, TemplateArguments, TrainingData
-from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm, one_or_several
+from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
+from sqft.recipe.measures import ANSWER, Answer, ExactMatch, Perplexities, Perplexity
 from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
 
 DTYPES = Literal["float32", "bfloat16", "float16"]
-ANSWER = "which part of the generated text is compared: all of it, or its first or last number"
 
 
 class ComponentRef(Section):
@@ -282,7 +282,7 @@ class Search(Section):
         "exact_match", description="measure by which rank configurations are compared"
     )
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
-    answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
+    answer: Answer = Field("text", description=ANSWER)
     batch_size: Count = Field(64, description="prompts, or examples, that are processed at once")
 
 
@@ -294,31 +294,6 @@ class Export(Section):
     """Write the finished model in the format of another program."""
 
     exporter: Named = Field(description="component that writes the format")
-
-
-class Perplexity(Section):
-    """Perplexity of a text, in windows that do not overlap."""
-
-    text: Annotated[str, InputPath()] = Field(description="a text file that nothing was trained or calibrated on")
-    tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="use only this many tokens from the start; null: all"
-    )
-    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in each window")
-
-
-Perplexities = Annotated[
-    Annotated[Perplexity, Tag("@one")] | Annotated[tuple[Perplexity, ...], Field(min_length=1), Tag("@several")],
-    Discriminator(one_or_several),
-]
-
-
-class ExactMatch(Section):
-    """Greedy generation from each prompt, compared with its completion."""
-
-    data: DataRef = Field(description="test records with a prompt and a completion, not used in training")
-    max_new_tokens: Count = Field(8, description="tokens generated for an answer")
-    answer: Literal["text", "first_number", "last_number"] = Field("text", description=ANSWER)
-    batch_size: Count = Field(64, description="prompts that are processed at once")
 
 
 def _kind(value: Any) -> str:

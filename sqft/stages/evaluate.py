@@ -22,7 +22,8 @@ from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.loading import load_model
 from sqft.planning.plan import Plan
-from sqft.recipe.sections import Evaluate, ExactMatch
+from sqft.recipe.measures import ExactMatch
+from sqft.recipe.sections import Evaluate
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
 from sqft.types import RankConfig, SearchSpace
@@ -74,9 +75,8 @@ class EvaluateStage:
 
     def _exact_match(self, match: ExactMatch, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Report:
         records = self.inputs.data.records("exact_match.data", match.data)
-        found = exact_match(
-            model, tokenizer, records, match.answer, match.max_new_tokens, match.batch_size, self.inputs.track
-        )
+        asked = match.answer, match.max_new_tokens, match.batch_size
+        found = exact_match(model, tokenizer, records, *asked, self.inputs.track, match.tolerance)
         write_lines(self.inputs.scratch / PREDICTIONS, found.pop("predictions"))
         return found
 

@@ -21,7 +21,8 @@ from sqft.errors import SqftError
 from sqft.modeling.loading import load_tokenizer
 from sqft.modeling.loading.transformers_io import quiet_transformers
 from sqft.planning.plan import Plan
-from sqft.recipe.sections import Evaluate, Finetune, Perplexity, Search
+from sqft.recipe.measures import Perplexity
+from sqft.recipe.sections import Evaluate, Finetune, Search
 from sqft.stages.inputs import StepData
 from sqft.utils.digests import Digests
 

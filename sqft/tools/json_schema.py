@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe, composed from what is installed, and one component's options as text."""
+"""The JSON Schemas of recipes and sweeps, composed from what is installed, and one component's options as text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqft.recipe.fields import fields_of, section_in
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.sections import ComponentRef
 from sqft.recipe.stages import STAGES
+from sqft.tools.sweep.definition import NOT_SET, RECIPE, Sweep
 
 PLACES = {
     name: (stage.section.__name__, name)
@@ -50,6 +51,40 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         kept = {word: place[word] for word in ("default", "description") if word in place}
         schema["$defs"][section]["properties"][key] = {"anyOf": choices, **kept}
     return schema
+
+
+def sweep_schema(registry: Registry) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a sweep's file: settings and axes with the recipe's values at each place.
+
+    Places inside a component's options, or in a list, are allowed, with any value.
+    """
+    recipe, schema = recipe_schema(registry), Sweep.model_json_schema(by_alias=True)
+    schema["$schema"] = recipe.pop("$schema")
+    known = schema["$defs"] = recipe.pop("$defs") | {"Recipe": recipe}
+    values = {place: {"$ref": f"#/$defs/{target}"} for place, target in _places(recipe, known)}
+    start = {"type": "string", "description": "recipe file to begin from"}
+    known["Settings"] = {"type": "object", "properties": {**values, RECIPE: start}}
+    known["Labels"] = {"type": "object", "minProperties": 1, "additionalProperties": {"$ref": "#/$defs/Settings"}}
+
+    def axis(value: dict[str, Any]) -> dict[str, Any]:
+        listed = {"type": "array", "minItems": 1, "uniqueItems": True, "items": value}
+        return {"anyOf": [listed, {"$ref": "#/$defs/Labels"}]}
+
+    schema["properties"]["set"] |= {"properties": values}
+    axes = {place: axis(value) for place, value in values.items()}
+    schema["properties"]["axes"] |= {"properties": axes, "additionalProperties": axis({})}
+    return schema
+
+
+def _places(recipe: dict[str, Any], definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each place in a recipe that a sweep may set, of sections and their keys, and where its schema is."""
+    for name, words in recipe["properties"].items():
+        if name not in (*NOT_SET, "schema", "$schema"):
+            yield name, f"Recipe/properties/{name}"
+            for word in (words, *words.get("anyOf", ())):
+                section = word.get("$ref", "").rpartition("/")[2]
+                for key in definitions.get(section, {}).get("properties", ()):
+                    yield f"{name}.{key}", f"{section}/properties/{key}"
 
 
 def _names(registration: Registration) -> list[str]:

@@ -19,8 +19,9 @@ from sqft.errors import RecipeError
 from sqft.planning.plan import Plan
 from sqft.planning.resolution import Resolver
 from sqft.recipe.data import Data
+from sqft.recipe.measures import Perplexity
 from sqft.recipe.rerun import with_absolute_paths
-from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Finetune, Perplexity
+from sqft.recipe.sections import Calibration, ComponentRef, Evaluate, Finetune
 from sqft.utils.digests import Digests
 
 

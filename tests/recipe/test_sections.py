@@ -83,6 +83,12 @@ def test_a_task_is_listed_once() -> None:
         Evaluate.model_validate({"tasks": ["a", "b", "a"]})
 
 
+@pytest.mark.parametrize("tolerance", [0.001, -1, float("inf")])
+def test_a_tolerance_is_of_numbers(tolerance: float) -> None:
+    with pytest.raises(ValidationError, match=r"is for numbers|greater than or equal to 0|finite"):
+        Evaluate.model_validate({"exact_match": {"data": "test.jsonl", "tolerance": tolerance}})
+
+
 def test_sections_are_frozen_and_know_their_keys() -> None:
     model = Model(path="m")
     with pytest.raises(ValidationError, match="frozen"):

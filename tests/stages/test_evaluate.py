@@ -52,6 +52,25 @@ def test_a_model_is_measured_and_every_answer_written_down(
     assert [one["record"] for one in predictions] == list(range(1, 11))
 
 
+@pytest.mark.parametrize(("tolerance", "right"), [(0, [False, False, True]), (0.001, [True, False, True])])
+def test_numbers_are_right_to_a_tolerance(
+    raw: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tolerance: float,
+    right: list[bool],
+) -> None:
+    said = "7 * 1,000 is 7,000. The answer is 7000.0005."
+    monkeypatch.setattr("sqft.modeling.evaluation.measures._texts", lambda *_: (said, said))
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(f'{{"prompt": "7 * 1000?", "completion": "{n}"}}\n' for n in (7000, 7001, "7000.0005")))
+    match = {"data": str(file), "answer": "last_number", "tolerance": tolerance}
+    report = stage_of(raw, registry, tmp_path, exact_match=match).run()
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [one["right"] for one in predictions] == right and report["exact_match"]["correct"] == sum(right)
+
+
 def test_several_texts_each_measured_once(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

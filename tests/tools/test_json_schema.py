@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sqft_wanda import Wanda
 
 from sqft import Registry
-from sqft.tools.json_schema import option_lines, recipe_schema
+from sqft.tools.json_schema import option_lines, recipe_schema, sweep_schema
 
 
 class Color(Enum):
@@ -62,6 +62,30 @@ def test_everything_referred_to_is_there() -> None:
     assert "$schema" in schema["properties"]
     places = schema["$defs"]["Sparsify"]["properties"]
     assert {"type": "null"} in places["updater"]["anyOf"] and {"type": "null"} not in places["scorer"]["anyOf"]
+
+
+def test_a_sweeps_values_are_those_of_the_recipe() -> None:
+    """At each place that it sets, alone, as an axis, and under a label."""
+    schema = sweep_schema(Registry.discover())
+    known = schema["$defs"]
+
+    def found(pointer: str) -> Any:
+        value: Any = schema
+        for word in pointer.removeprefix("#/").split("/"):
+            value = value[word]
+        return value
+
+    assert all(found(pointer) is not None for pointer in references(schema))
+    places = schema["properties"]["set"]["properties"]
+    assert {"seed", "merge", "evaluate", "finetune.adapter", "model.path"} <= places.keys()
+    assert not {"name", "recipe", "schema", "$schema"} & places.keys()
+    assert found(places["finetune.adapter"]["$ref"]) == known["Finetune"]["properties"]["adapter"]
+    assert found(places["seed"]["$ref"])["minimum"] == 0
+    assert known["Settings"]["properties"] == {**places, "recipe": known["Settings"]["properties"]["recipe"]}
+    axes = schema["properties"]["axes"]
+    for place, value in places.items():
+        assert axes["properties"][place]["anyOf"][0]["items"] == value
+    assert axes["additionalProperties"]["anyOf"][0]["items"] == {}
 
 
 def test_options_as_text() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sqft.data.answers import Answer, extract_answer, without_reasoning
+from sqft.data.answers import Answer, extract_answer, is_right, without_reasoning
 from sqft.data.chat_tokens import special_tokens
 from sqft.data.collators import Collator
 from sqft.data.encoding import IGNORED, Example, Prompt, encode_prompts, truncate_prompts
@@ -58,13 +58,14 @@ def exact_match(
     max_new_tokens: int,
     batch_size: int,
     track: Track,
+    tolerance: float = 0.0,
 ) -> dict[str, Any]:
     """Generate greedily from every prompt, and compare the answer with that of its completion.
 
     A prompt that leaves no room for `max_new_tokens` in the model's window is cut at the left, as in training.
 
     Returns the accuracy with its standard error, and `predictions`: for each record the prompt that the model was
-    given, what it generated, the answer in that, the expected answer, and whether they are equal.
+    given, what it generated, the answer in that, the expected answer, and whether it is right.
 
     Args:
         model: on the device that generates.
@@ -75,6 +76,7 @@ def exact_match(
         batch_size: prompts at a time, those of about the same length together, padded at the left; where padding
             would change an answer, only prompts of equal length.
         track: shows progress.
+        tolerance: the largest difference between a number and the expected one.
 
     Raises:
         DataError: naming a record that has no prompt or no completion.
@@ -107,7 +109,7 @@ def exact_match(
                     "generated": text,
                     "answer": found,
                     "expected": wanted,
-                    "right": wanted != "" and found == wanted,
+                    "right": is_right(found, wanted, tolerance),
                 }
     n, correct = len(predictions), sum(prediction["right"] for prediction in predictions)
     p = correct / n

@@ -61,6 +61,9 @@ class Sweep(Section):
     """
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of the format of sweeps")
+    json_schema: str | None = Field(
+        None, alias="$schema", description="path of the file that `sqft schema --sweep` wrote, for editors"
+    )
     name: str = Field(pattern=RUN_NAME, description="name of the sweep's folder of results")
     recipe: str | None = Field(
         None, min_length=1, description="recipe file that cells begin from, unless an axis names another"
