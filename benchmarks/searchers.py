@@ -49,10 +49,11 @@ class Landscape:
         away = np.abs(np.subtract(self.space.median(), self.best)) @ weights
         self.weights = weights * gain / away
         self.difficulty = draws.normal(0, math.sqrt(1 - OWN_NOISE), RECORDS)
+        self.answers: dict[RankConfig, list[RecordValue]] = {}
         self.evaluated: dict[RankConfig, int] = {}
 
     def utility(self, choice: RankConfig) -> float:
-        away = np.abs(np.subtract([RANKS.index(rank) for rank in choice.ranks], self.best)) @ self.weights
+        away: float = np.abs(np.subtract([RANKS.index(rank) for rank in choice.ranks], self.best)) @ self.weights
         return OFFSET - math.floor(away / self.plateau + 0.5) * self.plateau
 
     def quality(self, choice: RankConfig) -> float:
@@ -61,9 +62,11 @@ class Landscape:
     def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
         count = min(samples or RECORDS, RECORDS)
         self.evaluated[choice] = max(count, self.evaluated.get(choice, 0))
-        own = np.random.default_rng([self.seed, *choice.ranks]).normal(0, math.sqrt(OWN_NOISE), RECORDS)
-        right = self.utility(choice) + self.difficulty + own > 0
-        return [RecordValue(float(answer), 1) for answer in right[:count]]
+        if choice not in self.answers:
+            own = np.random.default_rng([self.seed, *choice.ranks]).normal(0, math.sqrt(OWN_NOISE), RECORDS)
+            right = self.utility(choice) + self.difficulty + own > 0
+            self.answers[choice] = [RecordValue(float(answer), 1) for answer in right]
+        return self.answers[choice][:count]
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         return statistics.fmean(value.total for value in self.each(choice, samples))

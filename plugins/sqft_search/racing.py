@@ -18,10 +18,10 @@ class Racing(Searcher):
     """Hill-climbing by races (after Maron and Moore, Hoeffding Races, 1993) from the heuristic.
 
     In a race some neighbours of the anchor are compared with it, record by record, on the first `first` records, then
-    on twice as many, and so on. A neighbour that is probably worse leaves the race. One that is surely better becomes
-    the new anchor at once. When all records are used, the best that is left becomes the anchor if it is better on them,
-    or with `cautious` only if it is surely better. The search ends when `evaluations` are spent, or after `patience`
-    races in a row that moved nothing.
+    on twice as many, up to `samples`. A neighbour that is probably worse than the best leaves the race. One that is
+    surely better than the anchor becomes the new anchor at once. At the end of the race the best that is left becomes
+    the anchor if it is better on these records, but with `cautious` it stays. The search ends when `evaluations` are
+    spent, or after `patience` races in a row that moved nothing.
 
     "Probably" and "surely" are by the one-sided sign-flip test of paired differences: how probable a sum at least as
     far from 0 would be if every difference had a random sign. Each look at a neighbour is a test of its own.
@@ -32,19 +32,17 @@ class Racing(Searcher):
     neighbors: int = Field(4, ge=1, description="neighbours in a race")
     step: int = Field(1, ge=1, description="the largest change of a group, in positions of its list of ranks")
     first: int = Field(16, ge=2, description="records at the start of a race")
+    samples: int = Field(256, ge=2, description="records at the end of a race")
     surely: float = Field(0.05, gt=0, lt=0.5, description="probability below which a neighbour is surely better")
-    probably: float = Field(0.3, gt=0, lt=1, description="probability below which a neighbour is probably worse")
+    probably: float = Field(0.3, gt=0, lt=0.5, description="probability below which a neighbour is probably worse")
     cautious: bool = Field(False, description="move only to neighbours that are surely better")
-    patience: int = Field(8, ge=1, description="races in a row without a move, after which the search ends")
+    patience: int = Field(16, ge=1, description="races in a row without a move, after which the search ends")
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         records = _Records(space, evaluate, self.evaluations)
         anchor = space.median()
         visited, still = {anchor}, 0
-        while still < self.patience and not records.spent:
-            contenders = self._draw(space, anchor, visited, rng)
-            if not contenders:
-                break
+        while still < self.patience and (contenders := self._draw(space, anchor, visited, rng)):
             visited.update(contenders)
             winner = self._race(anchor, contenders, records)
             still = 0 if winner else still + 1
@@ -70,19 +68,24 @@ class Racing(Searcher):
 
     def _race(self, anchor: Indices, contenders: list[Indices], records: _Records) -> Indices | None:
         """Return the contender that becomes the anchor, or None."""
-        count, ahead = self.first, dict[Indices, float]()
-        while contenders and records.affords([anchor, *contenders], count):
-            before = records.totals(anchor, count)
-            pairs = {c: [b - a for a, b in zip(before, records.totals(c, count), strict=True)] for c in contenders}
-            ahead = {c: math.fsum(differences) for c, differences in pairs.items()}
-            if sure := [c for c in contenders if by_chance(pairs[c]) < self.surely]:
+        # Fewer records than `first` only where the budget ends: half of them at least, as on less all is luck.
+        looked, count, ahead = self.first // 2, self.first, dict[Indices, float]()
+        while contenders and (count := records.affordable([anchor, *contenders], min(count, self.samples))) > looked:
+            before, after = records.totals(anchor, count), {c: records.totals(c, count) for c in contenders}
+            gains = {c: _differences(before, after[c]) for c in contenders}
+            ahead = {c: math.fsum(gains[c]) for c in contenders}
+            if sure := [c for c in contenders if by_chance(gains[c]) < self.surely]:
                 return max(sure, key=ahead.__getitem__)
-            contenders = [c for c in contenders if by_chance([-d for d in pairs[c]]) >= self.probably]
-            if len(before) < count:  # there are no more
-                break
-            count *= 2
-        best = max((c for c in contenders if c in ahead), key=ahead.__getitem__, default=None)
-        return best if best and ahead[best] > 0 and not self.cautious else None
+            leader = max(contenders, key=ahead.__getitem__)
+            best = after[leader] if ahead[leader] > 0 else before
+            contenders = [c for c in contenders if by_chance(_differences(after[c], best)) >= self.probably]
+            looked, count = count, 2 * count
+        leader = max((c for c in contenders if c in ahead), key=ahead.__getitem__, default=anchor)
+        return leader if ahead.get(leader, 0) > 0 and not self.cautious else None
+
+
+def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [b - a for a, b in zip(before, after, strict=True)]
 
 
 def by_chance(differences: Sequence[float]) -> float:
@@ -111,13 +114,13 @@ class _Records:
         self.space, self.evaluate, self.left = space, evaluate, budget
         self.asked: dict[Indices, int] = {}
         self.most: int | None = None
-        self.spent = False
 
-    def affords(self, configs: Sequence[Indices], count: int) -> bool:
-        """Return whether the budget has the first `count` records of each configuration; if not, it is spent."""
+    def affordable(self, configs: Sequence[Indices], count: int) -> int:
+        """Return how many of their first records all configurations can be asked for: at most `count`, or all."""
         count = min(count, self.most or count)
-        self.spent = sum(count - min(count, self.asked.get(config, 0)) for config in configs) > self.left
-        return not self.spent
+        while sum(max(0, count - self.asked.get(config, 0)) for config in configs) > self.left:
+            count -= 1
+        return count
 
     def totals(self, config: Indices, count: int) -> list[float]:
         """Return what the first `count` records, or all that there are, contribute to the metric."""

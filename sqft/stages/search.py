@@ -84,6 +84,7 @@ class SearchStage:
             "trials": evaluate.trials,
             "records": sum(map(len, evaluate.known.values())),
             "value": evaluate.value_on_most_samples(config),
+            "front": evaluate.front(config),
             "mean_rank": sum(ranks.values()) / len(ranks),
             "trainable": adapted.parameter_count(config),
         }
@@ -207,6 +208,19 @@ class CachedEvaluator:
     def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""
         return _metric(self.known[config]) if config in self.known else None
+
+    def front(self, config: RankConfig) -> list[dict[str, object]]:
+        """Return the Pareto front of value against parameters, fewest first: of what was evaluated on as many samples
+        as `config`, all that has a higher value than everything smaller."""
+        count = len(self.known.get(config, ()))
+        peers = [(self.space.parameters(c), -_metric(v), c.ranks) for c, v in self.known.items() if len(v) == count]
+        front: list[dict[str, object]] = []
+        best = math.inf
+        for parameters, loss, ranks in sorted(peers):
+            if loss < best:
+                best = loss
+                front.append({"ranks": ranks, "parameters": parameters, "value": -loss})
+        return front
 
     def _resume(self) -> None:
         """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""

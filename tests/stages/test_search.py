@@ -6,18 +6,24 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqft_nls.searchers import HillClimbing
+from sqft_search.evolutionary import Evolutionary
+from sqft_search.racing import Racing
 from torch.distributed import HashStore
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import RankConfig, RankGroup, RecordValue, SearchSpace
+from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
 from sqft.errors import ContractError, StageError
+from sqft.modeling.adapters.saving import read_ranks, space_from
 from sqft.stages.inputs import StageInputs
 from sqft.stages.search import CachedEvaluator, SearchStage
 from sqft.utils.distributed import Processes
@@ -132,6 +138,35 @@ def test_the_best_value_is_that_on_the_most_samples(evaluator: Make) -> None:
     assert evaluate.value_on_most_samples(SMALL) is None
 
 
+def test_the_front_is_what_nothing_smaller_reaches(tmp_path: Path) -> None:
+    """Beside all pairs; what was evaluated on fewer samples is not compared."""
+    ranks = (4, 3, 2, 1)
+    space = SearchSpace((RankGroup("a", ranks, ("l.0",), cost=3), RankGroup("b", ranks, ("l.1",), cost=5)))
+    quality = {RankConfig(pair): float(draw) for pair, draw in zip(product(ranks, ranks), [*range(8)] * 2, strict=True)}
+    evaluate = CachedEvaluator(
+        tmp_path / "t", space, RECORDS, lambda c, part: [RecordValue(quality[c], 1)] * (part.stop - part.start), "x"
+    )
+    few = [RankConfig((1, 1)), RankConfig((4, 4))]
+    for config in quality:
+        evaluate(config, 1 if config in few else None)
+    full = [config for config in quality if config not in few]
+
+    def beaten(config: RankConfig) -> bool:
+        size = space.parameters(config)
+        return any(
+            c != config
+            and space.parameters(c) <= size
+            and quality[c] >= quality[config]
+            and (space.parameters(c), -quality[c]) != (size, -quality[config])
+            for c in full
+        )
+
+    expected = {(space.parameters(config), quality[config]) for config in full if not beaten(config)}
+    front = evaluate.front(full[0])
+    assert [(point["parameters"], point["value"]) for point in front] == sorted(expected)
+    assert all(quality[RankConfig(tuple(point["ranks"]))] == point["value"] for point in front)
+
+
 @pytest.mark.parametrize("samples", [0, -1, 2.0, True])
 def test_samples_that_are_no_number_of_records(evaluator: Make, samples: Any) -> None:
     with pytest.raises(ContractError, match=rf"searcher 'x' \(here 1\) asked for an evaluation on {samples!r} samples"):
@@ -146,6 +181,54 @@ def test_a_configuration_outside_the_space(evaluator: Make) -> None:
 def test_no_records_to_evaluate_on(evaluator: Make) -> None:
     with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
         evaluator([])(LARGE)
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [HillClimbing(samples=6), Racing(first=2, evaluations=40), Evolutionary(samples=6, evaluations=40, population=2)],
+    ids=lambda searcher: str(searcher.name),
+)
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_search_that_was_killed_goes_on(searcher: Searcher, kept: int, tmp_path: Path) -> None:
+    """After `kept` trials and half of the next: it ends alike, and measures what is missing."""
+    space = SearchSpace(tuple(RankGroup(name, (8, 6, 4), (name,), cost=1) for name in "abc"))
+    measured = 0
+
+    def measure(config: RankConfig, records: slice) -> list[RecordValue]:
+        nonlocal measured
+        measured += records.stop - records.start
+        draws = (Random(f"{config} {record}").random() for record in range(records.start, records.stop))
+        return [RecordValue(draw, 1) for draw in draws]
+
+    def search() -> RankConfig:
+        evaluate = CachedEvaluator(tmp_path / "trials.jsonl", space, RECORDS, measure, "x")
+        return searcher.search(space, evaluate, Random(3))
+
+    found, file, all_measured = search(), tmp_path / "trials.jsonl", measured
+    complete = file.read_text()
+    lines = complete.splitlines(keepends=True)
+    file.write_text("".join(lines[:kept]) + lines[kept][:20])
+    measured = 0
+    assert search() == found and file.read_text() == complete
+    before = sum(len(json.loads(line)["totals"]) for line in lines[:kept])
+    assert measured == all_measured - before
+
+
+def test_ranks_by_importance_in_a_search_and_without_one(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """The searcher gets what the trained deltas lose, and `evaluate` measures the same ranks."""
+    raw["search"]["searcher"] = "importance"
+    raw["evaluate"]["of"] = ["finetune:importance", "search"]
+    orchestrator = Orchestrator(registry, tmp_path)
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    report = run["search"].report
+    assert (report["trials"], report["records"], report["front"]) == (0, 0, [])
+    space = space_from(json.loads((run["finetune"].folder / "space.json").read_text()))
+    ranks = read_ranks(run["search"].folder)
+    assert ranks in space and report["trainable"] <= run["evaluate:finetune:importance"].report["trainable"]
+    rows = {row["configuration"]: row for row in run.report["rows"]}
+    assert len({row["trainable"] for row in rows.values()}) == len({row["perplexity"] for row in rows.values()}) == 1
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
@@ -173,7 +256,10 @@ def test_processes_share_the_records_and_find_what_one_finds(
     report = stage(0).run()
     other.join(60)
     expected = run["search"].report
-    assert told == [{}] and report == expected | {"value": pytest.approx(expected["value"], rel=1e-5)}
+    assert told == [{}] and report | {"front": ...} == expected | {
+        "value": pytest.approx(expected["value"], rel=1e-5),
+        "front": ...,
+    }
     found = [json.loads(line) for line in (scratch / "trials.jsonl").read_text().splitlines()]
     assert len(found) == 3 and [trial["ranks"] for trial in found] == [trial["ranks"] for trial in alone]
     for one, other in zip(found, alone, strict=True):
