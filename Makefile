@@ -24,7 +24,7 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[gguf,report,dev,docs]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf,search,report,dev,docs]"
 	@touch $@
 
 model: $(MODEL)

@@ -9,6 +9,7 @@ would give it and no more: the statistics it `needs`, the bases it lists; an exp
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from sqft.types import (
     ModelReader,
     RankConfig,
     RankGroup,
+    RecordValue,
     SearchSpace,
     Statistic,
 )
@@ -44,8 +46,8 @@ PLACE = "a test layer"
 
 
 def _space(*lengths: int) -> SearchSpace:
-    groups = (RankGroup(f"g{i}", tuple(range(2 * n, 0, -2)), (f"l{i}",)) for i, n in enumerate(lengths))
-    return SearchSpace(tuple(groups))
+    ranks = (tuple(range(2 * n, 0, -2)) for n in lengths)
+    return SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
 
 
 SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
@@ -251,29 +253,31 @@ def check_searcher(searcher: Searcher) -> None:
     _check_options(searcher)
     label = _label(searcher)
     for space, seed in product(SPACES, range(3)):
-        first, again = (_search(label, searcher, space, seed) for _ in range(2))
-        if first != again:
+        first, again = _Landscape(label, space), _Landscape(label, space)
+        found = [searcher.search(space, landscape, Random(seed)) for landscape in (first, again)]
+        checks.check_choice(label, space, found[0])
+        if found[0] != found[1] or first.asked != again.asked:
             raise ContractError(f"{label} is not deterministic in its random state and answers, so it cannot resume")
-        if not searcher.evaluates and first[1]:
+        if not searcher.evaluates and first.asked:
             raise ContractError(f"{label} evaluates, but says `evaluates = False`")
 
 
-def _search(
-    label: str, searcher: Searcher, space: SearchSpace, seed: int
-) -> tuple[RankConfig, list[tuple[RankConfig, int | None]]]:
-    """Search a rugged landscape; return the result, and the questions in their order."""
-    asked: list[tuple[RankConfig, int | None]] = []
+@dataclass(frozen=True)
+class _Landscape:
+    """A rugged `Evaluate`: a value for each configuration and record. It keeps the questions, in their order."""
 
-    def evaluate(choice: RankConfig, samples: int | None = None) -> float:
-        checks.check_choice(label, space, choice)
-        if samples is not None and samples < 1:
-            raise ContractError(f"{label} evaluated on {samples} samples, expected 1 or more, or None")
-        asked.append((choice, samples))
-        return Random(str(choice.ranks)).random()
+    label: str
+    space: SearchSpace
+    asked: list[tuple[RankConfig, int | None]] = field(default_factory=list)
 
-    choice = searcher.search(space, evaluate, Random(seed))
-    checks.check_choice(label, space, choice)
-    return choice, asked
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        values = self.each(choice, samples)
+        return sum(value.total for value in values) / len(values)
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
+        checks.check_question(self.label, self.space, choice, samples)
+        self.asked.append((choice, samples))
+        return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(80)][:samples]
 
 
 @check.register

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -157,11 +157,20 @@ class BaseWeight:
 
 @dataclass(frozen=True, slots=True)
 class RankGroup:
-    """Linear layers that share one rank, and the ranks that they may take, largest first."""
+    """Linear layers that share one rank, and the ranks that they may take, largest first.
+
+    An adapter gives the first three. The core fills in the others before it hands the space of a trained adapter to a
+    searcher.
+    """
 
     name: str
     ranks: tuple[int, ...]
     members: tuple[str, ...]
+    cost: int = 0
+    """Parameters that one rank costs: the inputs and outputs of all members."""
+    losses: tuple[float, ...] = ()
+    """For each of `ranks`, what the trained deltas lose at it: ‖Δ_R − Δ_r‖² (Frobenius), R the largest rank, summed
+    over the members. The first is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +189,14 @@ class SearchSpace:
     def choice(self, indices: Sequence[int]) -> RankConfig:
         """Return the configuration that takes, in each group, the rank at that index of its list."""
         return RankConfig(tuple(g.ranks[i] for g, i in zip(self.groups, indices, strict=True)))
+
+    def median(self) -> tuple[int, ...]:
+        """Return the indices of the paper's reference configuration: (n − 1) // 2 of each descending list."""
+        return tuple((len(group.ranks) - 1) // 2 for group in self.groups)
+
+    def parameters(self, choice: RankConfig) -> int:
+        """Count the parameters of a configuration's factors."""
+        return sum(group.cost * rank for group, rank in zip(self.groups, choice.ranks, strict=True))
 
     def ranks_by_linear(self, choice: RankConfig) -> dict[str, int]:
         """Return the rank of every linear layer under a configuration."""
@@ -232,15 +249,32 @@ class DeltaModule(Protocol):
         ...
 
 
+class RecordValue(NamedTuple):
+    """What one record contributes to a metric; larger totals are better.
+
+    The metric of some records is the sum of their totals, divided by the sum of their weights. Of `exact_match` a total
+    is 1 or 0, and the weight is 1. Of `loss` a total is minus the sum of the losses of the record's labels, and the
+    weight their number. A record has the same weight under every configuration.
+    """
+
+    total: float
+    weight: int
+
+
 class Evaluate(Protocol):
     """The function that a searcher calls: it returns the metric of a configuration; larger is better.
 
     `samples` uses this many records of the validation set, the first in one seeded order that is drawn once
-    for the search (Algorithm 1's proxy set D_M); None uses them all. Results are stored on disk. So a
-    deterministic searcher that is killed repeats its calls, and none is evaluated twice.
+    for the search (Algorithm 1's proxy set D_M); None uses them all. Results are stored on disk, record by record. So a
+    deterministic searcher that is killed repeats its calls, no record is evaluated twice with a configuration, and to
+    ask for more samples evaluates the new records only.
     """
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float: ...
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
+        """Return the values of the single records, in their order: fewer than `samples` where there are fewer."""
+        ...
 
 
 class ModelReader(Protocol):

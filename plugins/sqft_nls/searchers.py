@@ -14,11 +14,6 @@ Indices = tuple[int, ...]
 """A rank configuration, as a position in each group's list of ranks."""
 
 
-def median(space: SearchSpace) -> Indices:
-    """Return the paper's reference configuration: index (n − 1) // 2 of each descending list."""
-    return tuple((len(group.ranks) - 1) // 2 for group in space.groups)
-
-
 class Heuristic(Searcher):
     """The median rank of every group; no evaluation."""
 
@@ -26,7 +21,7 @@ class Heuristic(Searcher):
     evaluates = False
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
-        return space.choice(median(space))
+        return space.choice(space.median())
 
 
 class Maximal(Searcher):
@@ -57,7 +52,7 @@ class RandomSearch(Searcher):
     samples: int | None = Field(64, ge=1, description="number of validation records; null uses all")
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
-        tried = [median(space)]
+        tried = [space.median()]
         for _ in range(100 * self.trials):  # a small space may not hold so many different ones
             if len(tried) == self.trials:
                 break
@@ -90,7 +85,7 @@ class HillClimbing(Searcher):
         def accuracy(indices: Indices) -> float:
             return evaluate(space.choice(indices), self.samples)
 
-        anchor = median(space)
+        anchor = space.median()
         visited = {anchor}
         best = accuracy(anchor)
         for _ in range(self.turns):

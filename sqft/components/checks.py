@@ -230,6 +230,13 @@ def check_choice(label: str, space: SearchSpace, choice: object) -> None:
         raise ContractError(f"{label} returned {choice!r}, which is no configuration of the search space")
 
 
+def check_question(label: str, space: SearchSpace, choice: object, samples: object) -> None:
+    """Check that a searcher asks for a configuration of its space, on one record or more, or on all (None)."""
+    check_choice(label, space, choice)
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ContractError(f"{label} asked for an evaluation on {samples!r} samples, expected 1 or more, or None")
+
+
 def check_delta(label: str, linear: LinearShape, delta: DeltaModule, ranks: Sequence[int] = ()) -> None:
     """Check that a delta is a module with finite float32 factors on the CPU that fit the layer, and is zero at start.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from sqft.components.kinds import Searcher
 from sqft.data.windows import text_windows
 from sqft.errors import StageError
 from sqft.modeling.adapters.adapted_linear import acting_weight, cached_effective_weights
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, perplexity
@@ -26,7 +27,7 @@ from sqft.recipe.measures import ExactMatch
 from sqft.recipe.sections import Evaluate
 from sqft.stages.adapted import load_adapted_model
 from sqft.stages.inputs import Report, StageInputs
-from sqft.types import RankConfig, SearchSpace
+from sqft.types import RankConfig, RecordValue
 from sqft.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -113,20 +114,20 @@ class EvaluateStage:
             yield model.to(inputs.device), tokenizer, count_zeros(model)
             return
         adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
-        config = self._ranks(adapted.space)
+        config = self._ranks(adapted)
         adapted.set_ranks(config)
         facts = count_zeros(adapted.model) | {"trainable": adapted.parameter_count(config)}
         with cached_effective_weights(adapted.model):
             yield adapted.model, adapted.tokenizer, facts
 
-    def _ranks(self, space: SearchSpace) -> RankConfig:
+    def _ranks(self, adapted: AdaptedModel) -> RankConfig:
         """Return the ranks to measure: those that the search chose, or that this step's own searcher names."""
         if "search" in self.inputs.folders:
             config = read_ranks(self.inputs.folders["search"])
         else:
             searcher = self.inputs.step.component(Searcher)
-            config = searcher.search(space, _no_evaluation, Random(self.inputs.seed_for("search")))
-        checks.check_choice("the chosen configuration", space, config)
+            config = searcher.search(adapted.measured_space(), _NoEvaluation(), Random(self.inputs.seed_for("search")))
+        checks.check_choice("the chosen configuration", adapted.space, config)
         return config
 
 
@@ -157,5 +158,11 @@ def write_lines(file: Path, items: Iterable[Any]) -> None:
         stream.writelines(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
 
 
-def _no_evaluation(choice: RankConfig, samples: int | None = None) -> float:
-    raise StageError("evaluate.of takes only searchers that need no evaluation")
+class _NoEvaluation:
+    """`sqft.types.Evaluate` for searchers that promise not to use it."""
+
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        raise StageError("evaluate.of takes only searchers that need no evaluation")
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
+        raise StageError("evaluate.of takes only searchers that need no evaluation")

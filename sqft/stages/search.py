@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -17,25 +18,26 @@ from sqft.components import checks
 from sqft.components.kinds import Adapter, Searcher
 from sqft.data.encoding import Tokenization
 from sqft.data.records import Record
-from sqft.errors import ArtifactError, ContractError, StageError
+from sqft.errors import ArtifactError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks, tensor_name
-from sqft.modeling.evaluation import exact_match, summed_loss
+from sqft.modeling.evaluation import exact_match, example_losses
 from sqft.modeling.loading.parts import open_in_parts
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.recipe.sections import Finetune, Search
 from sqft.stages.adapted import load_adapted_model, load_deltas
 from sqft.stages.adapter_in_parts import AdapterInParts
 from sqft.stages.inputs import Report, StageInputs, section_of
-from sqft.types import RankConfig, SearchSpace
+from sqft.types import RankConfig, RecordValue, SearchSpace
 from sqft.utils.files import write_text
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
 
 TRIALS = "trials.jsonl"
-"""File of the evaluations of a search, a JSON object a line: ranks, number of samples, value."""
+"""File of the evaluations of a search, a JSON object a line: ranks, number of samples, value, and of those samples that
+were new the totals and weights."""
 NO_MORE = "no more"
 """Message to the other processes: the search has ended."""
 
@@ -68,8 +70,9 @@ class SearchStage:
         if not self.inputs.processes.is_main:
             return self._take_part()
         adapted, inputs = self.adapted, self.inputs
-        evaluate = CachedEvaluator(inputs.scratch / TRIALS, adapted.space, self._records(), self._measure, self.label)
-        config = self.searcher.search(adapted.space, evaluate, Random(inputs.seed_for("search")))
+        space = adapted.measured_space()
+        evaluate = CachedEvaluator(inputs.scratch / TRIALS, space, self._records, self._measure, self.label)
+        config = self.searcher.search(space, evaluate, Random(inputs.seed_for("search")))
         inputs.processes.broadcast(NO_MORE)
         checks.check_choice(self.label, adapted.space, config)
         store_ranks(config, inputs.scratch)
@@ -78,8 +81,10 @@ class SearchStage:
         ranks = adapted.space.ranks_by_linear(config)
         return {
             "searcher": self.searcher.name,
-            "trials": len(evaluate.known),
+            "trials": evaluate.trials,
+            "records": sum(map(len, evaluate.known.values())),
             "value": evaluate.value_on_most_samples(config),
+            "front": evaluate.front(config),
             "mean_rank": sum(ranks.values()) / len(ranks),
             "trainable": adapted.parameter_count(config),
         }
@@ -106,6 +111,7 @@ class SearchStage:
         if stored:
             raise ArtifactError(f"search: {min(stored)} is stored and is no part of the sub-adapter")
 
+    @cached_property
     def _records(self) -> list[Record]:
         """Return the records to evaluate on, in one seeded order; none for a searcher that does not evaluate."""
         if not self.searcher.evaluates:
@@ -115,54 +121,54 @@ class SearchStage:
         Random(self.inputs.seed_for("proxy")).shuffle(records)
         return records
 
-    def _measure(self, config: RankConfig, records: Sequence[Record]) -> float:
-        """Evaluate the metric of one rank configuration, in all processes together; higher is better."""
+    def _measure(self, config: RankConfig, records: slice) -> list[RecordValue]:
+        """Evaluate the metric of one rank configuration on some records, in all processes together."""
         processes = self.inputs.processes
-        processes.broadcast(json.dumps({"ranks": config.ranks, "samples": len(records)}))
-        shares = [json.loads(sums) for sums in processes.gather(json.dumps(self._sums(config, records)))]
-        value: float = sum(total for total, _ in shares) / sum(count for _, count in shares)
-        if not math.isfinite(value):
+        processes.broadcast(json.dumps({"ranks": config.ranks, "start": records.start, "stop": records.stop}))
+        shares = [json.loads(own) for own in processes.gather(json.dumps(self._own_values(config, records)))]
+        values = [RecordValue(*value) for turn in zip_longest(*shares) for value in turn if value is not None]
+        if not all(math.isfinite(value.total) for value in values):
             raise StageError(f"the {self.section.metric} of ranks {config.ranks} is not finite")
-        return value
+        return values
 
     def _take_part(self) -> Report:
         """Measure this process's share of what the first one asks for, until it asks for no more."""
-        records, processes = self._records(), self.inputs.processes
+        processes = self.inputs.processes
         while (asked := processes.receive()) != NO_MORE:
             trial = json.loads(asked)
-            processes.gather(json.dumps(self._sums(RankConfig(tuple(trial["ranks"])), records[: trial["samples"]])))
+            config, records = RankConfig(tuple(trial["ranks"])), slice(trial["start"], trial["stop"])
+            processes.gather(json.dumps(self._own_values(config, records)))
         return {}
 
-    def _sums(self, config: RankConfig, records: Sequence[Record]) -> tuple[float, int]:
-        """Return what the metric sums over this process's share of the records, higher being better, and what it is
-        divided by: right answers and all, or the labels' losses and their number."""
+    def _own_values(self, config: RankConfig, records: slice) -> list[RecordValue]:
+        """Return the values of this process's share of the records: every n-th one, of n processes."""
         section, model, tokenizer = self.section, self.adapted.model, self.adapted.tokenizer
-        own = records[self.inputs.processes.rank :: self.inputs.processes.count]
+        own = self._records[records][self.inputs.processes.rank :: self.inputs.processes.count]
         if not own:
-            return 0.0, 0
+            return []
         self.adapted.set_ranks(config)
         with cached_effective_weights(model):
             if section.metric == "exact_match":
                 found = exact_match(
                     model, tokenizer, own, section.answer, section.max_new_tokens, section.batch_size, silent
                 )
-                return found["correct"], found["samples"]
+                return [RecordValue(float(answer["right"]), 1) for answer in found["predictions"]]
             finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
-            examples = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(own).examples
-            loss = CompletionLoss(model)
-            total, labels = summed_loss(loss, examples, section.batch_size, cast(int, tokenizer.pad_token_id), silent)
-            return -total, labels
+            encoded = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(own)
+            pad_id, loss = cast(int, tokenizer.pad_token_id), CompletionLoss(model)
+            losses = iter(example_losses(loss, encoded.examples, section.batch_size, pad_id, silent))
+            return [_record_value(list(islice(losses, size))) for size in encoded.sizes]
 
 
 class CachedEvaluator:
-    """`sqft.types.Evaluate` on the first records of a validation set. Each value is appended to a file before it is
-    returned; a value that is asked for again, by a later run too, is taken from there.
+    """`sqft.types.Evaluate` on the first records of a validation set. What was evaluated is appended to a file before
+    it is returned; records that are asked for again with a configuration, by a later run too, are taken from there.
 
     Args:
         file: where values are stored, and read from when an earlier run left some.
         space: the rank configurations that may be asked for.
         records: the validation set, in a fixed order.
-        measure: evaluates a configuration on some records.
+        measure: evaluates a configuration on those of the records that are in a slice.
         label: the searcher, as error messages name it.
     """
 
@@ -171,48 +177,79 @@ class CachedEvaluator:
         file: Path,
         space: SearchSpace,
         records: Sequence[Record],
-        measure: Callable[[RankConfig, Sequence[Record]], float],
+        measure: Callable[[RankConfig, slice], list[RecordValue]],
         label: str,
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
-        self.known: dict[tuple[RankConfig, int], float] = {}
+        self.known: dict[RankConfig, list[RecordValue]] = {}
+        self.trials = 0
         if file.is_file():
             self._resume()
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
-        checks.check_choice(self.label, self.space, choice)
-        if samples is not None and (type(samples) is not int or samples < 1):
-            raise ContractError(
-                f"{self.label} asked for an evaluation on {samples!r} samples, expected 1 or more, or None"
-            )
+        return _metric(self.each(choice, samples))
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
+        """Return the values of the first records, one by one; see `sqft.types.Evaluate`."""
+        checks.check_question(self.label, self.space, choice, samples)
         if not self.records:
             raise StageError(f"{self.label} asked for an evaluation, but search.data is not given")
         count = min(samples or len(self.records), len(self.records))
-        key = (choice, count)
-        if key not in self.known:
-            value = self.measure(choice, self.records[:count])
+        values = self.known.get(choice, [])
+        if count > len(values):
+            new = self.measure(choice, slice(len(values), count))
+            values = self.known[choice] = values + new
             with self.file.open("a") as stream:
-                stream.write(_line(choice, count, value))
-            self.known[key] = value
-            log.info("trial %d: %.4f on %d samples", len(self.known), value, count)
-        return self.known[key]
+                stream.write(_line(choice, values, new))
+            self.trials += 1
+            log.info("trial %d: %.4f on %d samples", self.trials, _metric(values), count)
+        return values[:count]
 
     def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""
-        values = {samples: value for (tried, samples), value in self.known.items() if tried == config}
-        return values[max(values)] if values else None
+        return _metric(self.known[config]) if config in self.known else None
+
+    def front(self, config: RankConfig) -> list[dict[str, object]]:
+        """Return the Pareto front of value against parameters, fewest first: of what was evaluated on as many samples
+        as `config`, all that has a higher value than everything smaller."""
+        count = len(self.known.get(config, ()))
+        peers = [(self.space.parameters(c), -_metric(v), c.ranks) for c, v in self.known.items() if len(v) == count]
+        front: list[dict[str, object]] = []
+        best = math.inf
+        for parameters, loss, ranks in sorted(peers):
+            if loss < best:
+                best = loss
+                front.append({"ranks": ranks, "parameters": parameters, "value": -loss})
+        return front
 
     def _resume(self) -> None:
         """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""
-        for line in self.file.read_text().splitlines():
+        lines = []
+        for line in self.file.read_text().splitlines(keepends=True):
             try:
                 trial = json.loads(line)
-                self.known[RankConfig(tuple(trial["ranks"])), trial["samples"]] = trial["value"]
-            except (ValueError, KeyError, TypeError):
+                config, new = (
+                    RankConfig(tuple(trial["ranks"])),
+                    list(map(RecordValue, trial["totals"], trial["weights"])),
+                )
+            except (ValueError, KeyError, TypeError):  # also a line as earlier versions wrote it
                 break
-        lines = [_line(config, samples, value) for (config, samples), value in self.known.items()]
+            self.known[config] = self.known.get(config, []) + new
+            lines.append(line)
+        self.trials = len(lines)
         write_text(self.file, "".join(lines))
 
 
-def _line(config: RankConfig, samples: int, value: float) -> str:
-    return json.dumps({"ranks": config.ranks, "samples": samples, "value": value}) + "\n"
+def _metric(values: Sequence[RecordValue]) -> float:
+    return sum(value.total for value in values) / sum(value.weight for value in values)
+
+
+def _record_value(losses: Sequence[tuple[float, int]]) -> RecordValue:
+    """Return the value of a record by the losses of its examples, and their labels."""
+    return RecordValue(-sum(loss for loss, _ in losses), sum(labels for _, labels in losses))
+
+
+def _line(config: RankConfig, values: Sequence[RecordValue], new: Sequence[RecordValue]) -> str:
+    totals, weights = zip(*new, strict=True)
+    trial = {"ranks": config.ranks, "samples": len(values), "value": _metric(values)}
+    return json.dumps(trial | {"totals": totals, "weights": weights}) + "\n"

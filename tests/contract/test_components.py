@@ -35,7 +35,7 @@ NAMES = {
     "updater": {"least-squares"},
     "quantizer": {"gptq", "rtn"},
     "adapter": {"lora", "nls"},
-    "searcher": {"heuristic", "hill-climbing", "maximal", "minimal", "random"},
+    "searcher": {"evolutionary", "heuristic", "hill-climbing", "importance", "maximal", "minimal", "racing", "random"},
     "merger": {"hira", "qa-sparsepeft", "sparsepeft", "unmerged"},
     "exporter": {"compressed-tensors", "gguf", "gptq", "hf", "mlx"},
 }

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqft_nls.searchers import HillClimbing
+from sqft_search.evolutionary import Evolutionary
+from sqft_search.racing import Racing
 from torch.distributed import HashStore
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import RankConfig, RankGroup, SearchSpace
+from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
 from sqft.errors import ContractError, StageError
+from sqft.modeling.adapters.saving import read_ranks, space_from
 from sqft.stages.inputs import StageInputs
 from sqft.stages.search import CachedEvaluator, SearchStage
 from sqft.utils.distributed import Processes
@@ -23,20 +33,33 @@ LARGE, SMALL = RankConfig((8, 8)), RankConfig((4, 4))
 RECORDS: list[Any] = [{"text": str(number)} for number in range(10)]
 
 
+Asked = list[tuple[RankConfig, int, int]]
+Make = Callable[..., CachedEvaluator]
+
+
+def value(config: RankConfig, record: int) -> RecordValue:
+    return RecordValue(-sum(config.ranks) / 3 - record, 1 + record % 3)
+
+
+def metric(config: RankConfig, samples: int) -> float:
+    """The sum of totals over the sum of weights."""
+    values = [value(config, record) for record in range(samples)]
+    return sum(v.total for v in values) / sum(v.weight for v in values)
+
+
 @pytest.fixture
-def asked() -> list[tuple[RankConfig, int]]:
-    """What was evaluated: a configuration, and on how many records."""
+def asked() -> Asked:
+    """What was evaluated: a configuration, and from which record up to which."""
     return []
 
 
 @pytest.fixture
-def evaluator(tmp_path: Path, asked: list[tuple[RankConfig, int]]) -> Callable[..., CachedEvaluator]:
+def evaluator(tmp_path: Path, asked: Asked) -> Make:
     """A search's evaluator over one file, made anew with each call, as by a later run."""
 
-    def measure(config: RankConfig, records: Sequence[Any]) -> float:
-        assert records == RECORDS[: len(records)]
-        asked.append((config, len(records)))
-        return -sum(config.ranks) / 3 - len(records)
+    def measure(config: RankConfig, records: slice) -> list[RecordValue]:
+        asked.append((config, records.start, records.stop))
+        return [value(config, record) for record in range(records.start, records.stop)]
 
     def make(records: Sequence[Any] = RECORDS) -> CachedEvaluator:
         return CachedEvaluator(tmp_path / "trials.jsonl", SPACE, records, measure, "searcher 'x' (here 1)")
@@ -44,65 +67,168 @@ def evaluator(tmp_path: Path, asked: list[tuple[RankConfig, int]]) -> Callable[.
     return make
 
 
-def test_nothing_is_evaluated_twice(
-    evaluator: Callable[..., CachedEvaluator], asked: list[tuple[RankConfig, int]]
-) -> None:
+def test_nothing_is_evaluated_twice(evaluator: Make, asked: Asked) -> None:
     evaluate = evaluator()
-    assert evaluate(LARGE, 4) == evaluate(LARGE, 4) == -16 / 3 - 4
-    assert evaluate(LARGE) == evaluate(LARGE, 10) == evaluate(LARGE, 99)  # all there are
-    assert asked == [(LARGE, 4), (LARGE, 10)] and len(evaluate.known) == 2
+    assert evaluate(LARGE, 4) == evaluate(LARGE, 4) == pytest.approx(metric(LARGE, 4))
+    assert evaluate(LARGE) == evaluate(LARGE, 10) == evaluate(LARGE, 99) == pytest.approx(metric(LARGE, 10))
+    assert evaluate(LARGE, 2) == pytest.approx(metric(LARGE, 2))
+    assert asked == [(LARGE, 0, 4), (LARGE, 4, 10)] and evaluate.trials == 2
 
 
-def test_nor_by_a_later_run(evaluator: Callable[..., CachedEvaluator], asked: list[tuple[RankConfig, int]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from([LARGE, SMALL]), st.integers(1, 12) | st.none()), max_size=8))
+def test_each_record_is_evaluated_once_in_whatever_portions(questions: list[tuple[RankConfig, int | None]]) -> None:
+    """A subset that grows evaluates the new records only; a later run, with the file, evaluates nothing."""
+    measured = Counter[tuple[RankConfig, int]]()
+
+    def measure(config: RankConfig, records: slice) -> list[RecordValue]:
+        measured.update((config, record) for record in range(records.start, records.stop))
+        return [value(config, record) for record in range(records.start, records.stop)]
+
+    with TemporaryDirectory() as folder:
+        first = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x")
+        answers = [first.each(*question) for question in questions]
+        again = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x")
+        assert [again.each(*question) for question in questions] == answers and again.trials == first.trials
+    for (config, samples), answer in zip(questions, answers, strict=True):
+        assert answer == [value(config, record) for record in range(min(samples or 10, 10))]
+    asked = {(config, record) for config, samples in questions for record in range(min(samples or 10, 10))}
+    assert measured == dict.fromkeys(asked, 1)
+
+
+def test_nor_by_a_later_run(evaluator: Make, asked: Asked) -> None:
     first = evaluator()
     values = first(LARGE, 4), first(SMALL, 4)
     again = evaluator()
     assert (again(LARGE, 4), again(SMALL, 4)) == values and len(asked) == 2
     again(SMALL)
-    assert len(asked) == 3 and evaluator().known == again.known
+    assert asked[2:] == [(SMALL, 4, 10)] and evaluator().known == again.known
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(
-    evaluator: Callable[..., CachedEvaluator], asked: list[tuple[RankConfig, int]], tmp_path: Path
-) -> None:
+def test_a_line_that_a_kill_cut_short_is_dropped(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
     first = evaluator()
-    first(LARGE, 4), first(SMALL, 4)
+    first(LARGE, 4), first(SMALL, 4), first(LARGE, 6)
     file = tmp_path / "trials.jsonl"
     complete = file.read_text()
     file.write_text(complete[:-9])
     again = evaluator()
-    assert list(again.known) == [(LARGE, 4)] and file.read_text() == complete.splitlines(keepends=True)[0]
-    again(SMALL, 4)
+    assert len(again.known[LARGE]) == 4 and file.read_text() == "".join(complete.splitlines(keepends=True)[:2])
+    again(LARGE, 6)
     assert file.read_text() == complete
-    assert [json.loads(line)["samples"] for line in complete.splitlines()] == [4, 4]
+    assert [json.loads(line)["samples"] for line in complete.splitlines()] == [4, 4, 6]
 
 
-def test_no_file_without_an_evaluation(evaluator: Callable[..., CachedEvaluator], tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_version_is_begun_anew(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
+    """It has a value for all samples together, and none for each."""
+    (tmp_path / "trials.jsonl").write_text('{"ranks": [8, 8], "samples": 4, "value": 0.5}\n')
+    evaluate = evaluator()
+    assert evaluate.trials == 0 and (tmp_path / "trials.jsonl").read_text() == ""
+    assert evaluate(LARGE, 4) == pytest.approx(metric(LARGE, 4)) and asked == [(LARGE, 0, 4)]
+
+
+def test_no_file_without_an_evaluation(evaluator: Make, tmp_path: Path) -> None:
     evaluator()
     assert not list(tmp_path.iterdir())
 
 
-def test_the_best_value_is_that_on_the_most_samples(evaluator: Callable[..., CachedEvaluator]) -> None:
+def test_the_best_value_is_that_on_the_most_samples(evaluator: Make) -> None:
     evaluate = evaluator()
     evaluate(LARGE, 10)
     evaluate(LARGE, 4)
-    assert evaluate.value_on_most_samples(LARGE) == -16 / 3 - 10 and evaluate.value_on_most_samples(SMALL) is None
+    assert evaluate.value_on_most_samples(LARGE) == pytest.approx(metric(LARGE, 10))
+    assert evaluate.value_on_most_samples(SMALL) is None
+
+
+def test_the_front_is_what_nothing_smaller_reaches(tmp_path: Path) -> None:
+    """Beside all pairs; what was evaluated on fewer samples is not compared."""
+    ranks = (4, 3, 2, 1)
+    space = SearchSpace((RankGroup("a", ranks, ("l.0",), cost=3), RankGroup("b", ranks, ("l.1",), cost=5)))
+    quality = {RankConfig(pair): float(draw) for pair, draw in zip(product(ranks, ranks), [*range(8)] * 2, strict=True)}
+    evaluate = CachedEvaluator(
+        tmp_path / "t", space, RECORDS, lambda c, part: [RecordValue(quality[c], 1)] * (part.stop - part.start), "x"
+    )
+    few = [RankConfig((1, 1)), RankConfig((4, 4))]
+    for config in quality:
+        evaluate(config, 1 if config in few else None)
+    full = [config for config in quality if config not in few]
+
+    def beaten(config: RankConfig) -> bool:
+        size = space.parameters(config)
+        return any(
+            c != config
+            and space.parameters(c) <= size
+            and quality[c] >= quality[config]
+            and (space.parameters(c), -quality[c]) != (size, -quality[config])
+            for c in full
+        )
+
+    expected = {(space.parameters(config), quality[config]) for config in full if not beaten(config)}
+    front = evaluate.front(full[0])
+    assert [(point["parameters"], point["value"]) for point in front] == sorted(expected)
+    assert all(quality[RankConfig(tuple(point["ranks"]))] == point["value"] for point in front)
 
 
 @pytest.mark.parametrize("samples", [0, -1, 2.0, True])
-def test_samples_that_are_no_number_of_records(evaluator: Callable[..., CachedEvaluator], samples: Any) -> None:
+def test_samples_that_are_no_number_of_records(evaluator: Make, samples: Any) -> None:
     with pytest.raises(ContractError, match=rf"searcher 'x' \(here 1\) asked for an evaluation on {samples!r} samples"):
         evaluator()(LARGE, samples)
 
 
-def test_a_configuration_outside_the_space(evaluator: Callable[..., CachedEvaluator]) -> None:
+def test_a_configuration_outside_the_space(evaluator: Make) -> None:
     with pytest.raises(ContractError, match="which is no configuration"):
         evaluator()(RankConfig((8, 5)))
 
 
-def test_no_records_to_evaluate_on(evaluator: Callable[..., CachedEvaluator]) -> None:
+def test_no_records_to_evaluate_on(evaluator: Make) -> None:
     with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
         evaluator([])(LARGE)
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [HillClimbing(samples=6), Racing(first=2, evaluations=40), Evolutionary(samples=6, evaluations=40, population=2)],
+    ids=lambda searcher: str(searcher.name),
+)
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_search_that_was_killed_goes_on(searcher: Searcher, kept: int, tmp_path: Path) -> None:
+    """After `kept` trials and half of the next: it ends alike, and measures what is missing."""
+    space = SearchSpace(tuple(RankGroup(name, (8, 6, 4), (name,), cost=1) for name in "abc"))
+    measured = 0
+
+    def measure(config: RankConfig, records: slice) -> list[RecordValue]:
+        nonlocal measured
+        measured += records.stop - records.start
+        draws = (Random(f"{config} {record}").random() for record in range(records.start, records.stop))
+        return [RecordValue(draw, 1) for draw in draws]
+
+    def search() -> RankConfig:
+        evaluate = CachedEvaluator(tmp_path / "trials.jsonl", space, RECORDS, measure, "x")
+        return searcher.search(space, evaluate, Random(3))
+
+    found, file, all_measured = search(), tmp_path / "trials.jsonl", measured
+    complete = file.read_text()
+    lines = complete.splitlines(keepends=True)
+    file.write_text("".join(lines[:kept]) + lines[kept][:20])
+    measured = 0
+    assert search() == found and file.read_text() == complete
+    before = sum(len(json.loads(line)["totals"]) for line in lines[:kept])
+    assert measured == all_measured - before
+
+
+def test_ranks_by_importance_in_a_search_and_without_one(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """The searcher gets what the trained deltas lose, and `evaluate` measures the same ranks."""
+    raw["search"]["searcher"] = "importance"
+    raw["evaluate"]["of"] = ["finetune:importance", "search"]
+    orchestrator = Orchestrator(registry, tmp_path)
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    report = run["search"].report
+    assert (report["trials"], report["records"], report["front"]) == (0, 0, [])
+    space = space_from(json.loads((run["finetune"].folder / "space.json").read_text()))
+    ranks = read_ranks(run["search"].folder)
+    assert ranks in space and report["trainable"] <= run["evaluate:finetune:importance"].report["trainable"]
+    rows = {row["configuration"]: row for row in run.report["rows"]}
+    assert len({row["trainable"] for row in rows.values()}) == len({row["perplexity"] for row in rows.values()}) == 1
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
@@ -130,7 +256,12 @@ def test_processes_share_the_records_and_find_what_one_finds(
     report = stage(0).run()
     other.join(60)
     expected = run["search"].report
-    assert told == [{}] and report == expected | {"value": pytest.approx(expected["value"], rel=1e-5)}
+    assert told == [{}] and report | {"front": ...} == expected | {
+        "value": pytest.approx(expected["value"], rel=1e-5),
+        "front": ...,
+    }
     found = [json.loads(line) for line in (scratch / "trials.jsonl").read_text().splitlines()]
     assert len(found) == 3 and [trial["ranks"] for trial in found] == [trial["ranks"] for trial in alone]
-    assert [trial["value"] for trial in found] == pytest.approx([trial["value"] for trial in alone], rel=1e-5)
+    for one, other in zip(found, alone, strict=True):
+        assert one["weights"] == other["weights"] and one["value"] == pytest.approx(other["value"], rel=1e-5)
+        assert one["totals"] == pytest.approx(other["totals"], rel=1e-5)

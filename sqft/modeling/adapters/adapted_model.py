@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, set_ranks
-from sqft.types import RankConfig, SearchSpace
+from sqft.types import DeltaModule, RankConfig, RankGroup, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class AdaptedModel:
             layer.scale_multiplier.numel() for layer in self.layers.values() if layer.scale_multiplier is not None
         )
 
+    def measured_space(self) -> SearchSpace:
+        """Return the space with what a rank costs in each group, and what the trained deltas lose at each."""
+
+        def measured(group: RankGroup) -> RankGroup:
+            layers = [self.layers[name] for name in group.members]
+            cost = sum(layer.in_features + layer.out_features for layer in layers)
+            losses = zip(*(_losses(layer.delta, group.ranks) for layer in layers), strict=True)
+            return replace(group, cost=cost, losses=tuple(map(sum, losses)))
+
+        return SearchSpace(tuple(map(measured, self.space.groups)))
+
     def deltas(self) -> dict[str, Tensor]:
         """Return what trains, by full name."""
         return {
@@ -49,3 +62,20 @@ class AdaptedModel:
     def trainable(self) -> int:
         """The number of parameters that train, at the largest ranks."""
         return sum(tensor.numel() for tensor in self.deltas().values())
+
+
+@torch.no_grad()
+def _losses(delta: DeltaModule, ranks: Sequence[int]) -> list[float]:
+    """Compute ‖Δ_R − Δ_r‖² (Frobenius) of each rank r, R being the largest.
+
+    The difference is Σᵢ cᵢ bᵢ aᵢᵀ over the columns of B and rows of A, with cᵢ = scale_R − scale_r where r keeps i, and
+    scale_R where it does not. So its norm is cᵀ (BᵀB ∘ AAᵀ) c: no matrix of the layer's size is made.
+    """
+    B, A, scale = delta.factors(delta.rank)
+    gram = (B.T.double() @ B.double()) * (A.double() @ A.T.double())  # [R, R]
+    losses = []
+    for rank in ranks:
+        weights = torch.full((delta.rank,), float(scale), dtype=gram.dtype, device=gram.device)
+        weights[:rank] -= float(delta.factors(rank)[2])
+        losses.append(max(0.0, (weights @ gram @ weights).item()))  # rounding may leave a little less than 0
+    return losses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from sqft.utils.files import write_json
 def store_deltas(adapted: AdaptedModel, folder: Path) -> None:
     """Write what trained, and the space that ranks are chosen from."""
     save_file({name: value.cpu() for name, value in adapted.deltas().items()}, folder / "deltas.safetensors")
-    write_json(folder / "space.json", asdict(adapted.space))
+    groups = [{"name": g.name, "ranks": g.ranks, "members": g.members} for g in adapted.space.groups]
+    write_json(folder / "space.json", {"groups": groups})
 
 
 def space_from(content: Any) -> SearchSpace:

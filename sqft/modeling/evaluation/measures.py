@@ -163,3 +163,30 @@ def summed_loss(
             total += loss(**batch, num_items_in_batch=1)["loss"].item()
             labels += int((batch["labels"] != IGNORED).sum())
     return total, labels
+
+
+@torch.no_grad()
+def example_losses(
+    loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
+) -> list[tuple[float, int]]:
+    """Compute, of each example, the sum of the cross-entropies of its labelled tokens, and their number.
+
+    Args:
+        loss: the model with its loss.
+        examples: token sequences with labels.
+        batch_size: examples in a batch.
+        pad_id: the token that fills shorter examples.
+        track: the progress display.
+    """
+    collate, device = Collator(pad_id), next(loss.parameters()).device
+    sums: list[tuple[float, int]] = []
+    starts = range(0, len(examples), batch_size)
+    with eval_mode(loss):
+        for start in track(starts, "loss", len(starts)):
+            batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
+            labelled = batch["labels"][:, 1:] != IGNORED  # [batch, tokens - 1]
+            targets, counts = batch["labels"][:, 1:][labelled], labelled.sum(1).tolist()
+            chunks = zip(loss.logits(**batch), torch.split(targets, loss.chunk or len(targets)), strict=True)
+            tokens = torch.cat([F.cross_entropy(logits.float(), of, reduction="none") for logits, of in chunks])
+            sums += [(rows.sum().item(), len(rows)) for rows in torch.split(tokens.double(), counts)]
+    return sums

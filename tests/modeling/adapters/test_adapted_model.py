@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from sqft_nls.delta import LowRankDelta
 from sqft_sparsepeft import QASparsePEFT, SparsePEFT
 from sqft_unmerged import Unmerged
+from torch import Tensor
 
 from sqft.api import Merger, RankConfig
 from sqft.modeling.adapters.adapted_model import AdaptedModel
@@ -53,3 +56,35 @@ def test_what_trains_can_be_put_into_another_model(adapted_model: Make) -> None:
     for name, layer in other.layers.items():
         layer.load_trainable_tensors(one.layers[name].trainable_tensors())
     assert all(value.equal(other.deltas()[name]) for name, value in one.deltas().items())
+
+
+class ScaledByRank(LowRankDelta):
+    """Each rank has a scale of its own, as where alpha is divided by the rank in use."""
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        B, A, scale = super().factors(rank)
+        return B, A, scale / rank
+
+
+@pytest.mark.parametrize("kind", [LowRankDelta, ScaledByRank])
+def test_what_a_rank_costs_and_what_its_deltas_lose(
+    adapted_model: Make, kind: type[LowRankDelta], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the norms of the complete matrices."""
+    adapted = adapted_model(SparsePEFT())
+    for layer in adapted.layers.values():
+        monkeypatch.setattr(layer.delta, "__class__", kind)
+        for parameter in layer.delta.parameters():  # type: ignore[attr-defined]
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+    space = adapted.measured_space()
+    for choice in (largest(adapted), smallest(adapted)):
+        assert space.parameters(choice) == adapted.parameter_count(choice)
+    for before, group in zip(adapted.space.groups, space.groups, strict=True):
+        assert (before.name, before.ranks, before.members) == (group.name, group.ranks, group.members)
+        for rank, loss in zip(group.ranks, group.losses, strict=True):
+            expected = 0.0
+            for layer in (adapted.layers[name] for name in group.members):
+                full, less = (B @ A * scale for B, A, scale in map(layer.delta.factors, (group.ranks[0], rank)))
+                expected += float((full - less).detach().double().square().sum())
+            assert loss == pytest.approx(expected, rel=1e-5)
+        assert group.losses[0] == 0

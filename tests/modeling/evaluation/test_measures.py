@@ -18,7 +18,7 @@ from sqft.data.encoding import Prompt, Tokenization
 from sqft.data.records import Record
 from sqft.data.windows import text_windows
 from sqft.errors import DataError, StageError
-from sqft.modeling.evaluation import exact_match, perplexity, summed_loss
+from sqft.modeling.evaluation import exact_match, example_losses, perplexity, summed_loss
 from sqft.modeling.evaluation.measures import _texts
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.utils.progress import silent
@@ -86,6 +86,11 @@ def test_summed_loss(
     )
     batch = Collator(1)(examples)
     assert CompletionLoss(model)(**batch)["loss"].item() == pytest.approx(total / count, rel=1e-5)
+    for chunk in (None, 3):
+        single = example_losses(CompletionLoss(model, chunk), examples, batch_size, 1, silent)
+        alone = [summed_loss(CompletionLoss(model), [example], 1, 1, silent) for example in examples]
+        assert [labels for _, labels in single] == [labels for _, labels in alone]
+        assert [loss for loss, _ in single] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
 
 
 PROMPTS = ["", "1+4=", "20+5000=", "a prompt that is longer than the others: ", "x", "300+4=", "why?", "no"]

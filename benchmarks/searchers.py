@@ -1,0 +1,125 @@
+"""Searchers on a synthetic landscape: the quality that each finds, by the number of records that it evaluates.
+
+    python benchmarks/searchers.py [--seeds 10] [--budgets 832 3328 13312] [--gains 0.25 1.0]
+
+The landscape has groups of five ranks, and its best configuration is known: one rank for each group, drawn at random.
+Each step away from it costs utility, in each group another amount, and utility is rounded to plateaus. The answer to a
+record is right when utility + a difficulty that all configurations share + noise of this configuration and record alone
+is above 0. So configurations agree on most records, as sub-adapters of one adapter do. The quality of a configuration
+is the probability of a right answer, in closed form: no sample decides who is better. `gain` is the utility that
+separates the heuristic from the best.
+
+A budget counts pairs of a configuration and a record, each once. Algorithm 1 draws four neighbours a turn, as often as
+its budget lasts; 832 records are its default of 3 turns and 64 samples. Searchers may spend less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from random import Random
+
+import numpy as np
+from sqft_nls.searchers import HillClimbing, RandomSearch
+from sqft_search.evolutionary import Evolutionary
+from sqft_search.racing import Racing
+
+from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
+
+GROUPS, RANKS, RECORDS = 24, (40, 32, 24, 16, 8), 1024
+OWN_NOISE = 0.1
+"""Share of the variance that is a configuration's own: two equal ones disagree on a seventh of the records."""
+PLATEAUS = 8
+"""Between the heuristic and the best."""
+OFFSET = 0.25
+"""The best one's distance to 0, in standard deviations: it is right on 60 % of the records."""
+
+
+class Landscape:
+    """`sqft.api.Evaluate` on drawn answers; `evaluated` counts the records of each configuration."""
+
+    def __init__(self, seed: int, gain: float) -> None:
+        draws = np.random.default_rng(seed)
+        groups = (RankGroup(f"group {i}", RANKS, (f"layer {i}",), cost=1) for i in range(GROUPS))
+        self.space, self.seed, self.plateau = SearchSpace(tuple(groups)), seed, gain / PLATEAUS
+        self.best: list[int] = draws.integers(0, len(RANKS), GROUPS).tolist()
+        weights = draws.exponential(1, GROUPS)
+        away = np.abs(np.subtract(self.space.median(), self.best)) @ weights
+        self.weights = weights * gain / away
+        self.difficulty = draws.normal(0, math.sqrt(1 - OWN_NOISE), RECORDS)
+        self.answers: dict[RankConfig, list[RecordValue]] = {}
+        self.evaluated: dict[RankConfig, int] = {}
+
+    def utility(self, choice: RankConfig) -> float:
+        away: float = np.abs(np.subtract([RANKS.index(rank) for rank in choice.ranks], self.best)) @ self.weights
+        return OFFSET - math.floor(away / self.plateau + 0.5) * self.plateau
+
+    def quality(self, choice: RankConfig) -> float:
+        return statistics.NormalDist().cdf(self.utility(choice))
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
+        count = min(samples or RECORDS, RECORDS)
+        self.evaluated[choice] = max(count, self.evaluated.get(choice, 0))
+        if choice not in self.answers:
+            own = np.random.default_rng([self.seed, *choice.ranks]).normal(0, math.sqrt(OWN_NOISE), RECORDS)
+            right = self.utility(choice) + self.difficulty + own > 0
+            self.answers[choice] = [RecordValue(float(answer), 1) for answer in right]
+        return self.answers[choice][:count]
+
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        return statistics.fmean(value.total for value in self.each(choice, samples))
+
+
+SEARCHERS: dict[str, Callable[[int], Searcher]] = {
+    "`random`, 64 samples": lambda budget: RandomSearch(trials=budget // 64),
+    "`hill-climbing` (Algorithm 1), 64 samples": lambda budget: HillClimbing(turns=(budget // 64 - 1) // 4),
+    "`hill-climbing`, 160 samples": lambda budget: HillClimbing(turns=(budget // 160 - 1) // 4, samples=160),
+    "`racing`": lambda budget: Racing(evaluations=budget),
+    "`racing`, cautious": lambda budget: Racing(evaluations=budget, cautious=True),
+    "`evolutionary`, 64 samples": lambda budget: Evolutionary(evaluations=budget),
+}
+
+
+def gained(searcher: Searcher, seed: int, gain: float) -> tuple[float, int]:
+    """Return the quality above the heuristic's that one search found, and the records that it evaluated."""
+    landscape = Landscape(seed, gain)
+    found = searcher.search(landscape.space, landscape, Random(seed))
+    heuristic = landscape.space.choice(landscape.space.median())
+    return landscape.quality(found) - landscape.quality(heuristic), sum(landscape.evaluated.values())
+
+
+def table(gain: float, budgets: list[int], seeds: int) -> list[str]:
+    """Return a table of the mean quality above the heuristic's, its standard error over seeds, and the mean of the
+    records that were evaluated."""
+    landscape = Landscape(0, gain)  # the two are alike for every seed
+    start, best = (landscape.quality(landscape.space.choice(c)) for c in (landscape.space.median(), landscape.best))
+    lines = [
+        f"Gain {gain}: the heuristic is right on {start:.1%} of the records, the best on {best:.1%}.",
+        "",
+        f"| searcher | {' | '.join(f'{budget:,} records' for budget in budgets)} |",
+        f"|---|{'---|' * len(budgets)}",
+    ]
+    for name, searcher in SEARCHERS.items():
+        cells = []
+        for budget in budgets:
+            gains, records = zip(*(gained(searcher(budget), seed, gain) for seed in range(seeds)), strict=True)
+            error = statistics.stdev(gains) / math.sqrt(seeds) if seeds > 1 else math.nan
+            cells.append(f"{100 * statistics.fmean(gains):+.2f} ± {100 * error:.2f} ({statistics.fmean(records):,.0f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[832, 3328, 13312])
+    parser.add_argument("--gains", type=float, nargs="+", default=[0.25, 1.0])
+    arguments = parser.parse_args()
+    for gain in arguments.gains:
+        print("\n".join(table(gain, arguments.budgets, arguments.seeds)), "", sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

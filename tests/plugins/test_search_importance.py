@@ -1,0 +1,89 @@
+"""Importance finds what listing every configuration finds; its budget holds where costs are rounded too."""
+
+from __future__ import annotations
+
+from itertools import product
+from random import Random
+
+import pytest
+import sqft_search.importance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqft_search.importance import Importance, cheapest
+
+from sqft.api import RankConfig, RankGroup, SearchSpace, StageError
+
+Items = list[list[tuple[int, float]]]
+items = st.lists(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9).map(float)), max_size=3).map(
+        lambda more: [(0, 9.0), *more]
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def totals(groups: Items, indices: tuple[int, ...]) -> tuple[float, int]:
+    chosen = [group[index] for group, index in zip(groups, indices, strict=True)]
+    return sum(loss for _, loss in chosen), sum(cost for cost, _ in chosen)
+
+
+def chosen(groups: Items, budget: int) -> tuple[int, ...]:
+    return cheapest([[c for c, _ in group] for group in groups], [[loss for _, loss in g] for g in groups], budget)
+
+
+def brute_force(groups: Items, budget: int) -> tuple[float, int]:
+    every = (totals(groups, indices) for indices in product(*(range(len(group)) for group in groups)))
+    return min((loss, cost) for loss, cost in every if cost <= budget)
+
+
+@settings(deadline=None)
+@given(items, st.integers(0, 100))
+def test_it_is_the_best_of_all(groups: Items, budget: int) -> None:
+    """And of equals the one that costs least."""
+    assert totals(groups, chosen(groups, budget)) == brute_force(groups, budget)
+
+
+@settings(deadline=None)
+@given(items, st.integers(0, 100), st.integers(2, 20))
+def test_where_costs_are_rounded_the_budget_holds(groups: Items, budget: int, units: int) -> None:
+    """And what is found is as good as anything that leaves a unit free for each group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqft_search.importance, "UNITS", units)
+        loss, cost = totals(groups, chosen(groups, budget))
+    assert cost <= budget
+    unit = -(-budget // units)
+    assert budget < len(groups) * (unit + 1) or loss <= brute_force(groups, budget - len(groups) * unit)[0]
+
+
+def space(*groups: tuple[int, list[float]]) -> SearchSpace:
+    return SearchSpace(
+        tuple(
+            RankGroup(f"g{i}", tuple(range(4 * len(losses), 0, -4)), (f"l{i}",), cost, tuple(losses))
+            for i, (cost, losses) in enumerate(groups)
+        )
+    )
+
+
+def search(space: SearchSpace, budget: int | None = None) -> RankConfig:
+    def evaluate(*_: object) -> float:
+        raise AssertionError("it evaluates nothing")
+
+    return Importance(budget=budget).search(space, evaluate, Random(0))  # type: ignore[arg-type]
+
+
+def test_ranks_go_where_they_are_missed() -> None:
+    """As many parameters as at the median ranks, 8 · 10 + 8 · 10."""
+    alike = space((10, [0.0, 1.0, 2.0]), (10, [0.0, 5.0, 20.0]))
+    assert search(alike) == RankConfig((4, 12))
+    assert search(alike, 1000) == RankConfig((12, 12)) and search(alike, 80) == RankConfig((4, 4))
+    assert search(space((30, [0.0, 1.0, 2.0]), (10, [0.0, 5.0, 20.0]))) == RankConfig((4, 12))
+
+
+def test_deltas_that_are_zero_need_no_ranks() -> None:
+    assert search(space((10, [0.0, 0.0]), (10, [0.0, 0.0])), 1000) == RankConfig((4, 4))
+
+
+def test_a_budget_below_the_smallest_ranks() -> None:
+    with pytest.raises(StageError, match="importance: the smallest ranks have 80 parameters, the budget is 79"):
+        search(space((10, [0.0, 1.0]), (10, [0.0, 1.0])), 79)
