@@ -1,6 +1,6 @@
 """Searchers on a synthetic landscape: the quality that each finds, by the number of records that it evaluates.
 
-    python benchmarks/searchers.py [--seeds 10] [--budgets 832 3328 13312] [--gains 0.25 1.0]
+    python benchmarks/searchers.py [--seeds 10] [--budgets 832 3328 13312] [--gains 0.25 1.0] [--only racing]
 
 The landscape has groups of five ranks, and its best configuration is known: one rank for each group, drawn at random.
 Each step away from it costs utility, in each group another amount, and utility is rounded to plateaus. The answer to a
@@ -90,9 +90,9 @@ def gained(searcher: Searcher, seed: int, gain: float) -> tuple[float, int]:
     return landscape.quality(found) - landscape.quality(heuristic), sum(landscape.evaluated.values())
 
 
-def table(gain: float, budgets: list[int], seeds: int) -> list[str]:
+def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
     """Return a table of the mean quality above the heuristic's, its standard error over seeds, and the mean of the
-    records that were evaluated."""
+    records that were evaluated; of searchers whose name has `only` in it."""
     landscape = Landscape(0, gain)  # the two are alike for every seed
     start, best = (landscape.quality(landscape.space.choice(c)) for c in (landscape.space.median(), landscape.best))
     lines = [
@@ -101,7 +101,7 @@ def table(gain: float, budgets: list[int], seeds: int) -> list[str]:
         f"| searcher | {' | '.join(f'{budget:,} records' for budget in budgets)} |",
         f"|---|{'---|' * len(budgets)}",
     ]
-    for name, searcher in SEARCHERS.items():
+    for name, searcher in ((name, searcher) for name, searcher in SEARCHERS.items() if only in name):
         cells = []
         for budget in budgets:
             gains, records = zip(*(gained(searcher(budget), seed, gain) for seed in range(seeds)), strict=True)
@@ -116,9 +116,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budgets", type=int, nargs="+", default=[832, 3328, 13312])
     parser.add_argument("--gains", type=float, nargs="+", default=[0.25, 1.0])
+    parser.add_argument("--only", default="", help="a part of the searchers' names")
     arguments = parser.parse_args()
     for gain in arguments.gains:
-        print("\n".join(table(gain, arguments.budgets, arguments.seeds)), "", sep="\n", flush=True)
+        print("\n".join(table(gain, arguments.budgets, arguments.seeds, arguments.only)), "", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Racing(Searcher):
     surely: float = Field(0.05, gt=0, lt=0.5, description="probability below which a neighbour is surely better")
     probably: float = Field(0.3, gt=0, lt=0.5, description="probability below which a neighbour is probably worse")
     cautious: bool = Field(False, description="move only to neighbours that are surely better")
-    patience: int = Field(16, ge=1, description="races in a row without a move, after which the search ends")
+    patience: int = Field(64, ge=1, description="races in a row without a move, after which the search ends")
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         records = _Records(space, evaluate, self.evaluations)
