@@ -23,7 +23,17 @@ from sqft.cli.status import status
 from sqft.cli.sweep import sweep
 
 
-@click.group()
+class Commands(click.Group):
+    """A group whose help has the whole summary of each command, where click cuts it at the end of the line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, one.get_short_help_str(limit=1000)) for name, one in sorted(self.commands.items())]
+            )
+
+
+@click.group(cls=Commands)
 @click.version_option(sqft.__version__, prog_name="sqft")
 def main() -> None:
     """One small, fast model out of a large one: sparse, low-precision, fine-tuned, merged."""

@@ -29,13 +29,13 @@ def complete_name(context: click.Context, parameter: click.Parameter, incomplete
 
 @click.command()
 @click.argument("kind", shell_complete=complete_kind)
-@click.argument("name", shell_complete=complete_name)
+@click.argument("name", required=False, shell_complete=complete_name)
 @disable_option
 @report_errors
-def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
+def show(kind: str, name: str | None, disable: tuple[str, ...]) -> None:
     """Print the help of one component: what it does, its options with defaults and ranges.
 
-    KIND is a word of the first column of `sqft plugins`, NAME of the second.
+    KIND is a word of the first column of `sqft plugins`, NAME of the second. Without NAME, list the components of KIND.
     """
     import inspect
 
@@ -45,7 +45,14 @@ def show(kind: str, name: str, disable: tuple[str, ...]) -> None:
 
     if kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
-    registration = Registry.discover(disable).get(kind, name)
+    registry = Registry.discover(disable)
+    if name is None:
+        for registration in registry.entries():
+            if registration.component.kind == kind:
+                summary = (inspect.getdoc(registration.component) or "(no description)").partition("\n")[0]
+                click.echo(f"{registration.component.name}: {summary}")
+        return
+    registration = registry.get(kind, name)
     click.echo(f"{kind} {registration.component.name}, offered by {registration.provider}\n")
     click.echo(inspect.getdoc(registration.component) or "(no description)")
     click.echo("\noptions:" if registration.component.model_fields else "\nno options")

@@ -19,7 +19,10 @@ def test_every_command_of_the_folder_is_registered() -> None:
     shared = {"__init__", "group", "options", "output", "running"}
     files = {file.stem for file in folder.glob("*.py")} - shared
     assert {"evaluate" if name == "eval" else name for name in main.commands} == files
-    assert CliRunner().invoke(main, ["--help"]).exit_code == 0
+    shown = CliRunner().invoke(main, ["--help"])
+    assert shown.exit_code == 0
+    listed = " ".join(shown.output.partition("Commands:")[2].split())  # lines are wrapped, and nothing is cut
+    assert "..." not in listed and "Run the recipe of RUN up to the merge." in listed
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

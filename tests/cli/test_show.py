@@ -14,6 +14,13 @@ def test_options_are_shown_with_ranges_and_defaults() -> None:
     assert wrong.exit_code == 2 and "Did you mean 'wanda'?" in wrong.output
 
 
+def test_a_kind_lists_its_components() -> None:
+    shown = CliRunner().invoke(main, ["show", "exporter"])
+    names = [line.partition(":")[0] for line in shown.output.splitlines()]
+    assert shown.exit_code == 0 and {"gguf", "hf", "mlx"} <= set(names) and "wanda" not in names
+    assert "mlx: A folder for mlx_lm." in shown.output
+
+
 def test_a_kind_that_is_none() -> None:
     done = CliRunner().invoke(main, ["show", "scorers", "wanda"])
     assert done.exit_code == 2 and "kinds: scorer, allocator" in done.stderr
