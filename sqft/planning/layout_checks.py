@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sqft.checkpoints.gptq import JOINED
 from sqft.checkpoints.layout import LeftOut, ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.components.kinds import Exporter, Merger
@@ -80,6 +81,19 @@ def codes_apart(layout: ModelLayout, layers: Layers) -> Iterator[str]:
             f"codes of {shortened(unnamed)} are stored layer by layer, where a checkpoint of {layout.architecture} has "
             f"none ({layout.unnamed[unnamed[0]]}): sqft reads them, other programs only if they know such names"
         )
+
+
+def half_joined(layout: ModelLayout, layers: Layers) -> Iterator[str]:
+    """Say which layers stay floats though others are quantized that servers join with them."""
+    known, chosen = ({layer.name for layer in some} for some in (layout.linears, layers))
+    for parts in JOINED.values():
+        parents = {parent for parent, _, part in (name.rpartition(".") for name in chosen) if part in parts}
+        floats = [part for part in parts if any(f"{parent}.{part}" in known - chosen for parent in parents)]
+        if floats:
+            yield (
+                f"leaves {', '.join(floats)} in floats: vLLM and SGLang join {', '.join(parts)}, and refuse or "
+                "misread a folder that quantizes some of them only"
+            )
 
 
 def check_codes_apart(layout: ModelLayout, layers: Layers, exporter: Exporter, place: str) -> Iterator[Problem]:

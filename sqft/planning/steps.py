@@ -78,8 +78,8 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         dense, problems = compatibility.check_dense(quantizer, resolver.recipe.sparsify)
         resolver.collect(problems)
     resolver.collect(compatibility.check_blocks_alike(resolver.model.layout.linears, layers))
-    for note in layout_checks.codes_apart(resolver.model.layout, layers):
-        resolver.note("quantize.include", note)
+    for notes in (layout_checks.codes_apart, layout_checks.half_joined):
+        resolver.note_all(("quantize.include", note) for note in notes(resolver.model.layout, layers))
     needs = quantizer.component.needs if quantizer else frozenset()
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")

@@ -56,6 +56,17 @@ def test_layers_that_calibration_does_not_see() -> None:
     assert not said(layout_checks.check_seen(layout, [Q], "quantize.include"))
 
 
+def test_layers_that_servers_join_are_quantized_together() -> None:
+    linears = tuple(LinearShape(f"b.{n}.a.{x}_proj", 4, 8) for n in (0, 1) for x in "qkvo")
+    layout = ModelLayout("A", linears=linears)
+    (note,) = layout_checks.half_joined(layout, [layer for layer in linears if "v_proj" not in layer.name])
+    assert note.startswith(
+        "leaves v_proj in floats: vLLM and SGLang join q_proj, k_proj, v_proj, and refuse or misread"
+    )
+    for chosen in (linears, [linears[3]], []):
+        assert not list(layout_checks.half_joined(layout, chosen))
+
+
 def test_layers_whose_codes_are_stored_apart() -> None:
     layout = ModelLayout("A", unnamed={EXPERT.name: "its checkpoint holds it in b.0.up, with others"})
     assert list(layout_checks.codes_apart(layout, LAYERS)) == [
