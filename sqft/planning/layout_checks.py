@@ -91,8 +91,8 @@ def half_joined(layout: ModelLayout, layers: Layers) -> Iterator[str]:
         floats = [part for part in parts if any(f"{parent}.{part}" in known - chosen for parent in parents)]
         if floats:
             yield (
-                f"leaves {', '.join(floats)} in floats: vLLM and SGLang join {', '.join(parts)}, and refuse a folder "
-                "that quantizes some of them only"
+                f"leaves {', '.join(floats)} in floats: vLLM and SGLang join {', '.join(parts)}, and refuse or "
+                "misread a folder that quantizes some of them only"
             )
 
 

@@ -60,7 +60,9 @@ def test_layers_that_servers_join_are_quantized_together() -> None:
     linears = tuple(LinearShape(f"b.{n}.a.{x}_proj", 4, 8) for n in (0, 1) for x in "qkvo")
     layout = ModelLayout("A", linears=linears)
     (note,) = layout_checks.half_joined(layout, [layer for layer in linears if "v_proj" not in layer.name])
-    assert note.startswith("leaves v_proj in floats: vLLM and SGLang join q_proj, k_proj, v_proj, and refuse")
+    assert note.startswith(
+        "leaves v_proj in floats: vLLM and SGLang join q_proj, k_proj, v_proj, and refuse or misread"
+    )
     for chosen in (linears, [linears[3]], []):
         assert not list(layout_checks.half_joined(layout, chosen))
 
