@@ -17,6 +17,7 @@ from sqft.execution import preflight
 from sqft.execution.earlier_runs import remade_note
 from sqft.execution.layouts import Layouts
 from sqft.execution.log import log_to_file
+from sqft.execution.measurements import take_earlier
 from sqft.execution.report import make_report
 from sqft.execution.run import Outcome, Run
 from sqft.execution.run_folder import make_run_folder, now, write_plan, write_report
@@ -85,8 +86,9 @@ class Orchestrator:
             SqftError: when the user can fix something. Finished steps are kept, and a killed step resumes.
         """
         steps = steps_until(plan, until)
-        if fresh and self.processes.is_main:
-            for step in steps_from(plan, fresh):
+        anew = steps_from(plan, fresh) if fresh else []
+        if self.processes.is_main:
+            for step in anew:
                 self.store.discard(step.stage, step.fingerprint)
         missing = [step for step in steps if not self.store.is_complete(step.stage, step.fingerprint)]
         preflight.check_run(plan, steps, missing, self.store, self.device, self.processes, self.plan)
@@ -108,7 +110,7 @@ class Orchestrator:
                 inputs = {role: outcomes[name].folder for role, name in step.inputs.items()}
                 label = f"[{number}/{len(steps)}] {step.name}"
                 twins = (o.artifact for o in outcomes.values() if o.step.fingerprint == step.fingerprint)
-                artifact = next(twins, None) or self._obtain(plan, step, inputs, label, used)
+                artifact = next(twins, None) or self._obtain(plan, step, inputs, label, used, step in anew)
                 outcomes[step.name] = Outcome(step, artifact)
                 self._notify("sqft_stage_finished", step=step, artifact=artifact)
             finished = finished_artifacts(self.store, plan, outcomes)
@@ -117,10 +119,18 @@ class Orchestrator:
                 write_report(self.store, Run(plan, folder, usable_outcomes(plan, finished), report), started)
         return Run(plan, folder, outcomes, report)
 
-    def _obtain(self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack) -> Artifact:
+    def _obtain(
+        self, plan: Plan, step: Step, inputs: Mapping[str, Path], label: str, used: ExitStack, anew: bool
+    ) -> Artifact:
         """Return the step's artifact, made if need be; until `used` is closed, no other run can delete it.
 
-        `inputs` are the folders of earlier artifacts by role, `label` is the step as the log shows it.
+        Args:
+            plan: the step's.
+            step: one step.
+            inputs: the folders of earlier artifacts, by role.
+            label: the step as the log shows it.
+            used: holds the locks of what the run uses.
+            anew: whether to measure everything, also what other evaluations have measured.
         """
         if not self.processes.is_main:
             return self._follow(plan, step, inputs)
@@ -131,6 +141,8 @@ class Orchestrator:
                 self.store.verify(artifact)
                 log.info("%s: reused %s", label, artifact.folder.name)
             else:
+                for name, earlier in ({} if anew else take_earlier(self.store, step, scratch)).items():
+                    log.info("%s: %s was measured earlier, in %s", label, name, earlier)
                 artifact = self._make(plan, step, inputs, scratch, label)
             self.processes.broadcast(STORED)
             return artifact
@@ -165,6 +177,7 @@ class Orchestrator:
             "verify_seconds": time.monotonic() - start - seconds,
             "peak_memory": peak[0],
             "report": report,
+            **({"measurements": dict(step.measurements)} if step.measurements else {}),
         }
         artifact = self.store.commit(scratch, manifest)
         log.info("%s: done in %.0f s, peak %s", label, seconds, human_size(peak[0]))

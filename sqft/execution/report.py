@@ -136,6 +136,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     settings, then each task."""
     warnings = ((step["step"], step["report"].get("warning")) for step in report["steps"])
     lines = [f"warning of {name}: {text}" for name, text in warnings if text]
+    for step in report["steps"]:
+        taken = step["report"].get("earlier", {}).items()
+        lines += [f"{step['step']}: {name} was measured earlier, in {artifact}" for name, artifact in taken]
     asked = next((row["lm_eval"] for row in report["rows"] if row["lm_eval"]), None)
     if asked is None:
         return lines

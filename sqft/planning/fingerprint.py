@@ -6,6 +6,7 @@ seed. Left out is what the result does not depend on: the recipe's name, paths, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -184,6 +185,37 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         components = before[step.inputs["finetune"]].components
         content["adapter_code"] = {kind: component.registration.code for kind, component in components.items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def measurement_fingerprints(step: Step, recipe: Recipe, model: str, before: Mapping[str, Step]) -> dict[str, str]:
+    """Return the fingerprint that a step would have with one of its measurements alone, for each of `evaluate`.
+
+    They are by the role of a text, "exact_match", and "tasks.NAME". See `fingerprint_of` for the arguments.
+    """
+    if not isinstance(section := step.section, Evaluate):
+        return {}
+    alone = {role: (role, Evaluate(of=section.of, perplexity=text)) for role, text in section.texts.items()}
+    if section.exact_match:
+        alone["exact_match"] = "exact_match.data", Evaluate(of=section.of, exact_match=section.exact_match)
+    for name in section.tasks:
+        of_task = {"tasks": (name,), "perplexity": None, "exact_match": None}
+        alone[f"tasks.{name}"] = "include_path", section.model_copy(update=of_task)
+    others = {*section.texts, "exact_match.data", "include_path"}
+
+    def kept(files: Mapping[str, Any], own: str) -> dict[str, Any]:
+        named = "perplexity.text" if own in section.texts else own
+        rest = {role: file for role, file in files.items() if role not in others}
+        return rest | ({named: files[own]} if own in files else {})
+
+    return {
+        name: fingerprint_of(
+            dataclasses.replace(step, section=one, files=kept(step.files, own), digests=kept(step.digests, own)),
+            recipe,
+            model,
+            before,
+        )
+        for name, (own, one) in alone.items()
+    }
 
 
 def settings_of(section: Section) -> dict[str, Any]:

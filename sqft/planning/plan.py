@@ -78,6 +78,8 @@ class Step:
     """Content digest of each file or folder, as it enters the fingerprint."""
     fingerprint: str = ""
     """Digest of all that its result depends on."""
+    measurements: Mapping[str, str] = field(default_factory=dict)
+    """Of `evaluate`, what each measurement depends on: the fingerprint of a step that has no other."""
 
     def files_of_options(self) -> dict[str, Path]:
         """Return the files that its components' options name, by role: a kind and an option, "scorer.folder"."""

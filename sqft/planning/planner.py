@@ -13,7 +13,7 @@ from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError
 from sqft.planning import layout_checks
 from sqft.planning.adapter_base import AdapterBase
-from sqft.planning.fingerprint import fingerprint_of
+from sqft.planning.fingerprint import fingerprint_of, measurement_fingerprints
 from sqft.planning.plan import Plan, Step
 from sqft.planning.resolution import Describe, Resolver
 from sqft.planning.steps import (
@@ -137,5 +137,7 @@ def with_fingerprints(steps: Iterable[Step], recipe: Recipe, model: str, digests
         files = {**step.files, **step.files_of_options()}
         taken = {role: digests.path(path) for role, path in files.items()}
         step = dataclasses.replace(step, files=files, digests=taken)
-        done[step.name] = dataclasses.replace(step, fingerprint=fingerprint_of(step, recipe, model, done))
+        measured = measurement_fingerprints(step, recipe, model, done)
+        fingerprint = fingerprint_of(step, recipe, model, done)
+        done[step.name] = dataclasses.replace(step, fingerprint=fingerprint, measurements=measured)
     return tuple(done.values())

@@ -43,8 +43,8 @@ class EvaluateStage:
         self.inputs, self.section = inputs, inputs.section(Evaluate)
 
     def run(self) -> Report:
-        """Write `results.json`: every measurement. What an earlier attempt measured before it failed is kept,
-        task by task.
+        """Write `results.json`: every measurement. What is there already is kept, task by task: of an earlier attempt
+        that failed, or of other evaluations of the same model (`earlier`).
 
         `texts` has the perplexity of each text by its role among the step's files, and `perplexity` that of the first.
         `predictions.jsonl` has each answer of `exact_match`, and `samples/TASK.jsonl` those of an lm-eval task, where
@@ -96,7 +96,7 @@ class EvaluateStage:
         before = results.get("lm_eval", {})
         results["tasks"] = results.get("tasks", {}) | found["metrics"]
         results["lm_eval"] = found["settings"] | {
-            "names": [*before.get("names", ()), name],
+            "names": before.get("names", {}) | {name: list(found["metrics"])},
             "tasks": before.get("tasks", {}) | found["tasks"],
         }
 

@@ -1,0 +1,103 @@
+"""What other evaluations of a store have measured already: the same of the same model, in the same way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sqft.errors import ArtifactError
+from sqft.planning.plan import Step
+from sqft.store.artifacts import Artifact, Store
+from sqft.utils.files import MANIFEST, write_json
+
+EVALUATE, RESULTS = "evaluate", "results.json"
+
+
+def take_earlier(store: Store, step: Step, scratch: Path) -> dict[str, str]:
+    """Put what finished evaluations have measured into the folder of one that begins, as if it had measured that.
+
+    The newest that has a measurement gives it. Where an earlier attempt has left results, nothing is taken.
+
+    Args:
+        store: the step's.
+        step: one that is to be made.
+        scratch: the folder in which it is made, whose lock is held.
+
+    Returns:
+        The artifact that gave a measurement, by the measurement's name; empty for another stage.
+    """
+    origins: dict[str, str] = {}
+    if not step.measurements or (scratch / RESULTS).exists():
+        return origins
+    results: dict[str, Any] = {}
+    for fingerprint, made in _evaluations(store):
+        same = {name: made[one] for name, one in step.measurements.items() if name not in origins and one in made}
+        if not same:
+            continue
+        with store.using(EVALUATE, fingerprint):
+            if artifact := _intact(store, fingerprint):
+                taken = [name for name, theirs in same.items() if _take(artifact, theirs, name, results, scratch)]
+                origins |= dict.fromkeys(taken, artifact.folder.name)
+    first = next(iter(step.measurements))
+    if first in results.get("texts", {}):
+        results["perplexity"] = {name: results["texts"][first][name] for name in ("perplexity", "nll", "tokens")}
+    if origins:
+        write_json(scratch / RESULTS, results | {"earlier": origins})
+    return origins
+
+
+def _evaluations(store: Store) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the fingerprint of each finished evaluation, the newest first, and its measurements' names by theirs."""
+    manifests = [(file.stat().st_mtime, file) for file in store.artifacts.glob(f"{EVALUATE}-*/{MANIFEST}")]
+    for _, file in sorted(manifests, reverse=True):
+        try:
+            manifest = json.loads(file.read_text("utf-8"))
+            made = {fingerprint: name for name, fingerprint in manifest["measurements"].items()}
+            yield manifest["fingerprint"], made
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # deleted meanwhile, damaged, or of a version that did not record them
+
+
+def _intact(store: Store, fingerprint: str) -> Artifact | None:
+    try:
+        if artifact := store.find(EVALUATE, fingerprint):
+            store.verify(artifact)
+        return artifact
+    except ArtifactError:
+        return None
+
+
+def _take(artifact: Artifact, theirs: str, name: str, results: dict[str, Any], scratch: Path) -> bool:
+    """Add one measurement of an artifact to the results, with its answers; return whether it can be told apart."""
+    report = artifact.report
+    if theirs in report.get("texts", {}):
+        results.setdefault("texts", {})[name] = report["texts"][theirs]
+        return True
+    if theirs == "exact_match":
+        results[theirs] = report[theirs]
+        _copy(artifact, "predictions.jsonl", scratch)
+        return True
+    task, asked = theirs.removeprefix("tasks."), report["lm_eval"]
+    own = asked["names"][task]
+    others = {one for other, parts in asked["names"].items() if other != task for one in parts}
+    if asked["lm_eval"] != version("lm_eval") or others & set(own):
+        return False
+    before = results.get("lm_eval", {"names": {}, "tasks": {}})
+    results["tasks"] = results.get("tasks", {}) | {one: report["tasks"][one] for one in own}
+    results["lm_eval"] = asked | {
+        "names": before["names"] | {task: own},
+        "tasks": before["tasks"] | {one: asked["tasks"][one] for one in own if one in asked["tasks"]},
+    }
+    for one in own:
+        _copy(artifact, f"samples/{one.replace('/', '_')}.jsonl", scratch)
+    return True
+
+
+def _copy(artifact: Artifact, name: str, scratch: Path) -> None:
+    if name in artifact.manifest["files"]:
+        (scratch / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(artifact.folder / name, scratch / name)
