@@ -74,14 +74,22 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
 def check_memory(plan: Plan, missing: Sequence[Step], device: str, processes: Processes, replan: Replan) -> None:
     """Check that there is memory for the steps that are not done; warn where it is close.
 
+    Args:
+        plan: the whole plan.
+        missing: those of its steps.
+        device: the torch device to work on.
+        processes: those of the run; on the CPU, they are counted together.
+        replan: plans a changed recipe.
+
     Raises:
-        DeviceError: with the memory that is needed, what is free, and settings that need less.
+        DeviceError: with the memory that is needed, what is free, and settings, or fewer processes, that need less.
     """
     several = processes.count > 1 and device == "cpu"
     names = [step.name for step in missing if not (several and step.stage in TOGETHER)]
-    shortage = shortage_of(plan, names, device, replan)
-    if shortage is None and several:
-        shortage = shortage_of_processes(plan, missing, processes, replan)
+    found = [shortage_of(plan, names, device, replan)]
+    if several:
+        found.append(shortage_of_processes(plan, missing, processes, replan))
+    shortage = max((one for one in found if one), key=lambda one: one.hopeless, default=None)
     if shortage is None:
         return
     if shortage.hopeless and os.environ.get(IGNORE_MEMORY, "0") in ("", "0"):

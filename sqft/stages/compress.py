@@ -87,7 +87,7 @@ def output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
 
 
 def do_nothing(*_: object) -> None:
-    """The `Compress` of a process that only takes part."""
+    """Do nothing: the `Compress` of a process that only takes part."""
 
 
 def run_calibration(
@@ -139,4 +139,5 @@ def run_calibration(
     what = (opened.model, windows, set(layers), needs, compress, inputs.device, inputs.track, sequential, way)
     with inputs.processes.process_group("cpu"):
         walk(*what, residence, done, Team(inputs.processes.rank, inputs.processes.count))
+        inputs.processes.barrier()  # the first one moves the folder that the others may still read
     return windows.numel()

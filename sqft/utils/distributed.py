@@ -2,7 +2,8 @@
 
 The first process does what a single process would do: it takes the locks, makes the steps, writes and reports. The
 others wait for its messages, take part in the steps that all make together, and read what it stored. Messages go
-through the launcher's key-value store: a collective would time out after half an hour, and a step may take longer.
+through the launcher's key-value store, which has no time limit: a step may take long. In the steps that all make
+together, tensors go through torch's collectives.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,8 @@ POLL_SECONDS = 0.05
 """Time between two looks for a message."""
 GRACE_SECONDS = 5.0
 """How long the other processes wait before they end, so that the one that failed first can print its message."""
+NO_LIMIT = timedelta(days=365)
+"""How long gloo's collectives wait: others may compute for hours. A process that is gone ends the connection."""
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -43,6 +47,8 @@ class Processes:
     messages: int = 0
     """How many messages this process has sent, or received."""
     groups: int = field(default=0, repr=False)
+    failed_first: bool | None = field(default=None, repr=False)
+    """Whether this process was the first one to fail; None while it has not failed."""
 
     @property
     def is_main(self) -> bool:
@@ -50,7 +56,7 @@ class Processes:
 
     @property
     def here(self) -> int:
-        """How many of them are on this machine, as the launcher says."""
+        """Return how many of them are on this machine, as the launcher says."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if self.count > 1 else 1
 
     def broadcast(self, message: str) -> None:
@@ -111,10 +117,17 @@ class Processes:
         The others wait a while first, since a launcher that sees one process end stops all of them, and the message
         would be cut off.
         """
-        if self.count == 1 or self.store.add("failures", 1) == 1:
+        if self.count == 1:
             return True
-        time.sleep(GRACE_SECONDS)
-        return False
+        self.claim_failure()
+        if not self.failed_first:
+            time.sleep(GRACE_SECONDS)
+        return bool(self.failed_first)
+
+    def claim_failure(self) -> None:
+        """Be the process that reports why the run failed, unless another one was faster."""
+        if self.failed_first is None:
+            self.failed_first = self.store.add("failures", 1) == 1
 
     def barrier(self) -> None:
         """Wait until all processes are here; only inside `process_group`."""
@@ -138,16 +151,17 @@ class Processes:
 
         store = PrefixStore(f"group/{self.groups}", self.store)
         self.groups += 1
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+        backend, limit = ("nccl", None) if device.startswith("cuda") else ("gloo", NO_LIMIT)
+        distributed.init_process_group(backend, timeout=limit, store=store, rank=self.rank, world_size=self.count)
         try:
             yield
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in LOST_CONNECTION):
+        except BaseException as error:
+            if not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_CONNECTION)):
+                self.claim_failure()  # before the others see that this process is gone
                 raise
             raise DeviceError(
                 "another process ended before its work was done (was it killed, or out of memory?); the same command "
-                "resumes from the newest checkpoint"
+                "continues from what is finished"
             ) from error
         finally:
             distributed.destroy_process_group()

@@ -109,15 +109,18 @@ CALIBRATING = """
 import os, signal, sys
 import sqft.planning.streaming as streaming
 from sqft.cli import main
+from sqft.errors import StageError
 from sqft.modeling.calibration.team import Team
 
-rank, at = sys.argv.pop(1).split(":")
+what, rank, at = sys.argv.pop(1).split(":")
 give, given = Team.give, []
 
 def counted(self, linear):
     given.append(linear)
     if (os.environ.get("RANK"), str(len(given))) == (rank, at):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise StageError("made to fail")
     give(self, linear)
 
 streaming.STREAM_FROM = 0
@@ -147,7 +150,7 @@ def test_two_processes_share_the_calibration_windows_killed_or_not(raw: dict[str
             for one in folders
         ]
 
-    one, two = drive(tmp_path, "one", 1, ":", CALIBRATING), drive(tmp_path, "two", 2, ":", CALIBRATING)
+    one, two = drive(tmp_path, "one", 1, "::", CALIBRATING), drive(tmp_path, "two", 2, "::", CALIBRATING)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     for stage in ("sparsify", "quantize"):
         manifests = [
@@ -165,8 +168,8 @@ def test_two_processes_share_the_calibration_windows_killed_or_not(raw: dict[str
         if name.endswith("scales"):
             torch.testing.assert_close(shared_codes[name], codes[name], rtol=1e-2, atol=1e-4)
 
-    assert drive(tmp_path, "killed", 2, "1:20", CALIBRATING).returncode != 0
-    again = drive(tmp_path, "killed", 2, ":", CALIBRATING)
+    assert drive(tmp_path, "killed", 2, "kill:1:20", CALIBRATING).returncode != 0
+    again = drive(tmp_path, "killed", 2, "::", CALIBRATING)
     assert again.returncode == 0, again.stderr
     for whole, resumed in zip(models("two"), models("killed"), strict=True):
         assert all(tensor.equal(resumed[name]) for name, tensor in whole.items())
@@ -177,6 +180,18 @@ def test_too_few_windows_are_calibrated_by_the_first_process_alone(raw: dict[str
         raw.pop(section)
     raw["calibration"]["samples"] = 1
     (tmp_path / "recipe.json").write_text(json.dumps(raw))
-    done = drive(tmp_path, "store", 2, ":", CALIBRATING)
+    done = drive(tmp_path, "store", 2, "::", CALIBRATING)
     assert done.returncode == 0, done.stderr
     assert "sparsify: made by the first process alone: calibration.samples of 1 is too few for 2" in done.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fails_while_calibrating_ends_all_with_its_own_message(
+    raw: dict[str, Any], tmp_path: Path, rank: int
+) -> None:
+    for section in ("finetune", "search", "merge", "evaluate"):
+        raw.pop(section)
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    done = drive(tmp_path, "store", 2, f"raise:{rank}:9", CALIBRATING)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == done.stderr.count("error: made to fail") == 1

@@ -50,7 +50,10 @@ class Team:
             StageError: in a process whose value is not the first one's.
         """
         if self.agreed(value) != value:
-            raise StageError(f"process {self.rank} sees other {what} than the first process; all need the same store")
+            raise StageError(
+                f"process {self.rank} sees other {what} than the first process; all need the same store, and if they "
+                "have it, run the same command again"
+            )
 
     def give(self, linear: nn.Linear) -> None:
         """Give all processes the weight that the layer has in the first one."""
