@@ -69,7 +69,8 @@ class Racing(Searcher):
     def _race(self, anchor: Indices, contenders: list[Indices], records: _Records) -> Indices | None:
         """Return the contender that becomes the anchor, or None."""
         # Fewer records than `first` only where the budget ends: half of them at least, as on less all is luck.
-        looked, count, ahead = self.first // 2, self.first, dict[Indices, float]()
+        first = min(self.first, self.samples, records.most or self.first)
+        looked, count, ahead = first // 2, first, dict[Indices, float]()
         while contenders and (count := records.affordable([anchor, *contenders], min(count, self.samples))) > looked:
             before, after = records.totals(anchor, count), {c: records.totals(c, count) for c in contenders}
             gains = {c: _differences(before, after[c]) for c in contenders}

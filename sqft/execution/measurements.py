@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import ArtifactError
+from sqft.errors import ArtifactError, StoreError
 from sqft.planning.plan import Step
 from sqft.store.artifacts import Artifact, Store
 from sqft.utils.files import MANIFEST, write_json
+from sqft.utils.resources import versions
 
 EVALUATE, RESULTS = "evaluate", "results.json"
 
 
-def take_earlier(store: Store, step: Step, scratch: Path) -> dict[str, str]:
+def made_of(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Return a digest of all that is in each input's folder: a step that was made again may not come out the same."""
+    manifests = {role: json.loads((folder / MANIFEST).read_text("utf-8")) for role, folder in inputs.items()}
+    return {
+        role: hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+        for role, manifest in manifests.items()
+    }
+
+
+def take_earlier(store: Store, step: Step, scratch: Path, inputs: Mapping[str, Path], device: str) -> dict[str, str]:
     """Put what finished evaluations have measured into the folder of one that begins, as if it had measured that.
 
-    The newest that has a measurement gives it. Where an earlier attempt has left results, nothing is taken.
+    The newest that has a measurement gives it: of the same files, with the same packages, on the same device. Where an
+    earlier attempt has left results, nothing is taken.
 
     Args:
         store: the step's.
         step: one that is to be made.
         scratch: the folder in which it is made, whose lock is held.
+        inputs: the folders that it measures, by role.
+        device: the torch device that it would measure on.
 
     Returns:
         The artifact that gave a measurement, by the measurement's name; empty for another stage.
@@ -34,7 +49,9 @@ def take_earlier(store: Store, step: Step, scratch: Path) -> dict[str, str]:
     if not step.measurements or (scratch / RESULTS).exists():
         return origins
     results: dict[str, Any] = {}
-    for fingerprint, made in _evaluations(store):
+    for fingerprint, made in _evaluations(
+        store, {"made_of": made_of(inputs), "versions": versions(), "device": device}
+    ):
         same = {name: made[one] for name, one in step.measurements.items() if name not in origins and one in made}
         if not same:
             continue
@@ -50,16 +67,19 @@ def take_earlier(store: Store, step: Step, scratch: Path) -> dict[str, str]:
     return origins
 
 
-def _evaluations(store: Store) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the fingerprint of each finished evaluation, the newest first, and its measurements' names by theirs."""
-    manifests = [(file.stat().st_mtime, file) for file in store.artifacts.glob(f"{EVALUATE}-*/{MANIFEST}")]
-    for _, file in sorted(manifests, reverse=True):
-        try:
+def _evaluations(store: Store, same: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the fingerprint of each finished evaluation whose manifest says the same, the newest first, and its
+    measurements' names by theirs."""
+    found: list[tuple[float, str, dict[str, str]]] = []
+    for file in store.artifacts.glob(f"{EVALUATE}-*/{MANIFEST}"):
+        # Deleted meanwhile, damaged, or of a version that did not record them: then it is measured.
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             manifest = json.loads(file.read_text("utf-8"))
             made = {fingerprint: name for name, fingerprint in manifest["measurements"].items()}
-            yield manifest["fingerprint"], made
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # deleted meanwhile, damaged, or of a version that did not record them
+            if all(manifest[name] == value for name, value in same.items()):
+                found.append((file.stat().st_mtime, manifest["fingerprint"], made))
+    for _, fingerprint, made in sorted(found, key=lambda one: one[0], reverse=True):
+        yield fingerprint, made
 
 
 def _intact(store: Store, fingerprint: str) -> Artifact | None:
@@ -67,7 +87,7 @@ def _intact(store: Store, fingerprint: str) -> Artifact | None:
         if artifact := store.find(EVALUATE, fingerprint):
             store.verify(artifact)
         return artifact
-    except ArtifactError:
+    except (ArtifactError, StoreError, OSError):
         return None
 
 
@@ -83,10 +103,11 @@ def _take(artifact: Artifact, theirs: str, name: str, results: dict[str, Any], s
         return True
     task, asked = theirs.removeprefix("tasks."), report["lm_eval"]
     own = asked["names"][task]
-    others = {one for other, parts in asked["names"].items() if other != task for one in parts}
+    before = results.get("lm_eval", {"names": {}, "tasks": {}})
+    parts = [*(parts for other, parts in asked["names"].items() if other != task), *before["names"].values()]
+    others = {one for of_task in parts for one in of_task}
     if asked["lm_eval"] != version("lm_eval") or others & set(own):
         return False
-    before = results.get("lm_eval", {"names": {}, "tasks": {}})
     results["tasks"] = results.get("tasks", {}) | {one: report["tasks"][one] for one in own}
     results["lm_eval"] = asked | {
         "names": before["names"] | {task: own},

@@ -17,7 +17,7 @@ from sqft.execution import preflight
 from sqft.execution.earlier_runs import remade_note
 from sqft.execution.layouts import Layouts
 from sqft.execution.log import log_to_file
-from sqft.execution.measurements import take_earlier
+from sqft.execution.measurements import made_of, take_earlier
 from sqft.execution.memory import TOGETHER, alone_because
 from sqft.execution.report import make_report
 from sqft.execution.run import Outcome, Run
@@ -140,7 +140,8 @@ class Orchestrator:
                 self.store.verify(artifact)
                 log.info("%s: reused %s", label, artifact.folder.name)
             else:
-                for name, earlier in ({} if anew else take_earlier(self.store, step, scratch)).items():
+                taken = {} if anew else take_earlier(self.store, step, scratch, inputs, self.device)
+                for name, earlier in taken.items():
                     log.info("%s: %s was measured earlier, in %s", label, name, earlier)
                 artifact = self._make(plan, step, inputs, scratch, label)
             self.processes.broadcast(STORED)
@@ -177,7 +178,7 @@ class Orchestrator:
             "verify_seconds": time.monotonic() - start - seconds,
             "peak_memory": peak[0],
             "report": report,
-            **({"measurements": dict(step.measurements)} if step.measurements else {}),
+            **({"measurements": dict(step.measurements), "made_of": made_of(inputs)} if step.measurements else {}),
         }
         artifact = self.store.commit(scratch, manifest)
         log.info("%s: done in %.0f s, peak %s", label, seconds, human_size(peak[0]))

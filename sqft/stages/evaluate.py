@@ -59,6 +59,8 @@ class EvaluateStage:
                     found = results["texts"][role] = self._perplexity(role, model, tokenizer)
                     results.setdefault("perplexity", {name: found[name] for name in ("perplexity", "nll", "tokens")})
                     write_json(file, results)
+            if self.section.texts:  # in their order, whichever were there before
+                results["texts"] = {role: results["texts"][role] for role in self.section.texts}
             if self.section.exact_match and "exact_match" not in results:
                 results["exact_match"] = self._exact_match(self.section.exact_match, model, tokenizer)
                 write_json(file, results)
@@ -95,9 +97,14 @@ class EvaluateStage:
             file.parent.mkdir(exist_ok=True)
             write_lines(file, samples)
         before = results.get("lm_eval", {})
+        # A task of two groups has the number of the last: what comes later and was there before is measured again.
+        later, parts = section.tasks[section.tasks.index(name) + 1 :], found["metrics"].keys()
+        known = {one: own for one, own in before.get("names", {}).items() if one not in later or parts.isdisjoint(own)}
+        for one in before.get("names", {}).keys() - known.keys():
+            results.get("earlier", {}).pop(f"tasks.{one}", None)
         results["tasks"] = results.get("tasks", {}) | found["metrics"]
         results["lm_eval"] = found["settings"] | {
-            "names": before.get("names", {}) | {name: list(found["metrics"])},
+            "names": known | {name: list(parts)},
             "tasks": before.get("tasks", {}) | found["tasks"],
         }
 

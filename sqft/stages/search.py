@@ -235,7 +235,7 @@ class CachedEvaluator:
             except (ValueError, KeyError, TypeError):  # also a line as earlier versions wrote it
                 break
             self.known[config] = self.known.get(config, []) + new
-            lines.append(line)
+            lines.append(line.rstrip("\n") + "\n")
         self.trials = len(lines)
         write_text(self.file, "".join(lines))
 

@@ -128,9 +128,7 @@ def test_a_sum_that_layers_share_in_one_process_only_is_not_added_twice(both: li
 def test_the_first_process_decides(both: list[dict[str, Any]]) -> None:
     assert [one["agreed"] for one in both] == ["of 0", "of 0"]
     assert "error" not in both[0]["found"]
-    assert (
-        str(both[1]["found"]["error"]) == "process 1 sees other blocks than the first process; all need the same store"
-    )
+    assert "process 1 sees other blocks than the first process" in str(both[1]["found"]["error"])
 
 
 if __name__ == "__main__":
