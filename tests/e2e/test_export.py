@@ -90,6 +90,6 @@ def test_codes_are_not_made_by_an_exporter(exporting: dict[str, Any], registry: 
         Orchestrator(registry, tmp_path).plan(Recipe.parse(exporting))
     assert [str(problem) for problem in caught.value.problems] == [
         f"export.{index}.exporter: '{name}' writes codes, but this recipe's model holds floats; "
-        "use gguf or hf, or add quantize"
+        "use gguf or hf or mlx, or add quantize"
         for index, name in enumerate(["gptq", "compressed-tensors"])
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.execution.measurements import made_of
 from sqft.execution.report import report_markdown
 from sqft.execution.run import Run
 from sqft.store.status import prune, scan_store
@@ -96,6 +97,7 @@ def test_only_what_is_new_is_measured(
     assert names == ["perplexity.0.text", "two"]
     report, files = measured(run)
     assert report.pop("earlier") == dict.fromkeys(["perplexity.1.text", "exact_match", "tasks.one"], first.folder.name)
+    assert list(report["texts"]) == list(alone[0]["texts"])
     assert (report, files) == alone and files.keys() == {
         "predictions.jsonl", "samples/one.jsonl", "samples/two.jsonl",
     }  # fmt: skip
@@ -162,3 +164,26 @@ def test_a_task_that_two_groups_share_is_not_taken(few: dict[str, Any], registry
     report["lm_eval"]["names"] = {"one": ["one"]}
     report["lm_eval"]["lm_eval"] = "0.0.1"
     assert not _take(artifact, "tasks.one", "tasks.one", results, tmp_path) and not results
+
+
+@pytest.mark.parametrize("what", ["made_of", "versions"])
+def test_of_another_model_or_by_other_packages_nothing_is_taken(
+    what: str,
+    few: dict[str, Any],
+    more: dict[str, Any],
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step that was made again has the same fingerprint, and may have come out otherwise."""
+    done(few, registry, tmp_path / "store")
+    monkeypatch.setattr(f"sqft.execution.measurements.{what}", lambda *_: {"other": "one"})
+    assert "earlier" not in measured(done(more, registry, tmp_path / "store"))[0]
+
+
+def test_what_a_model_is_made_of(tmp_path: Path) -> None:
+    digests = []
+    for content in ("a", "b", "a"):
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": {"w": content}, "seconds": len(digests)}))
+        digests.append(made_of({"merge": tmp_path}))
+    assert digests[0] == digests[2] != digests[1]

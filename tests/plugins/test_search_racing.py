@@ -133,3 +133,11 @@ def test_chance_rarely_moves_a_cautious_search() -> None:
         searcher = Racing(cautious=True, patience=1, surely=0.005)
         moved += searcher.search(space_of(3, 3, 3), recorder, Random(seed)) != RankConfig((2, 2, 2))
     assert moved <= 20 * 0.08 + 4 * math.sqrt(20 * 0.08)
+
+
+@pytest.mark.parametrize("samples", [2, 8])
+def test_short_races_are_run_too(samples: int) -> None:
+    """The first look is at no more records than a race may have."""
+    recorder = Recorder(lambda choice, record: float(sum(choice.ranks)))
+    found = Racing(samples=samples, patience=20).search(space_of(3, 3), recorder, Random(0))
+    assert found == RankConfig((3, 3)) and set(recorder.evaluated.values()) == {samples}
