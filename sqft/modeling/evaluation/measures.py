@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -154,12 +154,9 @@ def summed_loss(
         pad_id: the token that fills shorter examples.
         track: the progress display.
     """
-    collate, device = Collator(pad_id), next(loss.parameters()).device
     total, labels = 0.0, 0
-    starts = range(0, len(examples), batch_size)
     with eval_mode(loss):
-        for start in track(starts, "loss", len(starts)):
-            batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
+        for batch in _collated(loss, examples, batch_size, pad_id, track):
             total += loss(**batch, num_items_in_batch=1)["loss"].item()
             labels += int((batch["labels"] != IGNORED).sum())
     return total, labels
@@ -178,15 +175,23 @@ def example_losses(
         pad_id: the token that fills shorter examples.
         track: the progress display.
     """
-    collate, device = Collator(pad_id), next(loss.parameters()).device
     sums: list[tuple[float, int]] = []
-    starts = range(0, len(examples), batch_size)
     with eval_mode(loss):
-        for start in track(starts, "loss", len(starts)):
-            batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
+        for batch in _collated(loss, examples, batch_size, pad_id, track):
             labelled = batch["labels"][:, 1:] != IGNORED  # [batch, tokens - 1]
             targets, counts = batch["labels"][:, 1:][labelled], labelled.sum(1).tolist()
             chunks = zip(loss.logits(**batch), torch.split(targets, loss.chunk or len(targets)), strict=True)
             tokens = torch.cat([F.cross_entropy(logits.float(), of, reduction="none") for logits, of in chunks])
             sums += [(rows.sum().item(), len(rows)) for rows in torch.split(tokens.double(), counts)]
     return sums
+
+
+def _collated(
+    loss: CompletionLoss, examples: Sequence[Example], batch_size: int, pad_id: int, track: Track
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the examples in batches, on the device of the model; see `summed_loss` for the arguments."""
+    collate, device = Collator(pad_id), next(loss.parameters()).device
+    starts = range(0, len(examples), batch_size)
+    for start in track(starts, "loss", len(starts)):
+        batch = collate(examples[start : start + batch_size])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
