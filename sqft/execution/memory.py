@@ -49,34 +49,31 @@ def shortage_of(plan: Plan, missing: Iterable[str], device: str, replan: Replan)
     step = max(steps, key=_needed, default=None)
     if step is None or _needed(step) <= free:
         return None
-    changes, needed = _smaller(plan, step, free, replan)
     need = f"{step.name} needs about {human_size(_needed(step))} of memory, and {human_size(free)} are free"
-    settings = " ".join(f"--set {change}" for change in changes)
-    if "model.dtype=bfloat16" in changes:
-        settings += ", which changes all numbers a little,"
-    if not changes:
-        remedy = "free some memory, or use a larger machine"
-    elif needed <= free:
-        remedy = f"{settings} would need about {human_size(needed)}"
-    else:
-        remedy = f"even {settings} would need about {human_size(needed)}: free some memory, or use a larger machine"
-    return Shortage(f"{need}; {remedy}", TOLERANCE * _needed(step) > free)
+    less, needed = _less(plan, step, free, replan)
+    other = "free some memory, or use a larger machine"
+    remedy = less if less and needed <= free else f"even {less}: {other}" if less else other
+    return Shortage(f"{need}; {remedy}", _hopeless(step, free))
 
 
 def shortage_of_processes(plan: Plan, missing: Iterable[Step], processes: Processes, replan: Replan) -> Shortage | None:
     """Return what is short for the steps among `missing` that all processes make together on the CPU, each with its own
     model and its share of the batch; None when all of them fit. See `shortage_of`."""
-    free, here, share = free_memory(), processes.here, plan
+
+    def replan_share(recipe: Recipe) -> Plan:
+        rows = -(-recipe.finetune.batch_size // processes.count) if recipe.finetune else 0
+        return replan(_changed(recipe, [f"finetune.batch_size={rows}"]) if rows else recipe)
+
     names = {step.name for step in missing if step.stage in TOGETHER}
-    if names and plan.recipe.finetune:
-        rows = -(-plan.recipe.finetune.batch_size // processes.count)
-        share = replan(_changed(plan.recipe, [f"finetune.batch_size={rows}"]))
-    step = max((step for step in share.steps if step.name in names), key=_needed, default=None)
-    if step is None or here * _needed(step) <= free:
+    steps = [step for step in replan_share(plan.recipe).steps if step.name in names] if names else []
+    free, step = free_memory(processes.here), max(steps, key=_needed, default=None)
+    if step is None or processes.here * _needed(step) <= free:
         return None
-    need = f"{step.name} needs about {human_size(_needed(step))} of memory in each of {here} processes"
-    message = f"{need}, and {human_size(free)} are free; start fewer processes"
-    return Shortage(message, TOLERANCE * here * _needed(step) > free)
+    need = f"{step.name} needs about {human_size(_needed(step))} of memory in each of {processes.here} processes"
+    less, needed = _less(plan, step, free // processes.here, replan_share)
+    remedy = f", or {less} in each" if less and needed <= free // processes.here else ""
+    message = f"{need}, and {human_size(free)} are free; start fewer processes{remedy}"
+    return Shortage(message, _hopeless(step, free // processes.here))
 
 
 def alone_because(step: Step, windows: int, processes: Processes) -> str | None:
@@ -89,7 +86,7 @@ def alone_because(step: Step, windows: int, processes: Processes) -> str | None:
     """
     if windows < processes.count:
         return f"calibration.samples of {windows} is too few for {processes.count} processes"
-    if processes.here * _needed(step) > (free := free_memory()):
+    if processes.here * _needed(step) > (free := free_memory(processes.here)):
         need = f"{processes.here} processes would need {human_size(_needed(step))} each"
         return f"{need}, and {human_size(free)} are free"
     return None
@@ -99,12 +96,25 @@ def _needed(step: Step) -> int:
     return step.estimate.memory
 
 
+def _hopeless(step: Step, free: int) -> bool:
+    return TOLERANCE * _needed(step) > free
+
+
+def _less(plan: Plan, step: Step, free: int, replan: Replan) -> tuple[str, int]:
+    """Say which settings need less, and how much; nothing where none does. Return it with the bytes."""
+    changes, needed = _smaller(plan, step, free, replan)
+    settings = " ".join(f"--set {change}" for change in changes)
+    if "model.dtype=bfloat16" in changes:
+        settings += ", which changes all numbers a little,"
+    return f"{settings} would need about {human_size(needed)}" if changes else "", needed
+
+
 def _smaller(plan: Plan, step: Step, free: int, replan: Replan) -> tuple[list[str], int]:
-    """Return changes of the recipe with which a step fits into `free` bytes, as few as that takes, and what it needs
-    then; or all that help."""
+    """Return changes of the plan's recipe with which a step fits into `free` bytes, as few as that takes, and what it
+    needs then; or all that help."""
     kept: list[str] = []
     needed = _needed(step)
-    for changes in _remedies(step, plan.recipe.calibration):
+    for changes in _remedies(plan.step(step.name), plan.recipe.calibration):
         if needed <= free:
             break
         try:

@@ -42,11 +42,12 @@ def peak_memory() -> Iterator[list[int]]:
         peak[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def free_memory(own: Path = Path("/proc/self/cgroup"), groups: Path = CGROUPS) -> int:
+def free_memory(processes: int = 1, own: Path = Path("/proc/self/cgroup"), groups: Path = CGROUPS) -> int:
     """Return the bytes of memory that this process may have, those that it has included: what is available on the
     machine, or in its container or job where that is less.
 
     Args:
+        processes: how many processes of this one's size share it; what each of them has is included.
         own: the file that names this process's control groups.
         groups: the folder of all groups.
     """
@@ -57,7 +58,7 @@ def free_memory(own: Path = Path("/proc/self/cgroup"), groups: Path = CGROUPS) -
         if most is not None and used is not None:
             available = min(available, most - used + _cached(folder))
     own_bytes: int = psutil.Process().memory_info().rss
-    return max(0, available) + own_bytes
+    return max(0, available) + processes * own_bytes
 
 
 def _groups_of(own: Path, groups: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ def greedy(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr("sqft.execution.memory.free_memory", lambda: free)
+    monkeypatch.setattr("sqft.execution.memory.free_memory", lambda processes=1: free)
 
 
 def needed(orchestrator: Orchestrator, recipe: dict[str, Any], *changes: str) -> int:
@@ -106,6 +106,7 @@ def test_processes_of_one_machine_are_counted_together_each_with_its_share_of_th
 ) -> None:
     plan, four = orchestrator.plan(Recipe.parse(greedy)), Processes(count=4)
     share = needed(orchestrator, greedy, "finetune.batch_size=1024")
+    checkpointed = needed(orchestrator, greedy, "finetune.batch_size=1024", CHECKPOINTING)
     limited(monkeypatch, 4 * share)
     assert shortage_of_processes(plan, plan.steps, four, orchestrator.plan) is None
     assert 4 * share > needed(orchestrator, greedy) > share
@@ -114,8 +115,12 @@ def test_processes_of_one_machine_are_counted_together_each_with_its_share_of_th
     assert found is not None and not found.hopeless
     assert found.message == (
         f"finetune needs about {human_size(share)} of memory in each of 4 processes, and {human_size(4 * share - 1)} "
-        "are free; start fewer processes"
+        f"are free; start fewer processes, or --set {CHECKPOINTING} would need about {human_size(checkpointed)} in each"
     )
+    limited(monkeypatch, 4)
+    found = shortage_of_processes(plan, plan.steps, four, orchestrator.plan)
+    assert found is not None and found.hopeless and found.message.endswith("; start fewer processes")
+    limited(monkeypatch, 4 * share - 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other two are on another machine
     assert shortage_of_processes(plan, plan.steps, four, orchestrator.plan) is None
     assert shortage_of_processes(plan, [plan.step("sparsify")], four, orchestrator.plan) is None

@@ -31,10 +31,11 @@ def written(folder: Path, files: Mapping[str, object]) -> Path:
 
 
 def test_what_the_machine_has_available(tmp_path: Path) -> None:
-    assert free_memory(tmp_path / "none", tmp_path) == 41 * GIB
+    assert free_memory(1, tmp_path / "none", tmp_path) == 41 * GIB
+    assert free_memory(3, tmp_path / "none", tmp_path) == 43 * GIB
     own = written(tmp_path, {"own": "0::/"}) / "own"
-    assert free_memory(own, tmp_path / "groups") == 41 * GIB
-    assert free_memory(own, written(tmp_path / "groups", {"memory.max": "max", "memory.current": 5})) == 41 * GIB
+    assert free_memory(1, own, tmp_path / "groups") == 41 * GIB
+    assert free_memory(1, own, written(tmp_path / "groups", {"memory.max": "max", "memory.current": 5})) == 41 * GIB
 
 
 @pytest.mark.parametrize("job", ["", "slurm/job_7"])
@@ -43,10 +44,10 @@ def test_a_container_or_a_job_may_have_less(job: str, tmp_path: Path) -> None:
     own = written(tmp_path, {"own": f"0::/{job}"}) / "own"
     stat = f"anon 12\ninactive_file {2 * GIB}"
     written(tmp_path / job, {"memory.max": 10 * GIB, "memory.current": 4 * GIB, "memory.stat": stat})
-    assert free_memory(own, tmp_path) == 9 * GIB
+    assert free_memory(1, own, tmp_path) == 9 * GIB
     if job:
         written(tmp_path / "slurm", {"memory.max": 8 * GIB, "memory.current": 8 * GIB})
-        assert free_memory(own, tmp_path) == GIB
+        assert free_memory(1, own, tmp_path) == GIB
 
 
 @pytest.mark.parametrize("total", ["", "total_"])
@@ -56,19 +57,19 @@ def test_files_in_use_make_room_too(total: str, tmp_path: Path) -> None:
     stat = f"inactive_file 1\n{total}inactive_file {GIB}\n{total}active_file {3 * GIB}\n{total}slab_reclaimable {GIB}"
     stat = stat if total else stat.partition("\n")[2]
     written(tmp_path, {"memory.max": 10 * GIB, "memory.current": 9 * GIB, "memory.stat": stat})
-    assert free_memory(own, tmp_path) == 7 * GIB
+    assert free_memory(1, own, tmp_path) == 7 * GIB
 
 
 def test_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "own").write_bytes(b"\n\nnothing\n0::\n3:memory\n0::/caf\xe9\n")
     written(tmp_path, {"memory.max": 4 * GIB, "memory.current": GIB, "memory.stat": "odd"})
-    assert free_memory(tmp_path / "own", tmp_path) == 4 * GIB
+    assert free_memory(1, tmp_path / "own", tmp_path) == 4 * GIB
 
 
 def test_version_1(tmp_path: Path) -> None:
     own = written(tmp_path, {"own": "7:cpu,cpuacct:/a\n4:memory:/a"}) / "own"
     written(tmp_path / "memory" / "a", {"memory.limit_in_bytes": 6 * GIB, "memory.usage_in_bytes": GIB})
-    assert free_memory(own, tmp_path) == 6 * GIB
+    assert free_memory(1, own, tmp_path) == 6 * GIB
 
 
 def test_here() -> None:
