@@ -1,7 +1,7 @@
 """Measure the paper's pipelines and baselines on one task: accuracy and perplexity of each, from examples/recipes.
 
     python benchmarks/six_methods.py DATA [--steps 100] [--seeds 0] [--methods sqft …] [--store DIR]
-        [--calibration general.jsonl --samples 32] [--texts prose.txt questions.txt]
+        [--calibration general.jsonl --samples 32] [--texts prose.txt questions.txt] [--of merge]
 
 DATA is a folder with train.jsonl and test.jsonl of {question, answer}, {instruction, output} or {prompt, completion}.
 Numbers are compared as numbers. With --choices, LLM-Adapters' multiple-choice questions are asked as lm-eval asks ARC:
@@ -77,7 +77,7 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
         "max_length": arguments.max_length,
         "learning_rate": arguments.learning_rate * OURS.get(method, 1),
     }
-    raw["evaluate"]["of"] = ["model", *raw["evaluate"]["of"]]
+    raw["evaluate"]["of"] = arguments.of or ["model", *raw["evaluate"]["of"]]
     if arguments.calibration:
         raw["calibration"]["data"] = str(arguments.calibration.absolute())
     if arguments.samples:
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--max-new-tokens", type=int, default=6)
     parser.add_argument("--test-records", type=int, help="the first ones of test.jsonl; unless told, all")
+    parser.add_argument("--of", nargs="+", help="models to measure, as `evaluate.of` has them; unless told, all")
     parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
     parser.add_argument("--calibration", type=Path, help="records of text; unless given, the recipes'")
     parser.add_argument("--samples", type=int, help="calibration windows; unless given, the recipes'")
