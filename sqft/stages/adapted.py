@@ -32,6 +32,7 @@ from sqft.planning.plan import Plan
 from sqft.recipe.sections import Finetune
 from sqft.stages.inputs import section_of
 from sqft.types import BaseKind, DeltaModule, LinearShape, SearchSpace
+from sqft.utils.resources import return_freed_memory
 
 DELTAS = "deltas.safetensors"
 
@@ -137,6 +138,7 @@ def _codes(
                 codes.set_mask(unpack_mask(stored[name], (layer.out_features, layer.in_features)))
             elif mask_codes:
                 codes.set_mask(codes.block().weight != 0)
+            return_freed_memory()
         else:
             weights[name] = FloatWeight(cast(Tensor, layer.weight), True)
     return weights

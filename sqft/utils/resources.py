@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -59,6 +61,16 @@ def free_memory(processes: int = 1, own: Path = Path("/proc/self/cgroup"), group
             available = min(available, most - used + _cached(folder))
     own_bytes: int = psutil.Process().memory_info().rss
     return max(0, available) + processes * own_bytes
+
+
+def return_freed_memory() -> None:
+    """Return to the system what this process has freed; call it between layers that are packed as they are loaded.
+
+    glibc keeps freed pages for later, and those between tensors that stay are too small for the next layer: without
+    this, a packed model takes up to four times its size. Other C libraries do not have the call, and nothing happens.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _groups_of(own: Path, groups: Path) -> Iterator[Path]:

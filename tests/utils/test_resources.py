@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,3 +77,35 @@ def test_version_1(tmp_path: Path) -> None:
 
 def test_here() -> None:
     assert os.name != "posix" or 0 < free_memory() <= 41 * GIB
+
+
+PACKED = """
+import re, sys, torch
+from pathlib import Path
+from sqft.modeling.adapters.frozen_weight import SparseWeight
+from sqft.utils.resources import return_freed_memory
+
+def taken():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.set_num_threads(1)
+kept, before = [], taken()
+for _ in range(16):
+    weight = torch.randn(2048, 1024, dtype=torch.bfloat16)
+    weight[:, ::2] = 0
+    kept.append(SparseWeight(weight, True))
+    del weight
+    if sys.argv[1] == "return":
+        return_freed_memory()
+print((taken() - before) / sum(buffer.nbytes for one in kept for buffer in one.buffers()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not with glibc")
+def test_what_was_freed_between_packed_layers_is_returned() -> None:
+    """In processes of their own, whose memory nothing else has used: bytes taken for each byte that is packed."""
+    found = [
+        float(subprocess.run([sys.executable, "-c", PACKED, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "return")
+    ]
+    assert 0.9 < found[1] < 1.3 and found[1] < found[0]

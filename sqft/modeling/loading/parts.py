@@ -29,6 +29,7 @@ from sqft.modeling.loading.transformers_io import (
     stock_class,
 )
 from sqft.modeling.loading.values_of_codes import reader_of_floats
+from sqft.utils.resources import return_freed_memory
 
 OUTSIDE = ""
 """The part that is no decoder block: embeddings, norms, the head, towers."""
@@ -160,6 +161,7 @@ class PartedModel(WholeModel):
         named = self.model.named_parameters(remove_duplicate=False)
         _forget(self.model, [name for name, _ in named if self.part_of(name) == part])
         self._tie()
+        return_freed_memory()
 
     def _tied(self) -> dict[str, str]:
         """Return the parameters that are one with another, each with that one. As in transformers, such as the folder

@@ -29,6 +29,7 @@ from sqft.modeling.compat import keep_conversions, kept_conversions, load_conver
 from sqft.modeling.loading.folder_reader import FolderReader
 from sqft.modeling.loading.transformers_io import as_in_source, quiet_transformers, save_settings, stock_class
 from sqft.types import Grid, Quantized
+from sqft.utils.resources import return_freed_memory
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -259,6 +260,7 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     _check_head(model, stored)
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
         _put_layer(model, name, stored, dtype, packed)
+        return_freed_memory()
     _check_complete(model, spec.path, unlike)
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)

@@ -9,6 +9,7 @@ from sqft.modeling.adapters.frozen_weight import PackedLinear, SparseWeight
 from sqft.modeling.architecture.blocks import linears
 from sqft.modeling.architecture.linears import stored_transposed
 from sqft.modeling.loading.parts import PartedModel, open_in_parts
+from sqft.utils.resources import return_freed_memory
 
 
 def load_without_zeros(
@@ -41,4 +42,5 @@ def load_without_zeros(
             if base := packed.get(same_as[name]):
                 layer = PackedLinear(base, linear.bias, stored_transposed(linear))
                 parts.model.set_submodule(name, layer)
+        return_freed_memory()
     return parts.model, tokenizer
