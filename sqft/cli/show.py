@@ -41,7 +41,7 @@ def show(kind: str, name: str | None, disable: tuple[str, ...]) -> None:
 
     from sqft.components.kinds import KINDS
     from sqft.components.registry import Registry
-    from sqft.tools.json_schema import option_lines
+    from sqft.tools.field_facts import field_facts
 
     if kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
@@ -56,5 +56,5 @@ def show(kind: str, name: str | None, disable: tuple[str, ...]) -> None:
     click.echo(f"{kind} {registration.component.name}, offered by {registration.provider}\n")
     click.echo(inspect.getdoc(registration.component) or "(no description)")
     click.echo("\noptions:" if registration.component.model_fields else "\nno options")
-    for line in option_lines(registration.component):
-        click.echo(f"  {line}")
+    for facts in field_facts(registration.component):
+        click.echo(f"  {facts}")

@@ -1,12 +1,10 @@
-"""The JSON Schemas of recipes and sweeps, composed from what is installed, and one component's options as text."""
+"""The JSON Schemas of recipes and sweeps, composed from what is installed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from sqft.components.kinds import Component
 from sqft.components.registration import Registration
 from sqft.components.registry import Registry
 from sqft.recipe.fields import fields_of, section_in
@@ -99,31 +97,3 @@ def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]
     schema.pop("description", None)
     definitions = schema.pop("$defs", {})
     return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}
-
-
-def option_lines(component: type[Component]) -> Iterator[str]:
-    """Yield a line for each option: type, range, default and description."""
-    schema = component.model_json_schema()
-    definitions = schema.get("$defs", {})
-    for name, option in schema.get("properties", {}).items():
-        resolved = _resolved(option, definitions)
-        limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        ranges = [f"{sign} {resolved[word]}" for word, sign in limits.items() if word in resolved]
-        default = f"default {json.dumps(resolved['default'])}" if "default" in resolved else "required"
-        yield ", ".join(
-            filter(None, [f"{name}: {_kind(resolved, definitions)}", *ranges, default, resolved.get("description")])
-        )
-
-
-def _resolved(words: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema with its `$ref` replaced by the definition; the schema's own keywords take precedence."""
-    target = words.get("$ref", "").rpartition("/")[2]
-    return {**definitions.get(target, {}), **words}
-
-
-def _kind(words: dict[str, Any], definitions: dict[str, Any]) -> str:
-    if "enum" in words:
-        return "one of " + ", ".join(map(json.dumps, words["enum"]))
-    if "anyOf" in words:
-        return " or ".join(_kind(_resolved(word, definitions), definitions) for word in words["anyOf"])
-    return json.dumps(words["const"]) if "const" in words else str(words.get("type", "any"))
