@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,3 +98,26 @@ def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]
     schema.pop("description", None)
     definitions = schema.pop("$defs", {})
     return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}
+
+
+def choices_by_place(registry: Registry) -> dict[str, list[str]]:
+    """Return every place in a recipe that `--set` can name, each with its values as JSON or text if they are few."""
+    schema = recipe_schema(registry)
+    found: dict[str, list[str]] = {}
+    for name, words in schema["properties"].items():
+        if name not in ("schema", "$schema"):
+            _collect_choices(name, words, schema["$defs"], found)
+    return found
+
+
+def _collect_choices(place: str, words: dict[str, Any], known: dict[str, Any], found: dict[str, list[str]]) -> None:
+    """Collect the values of a place, and all places below it that have a name."""
+    words = known.get(words.get("$ref", "").rpartition("/")[2], words)
+    of_type: dict[str, list[Any]] = {"boolean": [True, False], "null": [None]}
+    few = [words["const"]] if "const" in words else words.get("enum") or of_type.get(words.get("type", ""), [])
+    values = [value if isinstance(value, str) else json.dumps(value) for value in few]
+    found[place] = list(dict.fromkeys([*found.get(place, ()), *values]))
+    for choice in (*words.get("anyOf", ()), *words.get("oneOf", ())):
+        _collect_choices(place, choice, known, found)
+    for name, inner in words.get("properties", {}).items():
+        _collect_choices(f"{place}.{name}", inner, known, found)
