@@ -276,7 +276,24 @@ def with_part(place: str, text: str) -> str:
     return before + MARK + "\n".join(PARTS[place]()) + "\n\n" + rest
 
 
-PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe, "python": python}
+def linked_python() -> Iterator[str]:
+    """Yield the parts of the page of Python; below each block of code, links to the types in it, as code has none."""
+    parts = list(python())
+    headings = [part.removeprefix("### `").removesuffix("`") for part in parts if part.startswith("### ")]
+    types = {name for name in headings if name[0].isupper() and not name.isupper() and headings.count(name) == 1}
+    heading = ""
+    for part in parts:
+        yield part
+        heading = part if part.startswith("### ") else heading
+        if part.startswith("```py\n"):
+            named = [
+                name for name in dict.fromkeys(re.findall(r"\w+", part)) if name in types and f"`{name}`" not in heading
+            ]
+            if named:
+                yield "Types: " + ", ".join(f"[`{name}`](#{name.lower()})" for name in named)
+
+
+PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe, "python": linked_python}
 
 
 def page(name: str) -> str:
