@@ -7,7 +7,8 @@ from typing import Any
 
 project = "sqft"
 author = "the sqft authors"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
+myst_heading_anchors = 3  # as on GitHub: links inside a page
 html_theme = "furo"
 html_title = "sqft"
 html_static_path = ["_static"]

@@ -15,13 +15,15 @@ from types import ModuleType
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
 from sqft import Registry, kernels
 from sqft.cli import main
 from sqft.components import hookspecs
-from sqft.recipe.fields import section_in
+from sqft.recipe.fields import fields_of, section_in, short_form_of
 from sqft.recipe.recipe import Recipe
-from sqft.tools.json_schema import option_lines
+from sqft.recipe.sections import ComponentRef
+from sqft.tools.field_facts import field_facts
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -41,8 +43,7 @@ def components() -> Iterator[str]:
         if entry.provider.source.startswith("sqft "):
             yield f"## {entry.component.kind} `{entry.component.name}`"
             yield inspect.getdoc(entry.component) or ""
-            if lines := list(option_lines(entry.component)):
-                yield "\n".join("- `{}`:{}".format(*line.split(":", 1)) for line in lines)
+            yield from _facts(entry.component)
 
 
 def commands() -> Iterator[str]:
@@ -53,21 +54,61 @@ def commands() -> Iterator[str]:
         yield f"```text\n{command.get_help(context)}\n```"
 
 
+READING = """For each field: its name, type, limits and default, and below them what it is for. A required field must be
+given where its section is. A text in place of an object is short for the object: `"wanda"` for `{"name": "wanda"}`.
+[Components](components.md) have options of their own; `sqft show KIND NAME` prints them, those of other plugins too."""
+
+
 def recipe() -> Iterator[str]:
     yield "# Recipe"
     yield inspect.getdoc(Recipe) or ""
-    for name, field in Recipe.model_fields.items():
-        yield f"## `{field.alias or name}`"
-        section = section_in(field)
-        if section is None:
-            yield field.description or f"Default: {field.default!r}."
-            continue
+    yield READING
+    yield "## The recipe itself"
+    yield from _facts(Recipe)
+    parts: dict[type[BaseModel], list[str]] = {}
+    for name, field in fields_of(Recipe).items():
+        if section := section_in(field):
+            yield f"## `{name}`"
+            yield inspect.getdoc(section) or ""
+            yield from _facts(section, f"{name}.")
+            _collect_parts(section, name, parts)
+    for section, places in parts.items():
+        yield "## " + ", ".join(f"`{place}`" for place in places)
         yield inspect.getdoc(section) or ""
-        rows = [
-            f"- `{key}`" + (f": {f.description}" if f.description else "") for key, f in section.model_fields.items()
-        ]
-        if rows:
-            yield "\n".join(rows)
+        yield from _facts(section, f"{places[0]}.")
+
+
+def _collect_parts(section: type[BaseModel], place: str, parts: dict[type[BaseModel], list[str]]) -> None:
+    """Collect the sections inside a section, and the places of each; components have a page of their own."""
+    for name, field in fields_of(section).items():
+        inner = section_in(field)
+        if inner not in (None, ComponentRef):
+            parts.setdefault(inner, []).append(f"{place}.{name}")
+            _collect_parts(inner, f"{place}.{name}", parts)
+
+
+def _facts(model: type[BaseModel], place: str = "") -> Iterator[str]:
+    """Yield a model's fields as one list, if it has any: type, limits and default, and below them what it is."""
+    rows = []
+    for (name, field), facts in zip(fields_of(model).items(), field_facts(model), strict=True):
+        section, short = section_in(field), short_form_of(field)
+        takes = facts.takes
+        if section is ComponentRef:
+            takes = takes.replace("text", f"name of a component ({', '.join(_named(name))})")
+            takes = takes.replace("object", "object with `name` and `options`")
+        elif section:
+            takes = takes.replace("text", f"text (its `{short.field}`)") if short else takes
+            takes = takes.replace("object", f"object (see `{place}{name}` below)")
+        row = f"- `{facts.name}`: {takes}; {facts.default}"
+        rows.append(f"{row}\\\n  {facts.description}" if facts.description else row)
+    if rows:
+        yield "\n".join(rows)
+
+
+def _named(kind: str) -> list[str]:
+    """Return the names of our components of a kind."""
+    entries = [entry for entry in Registry.discover().entries() if entry.provider.source.startswith("sqft ")]
+    return [f"`{entry.component.name}`" for entry in entries if entry.component.kind == kind]
 
 
 PYTHON = {
@@ -235,7 +276,24 @@ def with_part(place: str, text: str) -> str:
     return before + MARK + "\n".join(PARTS[place]()) + "\n\n" + rest
 
 
-PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe, "python": python}
+def linked_python() -> Iterator[str]:
+    """Yield the parts of the page of Python; below each block of code, links to the types in it, as code has none."""
+    parts = list(python())
+    headings = [part.removeprefix("### `").removesuffix("`") for part in parts if part.startswith("### ")]
+    types = {name for name in headings if name[0].isupper() and not name.isupper() and headings.count(name) == 1}
+    heading = ""
+    for part in parts:
+        yield part
+        heading = part if part.startswith("### ") else heading
+        if part.startswith("```py\n"):
+            named = [
+                name for name in dict.fromkeys(re.findall(r"\w+", part)) if name in types and f"`{name}`" not in heading
+            ]
+            if named:
+                yield "Types: " + ", ".join(f"[`{name}`](#{name.lower()})" for name in named)
+
+
+PAGES = {"hooks": hooks, "components": components, "commands": commands, "recipe": recipe, "python": linked_python}
 
 
 def page(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sqft.cli.completion import complete_data
 from sqft.cli.options import disable_option, json_option, recipe_argument, set_option, store_option
 from sqft.cli.output import console, report_errors
 
@@ -14,7 +15,14 @@ from sqft.cli.output import console, report_errors
 @click.command()
 @recipe_argument
 @set_option
-@click.option("--section", "sections", multiple=True, metavar="SECTION", help="Show only this section (repeatable).")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    metavar="SECTION",
+    shell_complete=complete_data,
+    help="Show only this section (repeatable).",
+)
 @click.option(
     "--examples", type=click.IntRange(min=0), default=2, show_default=True, help="How many examples of each to show."
 )

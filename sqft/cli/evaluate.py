@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from sqft.cli.options import complete_run, device_option, disable_option, set_option, store_option
+from sqft.cli.completion import complete_evaluable, complete_run
+from sqft.cli.options import device_option, disable_option, set_option, store_option
 from sqft.cli.output import report_errors
 from sqft.cli.running import open_orchestrator, print_report
 from sqft.errors import SqftError
@@ -15,7 +16,13 @@ from sqft.errors import SqftError
 
 @click.command("eval")
 @click.argument("subject", metavar="RUN_OR_MODEL", shell_complete=complete_run)
-@click.option("--of", multiple=True, metavar="STAGE", help="What to measure (repeatable).  [default: all that is made]")
+@click.option(
+    "--of",
+    multiple=True,
+    metavar="STAGE",
+    shell_complete=complete_evaluable,
+    help="What to measure (repeatable).  [default: all that is made]",
+)
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks.")
 @click.option(
     "--perplexity", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="A text (repeatable)."

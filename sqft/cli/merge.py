@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.options import complete_run, device_option, disable_option, output_option, set_option, store_option
+from sqft.cli.completion import complete_run
+from sqft.cli.options import device_option, disable_option, output_option, set_option, store_option
 from sqft.cli.output import report_errors
 from sqft.cli.running import check_output, open_orchestrator, print_result
 

@@ -58,16 +58,40 @@ def console(err: bool = False) -> Any:
 
 
 def show_table(screen: Any, title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """Print a table: drawn on a terminal, cells wrapped where it is narrow; elsewhere as Markdown under its title."""
+    """Print a table without its empty columns: as Markdown under its title, or drawn on a terminal.
+
+    Where a terminal is too narrow, the columns are drawn in several tables, each with the first one: no word is broken.
+    """
     from rich.markup import escape
     from rich.table import Column, Table
 
     from sqft.utils.text import markdown_table
 
+    kept = [index for index in range(len(heads)) if not cells or any(row[index] not in ("", "–") for row in cells)]
+    heads, cells = [heads[index] for index in kept], [[row[index] for index in kept] for row in cells]
     if not screen.is_terminal:
         screen.print(f"\n{markdown_table(title, heads, cells)}", highlight=False, markup=False)
         return
-    shown = Table(*(Column(head, overflow="fold") for head in heads))
-    for row in cells:
-        shown.add_row(*map(escape, row))
-    screen.print(shown)
+    needed = [_least_width(head, [row[column] for row in cells]) for column, head in enumerate(heads)]
+    for columns in _fitting(screen.width, needed):
+        shown = Table(*(Column(heads[column], overflow="fold") for column in columns))
+        for row in cells:
+            shown.add_row(*(escape(row[column]) for column in columns))
+        screen.print(shown)
+
+
+def _fitting(width: int, needed: Sequence[int]) -> list[list[int]]:
+    """Return the columns of each table, as many as fit; the first column is in all."""
+    tables: list[list[int]] = [[0]]
+    for column in range(1, len(needed)):
+        drawn = 1 + sum(needed[index] + 3 for index in (*tables[-1], column))  # lines, and a space on either side
+        if len(tables[-1]) > 1 and drawn > width:
+            tables.append([0])
+        tables[-1].append(column)
+    return tables
+
+
+def _least_width(head: str, cells: Sequence[str]) -> int:
+    """Return the width in which no word is broken; a figure stays beside its unit, a sentence need not."""
+    pieces = [head, *(piece for cell in cells for piece in ([cell] if len(cell) <= 24 else cell.split()))]
+    return max(map(len, pieces), default=1)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.options import complete_run, store_option
+from sqft.cli.completion import complete_run
+from sqft.cli.options import store_option
 from sqft.cli.output import report_errors
 
 

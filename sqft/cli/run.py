@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sqft.cli.completion import complete_stage
 from sqft.cli.options import (
     device_option,
     disable_option,
@@ -21,8 +22,13 @@ from sqft.cli.running import check_output, open_orchestrator, print_result
 @click.command()
 @recipe_argument
 @set_option
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
-@click.option("--fresh", metavar="STAGE", help="Make this stage, and all steps that depend on it, again.")
+@click.option("--until", metavar="STAGE", shell_complete=complete_stage, help="Stop after this stage.")
+@click.option(
+    "--fresh",
+    metavar="STAGE",
+    shell_complete=complete_stage,
+    help="Make this stage, and all steps that depend on it, again.",
+)
 @device_option
 @store_option
 @output_option

@@ -50,7 +50,7 @@ def print_report(screen: Any, run: Run) -> None:
         show_table(screen, title(run.report), heads, cells)
     for line in remarks(run.report):
         screen.print(line, highlight=False, markup=False)
-    screen.print(f"report: {run.folder / 'report.md'}", highlight=False, markup=False)
+    screen.print(f"report: {run.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_result(screen: Any, run: Run, output: Path | None) -> None:
@@ -86,5 +86,6 @@ def print_result(screen: Any, run: Run, output: Path | None) -> None:
         except (SqftError, OSError) as error:
             screen.print(f"the model is complete, but has no card: {error}", highlight=False, markup=False)
     result = result.resolve()
-    screen.print(f"result: {result}", highlight=False, markup=False)
-    screen.print(loading_instructions(result, run), highlight=False, markup=False)
+    # Lines are not broken: they are to be copied.
+    screen.print(f"result: {result}", highlight=False, markup=False, soft_wrap=True)
+    screen.print(loading_instructions(result, run), highlight=False, markup=False, soft_wrap=True)

@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import click
 
+from sqft.cli.completion import complete_kind, complete_name
 from sqft.cli.options import disable_option
 from sqft.cli.output import report_errors
 from sqft.errors import PluginError
-
-
-def complete_kind(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Complete a kind of component."""
-    from sqft.components.kinds import KINDS
-
-    return [kind for kind in KINDS if kind.startswith(incomplete)]
-
-
-def complete_name(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Complete the name of a component of the kind that precedes it."""
-    from sqft.components.registry import Registry
-
-    components = [registration.component for registration in Registry.discover().entries()]
-    kind = context.params.get("kind")
-    return [
-        component.name for component in components if component.kind == kind and component.name.startswith(incomplete)
-    ]
 
 
 @click.command()
@@ -41,7 +24,7 @@ def show(kind: str, name: str | None, disable: tuple[str, ...]) -> None:
 
     from sqft.components.kinds import KINDS
     from sqft.components.registry import Registry
-    from sqft.tools.json_schema import option_lines
+    from sqft.tools.field_facts import field_facts
 
     if kind not in KINDS:
         raise PluginError(f"there is no kind '{kind}' of component; kinds: {', '.join(KINDS)}")
@@ -56,5 +39,5 @@ def show(kind: str, name: str | None, disable: tuple[str, ...]) -> None:
     click.echo(f"{kind} {registration.component.name}, offered by {registration.provider}\n")
     click.echo(inspect.getdoc(registration.component) or "(no description)")
     click.echo("\noptions:" if registration.component.model_fields else "\nno options")
-    for line in option_lines(registration.component):
-        click.echo(f"  {line}")
+    for facts in field_facts(registration.component):
+        click.echo(f"  {facts}")

@@ -20,7 +20,6 @@ from sqft.utils.files import existing_parent
 
 State = Literal["ok", "absent", "wrong"]
 OPTIONAL_PACKAGES = {
-    "datasets": "lm-eval tasks (evaluate.tasks)",
     "gptqmodel": "the quantizer of plugins/sqft-gptqmodel; GPTQ checkpoints in transformers",
     "optimum": "GPTQ checkpoints in transformers",
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
@@ -28,7 +27,7 @@ OPTIONAL_PACKAGES = {
 """Packages that sqft runs without, and what needs each. Those of sqft's own extras are read from its metadata."""
 EXTRA_FEATURES = {"gguf": "GGUF files as models", "matplotlib": "charts (sqft report)"}
 """The feature that needs a package of an extra, where the extra's name does not say it."""
-DEVELOPER_EXTRAS = {"dev"}
+DEVELOPER_EXTRAS = {"dev", "docs"}
 """Extras of sqft that users do not need."""
 EXTRA = re.compile(r'(?<=extra == ")[^"]+')
 
@@ -87,6 +86,7 @@ def _packages() -> Iterator[Check]:
     for requirement in map(Requirement, lines):
         extra = (EXTRA.search(str(requirement.marker or "")) or [""])[0]
         if not extra and (requirement.marker is None or requirement.marker.evaluate()):
+            listed.add(requirement.name)
             yield _package(requirement)
         elif extra and extra not in DEVELOPER_EXTRAS:
             listed.add(requirement.name)

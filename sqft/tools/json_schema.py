@@ -1,4 +1,4 @@
-"""The JSON Schemas of recipes and sweeps, composed from what is installed, and one component's options as text."""
+"""The JSON Schemas of recipes and sweeps, composed from what is installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sqft.components.kinds import Component
 from sqft.components.registration import Registration
 from sqft.components.registry import Registry
 from sqft.recipe.fields import fields_of, section_in
@@ -101,29 +100,24 @@ def _options(registration: Registration) -> tuple[dict[str, Any], dict[str, Any]
     return schema, {f"{prefix}.{name}": definition for name, definition in definitions.items()}
 
 
-def option_lines(component: type[Component]) -> Iterator[str]:
-    """Yield a line for each option: type, range, default and description."""
-    schema = component.model_json_schema()
-    definitions = schema.get("$defs", {})
-    for name, option in schema.get("properties", {}).items():
-        resolved = _resolved(option, definitions)
-        limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        ranges = [f"{sign} {resolved[word]}" for word, sign in limits.items() if word in resolved]
-        default = f"default {json.dumps(resolved['default'])}" if "default" in resolved else "required"
-        yield ", ".join(
-            filter(None, [f"{name}: {_kind(resolved, definitions)}", *ranges, default, resolved.get("description")])
-        )
+def choices_by_place(registry: Registry) -> dict[str, list[str]]:
+    """Return every place in a recipe that `--set` can name, each with its values as JSON or text if they are few."""
+    schema = recipe_schema(registry)
+    found: dict[str, list[str]] = {}
+    for name, words in schema["properties"].items():
+        if name not in ("schema", "$schema"):
+            _collect_choices(name, words, schema["$defs"], found)
+    return found
 
 
-def _resolved(words: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema with its `$ref` replaced by the definition; the schema's own keywords take precedence."""
-    target = words.get("$ref", "").rpartition("/")[2]
-    return {**definitions.get(target, {}), **words}
-
-
-def _kind(words: dict[str, Any], definitions: dict[str, Any]) -> str:
-    if "enum" in words:
-        return "one of " + ", ".join(map(json.dumps, words["enum"]))
-    if "anyOf" in words:
-        return " or ".join(_kind(_resolved(word, definitions), definitions) for word in words["anyOf"])
-    return json.dumps(words["const"]) if "const" in words else str(words.get("type", "any"))
+def _collect_choices(place: str, words: dict[str, Any], known: dict[str, Any], found: dict[str, list[str]]) -> None:
+    """Collect the values of a place, and all places below it that have a name."""
+    words = known.get(words.get("$ref", "").rpartition("/")[2], words)
+    of_type: dict[str, list[Any]] = {"boolean": [True, False], "null": [None]}
+    few = [words["const"]] if "const" in words else words.get("enum") or of_type.get(words.get("type", ""), [])
+    values = [value if isinstance(value, str) else json.dumps(value) for value in few]
+    found[place] = list(dict.fromkeys([*found.get(place, ()), *values]))
+    for choice in (*words.get("anyOf", ()), *words.get("oneOf", ())):
+        _collect_choices(place, choice, known, found)
+    for name, inner in words.get("properties", {}).items():
+        _collect_choices(f"{place}.{name}", inner, known, found)

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def starting_recipe(
         SqftError: when there is no pipeline of this name.
     """
     if name not in PIPELINES:
-        raise SqftError(f"there is no pipeline '{name}'; pipelines: {', '.join(PIPELINES)}")
+        hint = "".join(f". Did you mean '{close}'?" for close in get_close_matches(name, PIPELINES, 1))
+        raise SqftError(f"there is no pipeline '{name}'; pipelines: {', '.join(PIPELINES)}{hint}")
     place = Path(data).expanduser()
     records = place if place.is_file() or (place.suffix and not place.is_dir()) else None
     folder = place.parent if records else place

@@ -36,8 +36,22 @@ def fetch(
     try:
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise SqftError(
             f"there is no folder {local}, and the Hugging Face {kind} '{name}' is not in the hub's cache and could not "
-            f"be downloaded: {reason}"
+            f"be downloaded: {_reason(kind, name, error)}"
         ) from None
+
+
+def _reason(kind: str, name: str, error: Exception) -> str:
+    """Return why a repository could not be downloaded, and what to do about it."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"its owner must let you in; ask on the {kind}'s page on the hub, and {login}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no {kind} of this name, or it is private; correct the name, or {login}"
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids it; `sqft plan` fills the cache where there is a network (HF_HOME is its folder)"
+    return str(error).strip().splitlines()[0]

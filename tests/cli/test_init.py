@@ -48,3 +48,8 @@ def test_names_of_pipelines_are_completed() -> None:
     complete = init.params[0].shell_complete
     names = [item.value for item in complete(click.Context(init), "qa")]
     assert names == ["qa-sparsepeft", "qa-sparsepeft-low-memory"]
+
+
+def test_a_typo_gets_a_suggestion() -> None:
+    done = CliRunner().invoke(main, ["init", "sparspeft"])
+    assert done.exit_code == 2 and done.stderr.endswith("Did you mean 'sparsepeft'?\n")

@@ -85,3 +85,27 @@ def test_a_table_in_a_file_is_markdown_in_one_line_each() -> None:
 def test_a_table_on_a_terminal_wraps_its_cells_and_prints_them_as_they_are() -> None:
     text = printed(True, 30)
     assert "[bold]a" in text and text.count("x") == 50 and all(line.endswith("│") for line in text.splitlines()[3:-1])
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_no_word_is_broken_and_no_column_is_empty(width: int) -> None:
+    heads = ["configuration", "accuracy", "perplexity", "sparsity", "trained", "adds on disk", "made in", "peak memory"]
+    cells = [
+        ["sparsify", "48.5% ± 3.5%", "262.41", "50.00%", "–", "65 KiB", "1 s", "429 MiB"],
+        ["search (hill-climbing)", "0.0% ± 0.0%", "262.44", "50.00%", "–", "27 KiB", "–", "552 MiB"],
+    ]
+    out = io.StringIO()
+    show_table(Console(file=out, force_terminal=True, color_system=None, width=width), "t", heads, cells)
+    shown = out.getvalue()
+    assert all(len(line) <= width for line in shown.splitlines()) and "trained" not in shown
+    for text in (*" ".join(heads).replace("trained ", "").split(), *cells[0][:4], *cells[1][:3]):
+        assert text in shown, text
+    assert (shown.count("sparsify") == 1) is (width >= 120)
+    assert shown.index("accuracy") < shown.index("peak")
+
+
+def test_a_sentence_in_a_cell_may_wrap() -> None:
+    out = io.StringIO()
+    sentence = "the manifest of this artifact does not say which files it has, so it cannot be used"
+    show_table(Console(file=out, force_terminal=True, color_system=None, width=60), "t", ["a", "b"], [["x", sentence]])
+    assert out.getvalue().count("┏") == 1 and "manifest" in out.getvalue()

@@ -9,7 +9,7 @@ from sqft.cli import main
 
 def test_options_are_shown_with_ranges_and_defaults() -> None:
     shown = CliRunner().invoke(main, ["show", "searcher", "hill-climbing"])
-    assert "turns: integer, >= 1, default 3" in shown.output
+    assert "turns: whole number, at least 1; default 3; T of Algorithm 1" in shown.output
     wrong = CliRunner().invoke(main, ["show", "scorer", "wnda"])
     assert wrong.exit_code == 2 and "Did you mean 'wanda'?" in wrong.output
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sqft_wanda import Wanda
 
 from sqft import Registry
-from sqft.tools.json_schema import option_lines, recipe_schema, sweep_schema
+from sqft.tools.json_schema import recipe_schema, sweep_schema
 
 
 class Color(Enum):
@@ -86,10 +86,3 @@ def test_a_sweeps_values_are_those_of_the_recipe() -> None:
     for place, value in places.items():
         assert axes["properties"][place]["anyOf"][0]["items"] == value
     assert axes["additionalProperties"]["anyOf"][0]["items"] == {}
-
-
-def test_options_as_text() -> None:
-    lines = dict(line.split(": ", 1) for line in option_lines(Nested))
-    assert lines["color"] == 'one of "red", "blue", default "red"'
-    assert lines["inner"].startswith("object") and lines["way"].startswith('"up"')
-    assert lines["maybe"] == "integer or null, default null"

@@ -1,7 +1,12 @@
-"""The hub's cache without a network."""
+"""The hub's cache without a network, and a hub that refuses."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -38,5 +43,33 @@ def test_what_is_in_the_cache_is_found_and_what_is_not_is_named(
     snapshot.mkdir(parents=True)
     assert fetch("model", "owner/name", None, HUB_FILES, Path("owner/name")) == snapshot
     for kind, revision in (("model", "v2"), ("dataset", None)):
-        with pytest.raises(SqftError, match=f"the Hugging Face {kind} 'owner/name' is not in the hub's cache"):
+        with pytest.raises(SqftError, match=f"the Hugging Face {kind} 'owner/name' is not in .*HF_HUB_OFFLINE forbids"):
             fetch(kind, "owner/name", revision, HUB_FILES, Path("owner/name"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "GatedRepo", "its owner must let you in"),
+        (404, "RepoNotFound", "the hub has no model of this name, or it is private"),
+    ],
+)
+def test_a_hub_that_refuses(tmp_path: Path, status: int, code: str, said: str) -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        script = "from pathlib import Path; from sqft.utils.hub import fetch"
+        script += "; fetch('model', 'owner/name', None, ('*',), Path('owner/name'))"
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        server.shutdown()
+    assert said in done.stderr and "`hf auth login`, or set HF_TOKEN" in done.stderr
