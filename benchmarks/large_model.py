@@ -3,15 +3,16 @@
     python benchmarks/large_model.py [--shape 8b] [--blocks 32] [--samples 4] [--length 64] [--until sparsify]
         [--work large]
     python benchmarks/large_model.py --merge floats [--shape 8b] [--blocks 32] [--work large]
-    python benchmarks/large_model.py --train floats [--shape 8b] [--blocks 32] [--steps 2] [--batch-size 4]
+    python benchmarks/large_model.py --train packed [--shape 8b] [--blocks 32] [--steps 2] [--batch-size 4]
         [--max-length 128] [--work large]
 
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
 wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is cut to the heuristic's ranks
 (a search that evaluates nothing) and merged into the dense model instead, or into the codes that rtn makes of it: no
 training is needed. With --train, adapters are trained on the model sparsified by magnitude, with gradient checkpointing
-and a chunked loss, on text that fills every example; its argument is `finetune.base`. Kill it, and start it again: it
-goes on at the next block. Needs the model of `make quickstart`, for its tokenizer, and its data.
+and a chunked loss, on text that fills every example: LoRA beside it, SparsePEFT on its floats or on them without zeros,
+or QA-SparsePEFT on codes of rtn alone. Kill it, and start it again: it goes on at the next block. Needs the model of
+`make quickstart`, for its tokenizer, and its data.
 """
 
 from __future__ import annotations
@@ -155,22 +156,24 @@ def _measure(
     )
 
 
-def training(base: str, steps: int, batch_size: int, max_length: int) -> dict[str, Any]:
+def training(way: str, steps: int, batch_size: int, max_length: int) -> dict[str, Any]:
     """Return the sections of a recipe that trains adapters on a sparse base."""
-    return {
-        "sparsify": {"scorer": "magnitude", "sparsity": 0.5},
-        "finetune": {
-            "adapter": {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}},
-            "merger": "sparsepeft",
-            "base": base,
-            "data": str(TEXT),
-            "steps": steps,
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "gradient_checkpointing": True,
-            "loss_chunk": 64,
-        },
+    nls = {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}}
+    finetune: dict[str, Any] = {
+        "adapter": {"name": "lora", "options": {"rank": 32, "alpha": 64}} if way == "lora" else nls,
+        "merger": {"lora": "unmerged", "codes": "qa-sparsepeft"}.get(way, "sparsepeft"),
+        "base": "floats" if way == "lora" else way,
+        "data": str(TEXT),
+        "steps": steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "gradient_checkpointing": True,
+        "loss_chunk": 64,
     }
+    made: dict[str, Any] = {"sparsify": {"scorer": "magnitude", "sparsity": 0.5}, "finetune": finetune}
+    if way == "codes":
+        made["quantize"] = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 128}}}
+    return made
 
 
 def main() -> None:
@@ -180,7 +183,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="calibration windows")
     parser.add_argument("--length", type=int, default=64, help="tokens in each")
     parser.add_argument("--merge", choices=["floats", "codes"], help="only merge an adapter, into a base of these")
-    parser.add_argument("--train", choices=["floats", "packed"], help="train on a sparse base, in memory so")
+    parser.add_argument("--train", choices=["lora", "floats", "packed", "codes"], help="train on a sparse base so")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128, help="tokens in an example")
