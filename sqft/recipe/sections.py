@@ -44,9 +44,10 @@ class Model(Section):
     path: Annotated[str, InputPath(hub=True)] = Field(
         description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id"
     )
-    dtype: DTYPES = Field(
+    dtype: DTYPES | Literal["auto"] = Field(
         "float32",
-        description="precision in which weights are loaded and stored; those outside the text model keep their own",
+        description='precision in which weights are loaded and stored, "auto" for that of the checkpoint\'s floats; '
+        "weights outside the text model keep their own",
     )
     dequantize: bool = Field(
         False, description="load weights in MXFP4 or FP8 as floats; dtype is then bfloat16 unless it is given"
