@@ -44,7 +44,7 @@ class Model(Section):
     path: Annotated[str, InputPath(hub=True)] = Field(
         description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id"
     )
-    dtype: DTYPES | Literal["auto"] = Field(
+    dtype: Literal[DTYPES, "auto"] = Field(
         "float32",
         description='precision in which weights are loaded and stored, "auto" for that of the checkpoint\'s floats; '
         "weights outside the text model keep their own",
