@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sqft.checkpoints.model_source import ModelSource
+from sqft.checkpoints.safetensors import FLOATS
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 
@@ -33,10 +36,16 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
         ModelError: when the package gguf is not installed, or the file has no tensors.
         ArtifactError: when the file is damaged.
     """
-    shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in open_gguf(path).tensors}
+    tensors = open_gguf(path).tensors
+    shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in tensors}
     if not shapes:
         raise ModelError(f"{path} has no tensors, only a vocabulary or settings; name the file that holds the weights")
-    return ModelSource("gguf", path, digests.file(path), shapes)
+    precisions = Counter[str]()
+    for tensor in tensors:
+        if tensor.tensor_type.name in FLOATS:
+            precisions[FLOATS[tensor.tensor_type.name]] += math.prod(shapes[str(tensor.name)])
+    dtype = max(precisions, key=precisions.__getitem__, default=None)
+    return ModelSource("gguf", path, digests.file(path), shapes, dtype=dtype)
 
 
 def module_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,8 @@ class ModelSource:
     """What its modules say; empty until the plan asks for it."""
     quantization: dict[str, Any] | None = None
     """The `quantization_config` of a GPTQ checkpoint; None when the weights are floats."""
+    dtype: str | None = None
+    """The precision of most of the checkpoint's floats; None where it has none of a precision that sqft loads."""
     dequantize: bool = False
     """Whether the weights are MXFP4 or FP8, which are loaded as floats."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from sqft.errors import ArtifactError, ModelError
 from sqft.utils.files import write_json, written_whole
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Precisions as the headers of safetensors and GGUF files call them, by torch's names."""
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands in a Git repository for a large one."""
 
@@ -70,6 +74,15 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
                 ) from None
         cause = error if isinstance(error, ValueError) else "its header is invalid"
         raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
+
+
+def float_precisions(path: Path) -> Counter[str]:
+    """Return how many weights a safetensors file, which is known to be complete, has in each precision of floats."""
+    counts = Counter[str]()
+    for entry in _raw_header(path)[0].values():
+        if entry["dtype"] in FLOATS:
+            counts[FLOATS[entry["dtype"]]] += math.prod(entry["shape"])
+    return counts
 
 
 def data_bytes(path: Path) -> int:

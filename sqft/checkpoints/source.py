@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from sqft.checkpoints.gguf import gguf_source
 from sqft.checkpoints.gptq import gptq_settings, unpacked_shapes
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.packed_floats import check_dequantize, packed_floats
-from sqft.checkpoints.safetensors import INDEX, read_object, safetensors_header, weight_files
+from sqft.checkpoints.safetensors import INDEX, float_precisions, read_object, safetensors_header, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 from sqft.utils.files import unreadable
@@ -67,11 +68,13 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
     quantization = None if packed else gptq_settings(path, config)
     files = weight_files(path)
     shapes: dict[str, tuple[int, ...]] = {}
+    precisions = Counter[str]()
     for file, listed in files.items():
         header = safetensors_header(file)
         if missing := sorted(listed - header.keys()):
             raise ArtifactError(f"{file} lacks {missing[0]}, which {path / INDEX} lists; copy the model again")
         shapes.update(header)
+        precisions += float_precisions(file)
     if quantization:
         if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - files.keys()):
             raise ModelError(f"{path} has {stray[0]} beside the weights that transformers reads; move it elsewhere")
@@ -84,7 +87,13 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
             "add it, or name the float model"
         )
     return ModelSource(
-        "folder", path, _digest(path, digests), shapes, quantization=quantization, dequantize=packed is not None
+        "folder",
+        path,
+        _digest(path, digests),
+        shapes,
+        quantization=quantization,
+        dtype="bfloat16" if packed else max(precisions, key=precisions.__getitem__, default=None),
+        dequantize=packed is not None,
     )
 
 

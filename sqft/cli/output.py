@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -12,17 +13,19 @@ import click
 
 from sqft.errors import SqftError
 from sqft.utils.distributed import processes
+from sqft.utils.termination import Terminated, terminable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def report_errors(command: F) -> F:
-    """Print an error that the user can fix as one message with status 2; Ctrl-C as a line with status 130."""
+    """Print an error that a user can fix as one message with status 2; Ctrl-C or SIGTERM as a line with 130 or 143."""
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with terminable():
+                return command(*args, **kwargs)
         except SqftError as error:
             if processes().should_report():
                 click.echo(f"error: {error}", err=True)
@@ -31,11 +34,11 @@ def report_errors(command: F) -> F:
             if processes().should_report():
                 raise
             sys.exit(1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             words = shlex.join(["sqft", *without_fresh(sys.argv[1:])])
             if processes().is_main:
                 click.echo(f"\ninterrupted; finished work is kept. To continue: {words}", err=True)
-            sys.exit(130)
+            sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
 
     return wrapper  # type: ignore[return-value]
 

@@ -103,7 +103,8 @@ def _parts(file: Path, limit: int, options: ReadOptions | None) -> Iterator[str]
         content = read_text(file, limit)
         yield from (content[start : start + LIMIT] for start in range(0, len(content), LIMIT))
         return
-    rows = read_rows(file, options.config, options.split) if options else read_rows(file, None, "train")
+    how = (options.config, options.split, options.delimiter) if options else (None, "train")
+    rows = read_rows(file, *how)
     for _, row in islice(rows, options.limit if options else None):
         # The names of fields are no part of the text.
         for part in () if isinstance(row, DataError) else texts_in([*row.values()] if isinstance(row, dict) else row):

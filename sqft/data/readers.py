@@ -8,20 +8,25 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from sqft.errors import DataError
+from sqft.utils.text import brief
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 
-SUPPORTED = f".jsonl, .json, .csv and .txt, also compressed ({', '.join(COMPRESSED)}), .parquet and .arrow"
+SUPPORTED = f".jsonl, .json, .csv, .tsv and .txt, also compressed ({', '.join(COMPRESSED)}), .parquet and .arrow"
 """The formats, as messages name them."""
+
+DELIMITERS = (";", "\t", ",", "|")
+"""What people put between the cells of tables."""
 
 UNBOUNDED = 1 << 50
 """A length longer than any split: where a slice in percent, or from the end, of such a split would end is far beyond
@@ -31,21 +36,27 @@ Rows = Iterator[tuple[str, Any]]
 """Pairs of a location ("file:line", as messages name it) and a row, or the DataError that says why there is none."""
 
 
-def read_rows(path: Path, config: str | None, split: str) -> Rows:
-    """Read the rows of a file, or of a folder that is a data set; `split` may be sliced as `datasets` does it.
+def read_rows(path: Path, config: str | None, split: str, delimiter: str | None = None) -> Rows:
+    """Read the rows of a file, or of a folder that is a data set.
+
+    Args:
+        path: the file or folder.
+        config: which configuration of a folder's data set to read.
+        split: which split, which may be sliced as `datasets` does it.
+        delimiter: what is between the cells of a table as text; None: a tab in .tsv, else a comma.
 
     Raises:
         DataError: when the file, the data set or the slice cannot be read at all.
     """
     if not is_sliced(split):
-        yield from _split(path, config, split)
+        yield from _split(path, config, split, delimiter)
         return
     instruction, names = _parsed(split)
     rows = {}
     for name in names:
         parts = [part for part in instruction.to_absolute(dict.fromkeys(names, UNBOUNDED)) if part.splitname == name]
         last = max(end for part in parts for end in (part.from_, part.to))
-        rows[name] = list(islice(_split(path, config, name), last if last < UNBOUNDED // 1000 else None))
+        rows[name] = list(islice(_split(path, config, name, delimiter), last if last < UNBOUNDED // 1000 else None))
     try:
         absolute = instruction.to_absolute({name: len(read) for name, read in rows.items()})
     except ValueError as error:  # rounding "pct1_dropremainder" needs 100 rows
@@ -112,16 +123,17 @@ def _text(path: Path, newline: str | None = None) -> TextIOWrapper:
     return TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
 
 
-def _split(path: Path, config: str | None, split: str) -> Rows:
+def _split(path: Path, config: str | None, split: str, delimiter: str | None) -> Rows:
     """Read all rows of one split by its name; of a file, all rows."""
     if path.is_dir():
         saved = _saved_to_disk(path, split)
         yield from _shards(saved) if saved else _loaded_by_datasets(path, config, split)
         return
-    readers = {
+    readers: dict[str, Callable[[Path], Rows]] = {
         ".jsonl": _json_lines,
         ".json": _json,
-        ".csv": _csv,
+        ".csv": partial(_csv, delimiter=delimiter or ","),
+        ".tsv": partial(_csv, delimiter=delimiter or "\t"),
         ".txt": _lines,
         ".parquet": _parquet,
         ".arrow": _arrow,
@@ -195,10 +207,16 @@ def _json(path: Path) -> Rows:
         yield f"{path}, record {number}", row
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path, delimiter: str) -> Rows:
     with _text(path, newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+        reader = csv.DictReader(stream, strict=True, delimiter=delimiter)
         try:
+            name, *more = reader.fieldnames or ("",)
+            if not more and (others := [mark for mark in DELIMITERS if mark in name and mark != delimiter]):
+                raise DataError(
+                    f"{path} has the single column {brief(name)}: its cells are not split at {json.dumps(delimiter)}; "
+                    f'set "delimiter": {json.dumps(others[0])} beside its path'
+                )
             for row in reader:
                 location = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():

@@ -43,6 +43,8 @@ class ReadOptions(Protocol):
     @property
     def split(self) -> str: ...
     @property
+    def delimiter(self) -> str | None: ...
+    @property
     def chat_template_kwargs(self) -> Mapping[str, Any]: ...
 
 
@@ -51,7 +53,7 @@ def records_of(path: Path, options: ReadOptions, chat_template_kwargs: Mapping[s
 
     `chat_template_kwargs` are the model's; the data set's own come before them, and a record's own before both.
     """
-    records = read_records(path, options.limit, options.prompt, options.config, options.split)
+    records = read_records(path, options.limit, options.prompt, options.config, options.split, options.delimiter)
     for record in records:
         own = record.get("chat_template_kwargs") or {}
         if "messages" in record and (given := {**(chat_template_kwargs or {}), **options.chat_template_kwargs, **own}):
@@ -65,6 +67,7 @@ def read_records(
     template: Template | None = None,
     config: str | None = None,
     split: str = "train",
+    delimiter: str | None = None,
 ) -> list[Record]:
     """Read the records of a file or data set.
 
@@ -74,6 +77,7 @@ def read_records(
         template: Makes prompt and completion of a row's fields.
         config: Which configuration of a folder's data set to read.
         split: Which split of a folder's data set to read, possibly sliced; a file has the split "train" alone.
+        delimiter: What is between the cells of a .csv or .tsv file; None: a tab in .tsv, else a comma.
 
     Raises:
         DataError: naming the file and the first bad rows, or saying that there is no record.
@@ -81,7 +85,7 @@ def read_records(
     records: list[Record] = []
     mistakes: list[str] = []
     try:
-        for location, row in islice(read_rows(path, config, split), limit):
+        for location, row in islice(read_rows(path, config, split, delimiter), limit):
             try:
                 records.append(_record(row, location, template))
             except DataError as error:

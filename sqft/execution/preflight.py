@@ -61,14 +61,21 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
     Raises:
         StoreError: with the room that is needed and the room that is free.
     """
+    if shortage := disk_shortage(store, steps):
+        raise StoreError(shortage)
+
+
+def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
+    """Return what is short for what the steps that are not done will write to the store's disk; None if nothing is."""
     needed = sum(step.estimate.storage for step in steps if store.find(step.stage, step.fingerprint) is None)
     folder = existing_parent(store.root)
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StoreError(
-            f"the store {store.root} needs about {human_size(needed)} and {folder} has {human_size(free)} free; "
-            "make room, or name another store with --store"
-        )
+    if needed <= free:
+        return None
+    return (
+        f"the store {store.root} needs about {human_size(needed)} and {folder} has {human_size(free)} free; "
+        "make room, or name another store with --store"
+    )
 
 
 def check_memory(plan: Plan, missing: Sequence[Step], device: str, processes: Processes, replan: Replan) -> None:

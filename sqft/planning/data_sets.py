@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from sqft.data.hub import fetch_data_set, is_data_set_id
-from sqft.data.readers import SUPPORTED, read_text, split_names
+from sqft.data.readers import SUPPORTED, read_text, split_names, suffix_of
 from sqft.errors import DataError, Problem, SqftError
 from sqft.recipe.data import Data
 
@@ -62,7 +62,11 @@ def _outside(file: str) -> str | None:
 
 
 def _settings(data: Data, place: str, path: Path, hub: bool, names: set[str]) -> Iterator[Problem]:
-    """Check that a single file is not asked for what only a data set has; `names` are those of its splits."""
+    """Check that a single file is not asked for what only a data set has, and that only a table as text has a
+    delimiter; `names` are those of the splits."""
+    named = Path(data.path if data.file is None else data.file)
+    if data.delimiter is not None and suffix_of(named) not in (".csv", ".tsv"):
+        yield Problem(f"{place}.delimiter", f"only .csv and .tsv files have one, and this is {named}; remove this")
     if data.file is not None and path.is_file():
         yield Problem(f"{place}.file", f"{path} is a single file itself; remove this, or name the folder that holds it")
         return

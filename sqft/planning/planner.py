@@ -44,6 +44,7 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: De
         RecipeError: with every mistake at once, each with its path in the file.
     """
     resolver = Resolver(recipe, registry, digests, describe)
+    recipe = resolver.recipe
     base = adapter_base(resolver)
     steps = plan_steps(resolver, base)
     if resolver.problems:

@@ -64,6 +64,7 @@ class Resolver:
         self._teachers: dict[Teacher, ModelSource | None] = {}
         own = recipe.model
         self.model = self._found(own.path, own.revision, own.dequantize, "model.path") or NO_MODEL
+        self.recipe = self._with_precision()
 
     def _found(self, path: str, revision: str | None, dequantize: bool | None, place: str) -> ModelSource | None:
         """Return a model with what its modules say; None when it is a mistake, at `place` in the recipe."""
@@ -76,6 +77,20 @@ class Resolver:
             return None
         self.collect(layout_checks.check_headers(found, place))
         return found
+
+    def _with_precision(self) -> Recipe:
+        """Return the recipe with the model's own precision in the place of "auto"; note where the default widens it."""
+        recipe, stored = self.recipe, self.model.dtype or "float32"
+        if recipe.model.dtype == "auto":
+            return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": stored})})
+        widened = recipe.model.dtype == "float32" != stored and self.model.quantization is None
+        if widened and "dtype" not in recipe.model.model_fields_set:
+            self.note(
+                "model.dtype",
+                f"the checkpoint is in {stored}; float32, the default, takes twice its memory and disk. Set this to "
+                f'"auto" to keep {stored}, or to "float32"',
+            )
+        return recipe
 
     @property
     def has_model(self) -> bool:

@@ -13,6 +13,7 @@ from sqft.components.kinds import Adapter, Allocator, Exporter, Merger, Quantize
 from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, opening_base, stored_base
+from sqft.planning.optimizers import check_optimizer
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
 from sqft.planning.streaming import is_streamed
@@ -156,6 +157,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     files = resolver.files(section, "finetune")
     section = resolver.within_window(section, "max_length", "finetune")
     resolver.collect(compatibility.check_training(section))
+    resolver.collect(check_optimizer(section))
     loaded = loaded_base(resolver, merger, steps, _names(targets))
     teacher = resolver.teacher(section.teacher, "finetune.teacher") if section.teacher else None
     if teacher:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from sqft.checkpoints.model_source import ModelSource
 from sqft.planning.estimates import DTYPE_BYTES, RUNTIME_OVERHEAD, Estimate, model_bytes, weights_in
+from sqft.planning.optimizers import OPTIMIZERS
 from sqft.recipe.sections import Finetune
 
-ADAM_BYTES_PER_PARAMETER = 16
-"""A float32 parameter that trains, its gradient and the two moments of AdamW."""
+TRAINED_BYTES_PER_PARAMETER = 8
+"""A float32 parameter that trains, and its gradient; the optimizer's state comes on top."""
 
 DELTA_BYTES_PER_PARAMETER = 4
 """A trained parameter as it is stored, in float32."""
@@ -33,7 +34,8 @@ def estimate_finetune(
         teacher: the model that is learnt from, if there is one: it is freed before the base is loaded.
         streamed: whether a packed base is read one block at a time.
     """
-    student = base + ADAM_BYTES_PER_PARAMETER * trained + activation_bytes(model, dtype, section)
+    training = (TRAINED_BYTES_PER_PARAMETER + OPTIMIZERS[section.optimizer].state) * trained
+    student = base + training + activation_bytes(model, dtype, section)
     reading = model_bytes(model, dtype) if section.base == "packed" and not streamed else 0
     if teacher:
         taught = model_bytes(teacher, dtype) + layer_bytes(teacher, dtype, section) + logits_bytes(model, section)

@@ -54,8 +54,8 @@ class Data(Section):
     prompt template."""
 
     path: Annotated[str, InputPath(hub=True)] = Field(
-        description="a .jsonl, .json, .csv, .txt (one text in each line), .parquet or .arrow file, or a Hugging Face "
-        "data set: a folder or an id"
+        description="a .jsonl, .json, .csv, .tsv, .txt (one text in each line), .parquet or .arrow file, or a Hugging "
+        "Face data set: a folder or an id"
     )
     prompt: NamedPrompt | None = Field(
         None,
@@ -73,6 +73,9 @@ class Data(Section):
         "train",
         description='split of the data set, or a slice in the syntax of datasets: "train[:1000]", '
         '"train[90%:]", "train+test"',
+    )
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
+        None, description="character between the cells of a .csv or .tsv file; null: a tab in .tsv, else a comma"
     )
     revision: str | None = Field(None, description="branch, tag or commit, if the path is a Hugging Face id")
     chat_template_kwargs: TemplateArguments = Field(
@@ -93,8 +96,8 @@ class CalibrationData(Data):
     """Text to calibrate on: records or a data set, as for training, or a plain text file (.txt, or another suffix)."""
 
     path: Annotated[str, InputPath(hub=True)] = Field(
-        description="a file of records (.jsonl, .json, .csv, .parquet or .arrow), a text file (any other suffix), or a "
-        "Hugging Face data set: a folder or an id"
+        description="a file of records (.jsonl, .json, .csv, .tsv, .parquet or .arrow), a text file (any other suffix) "
+        "or a Hugging Face data set: a folder or an id"
     )
 
 

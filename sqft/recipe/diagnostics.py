@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ ELSEWHERE = {
     "micro_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
     "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
     "target_modules": "targets",
     "lora_target_modules": "targets",
     "max_seq_length": "max_length",
@@ -50,6 +52,8 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
             message += '; ["*"] is all of them' if item["input"] == "all-linear" else ""
         elif item["type"] not in ("value_error",):
             message = f"{message[0].lower()}{message[1:]}, found {brief(item['input'])}"
+        if item["type"] == "literal_error":
+            message += _near(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
         problems.append(Problem(place, message))
     return problems
 
@@ -63,6 +67,12 @@ def _unknown_key(key: str, known: list[str]) -> str:
     message = f"unknown key; known here: {', '.join(known) or 'none'}."
     close = [ELSEWHERE[key]] if ELSEWHERE.get(key) in known else difflib.get_close_matches(key, known, n=1)
     return f"{message} Did you mean '{close[0]}'?" if close else message
+
+
+def _near(value: Any, known: list[str]) -> str:
+    """Return a question for the known values that are most like this one; nothing when none is."""
+    close = difflib.get_close_matches(value, known, n=2, cutoff=0.5) if isinstance(value, str) else []
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _keys_at(model: type[BaseModel], place: Sequence[str | int]) -> list[str]:

@@ -6,13 +6,11 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sqft.errors import SqftError
 from sqft.recipe.fields import OutputPath, fields_marked
-from sqft.recipe.reading import read_json
 from sqft.recipe.recipe import Recipe
-from sqft.recipe.sections import DTYPES
 from sqft.recipe.stages import STAGES
 from sqft.types import InputPath
 from sqft.utils.files import MANIFEST
@@ -90,8 +88,5 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
 def recipe_of_model(model: Path) -> dict[str, Any]:
     """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored."""
     model = model / "model" if (model / MANIFEST).is_file() and (model / "model").is_dir() else model
-    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
-    stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
-    path, dtype = str(model.resolve()), stored if stored in get_args(DTYPES) else "float32"
     name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem).lstrip("._-") or "model"
-    return {"schema": 1, "name": name, "model": {"path": path, "dtype": dtype}}
+    return {"schema": 1, "name": name, "model": {"path": str(model.resolve()), "dtype": "auto"}}

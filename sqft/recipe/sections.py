@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sqft.recipe.choices import OptimizerName, Schedule, Tracker
 from sqft.recipe.data import CalibrationRef, DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
 from sqft.recipe.measures import ANSWER, Answer, ExactMatch, Perplexities, Perplexity
@@ -43,9 +44,10 @@ class Model(Section):
     path: Annotated[str, InputPath(hub=True)] = Field(
         description="a folder in Hugging Face layout, a GGUF file, or a Hugging Face id"
     )
-    dtype: DTYPES = Field(
+    dtype: Literal[DTYPES, "auto"] = Field(
         "float32",
-        description="precision in which weights are loaded and stored; those outside the text model keep their own",
+        description='precision in which weights are loaded and stored, "auto" for that of the checkpoint\'s floats; '
+        "weights outside the text model keep their own",
     )
     dequantize: bool = Field(
         False, description="load weights in MXFP4 or FP8 as floats; dtype is then bfloat16 unless it is given"
@@ -161,9 +163,6 @@ class Quantize(Section):
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
 
 
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
-
-
 class Finetune(Section):
     """How low-rank adapters are trained, and which merger defines the effective weight."""
 
@@ -201,21 +200,27 @@ class Finetune(Section):
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="AdamW's learning rate at its highest")
+    optimizer: OptimizerName = Field(
+        "adamw_torch",
+        description="with transformers' name; those with 8bit, 32bit or ademamix in it need the package bitsandbytes",
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="learning rate at its highest")
     learning_rate_ratio: Annotated[float, Field(gt=0, le=10_000)] = Field(
         1.0, description="B's learning rate, as a multiple of learning_rate (LoRA+)"
     )
-    schedule: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"
-    ] = Field("linear", description="how the learning rate changes after warm-up, with transformers' names")
+    schedule: Schedule = Field(
+        "linear", description="how the learning rate changes after warm-up, with transformers' names"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="number of steps in which the learning rate rises")
     warmup_ratio: Fraction = Field(0.0, description="fraction of all steps in which it rises, instead of warmup_steps")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="AdamW's weight decay; not for the scales of a grid"
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay; not for the scales of a grid")
+    adam_beta1: Fraction = Field(0.9, description="decay rate for the mean of gradients (AdamW, AdEMAMix, Lion)")
+    adam_beta2: Fraction = Field(
+        0.999, description="decay rate for the mean of squared gradients (AdamW, AdEMAMix), or Lion's second one"
     )
-    adam_beta1: Fraction = Field(0.9, description="AdamW's decay rate for the mean of gradients")
-    adam_beta2: Fraction = Field(0.999, description="AdamW's decay rate for the mean of squared gradients")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's small constant in the denominator")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
+        1e-8, description="small constant in the denominator (AdamW, AdEMAMix)"
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         1.0, description="gradients are clipped to this norm; 0 switches clipping off"
     )

@@ -30,7 +30,7 @@ def training_arguments(section: Finetune, checkpoints: Path, seed: int, device: 
         use_cpu=device == "cpu",
         seed=seed,
         data_seed=seed,
-        optim="adamw_torch",
+        optim=section.optimizer,
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=1,

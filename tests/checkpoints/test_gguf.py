@@ -52,6 +52,7 @@ def test_a_gguf_file(tmp_path: Path, find: Callable[..., ModelSource]) -> None:
     found = find(write_gguf(tmp_path / "tiny.gguf"))
     assert found.kind == "gguf" and found.digest == Digests().file(tmp_path / "tiny.gguf")
     assert module_shapes(found.shapes) == {f"model.layers.0.{name}": shape for name, shape in BLOCK.items()}
+    assert found.dtype == "float32"  # of what is no codes
     assert found.parameters == 10 * 32 + 32 + sum(out * into for out, into in BLOCK.values())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from sqft.checkpoints.model_source import ModelSource
@@ -21,6 +21,18 @@ def test_a_folder(model_folder: Path, model: LlamaForCausalLM, find: Callable[..
     assert (found.kind, found.path) == ("folder", model_folder)
     assert found.shapes == {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     assert found.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_precision_is_that_of_most_floats(folder: Path, find: Callable[..., ModelSource], dtype: str) -> None:
+    """Whatever the config says, and though a norm and the positions are stored in others."""
+    weights = {
+        name: weight.to(getattr(torch, dtype)) for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.bfloat16)
+    save_file(weights | {"positions": torch.zeros(10**6, dtype=torch.int64)}, folder / "model.safetensors")
+    found = find(folder).dtype
+    assert found == ("bfloat16" if dtype == "float64" else dtype)
 
 
 def test_shards_are_one_model(sharded: Path, model_folder: Path, find: Callable[..., ModelSource]) -> None:

@@ -80,7 +80,8 @@ def test_what_until_leaves(recipe: Path, tmp_path: Path) -> None:
     assert "| merge |" in report.read_text()  # a shorter run does not empty the report of what stands
 
 
-def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path, stop: signal.Signals) -> None:
     raw["finetune"]["steps"] = 100_000
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(raw))
@@ -93,7 +94,7 @@ def test_ctrl_c_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "s").glob("artifacts/.partial-finetune-*/checkpoints/*")
     ):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + stop, errors
     assert "To continue: sqft run" in errors and "Traceback" not in errors

@@ -82,6 +82,45 @@ def test_conversations(tmp_path: Path, suffix: str) -> None:
     assert read_records(write_rows(tmp_path, suffix, rows)) == rows
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("d.tsv", None), ("d.csv", ";"), ("d.csv", "\t"), ("d.tsv", "|"), ("d.csv.gz", ";")]
+)
+def test_cells_between_other_marks(tmp_path: Path, name: str, delimiter: str | None) -> None:
+    """Quoted cells may hold any mark, and a slice reads the same rows."""
+    import csv
+    import io
+
+    rows = [{"prompt": f'{n}; "a"\tb|c,', "completion": "x;\ny"} for n in range(4)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter or "\t")
+    writer.writeheader(), writer.writerows(rows)
+    content = text.getvalue().encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_records(tmp_path / name, delimiter=delimiter) == rows
+    assert read_records(tmp_path / name, split="train[1:3]", delimiter=delimiter) == rows[1:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "found"),
+    [
+        ("d.csv", "prompt;completion", '";"'),
+        ("d.csv", "prompt\tcompletion", '"\\t"'),
+        ("d.tsv", "prompt,completion", '","'),
+    ],
+)
+def test_a_table_that_is_not_split_says_how(tmp_path: Path, name: str, head: str, found: str) -> None:
+    (tmp_path / name).write_text(f"{head}\na;b\n")
+    with pytest.raises(DataError) as caught:
+        read_records(tmp_path / name)
+    assert "has the single column" in str(caught.value)
+    assert str(caught.value).endswith(f'set "delimiter": {found} beside its path')
+
+
+def test_a_single_column_is_a_table_too(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text\na;b\n")
+    assert read_records(tmp_path / "d.csv") == [{"text": "a;b"}]
+
+
 def test_json_lines_by_another_name(tmp_path: Path) -> None:
     path = write_rows(tmp_path, ".jsonl", ROWS).rename(tmp_path / "lines.json")
     assert read_records(path) == ROWS
@@ -114,7 +153,7 @@ def test_json_lines_by_another_name(tmp_path: Path) -> None:
         (
             "d.xlsx",
             b"PK\x03\x04\xff",
-            r"has no supported suffix \(.jsonl, .json, .csv and .txt, also compressed \(.gz, .bz2, .xz",
+            r"has no supported suffix \(.jsonl, .json, .csv, .tsv and .txt, also compressed \(.gz, .bz2, .xz",
         ),
         ("d.data", b'{"text": "a"}\n[', "d.data:2: not valid JSON"),
     ],

@@ -116,6 +116,22 @@ def test_a_plain_text_is_one_text(raw: dict[str, Any], data_set: Path, tmp_path:
     assert orchestrator.plan(Recipe.parse(raw)).step("sparsify").fingerprint == plan.step("sparsify").fingerprint
 
 
+def test_only_a_table_as_text_has_a_delimiter(raw: dict[str, Any], data_set: Path, tmp_path: Path) -> None:
+    (data_set / "d.csv").write_text("prompt;completion\n1;2\n3;4\n")
+    orchestrator = Orchestrator(Registry.discover(), tmp_path / "s")
+    raw["search"]["data"] = {"path": str(data_set / "d.csv"), "delimiter": ";"}
+    assert orchestrator.plan(Recipe.parse(raw))
+    raw["search"]["data"] = {"path": str(data_set), "file": "part-1.jsonl", "delimiter": ";"}
+    with pytest.raises(RecipeError, match=r"search\.data\.delimiter: only \.csv and \.tsv files have one, and this is"):
+        orchestrator.plan(Recipe.parse(raw))
+    raw["search"]["data"] = str(data_set / "d.csv")
+    with pytest.raises(RecipeError, match=r"search\.data\.path: .*the single column .*set \"delimiter\": \";\""):
+        orchestrator.plan(Recipe.parse(raw))
+    raw["search"]["data"] = {"path": str(data_set / "d.csv"), "delimiter": ";;"}
+    with pytest.raises(RecipeError, match=r"search\.data\.delimiter: "):
+        orchestrator.plan(Recipe.parse(raw))
+
+
 def test_what_is_no_text_is_said_in_the_plan(raw: dict[str, Any], data_set: Path, tmp_path: Path) -> None:
     (data_set / "more.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\xff\xff")
     raw["calibration"]["data"] = {"path": str(data_set), "file": "more.jsonl.zst"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from layouts import LAYOUTS
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
@@ -52,6 +54,39 @@ def test_a_component_and_its_options(resolver: Resolver) -> None:
     first, second = said(resolver)
     assert first.startswith("here: no scorer named 'sparsepeft'") and second.startswith("there.options.powr: unknown")
     assert {merger.name for merger in resolver.installed(Merger)} >= {"sparsepeft", "unmerged", "qa-sparsepeft"}
+
+
+@pytest.fixture
+def half(raw: dict[str, Any], model_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """The recipe on a bfloat16 checkpoint, whose config says float32."""
+    folder = shutil.copytree(model_folder, tmp_path / "half")
+    weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return raw | {"model": {"path": str(folder)}}
+
+
+def test_a_checkpoint_that_the_default_widens_is_noted(
+    half: dict[str, Any], raw: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = planned(half, tmp_path)
+    (note,) = [note for note in plan.notes if note.startswith("model.dtype: ")]
+    assert "the checkpoint is in bfloat16; float32, the default, takes twice" in note and '"auto"' in note
+    assert plan.model_spec.dtype == "float32"
+    for quiet in (raw, half | {"model": half["model"] | {"dtype": "float32"}}):
+        assert not [note for note in planned(quiet, tmp_path).notes if note.startswith("model.dtype: ")]
+
+
+def test_auto_is_the_precision_of_the_checkpoint(half: dict[str, Any], raw: dict[str, Any], tmp_path: Path) -> None:
+    """A plan with "auto" is the plan with that precision: fingerprints, estimates and what is stored to run again."""
+    auto, named = (
+        planned(half | {"model": half["model"] | {"dtype": dtype}}, tmp_path) for dtype in ("auto", "bfloat16")
+    )
+    assert auto.model_spec.dtype == "bfloat16" and auto.notes == named.notes
+    assert auto.fingerprint == named.fingerprint and str(auto) == str(named)
+    assert with_absolute_paths(auto.recipe) == with_absolute_paths(named.recipe)
+    assert planned(raw | {"model": raw["model"] | {"dtype": "auto"}}, tmp_path).model_spec.dtype == "float32"
+    missing = problems(raw | {"model": {"path": "nowhere", "dtype": "auto"}}, tmp_path)
+    assert [place for place, _ in missing] == ["model.path"]
 
 
 class Files(Scorer):

@@ -49,6 +49,8 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
         ),
         (changed("finetune", data={"limit": 2}), "finetune.data.path: is missing"),
         (changed("evaluate", tasks=["a", "a"]), "evaluate.tasks: 'a' is listed twice; keep one"),
+        (changed("finetune", optimizer="adamw"), ".* found \"adamw\". Did you mean 'adamw_8bit' or 'adamw_torch'?"),
+        (changed("finetune", optimizer=1), r".*rmsprop_bnb_32bit', found 1$"),
         (VALID | {"sparsfy": {}}, "sparsfy: unknown key; .* Did you mean 'sparsify'?"),
     ],
 )

@@ -96,14 +96,8 @@ def test_the_precision_of_a_model_is_its_own(tmp_path: Path) -> None:
     model = tmp_path / "merge-0" / "model"
     model.mkdir(parents=True)
     (model.parent / "manifest.json").write_text("{}")
-    for config, dtype in (
-        ({"torch_dtype": "bfloat16"}, "bfloat16"),
-        ({"dtype": "float64"}, "float32"),
-        ({}, "float32"),
-    ):
-        (model / "config.json").write_text(json.dumps(config))
-        raw = recipe_of_model(model.parent)  # an artifact's folder
-        assert raw["model"] == {"path": str(model), "dtype": dtype}
+    raw = recipe_of_model(model.parent)  # an artifact's folder
+    assert raw["model"] == {"path": str(model), "dtype": "auto"}
 
 
 def test_what_is_not_there(model_folder: Path, tmp_path: Path) -> None:

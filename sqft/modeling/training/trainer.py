@@ -55,7 +55,7 @@ class DeltaTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".scale_multiplier")]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make AdamW, with the parameters of B in groups of their own where B has a learning rate of its own.
+        """Make the optimizer, with the parameters of B in groups of their own where B has a learning rate of its own.
 
         Raises:
             StageError: when it should have one, but the adapter makes A and B of the same parameters, or trains no B.

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock, current_thread, main_thread
+from threading import Lock
 from typing import Any
 
 from sqft.errors import SqftError
@@ -26,6 +26,7 @@ from sqft.tools.sweep.comparison import differences
 from sqft.tools.sweep.definition import Cell, Sweep, short_digest
 from sqft.tools.sweep.results import CellResult, SweepResults
 from sqft.utils.files import write_json
+from sqft.utils.termination import terminable
 from sqft.utils.text import shortened
 
 log = logging.getLogger("sqft")
@@ -86,8 +87,8 @@ def run_sweep(
     suffix = f"-{short_digest(changes)}" if changes else ""
     running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / f"{sweep.name}{suffix}")
     if len(devices) > 1:
-        with _Processes(running, disable) as processes:
-            processes.run(devices)
+        with terminable():
+            _Processes(running, disable).run(devices)
     else:
         for cell, plan in running.open():
             running.run_here(cell, plan)
@@ -159,21 +160,12 @@ class _Running:
 
 
 class _Processes:
-    """Runs cells by `sqft run`, a process for each; those that are left at the end, or by SIGTERM, are stopped."""
+    """Runs cells by `sqft run`, a process for each; those that are left at the end are stopped."""
 
     def __init__(self, running: _Running, disable: Sequence[str]) -> None:
         self.running, self.disable = running, disable
         self.alive: set[subprocess.Popen[bytes]] = set()
         self.stopped, self.lock = False, Lock()
-
-    def __enter__(self) -> _Processes:
-        self.before = signal.signal(signal.SIGTERM, _exit) if current_thread() is main_thread() else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
 
     def stop(self) -> None:
         with self.lock:
@@ -224,10 +216,6 @@ class _Processes:
         else:
             log.info("cell (%s): done in %.0f s on %s", cell, time.monotonic() - start, device)
         self.running.write()
-
-
-def _exit(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _error_in(said: Path, status: int) -> str:

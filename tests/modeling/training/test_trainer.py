@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,12 +24,14 @@ from sqft.data.encoding import IGNORED, Example
 from sqft.errors import DeviceError, StageError
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
+from sqft.planning.optimizers import OPTIMIZERS
 from sqft.recipe.sections import Finetune
 from sqft.stages.finetune import RankSampler
 from sqft.stages.training_arguments import training_arguments
 from sqft.utils.distributed import Processes
 
 Make = Callable[..., AdaptedModel]
+INSTALLED = [name for name, needs in OPTIMIZERS.items() if not needs.package or find_spec(needs.package)]
 
 
 def finetuned(raw: dict[str, Any], registry: Registry, store: Path, **section: Any) -> Path:
@@ -199,6 +202,26 @@ def test_b_has_a_learning_rate_of_its_own(adapted_model: Make, tmp_path: Path, r
         torch.testing.assert_close(p.detach(), before[name] - step * p.grad.sign(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", INSTALLED)
+def test_b_moves_by_its_ratio_with_every_optimizer(adapted_model: Make, tmp_path: Path, optimizer: str) -> None:
+    """A first step is proportional to the learning rate; the numbers of eight bits differ a little."""
+    moved = []
+    for ratio in (1.0, 4.0):
+        adapted = adapted_model(QASparsePEFT(), True)
+        made = trainer_of(adapted, tmp_path, ratio, schedule="constant", optimizer=optimizer).create_optimizer()
+        trained = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        generator = torch.Generator().manual_seed(0)
+        for p in trained.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        made.step()
+        moved.append({name: p.detach() - before[name] for name, p in trained.items()})
+    for name in moved[0]:
+        ratio = 4 if name.endswith(".B") else 1
+        assert moved[0][name].any()
+        torch.testing.assert_close(moved[1][name], ratio * moved[0][name], rtol=1e-3, atol=2e-6)
+
+
 def test_b_decays_and_warms_up_like_a(adapted_model: Make, tmp_path: Path) -> None:
     trainer = trainer_of(adapted_model(QASparsePEFT(), True), tmp_path, 4.0, weight_decay=0.1, warmup_steps=10)
     optimizer = trainer.create_optimizer()
@@ -217,11 +240,12 @@ def test_an_adapter_without_parameters_for_b_alone(adapted_model: Make, tmp_path
         trainer_of(adapted, tmp_path, 4.0).create_optimizer()
 
 
+@pytest.mark.parametrize("optimizer", sorted({"adamw_torch", "adafactor", "rmsprop", "lion_8bit"} & {*INSTALLED}))
 def test_both_learning_rates_go_on_from_a_checkpoint(
-    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    plain = finetuned(raw, registry, tmp_path / "plain")
-    words = {"learning_rate_ratio": 8.0, "warmup_steps": 2}
+    plain = finetuned(raw, registry, tmp_path / "plain", optimizer=optimizer)
+    words = {"learning_rate_ratio": 8.0, "warmup_steps": 2, "optimizer": optimizer}
     whole = finetuned(raw, registry, tmp_path / "whole", **words)
     begin = RankSampler.on_step_begin
 

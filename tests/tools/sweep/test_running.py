@@ -193,13 +193,15 @@ run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator), ["cpu", "cpu"])
 """
 
 
-def test_sigterm_stops_the_processes_too(pair: Sweep, recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_command", [True, False])
+def test_sigterm_stops_the_processes_too(pair: Sweep, recipe: Path, tmp_path: Path, by_command: bool) -> None:
     raw = json.loads(recipe.read_text())
     raw["finetune"]["steps"] = 100_000
     recipe.write_text(json.dumps(raw))
     file, store = tmp_path / "sweep.json", tmp_path / "store"
     file.write_text(json.dumps({"name": "s", "recipe": str(recipe), "axes": {"seed": [0, 1]}}))
-    sweeping = subprocess.Popen([sys.executable, "-c", STOPPED, str(file), str(store)])
+    words = ["-m", "sqft", "sweep", str(file), "--device", "cpu", "--device", "cpu", "--store", str(store)]
+    sweeping = subprocess.Popen([sys.executable, *(words if by_command else ["-c", STOPPED, str(file), str(store)])])
     try:
         logs = [store / "sweeps" / "s" / "cells" / f"s-{seed}.log" for seed in (0, 1)]
         deadline = time.monotonic() + 120
@@ -209,7 +211,8 @@ def test_sigterm_stops_the_processes_too(pair: Sweep, recipe: Path, tmp_path: Pa
         children = psutil.Process(sweeping.pid).children()
         assert len(children) == 2
         sweeping.terminate()
-        assert sweeping.wait(60) == 128 + signal.SIGTERM
+        assert sweeping.wait(60) == (128 + signal.SIGTERM if by_command else 1)
+        assert all("To continue: sqft run" in log.read_text() for log in logs)
         assert not psutil.wait_procs(children, timeout=10)[1]
     finally:
         sweeping.kill()
