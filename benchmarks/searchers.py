@@ -71,6 +71,9 @@ class Landscape:
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         return statistics.fmean(value.total for value in self.each(choice, samples))
 
+    def first_order(self, samples: int | None = None) -> list[list[float]]:
+        raise NotImplementedError("right and wrong answers have no gradient")
+
 
 SEARCHERS: dict[str, Callable[[int], Searcher]] = {
     "`random`, 64 samples": lambda budget: RandomSearch(trials=budget // 64),
