@@ -12,6 +12,7 @@ from sqft.execution.report import remarks, table
 from sqft.tools.run_report import charts
 from sqft.tools.run_report.comparison import HEADS, comparisons
 from sqft.tools.run_report.facts import RunFacts
+from sqft.tools.run_report.trials import Trial, by_records, in_order
 from sqft.utils.text import human_size
 
 
@@ -91,13 +92,24 @@ def _charts(run: RunFacts) -> Iterator[Chart]:
         caption = "Mean loss of a label in each optimizer step, and the mean over the last ten steps."
         yield Chart("Loss of fine-tuning", charts.line_chart(losses, "step", "loss"), caption)
     if trials := run.trials():
-        caption = (
-            "Each configuration that the search evaluated on as many samples as the last, in order; higher is better."
-        )
-        yield Chart("Search", charts.line_chart(trials, "trial", "value"), caption)
+        yield _search(trials, run.chosen())
     if ranks := run.ranks():
         caption = "The rank of every group of layers in the configuration that the search chose."
         yield Chart("Chosen ranks", charts.rank_chart(ranks), caption)
+
+
+def _search(trials: Sequence[Trial], chosen: Sequence[int]) -> Chart:
+    """Draw the trials of a search; values are compared with the best so far only where all are of the same records."""
+    if len({trial.records for trial in trials}) == 1:
+        caption = f"Each configuration's value on the same {trials[0].records:,} records, in order; higher is better."
+        return Chart("Search", charts.line_chart(in_order(trials), "trial", "value"), caption)
+    caption = (
+        "Each configuration's value on all records that it met, in the order in which they were first tried, with its "
+        "standard error (none where all records are alike); higher is better. Those that were left after few records "
+        "are known less well, and records differ: compare only what has as many."
+    )
+    points = by_records(trials, chosen)
+    return Chart("Search", charts.error_chart(points, "configuration", "value", joined=False), caption)
 
 
 def _overall(runs: Sequence[RunFacts]) -> Iterator[Chart]:
