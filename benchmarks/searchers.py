@@ -1,6 +1,7 @@
 """Searchers on a synthetic landscape: the quality that each finds, by the number of records that it evaluates.
 
     python benchmarks/searchers.py [--seeds 10] [--budgets 832 3328 13312] [--gains 0.25 1.0] [--only racing]
+    python benchmarks/searchers.py --regression [--seeds 20] [--steps 170 1000 3000]
 
 The landscape has groups of five ranks, and its best configuration is known: one rank for each group, drawn at random.
 Each step away from it costs utility, in each group another amount, and utility is rounded to plateaus. The answer to a
@@ -11,6 +12,11 @@ separates the heuristic from the best.
 
 A budget counts pairs of a configuration and a record, each once. Algorithm 1 draws four neighbours a turn, as often as
 its budget lasts; 832 records are its default of 3 turns and 64 samples. Searchers may spend less.
+
+`--regression` asks what the training loss alone would tell, if it followed the landscape. Each step draws a rank for
+every group, and its loss is minus the mean margin of 16 records (utility + difficulty + noise), without a trend. A
+ridge regression on the ranks, its penalty by generalized cross-validation, estimates each rank's effect, and every
+group takes its best rank. No searcher of sqft does this.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import numpy as np
@@ -33,6 +39,8 @@ OWN_NOISE = 0.1
 """Share of the variance that is a configuration's own: two equal ones disagree on a seventh of the records."""
 PLATEAUS = 8
 """Between the heuristic and the best."""
+BATCH = 16
+"""Records of a training step."""
 OFFSET = 0.25
 """The best one's distance to 0, in standard deviations: it is right on 60 % of the records."""
 
@@ -71,6 +79,9 @@ class Landscape:
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         return statistics.fmean(value.total for value in self.each(choice, samples))
 
+    def first_order(self, samples: int | None = None) -> list[list[float]]:
+        raise NotImplementedError("right and wrong answers have no gradient")
+
 
 SEARCHERS: dict[str, Callable[[int], Searcher]] = {
     "`random`, 64 samples": lambda budget: RandomSearch(trials=budget // 64),
@@ -105,10 +116,36 @@ def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
         cells = []
         for budget in budgets:
             gains, records = zip(*(gained(searcher(budget), seed, gain) for seed in range(seeds)), strict=True)
-            error = statistics.stdev(gains) / math.sqrt(seeds) if seeds > 1 else math.nan
-            cells.append(f"{100 * statistics.fmean(gains):+.2f} ± {100 * error:.2f} ({statistics.fmean(records):,.0f})")
+            cells.append(f"{mean_gain(gains)} ({statistics.fmean(records):,.0f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def regressed(seed: int, gain: float, steps: int) -> float:
+    """Return the quality above the heuristic's of the ranks that a regression of the training loss finds."""
+    landscape, draws = Landscape(seed, gain), np.random.default_rng([seed, steps])
+    indices = draws.integers(0, len(RANKS), (steps, GROUPS))
+    margins = np.array([landscape.utility(landscape.space.choice(row)) for row in indices])
+    losses = draws.normal(0, 1 / math.sqrt(BATCH), steps) - margins
+    taken = (indices[:, :, None] == np.arange(len(RANKS))).reshape(steps, -1)  # [steps, groups · ranks]
+    U, S, Vt = np.linalg.svd(taken - taken.mean(0), full_matrices=False)
+    seen = U.T @ (losses - losses.mean())
+    left = np.square(losses - losses.mean()).sum() - np.square(seen).sum()  # what no effects explain
+
+    def score(penalty: float) -> float:
+        kept = S**2 / (S**2 + penalty)
+        return float((left + np.square((1 - kept) * seen).sum()) / (1 - kept.sum() / steps) ** 2)
+
+    penalty = min(np.geomspace(1e-2, 1e6, 40), key=score)
+    effects = (Vt.T @ (S / (S**2 + penalty) * seen)).reshape(GROUPS, -1)
+    found, heuristic = (landscape.space.choice(c) for c in (effects.argmin(1), landscape.space.median()))
+    return landscape.quality(found) - landscape.quality(heuristic)
+
+
+def mean_gain(gains: Sequence[float]) -> str:
+    """Return the mean and its standard error, in percentage points."""
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return f"{100 * statistics.fmean(gains):+.2f} ± {100 * error:.2f}"
 
 
 def main() -> None:
@@ -117,8 +154,15 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[832, 3328, 13312])
     parser.add_argument("--gains", type=float, nargs="+", default=[0.25, 1.0])
     parser.add_argument("--only", default="", help="a part of the searchers' names")
+    parser.add_argument("--regression", action="store_true", help="of the training loss, in place of searchers")
+    parser.add_argument("--steps", type=int, nargs="+", default=[170, 1000, 3000], help="of training")
     arguments = parser.parse_args()
     for gain in arguments.gains:
+        if arguments.regression:
+            for steps in arguments.steps:
+                gains = [regressed(seed, gain, steps) for seed in range(arguments.seeds)]
+                print(f"Gain {gain}, {steps:,} steps: {mean_gain(gains)}", flush=True)
+            continue
         print("\n".join(table(gain, arguments.budgets, arguments.seeds, arguments.only)), "", sep="\n", flush=True)
 
 

@@ -9,7 +9,6 @@ would give it and no more: the statistics it `needs`, the bases it lists; an exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import product
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
+from sqft.components.made_up_values import SPACES, MadeUpValues
 from sqft.errors import ContractError
 from sqft.types import (
     BaseKind,
@@ -26,10 +26,6 @@ from sqft.types import (
     LinearShape,
     LinearStats,
     ModelReader,
-    RankConfig,
-    RankGroup,
-    RecordValue,
-    SearchSpace,
     Statistic,
 )
 
@@ -43,15 +39,6 @@ LINEARS = tuple(
     for name, out, inputs in (("self_attn.q_proj", 8, 8), ("self_attn.k_proj", 4, 8), ("mlp.up_proj", 16, 8))
 )
 PLACE = "a test layer"
-
-
-def _space(*lengths: int) -> SearchSpace:
-    ranks = (tuple(range(2 * n, 0, -2)) for n in lengths)
-    return SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
-
-
-SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
-"""A mixed one, one without a choice to make, and one far too large to list."""
 
 
 @singledispatch
@@ -253,31 +240,13 @@ def check_searcher(searcher: Searcher) -> None:
     _check_options(searcher)
     label = _label(searcher)
     for space, seed in product(SPACES, range(3)):
-        first, again = _Landscape(label, space), _Landscape(label, space)
+        first, again = (MadeUpValues(label, space, searcher.needs_gradients()) for _ in range(2))
         found = [searcher.search(space, landscape, Random(seed)) for landscape in (first, again)]
         checks.check_choice(label, space, found[0])
         if found[0] != found[1] or first.asked != again.asked:
             raise ContractError(f"{label} is not deterministic in its random state and answers, so it cannot resume")
-        if not searcher.evaluates and first.asked:
+        if not searcher.evaluates and any(choice for choice, _ in first.asked):
             raise ContractError(f"{label} evaluates, but says `evaluates = False`")
-
-
-@dataclass(frozen=True)
-class _Landscape:
-    """A rugged `Evaluate`: a value for each configuration and record. It keeps the questions, in their order."""
-
-    label: str
-    space: SearchSpace
-    asked: list[tuple[RankConfig, int | None]] = field(default_factory=list)
-
-    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
-        values = self.each(choice, samples)
-        return sum(value.total for value in values) / len(values)
-
-    def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
-        checks.check_question(self.label, self.space, choice, samples)
-        self.asked.append((choice, samples))
-        return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(80)][:samples]
 
 
 @check.register

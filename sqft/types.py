@@ -276,6 +276,16 @@ class Evaluate(Protocol):
         """Return the values of the single records, in their order: fewer than `samples` where there are fewer."""
         ...
 
+    def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
+        """Return, for each group and each of its ranks, how much the mean loss of a label changes if that group alone
+        takes that rank and all others take their largest, to first order: positive where the loss rises, 0 at the
+        largest rank.
+
+        That is −⟨∂loss/∂Δ, Δ_R − Δ_r⟩ at the largest ranks R, Δ being the deltas of the group's members. The loss is
+        that of the records' answers, whatever the search's metric. For searchers whose `needs_gradients` is true.
+        """
+        ...
+
 
 class ModelReader(Protocol):
     """A finished model as an exporter sees it, one tensor at a time: its weights as floats, and the codes of

@@ -228,6 +228,7 @@ BREACHES = [
     (asking(lambda group: group.ranks[0], lambda: 0), "on 0 samples"),
     (asking(lambda group: group.ranks[0], lambda: next(turn) + 1), "not deterministic"),
     (asking(lambda group: group.ranks[0], base=Heuristic), "evaluates, but says"),
+    (variant(Heuristic, search=lambda self, space, evaluate, _: evaluate.first_order())(), "asked for gradients, but"),
     (merger(lambda base, delta: base.weight + delta), "zeros of the base nonzero"),
     (merger(lambda base, delta: sparse(base, delta - delta.mean())), "block of rows"),
     (merger(lambda base, delta: sparse(base, delta - delta.mean(1, keepdim=True))), "not elementwise"),

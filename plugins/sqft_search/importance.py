@@ -1,10 +1,11 @@
-"""`importance`: ranks by what the trained deltas lose, under a budget of parameters."""
+"""`importance`: ranks by what the trained deltas, or the loss, lose there, under a budget of parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,11 +16,13 @@ UNITS = 1 << 16
 
 
 class Importance(Searcher):
-    """The ranks at which the trained deltas lose least, within a budget of parameters; no evaluation.
+    """The ranks at which least is lost, within a budget of parameters; no configuration is evaluated.
 
-    A group at rank r loses ‖Δ_R − Δ_r‖² (Frobenius, summed over its layers), R being its largest rank. The sum over all
-    groups is minimized. This looks at the deltas alone: not at the inputs that the layers see, and not at what a
-    merger makes of the delta.
+    The sum over all groups of what each loses at its rank r, with R its largest, is minimized. By the signal `delta`
+    that is ‖Δ_R − Δ_r‖² (Frobenius, summed over its layers): it looks at the deltas alone, not at the inputs that the
+    layers see, and not at what a merger makes of the delta. By `gradient` it is the change of the records' loss to
+    first order, −⟨∂loss/∂Δ, Δ_R − Δ_r⟩, from one backward pass at the largest ranks. That is less than 0 where the
+    records would rather have the smaller rank, and it knows nothing of how one group makes up for another.
     """
 
     name = "importance"
@@ -27,6 +30,13 @@ class Importance(Searcher):
     budget: int | None = Field(
         None, ge=1, description="the adapter's parameters at most; null: as many as the heuristic's"
     )
+    signal: Literal["delta", "gradient"] = Field(
+        "delta", description="what a rank is judged by: the size of the delta, or the gradient of the records' loss"
+    )
+    samples: int | None = Field(64, ge=1, description="records that `gradient` reads; null uses all")
+
+    def needs_gradients(self) -> bool:
+        return self.signal == "gradient"
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         smallest = RankConfig(tuple(min(group.ranks) for group in space.groups))
@@ -35,7 +45,7 @@ class Importance(Searcher):
         if budget < least:
             raise StageError(f"importance: the smallest ranks have {least} parameters, the budget is {budget}")
         costs = [[group.cost * (rank - min(group.ranks)) for rank in group.ranks] for group in space.groups]
-        losses = [group.losses for group in space.groups]
+        losses = evaluate.first_order(self.samples) if self.needs_gradients() else [g.losses for g in space.groups]
         return space.choice(cheapest(costs, losses, budget - least))
 
 

@@ -163,7 +163,16 @@ class Searcher(Component):
 
     kind: ClassVar[str] = "searcher"
     evaluates: ClassVar[bool] = True
-    """False if it never calls `evaluate`. A recipe may then name it in `evaluate.of` as `finetune:NAME`."""
+    """False if it never asks for the values of a configuration. A recipe may then name it in `evaluate.of` as
+    `finetune:NAME`, unless it needs gradients with its default options."""
+
+    def needs_gradients(self) -> bool:
+        """Return whether it asks for `evaluate.first_order`, with these options."""
+        return False
+
+    def needs_records(self) -> bool:
+        """Return whether it asks anything of the validation records."""
+        return self.evaluates or self.needs_gradients()
 
     @abstractmethod
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:

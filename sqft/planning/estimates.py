@@ -248,6 +248,7 @@ def estimate_search(
     opening: int = 0,
     evaluates: bool = True,
     streamed: bool = False,
+    activations: int = 0,
 ) -> Estimate:
     """Estimate `search`.
 
@@ -258,13 +259,15 @@ def estimate_search(
         base: bytes of the base in memory.
         quantized: whether the base holds codes; effective weights are then cached beside the floats.
         opening: bytes of the base at the peak of loading it.
-        evaluates: whether the searcher does; otherwise no effective weight is computed.
+        evaluates: whether the searcher does; otherwise no effective weight is cached.
         streamed: whether nothing of the base is loaded.
+        activations: bytes that are kept for gradients, where the searcher needs them.
     """
     if streamed:
         return Estimate(0, deltas, 2 * deltas + RUNTIME_OVERHEAD)  # stored, and read back
     copies = (2 if quantized else 1) if evaluates else 0
-    return Estimate(0, deltas, max(opening, base + copies * model_bytes(model, dtype)) + RUNTIME_OVERHEAD + deltas)
+    working = max(copies * model_bytes(model, dtype), activations)
+    return Estimate(0, deltas, max(opening, base + working) + RUNTIME_OVERHEAD + deltas)
 
 
 def estimate_merge(

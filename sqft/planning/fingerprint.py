@@ -124,7 +124,7 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
     "sparsify": (*EVERY_STAGE, *COMPRESS, "stages/sparsify"),
     "quantize": (*EVERY_STAGE, *COMPRESS, "stages/quantize"),
     "finetune": (*EVERY_STAGE, *ADAPT, *MEASURE, *TRAIN, "stages/finetune"),
-    "search": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *MEASURE, "stages/search"),
+    "search": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *MEASURE, "modeling/evaluation/first_order", "stages/search"),
     "merge": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *IN_PARTS, *MERGE),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
     "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),

@@ -17,7 +17,7 @@ from sqft.planning.optimizers import check_optimizer
 from sqft.planning.plan import ResolvedComponent, Step
 from sqft.planning.resolution import Resolver
 from sqft.planning.streaming import is_streamed
-from sqft.planning.training_memory import estimate_finetune
+from sqft.planning.training_memory import estimate_finetune, gradient_bytes
 from sqft.recipe.sections import (
     Calibration,
     ComponentRef,
@@ -186,7 +186,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     answer = section.answer if section.metric == "exact_match" else None
     resolver.within_window(section, "max_new_tokens", "search")
     finetune = cast(Finetune, steps["finetune"].section)
-    if not (searcher and searcher.component.evaluates):
+    needs_records = bool(searcher and searcher.component.needs_records())
+    if not needs_records:
         section = section.model_copy(update={"data": None})
     elif section.data is None and not finetune.holdout:
         resolver.report(
@@ -199,8 +200,8 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     merger = component_of(steps["finetune"], Merger)
     loaded = loaded_base(resolver, merger, steps, steps["finetune"].layers)
     deltas, files = steps["finetune"].estimate.storage, resolver.files(section, "search", {"data": answer})
-    evaluates = bool(searcher and searcher.component.evaluates)
-    streamed = not evaluates and _adapted_in_parts(resolver, base)
+    gradients = searcher is not None and searcher.component.needs_gradients()
+    streamed = not needs_records and _adapted_in_parts(resolver, base)
     if not resolver.problems:
         resolver.note_all(evaluation.notes_on_search(section, files, steps, resolver.recipe.model.chat_template_kwargs))
         if section.data:
@@ -220,8 +221,9 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
             loaded,
             base.quantized,
             opening_base(resolver, merger, steps, loaded),
-            evaluates,
+            bool(searcher and searcher.component.evaluates),
             streamed,
+            gradient_bytes(resolver.model, resolver.dtype, finetune) if gradients else 0,
         ),
     )
 
@@ -364,7 +366,7 @@ def _subject(name: str, place: str, resolver: Resolver, base: AdapterBase, steps
     if stage == "finetune" and searcher_name and "finetune" in steps:
         ref = ComponentRef.model_construct(name=searcher_name, options={})
         searcher = resolver.component(Searcher, ref, place)
-        if searcher and searcher.component.evaluates:
+        if searcher and searcher.component.needs_records():
             resolver.report(
                 place, f"searcher '{searcher_name}' needs evaluations; name one that does not (heuristic, …)"
             )

@@ -53,6 +53,12 @@ def activation_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
     return kept + logits_bytes(source, section)
 
 
+def gradient_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
+    """Return the bytes kept for the gradients of one example after training, as `activation_bytes` does."""
+    alone = {"batch_size": 1, "gradient_checkpointing": False, "teacher": None, "precision": "float32"}
+    return activation_bytes(source, dtype, section.model_copy(update=alone))
+
+
 def layer_bytes(source: ModelSource, dtype: str, section: Finetune) -> int:
     """Return the bytes of a batch in one layer: an upper bound, as in `activation_bytes`.
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Searcher
-from sqft.data.encoding import Tokenization
+from sqft.data.encoding import Encoded, Tokenization
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, StageError
 from sqft.modeling.adapters.adapted_linear import cached_effective_weights
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks, store_adapter, store_ranks, tensor_name
 from sqft.modeling.evaluation import exact_match, example_losses
+from sqft.modeling.evaluation.first_order import first_order_changes
 from sqft.modeling.loading.parts import open_in_parts
 from sqft.modeling.training.loss import CompletionLoss
 from sqft.recipe.sections import Finetune, Search
@@ -71,7 +72,9 @@ class SearchStage:
             return self._take_part()
         adapted, inputs = self.adapted, self.inputs
         space = adapted.measured_space()
-        evaluate = CachedEvaluator(inputs.scratch / TRIALS, space, self._records, self._measure, self.label)
+        evaluate = CachedEvaluator(
+            inputs.scratch / TRIALS, space, self._records, self._measure, self.label, self._differentiate
+        )
         config = self.searcher.search(space, evaluate, Random(inputs.seed_for("search")))
         inputs.processes.broadcast(NO_MORE)
         checks.check_choice(self.label, adapted.space, config)
@@ -113,8 +116,8 @@ class SearchStage:
 
     @cached_property
     def _records(self) -> list[Record]:
-        """Return the records to evaluate on, in one seeded order; none for a searcher that does not evaluate."""
-        if not self.searcher.evaluates:
+        """Return the records to evaluate on, in one seeded order; none for a searcher that asks nothing of them."""
+        if not self.searcher.needs_records():
             return []
         data = self.inputs.data
         records = data.records("data", self.section.data) if self.section.data else data.training_records()[1]
@@ -131,19 +134,35 @@ class SearchStage:
             raise StageError(f"the {self.section.metric} of ranks {config.ranks} is not finite")
         return values
 
+    def _differentiate(self, samples: int | None) -> list[list[float]]:
+        """Compute `sqft.types.Evaluate.first_order` on the first records, in all processes together."""
+        processes = self.inputs.processes
+        checks.check_question_of_gradients(self.label, self.searcher.needs_gradients(), samples)
+        processes.broadcast(json.dumps({"ranks": None, "start": 0, "stop": samples}))
+        shares = [json.loads(own) for own in processes.gather(json.dumps(self._own_changes(slice(samples))))]
+        labels = sum(count for _, count in shares)
+        groups = zip(*(changes for changes, _ in shares), strict=True)
+        found = [[math.fsum(own) / labels for own in zip(*group, strict=True)] for group in groups]
+        if not all(math.isfinite(change) for group in found for change in group):
+            raise StageError("the gradients of the loss are not finite")
+        return found
+
     def _take_part(self) -> Report:
         """Measure this process's share of what the first one asks for, until it asks for no more."""
         processes = self.inputs.processes
         while (asked := processes.receive()) != NO_MORE:
             trial = json.loads(asked)
-            config, records = RankConfig(tuple(trial["ranks"])), slice(trial["start"], trial["stop"])
-            processes.gather(json.dumps(self._own_values(config, records)))
+            records = slice(trial["start"], trial["stop"])
+            if trial["ranks"] is None:
+                processes.gather(json.dumps(self._own_changes(records)))
+            else:
+                processes.gather(json.dumps(self._own_values(RankConfig(tuple(trial["ranks"])), records)))
         return {}
 
     def _own_values(self, config: RankConfig, records: slice) -> list[RecordValue]:
-        """Return the values of this process's share of the records: every n-th one, of n processes."""
+        """Return the values of this process's share of the records."""
         section, model, tokenizer = self.section, self.adapted.model, self.adapted.tokenizer
-        own = self._records[records][self.inputs.processes.rank :: self.inputs.processes.count]
+        own = self._own(records)
         if not own:
             return []
         self.adapted.set_ranks(config)
@@ -153,11 +172,25 @@ class SearchStage:
                     model, tokenizer, own, section.answer, section.max_new_tokens, section.batch_size, silent
                 )
                 return [RecordValue(float(answer["right"]), 1) for answer in found["predictions"]]
-            finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
-            encoded = Tokenization(tokenizer, finetune.max_length, finetune.loss_on).encode(own)
+            encoded = self._encoded(own)
             pad_id, loss = cast(int, tokenizer.pad_token_id), CompletionLoss(model)
             losses = iter(example_losses(loss, encoded.examples, section.batch_size, pad_id, silent))
             return [_record_value(list(islice(losses, size))) for size in encoded.sizes]
+
+    def _own_changes(self, records: slice) -> tuple[list[list[float]], int]:
+        """Return the sum of the changes, by gradients, of this process's share of the records, and their labels."""
+        own = self._own(records)
+        examples = self._encoded(own).examples if own else []
+        return first_order_changes(self.adapted, CompletionLoss(self.adapted.model), examples, self.inputs.track)
+
+    def _own(self, records: slice) -> list[Record]:
+        """Return this process's share of some records: every n-th one, of n processes."""
+        return self._records[records][self.inputs.processes.rank :: self.inputs.processes.count]
+
+    def _encoded(self, records: list[Record]) -> Encoded:
+        """Encode records as training does."""
+        finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
+        return Tokenization(self.adapted.tokenizer, finetune.max_length, finetune.loss_on).encode(records)
 
 
 class CachedEvaluator:
@@ -170,6 +203,7 @@ class CachedEvaluator:
         records: the validation set, in a fixed order.
         measure: evaluates a configuration on those of the records that are in a slice.
         label: the searcher, as error messages name it.
+        differentiate: computes `first_order` on so many records, or on all.
     """
 
     def __init__(
@@ -179,8 +213,10 @@ class CachedEvaluator:
         records: Sequence[Record],
         measure: Callable[[RankConfig, slice], list[RecordValue]],
         label: str,
+        differentiate: Callable[[int | None], list[list[float]]],
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
+        self.differentiate = differentiate
         self.known: dict[RankConfig, list[RecordValue]] = {}
         self.trials = 0
         if file.is_file():
@@ -192,8 +228,7 @@ class CachedEvaluator:
     def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
         """Return the values of the first records, one by one; see `sqft.types.Evaluate`."""
         checks.check_question(self.label, self.space, choice, samples)
-        if not self.records:
-            raise StageError(f"{self.label} asked for an evaluation, but search.data is not given")
+        self._check_records()
         count = min(samples or len(self.records), len(self.records))
         values = self.known.get(choice, [])
         if count > len(values):
@@ -204,6 +239,15 @@ class CachedEvaluator:
             self.trials += 1
             log.info("trial %d: %.4f on %d samples", self.trials, _metric(values), count)
         return values[:count]
+
+    def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
+        """Return the changes of the loss by gradients; see `sqft.types.Evaluate`. They are computed each time."""
+        self._check_records()
+        return self.differentiate(samples)
+
+    def _check_records(self) -> None:
+        if not self.records:
+            raise StageError(f"{self.label} asked for an evaluation, but search.data is not given")
 
     def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""

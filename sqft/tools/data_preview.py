@@ -99,7 +99,7 @@ def _makers(plan: Plan, count: int) -> dict[str, Maker]:
         if isinstance(section, Finetune):
             training = _TrainingData(data, section, tokenizer)
             makers |= _of_finetune(show, training)
-        elif isinstance(section, Search) and step.component(Searcher).evaluates:
+        elif isinstance(section, Search) and step.component(Searcher).needs_records():
             makers |= _of_search(show, data, section, training)
         elif isinstance(section, Evaluate):
             makers |= _of_evaluate(show, data, section)

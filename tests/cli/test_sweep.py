@@ -41,6 +41,12 @@ def test_a_sweep(file: Path) -> None:
     assert (file.parent / "store" / "sweeps" / "by-sparsity" / "results.csv").is_file()
     assert "sparsify.sparsity 0.25: done" in asked(file, "--plan").output
     assert "0 are done" in asked(file, "--plan", "--set", "seed=3").output
+    store = file.parent / "store"
+    shown = CliRunner().invoke(main, ["report", "by-sparsity", "--store", str(store)])
+    page = store / "sweeps" / "by-sparsity" / "report.html"
+    assert shown.output == f"page: {page}\n" and "perplexity by sparsify.sparsity" in page.read_text()
+    mixed = CliRunner().invoke(main, ["report", "by-sparsity-0.25", "by-sparsity", "--store", str(store)])
+    assert mixed.exit_code == 2 and "is a sweep, with a page of its own; name it alone" in mixed.output
 
 
 def test_failed_cells_are_named_with_status_2(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

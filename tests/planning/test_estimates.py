@@ -166,6 +166,8 @@ def test_what_holds_codes_needs_more() -> None:
         chosen = estimate_search(model, "float32", 40, size, True, opening, evaluates=False).memory
         assert chosen == held + 40 + (1 << 29)
     assert estimate_search(model, "float32", 40, size, True, evaluates=False, streamed=True).memory == 80 + (1 << 29)
+    by_gradient = estimate_search(model, "float32", 40, size, True, evaluates=False, activations=99)
+    assert by_gradient.memory == size + 99 + 40 + (1 << 29)
     merge = [estimate_merge(model, "float32", (), 40, 9, size, quantized).memory for quantized in (False, True)]
     assert merge == [3 * size + (1 << 29), 4 * size + 3 * model.parameters + (1 << 29)]
     assert estimate_merge(model, "float32", (), 40, 9, size, True).storage == 9

@@ -15,6 +15,7 @@ from sqft.planning import steps
 from sqft.planning.plan import Step
 from sqft.planning.planner import adapter_base
 from sqft.planning.resolution import Resolver
+from sqft.planning.training_memory import gradient_bytes
 from sqft.utils.digests import Digests
 
 CODES = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}}
@@ -114,8 +115,25 @@ def test_a_search_without_data(raw: dict[str, Any], registry: Registry) -> None:
 
 
 def test_a_searcher_that_evaluates_nothing_reads_nothing(raw: dict[str, Any], registry: Registry) -> None:
-    raw["search"]["searcher"] = "heuristic"
-    assert trained(resolver_of(raw, registry))["search"].files == {}
+    for name in ("heuristic", "importance"):
+        raw["search"]["searcher"] = name
+        assert trained(resolver_of(raw, registry))["search"].files == {}
+
+
+def test_a_searcher_that_needs_gradients_reads_records_and_keeps_activations(
+    raw: dict[str, Any], registry: Registry
+) -> None:
+    raw["search"]["searcher"] = "importance"
+    without = trained(resolver_of(raw, registry))["search"].estimate.memory
+    raw["search"]["searcher"] = {"name": "importance", "options": {"signal": "gradient"}}
+    steps = trained(resolver_of(raw, registry))
+    assert steps["search"].files and not steps["search"].streamed
+    resolver = resolver_of(raw, registry)
+    kept = gradient_bytes(resolver.model, resolver.dtype, steps["finetune"].section)  # type: ignore[arg-type]
+    assert steps["search"].estimate.memory >= without and kept > 0
+    del raw["search"]["data"]
+    trained(resolver := resolver_of(raw, registry))
+    assert problems(resolver)[0].startswith("search.data: is missing: searcher 'importance' evaluates on it")
 
 
 def test_what_was_rounded_is_asked_of_the_quantizer(

@@ -20,7 +20,7 @@ from sqft.components.kinds import Merger
 from sqft.modeling.adapters.adapted_linear import attach
 from sqft.modeling.adapters.frozen_weight import FloatWeight
 from sqft.modeling.architecture.blocks import linears, shape_of
-from sqft.planning.training_memory import activation_bytes, estimate_finetune, layer_bytes
+from sqft.planning.training_memory import activation_bytes, estimate_finetune, gradient_bytes, layer_bytes
 from sqft.recipe.sections import Finetune
 
 SIZES = {"hidden_size": 32, "vocab_size": 10, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -46,6 +46,15 @@ def test_bytes_of_activations(settings: dict[str, Any], kept: int, labels: int) 
     estimate = estimate_finetune(source, "float32", section, 100, 7)
     assert (estimate.parameters, estimate.storage) == (100, 400)
     assert estimate.memory == 7 + 16 * 100 + activation_bytes(source, "float32", section) + (1 << 29)
+
+
+def test_gradients_of_one_example_keep_its_activations() -> None:
+    """Whatever training does: nothing is computed again, and no teacher's prediction is kept."""
+    section = {"adapter": "nls", "merger": "sparsepeft", "data": "a", "max_length": 16, "batch_size": 1}
+    source = ModelSource("folder", Path("m"), "", {}, ModelLayout(sizes=SIZES))
+    plain = activation_bytes(source, "float32", Finetune.model_validate(section))
+    other = section | {"batch_size": 4, "gradient_checkpointing": True, "precision": "bfloat16"}
+    assert gradient_bytes(source, "float32", Finetune.model_validate(other)) == plain
 
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

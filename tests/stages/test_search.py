@@ -17,20 +17,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqft_nls.searchers import HillClimbing
 from sqft_search.evolutionary import Evolutionary
+from sqft_search.importance import Importance
 from sqft_search.racing import Racing
 from torch.distributed import HashStore
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
 from sqft.errors import ContractError, StageError
+from sqft.execution.run import Run
 from sqft.modeling.adapters.saving import read_ranks, space_from
 from sqft.stages.inputs import StageInputs
-from sqft.stages.search import CachedEvaluator, SearchStage
+from sqft.stages.search import NO_MORE, CachedEvaluator, SearchStage
 from sqft.utils.distributed import Processes
 
 SPACE = SearchSpace((RankGroup("a", (8, 4), ("l.0",)), RankGroup("b", (8, 4), ("l.1",))))
 LARGE, SMALL = RankConfig((8, 8)), RankConfig((4, 4))
 RECORDS: list[Any] = [{"text": str(number)} for number in range(10)]
+CHANGES = [[0.0, 0.5], [0.0, -1.0]]
 
 
 Asked = list[tuple[RankConfig, int, int]]
@@ -45,6 +48,10 @@ def metric(config: RankConfig, samples: int) -> float:
     """The sum of totals over the sum of weights."""
     values = [value(config, record) for record in range(samples)]
     return sum(v.total for v in values) / sum(v.weight for v in values)
+
+
+def changes(samples: int | None) -> list[list[float]]:
+    return CHANGES if samples == 3 else []
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def evaluator(tmp_path: Path, asked: Asked) -> Make:
         return [value(config, record) for record in range(records.start, records.stop)]
 
     def make(records: Sequence[Any] = RECORDS) -> CachedEvaluator:
-        return CachedEvaluator(tmp_path / "trials.jsonl", SPACE, records, measure, "searcher 'x' (here 1)")
+        return CachedEvaluator(tmp_path / "trials.jsonl", SPACE, records, measure, "searcher 'x' (here 1)", changes)
 
     return make
 
@@ -85,9 +92,9 @@ def test_each_record_is_evaluated_once_in_whatever_portions(questions: list[tupl
         return [value(config, record) for record in range(records.start, records.stop)]
 
     with TemporaryDirectory() as folder:
-        first = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x")
+        first = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", changes)
         answers = [first.each(*question) for question in questions]
-        again = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x")
+        again = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", changes)
         assert [again.each(*question) for question in questions] == answers and again.trials == first.trials
     for (config, samples), answer in zip(questions, answers, strict=True):
         assert answer == [value(config, record) for record in range(min(samples or 10, 10))]
@@ -143,9 +150,11 @@ def test_the_front_is_what_nothing_smaller_reaches(tmp_path: Path) -> None:
     ranks = (4, 3, 2, 1)
     space = SearchSpace((RankGroup("a", ranks, ("l.0",), cost=3), RankGroup("b", ranks, ("l.1",), cost=5)))
     quality = {RankConfig(pair): float(draw) for pair, draw in zip(product(ranks, ranks), [*range(8)] * 2, strict=True)}
-    evaluate = CachedEvaluator(
-        tmp_path / "t", space, RECORDS, lambda c, part: [RecordValue(quality[c], 1)] * (part.stop - part.start), "x"
-    )
+
+    def measure(config: RankConfig, part: slice) -> list[RecordValue]:
+        return [RecordValue(quality[config], 1)] * (part.stop - part.start)
+
+    evaluate = CachedEvaluator(tmp_path / "t", space, RECORDS, measure, "x", changes)
     few = [RankConfig((1, 1)), RankConfig((4, 4))]
     for config in quality:
         evaluate(config, 1 if config in few else None)
@@ -181,6 +190,9 @@ def test_a_configuration_outside_the_space(evaluator: Make) -> None:
 def test_no_records_to_evaluate_on(evaluator: Make) -> None:
     with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
         evaluator([])(LARGE)
+    with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
+        evaluator([]).first_order(3)
+    assert evaluator().first_order(3) == CHANGES
 
 
 @pytest.mark.parametrize(
@@ -201,7 +213,7 @@ def test_a_search_that_was_killed_goes_on(searcher: Searcher, kept: int, tmp_pat
         return [RecordValue(draw, 1) for draw in draws]
 
     def search() -> RankConfig:
-        evaluate = CachedEvaluator(tmp_path / "trials.jsonl", space, RECORDS, measure, "x")
+        evaluate = CachedEvaluator(tmp_path / "trials.jsonl", space, RECORDS, measure, "x", changes)
         return searcher.search(space, evaluate, Random(3))
 
     found, file, all_measured = search(), tmp_path / "trials.jsonl", measured
@@ -229,6 +241,98 @@ def test_ranks_by_importance_in_a_search_and_without_one(
     assert ranks in space and report["trainable"] <= run["evaluate:finetune:importance"].report["trainable"]
     rows = {row["configuration"]: row for row in run.report["rows"]}
     assert len({row["trainable"] for row in rows.values()}) == len({row["perplexity"] for row in rows.values()}) == 1
+
+
+BY_GRADIENT = {"name": "importance", "options": {"signal": "gradient", "samples": 5}}
+
+
+@pytest.fixture
+def by_gradient(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> tuple[Run, Callable[[Path, Processes], SearchStage]]:
+    """A search by gradients; and another one, after the same training, in a folder and one of several processes."""
+    raw["search"]["searcher"] = BY_GRADIENT
+    orchestrator = Orchestrator(registry, tmp_path)
+    plan = orchestrator.plan(Recipe.parse(raw))
+    run = orchestrator.run(plan, until="search")
+    folders = {"finetune": run["finetune"].folder, "base": run["sparsify"].folder}
+
+    def stage(scratch: Path, processes: Processes) -> SearchStage:
+        return SearchStage(StageInputs(plan, plan.step("search"), folders, scratch, "cpu", processes=processes))
+
+    return run, stage
+
+
+def test_ranks_by_gradients(by_gradient: tuple[Run, Callable[..., SearchStage]], tmp_path: Path) -> None:
+    """Nothing is evaluated. Of all configurations as cheap, none loses less; trained deltas are left as they are."""
+    run, make = by_gradient
+    report, stage = run["search"].report, make(tmp_path, Processes())
+    assert (report["trials"], report["value"], report["front"]) == (0, None, [])
+    space, ranks = stage.adapted.measured_space(), read_ranks(run["search"].folder)
+    before = {name: value.clone() for name, value in stage.adapted.deltas().items()}
+    found = stage._differentiate(5)
+    assert all(value.equal(before[name]) for name, value in stage.adapted.deltas().items())
+    assert all(group[0] == 0 and all(group[1:]) for group in found)
+
+    def lost(config: RankConfig) -> float:
+        by_group = zip(space.groups, found, config.ranks, strict=True)
+        return sum(group[one.ranks.index(rank)] for one, group, rank in by_group)
+
+    budget = space.parameters(space.choice(space.median()))
+    every = (RankConfig(config) for config in product(*(group.ranks for group in space.groups)))
+    assert lost(ranks) == pytest.approx(min(lost(config) for config in every if space.parameters(config) <= budget))
+
+
+def test_gradients_are_of_the_metric_loss(by_gradient: tuple[Run, Callable[..., SearchStage]], tmp_path: Path) -> None:
+    """Half-way between a group's largest rank and a smaller one, values change by about half of what is foreseen."""
+    _, make = by_gradient
+    stage = make(tmp_path, Processes())
+    space, found = stage.adapted.space, stage._differentiate(5)
+
+    def loss() -> float:
+        values = stage._measure(largest, slice(5))
+        return -sum(v.total for v in values) / sum(v.weight for v in values)
+
+    largest = RankConfig(tuple(group.ranks[0] for group in space.groups))
+    before = loss()
+    for group, own in zip(space.groups, found, strict=True):
+        factors = [stage.adapted.layers[name].delta.B.data for name in group.members]  # type: ignore[attr-defined]
+        kept = [B.clone() for B in factors]
+        for B in factors:
+            B[:, group.ranks[-1] :] *= 0.5
+        assert loss() - before == pytest.approx(own[-1] / 2, rel=0.2, abs=1e-6)
+        for B, was in zip(factors, kept, strict=True):
+            B.copy_(was)
+
+
+@pytest.mark.parametrize("samples", [5, 1])
+def test_processes_share_the_gradients(
+    by_gradient: tuple[Run, Callable[..., SearchStage]], samples: int, tmp_path: Path
+) -> None:
+    """Of a single record, the second process has none."""
+    _, make = by_gradient
+    alone, store = make(tmp_path, Processes())._differentiate(samples), HashStore()
+    other = threading.Thread(target=make(tmp_path, Processes(1, 2, store)).run)
+    other.start()
+    first = make(tmp_path, Processes(0, 2, store))
+    found = first._differentiate(samples)
+    first.inputs.processes.broadcast(NO_MORE)
+    other.join(60)
+    for one, both in zip(alone, found, strict=True):
+        assert both == pytest.approx(one, rel=1e-4, abs=1e-7)
+
+
+def test_gradients_that_were_not_announced(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan has not counted their memory."""
+    raw["search"]["searcher"] = BY_GRADIENT
+    monkeypatch.setattr(Importance, "needs_gradients", lambda self: False)
+    monkeypatch.setattr(Importance, "evaluates", True)
+    monkeypatch.setattr(Importance, "search", lambda self, space, evaluate, rng: evaluate.first_order())
+    orchestrator = Orchestrator(registry, tmp_path)
+    with pytest.raises(ContractError, match=r"'importance' .* asked for gradients, but its needs_gradients"):
+        orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="search")
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])

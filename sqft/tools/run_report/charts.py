@@ -37,12 +37,13 @@ def line_chart(lines: Series, x: str, y: str, log: bool = False, limits: tuple[f
     return svg[0]
 
 
-def error_chart(lines: Mapping[str, Sequence[tuple[float, float, float]]], x: str, y: str) -> str:
-    """Draw lines of points (x, y, standard error of y), each with its label."""
+def error_chart(lines: Mapping[str, Sequence[tuple[float, float, float]]], x: str, y: str, joined: bool = True) -> str:
+    """Draw points (x, y, error of y), each with its label, as lines or, unless `joined`, by themselves."""
     with _axes(x, y) as (axes, svg):
         for label, points in lines.items():
             places, values, errors = zip(*sorted(points), strict=True)
-            axes.errorbar(places, values, errors, label=label, marker="o", markersize=3, linewidth=1.4, capsize=2)
+            style = {"linewidth": 1.4, "capsize": 2} if joined else {"linestyle": "", "elinewidth": 0.7}
+            axes.errorbar(places, values, errors, label=label, marker="o", markersize=3, **style)
         if len(lines) > 1:
             _legend(axes)
     return svg[0]

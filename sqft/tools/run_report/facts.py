@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sqft.errors import StoreError
 from sqft.execution.run import RESULT
 from sqft.recipe.stages import EVALUABLE
 from sqft.store.artifacts import Artifact, Store
+from sqft.tools.run_report.trials import Trial, read_trials
 from sqft.utils.files import reason
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)")
@@ -93,22 +93,21 @@ class RunFacts:
         found["mean"] = [(step, mean) for (step, _), mean in zip(found["mean"], means, strict=True)]
         return {name: points for name, points in found.items() if points}
 
-    def trials(self) -> Series:
-        """Return the value of each trial of the search, and the best one so far, among trials on as many samples as
-        the last."""
-        trials = self._lines("search", "trials.jsonl")
-        trials = [trial for trial in trials if trial["samples"] == trials[-1]["samples"]]
-        values = [float(trial["value"]) for trial in trials]
-        if not values:
-            return {}
-        return {"trial": list(enumerate(values, 1)), "best so far": list(enumerate(accumulate(values, max), 1))}
+    def trials(self) -> list[Trial]:
+        """Return the configurations that the search evaluated, in their order."""
+        return read_trials(self._lines("search", "trials.jsonl"))
+
+    def chosen(self) -> list[int]:
+        """Return the ranks that the search chose; none without one."""
+        ranks: list[int] = self._json("search", "choice.json").get("ranks", [])
+        return ranks
 
     def ranks(self) -> dict[str, dict[int, int]]:
         """Return the chosen rank of every group of layers, each expert's too: by its name in the block, and by the
         block's number."""
-        space, choice = self._json("finetune", "space.json"), self._json("search", "choice.json")
+        space = self._json("finetune", "space.json")
         found: dict[str, dict[int, int]] = defaultdict(dict)
-        for order, (group, rank) in enumerate(zip(space.get("groups", ()), choice.get("ranks", ()), strict=False)):
+        for order, (group, rank) in enumerate(zip(space.get("groups", ()), self.chosen(), strict=False)):
             block, name = in_block(group["name"], order, experts=True)
             found[name][block] = rank
         return dict(found)

@@ -12,7 +12,15 @@ from sqft.execution.report import remarks, table
 from sqft.tools.run_report import charts
 from sqft.tools.run_report.comparison import HEADS, comparisons
 from sqft.tools.run_report.facts import RunFacts
+from sqft.tools.run_report.trials import Trial, by_records, in_order
 from sqft.utils.text import human_size
+
+NOTE = (
+    "What each model gives, less what another gives on the same questions or windows of text, asked in the same way. "
+    "Bold: the 95 % interval leaves out 0, and p is below 0.05. Then drawing other questions would hardly turn the "
+    "difference round; another seed still may. Of an accuracy, the interval is a paired bootstrap and p is McNemar's "
+    "exact test. Of a perplexity, it is Student's t over windows."
+)
 
 
 @dataclass(frozen=True)
@@ -30,24 +38,29 @@ def render(runs: Sequence[RunFacts]) -> str:
     Raises:
         SqftError: when matplotlib, which draws the charts, is not installed.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     compared = list(comparisons(runs))
     differing = [index for index, comparison in enumerate(compared) if comparison.differs]
     lines = [(run.name, line) for run in runs for line in remarks(run.report)]
-    environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html").render(
+    return fill(
         title=" and ".join(run.name for run in runs),
         subtitle=f"sqft {runs[0].record['versions']['sqft']}, seed {', '.join(str(r.report['seed']) for r in runs)}",
         results=_results(runs),
         settings=[line if len(runs) == 1 else f"{name}: {line}" for name, line in lines],
-        compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing},
-        overall=_with_own_ids(_overall(runs), "all-"),
+        compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing, "note": NOTE},
+        overall=with_own_ids(_overall(runs), "all-"),
         runs=[_run(run, f"run{number}-") for number, run in enumerate(runs)],
     )
 
 
-def _with_own_ids(drawn: Iterable[Chart], place: str) -> list[Chart]:
+def fill(**values: Any) -> str:
+    """Return the page with these values of the template's variables."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html").render(**values)
+
+
+def with_own_ids(drawn: Iterable[Chart], place: str) -> list[Chart]:
     """Give each chart ids of its own on the page; `place` tells the lists of charts there apart."""
     return [replace(chart, svg=charts.with_own_ids(chart.svg, f"{place}{n}")) for n, chart in enumerate(drawn)]
 
@@ -64,13 +77,13 @@ def _results(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 
 def _run(run: RunFacts, place: str) -> dict[str, Any]:
-    """Return what the page shows of one run; `place` is for `_with_own_ids`."""
+    """Return what the page shows of one run; `place` is for `with_own_ids`."""
     steps, record = run.report["steps"], run.record
     cost = [[s["step"], f"{s['seconds']:.0f} s", human_size(s["peak_memory"]), human_size(s["storage"])] for s in steps]
     return {
         "name": run.name,
         "times": f"started {record['started']}, finished {record['finished']}",
-        "charts": _with_own_ids(_charts(run), place),
+        "charts": with_own_ids(_charts(run), place),
         "missing": ", ".join(name for name in record["artifacts"] if name not in run.artifacts),
         "cost": {"heads": ["step", "time", "peak memory", "on disk"], "rows": cost},
         "loading": run.loading() if run.result else "",
@@ -91,13 +104,24 @@ def _charts(run: RunFacts) -> Iterator[Chart]:
         caption = "Mean loss of a label in each optimizer step, and the mean over the last ten steps."
         yield Chart("Loss of fine-tuning", charts.line_chart(losses, "step", "loss"), caption)
     if trials := run.trials():
-        caption = (
-            "Each configuration that the search evaluated on as many samples as the last, in order; higher is better."
-        )
-        yield Chart("Search", charts.line_chart(trials, "trial", "value"), caption)
+        yield _search(trials, run.chosen())
     if ranks := run.ranks():
         caption = "The rank of every group of layers in the configuration that the search chose."
         yield Chart("Chosen ranks", charts.rank_chart(ranks), caption)
+
+
+def _search(trials: Sequence[Trial], chosen: Sequence[int]) -> Chart:
+    """Draw the trials of a search; values are compared with the best so far only where all are of the same records."""
+    if len({trial.records for trial in trials}) == 1:
+        caption = f"Each configuration's value on the same {trials[0].records:,} records, in order; higher is better."
+        return Chart("Search", charts.line_chart(in_order(trials), "trial", "value"), caption)
+    caption = (
+        "Each configuration's value on all records that it met, in the order in which they were first tried, with its "
+        "standard error (none where all records are alike); higher is better. Those that were left after few records "
+        "are known less well, and records differ: compare only what has as many."
+    )
+    points = by_records(trials, chosen)
+    return Chart("Search", charts.error_chart(points, "configuration", "value", joined=False), caption)
 
 
 def _overall(runs: Sequence[RunFacts]) -> Iterator[Chart]:

@@ -100,23 +100,8 @@ class SweepResults:
         return [{key: row.get(key) for key in keys} for row in rows]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return heads and cells: a line for each configuration, its figures as means over seeds, with the standard
-        deviation of several; of one seed, accuracy has its standard error."""
-        rows = self.rows()
-        axes = [axis for axis in self.axes if axis != SEED]
-        figures = [key for key in self._figures(rows) if any(row[key] is not None for row in rows)]
-        lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in rows:
-            lines.setdefault((*(row[axis] for axis in axes), row["configuration"]), []).append(row)
-        cells = [[*labels, str(len(same)), *(_mean(key, same) for key in figures)] for labels, same in lines.items()]
-        return [*axes, "configuration", "seeds", *figures], cells
-
-    def _figures(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the keys of what the table shows; of texts, "perplexity" stands for a single one."""
-        keys = [key for key in (rows[0] if rows else ()) if key not in self.axes and not key.endswith("_stderr")]
-        texts = [key for key in keys if key.startswith("perplexity ")]
-        hidden = texts if len(texts) < 2 else ["perplexity"]
-        return [key for key in keys if key not in hidden and (key in FIGURES or key not in (*RESERVED, SEED))]
+        """Return `means` of the rows."""
+        return means(self.rows(), self.axes)
 
     def write(self) -> None:
         """Write results.json, results.csv and report.md."""
@@ -149,6 +134,27 @@ class SweepResults:
         tables = [markdown_table(self.name, *self.table())]
         tables += [f"\n{markdown_rows(DIFFERENCE_HEADS, differing)}\n"] if differing else []
         return "".join([*tables, *(f"\n{escaped(line)}" for line in others)])
+
+
+def means(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and cells: a line for each configuration, its figures as means over seeds, with the standard
+    deviation of several; of one seed, accuracy has its standard error."""
+    axes = [axis for axis in axes if axis != SEED]
+    figures = figures_of(rows, axes)
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((*(row[axis] for axis in axes), row["configuration"]), []).append(row)
+    cells = [[*labels, str(len(same)), *(_mean(key, same) for key in figures)] for labels, same in lines.items()]
+    return [*axes, "configuration", "seeds", *figures], cells
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[str]:
+    """Return the keys of what the table shows, where a row has it; of texts, "perplexity" stands for a single one."""
+    keys = [key for key in (rows[0] if rows else ()) if key not in axes and not key.endswith("_stderr")]
+    texts = [key for key in keys if key.startswith("perplexity ")]
+    hidden = texts if len(texts) < 2 else ["perplexity"]
+    shown = [key for key in keys if key not in hidden and (key in FIGURES or key not in (*RESERVED, SEED))]
+    return [key for key in shown if any(row[key] is not None for row in rows)]
 
 
 def _mean(key: str, rows: Sequence[Mapping[str, Any]]) -> str:

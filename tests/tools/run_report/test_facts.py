@@ -14,6 +14,7 @@ import pytest
 from sqft.errors import StoreError
 from sqft.execution.run import Run
 from sqft.tools.run_report.facts import RunFacts, by_block, by_question, in_block, read_facts
+from sqft.tools.run_report.trials import in_order
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +30,12 @@ def test_losses_are_those_of_the_log(facts: RunFacts, made: tuple[Run, Run]) -> 
 
 
 def test_trials_and_the_best_so_far(facts: RunFacts, made: tuple[Run, Run]) -> None:
-    found = facts.trials()
+    found = in_order(facts.trials())
     values = [value for _, value in found["trial"]]
     assert len(values) == made[0]["search"].report["trials"]
     assert found["best so far"][-1][1] == max(values) == made[0]["search"].report["value"]
+    (chosen,) = [trial for trial in facts.trials() if trial.ranks == tuple(facts.chosen())]
+    assert chosen.value == max(values)
 
 
 def test_each_group_has_its_chosen_rank(facts: RunFacts, made: tuple[Run, Run]) -> None:

@@ -1,0 +1,44 @@
+"""Search spaces, and made-up values of their configurations, with which the contract suite tries a searcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from sqft.components import checks
+from sqft.types import RankConfig, RankGroup, RecordValue, SearchSpace
+
+
+def _space(*lengths: int) -> SearchSpace:
+    ranks = (tuple(range(2 * n, 0, -2)) for n in lengths)
+    return SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
+
+
+SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
+"""A mixed one, one without a choice to make, and one far too large to list."""
+
+
+@dataclass(frozen=True)
+class MadeUpValues:
+    """A rugged `Evaluate`: a value for each configuration and record. It keeps the questions, in their order; those for
+    gradients are without a configuration."""
+
+    label: str
+    space: SearchSpace
+    gradients: bool
+    """Whether the searcher says that it needs them."""
+    asked: list[tuple[RankConfig | None, int | None]] = field(default_factory=list)
+
+    def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
+        values = self.each(choice, samples)
+        return sum(value.total for value in values) / len(values)
+
+    def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
+        checks.check_question(self.label, self.space, choice, samples)
+        self.asked.append((choice, samples))
+        return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(80)][:samples]
+
+    def first_order(self, samples: int | None = None) -> list[list[float]]:
+        checks.check_question_of_gradients(self.label, self.gradients, samples)
+        self.asked.append((None, samples))
+        return [[Random(f"{samples} {group.name} {r}").gauss() for r in group.ranks] for group in self.space.groups]

@@ -1,0 +1,75 @@
+"""Trials of a search: each configuration once, with the error of its value, by its number of records."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from random import Random
+
+import pytest
+from sqft_search.racing import Racing
+
+from sqft.api import RankConfig, RankGroup, RecordValue, SearchSpace
+from sqft.stages.search import CachedEvaluator
+from sqft.tools.run_report.trials import by_records, in_order, read_trials
+
+
+def line(ranks: list[int], samples: int, totals: list[float], weights: list[int], value: float) -> dict[str, object]:
+    return {"ranks": ranks, "samples": samples, "value": value, "totals": totals, "weights": weights}
+
+
+LINES = [
+    line([8], 2, [1.0, 0.0], [1, 1], 0.5),
+    line([4], 2, [0.0, 0.0], [1, 1], 0.0),
+    line([8], 4, [1.0, 1.0], [1, 1], 0.75),
+]
+
+
+def test_lines_of_a_configuration_are_one_trial() -> None:
+    first, second = read_trials(LINES)
+    assert (first.ranks, first.records, first.value) == ((8,), 4, 0.75)
+    assert first.error == pytest.approx(statistics.stdev([1, 0, 1, 1]) / math.sqrt(4))
+    assert (second.ranks, second.records, second.value, second.error) == ((4,), 2, 0.0, 0.0)
+    assert by_records([first, second], [8]) == {
+        "2 records": [(2, 0.0, 0.0)], "chosen: 4 records": [(1, 0.75, first.error)]
+    }  # fmt: skip
+
+
+def test_a_single_record_and_an_earlier_version_have_no_error() -> None:
+    """And a record without labels has no value of its own."""
+    single = line([8], 1, [0.5], [1], 0.5)
+    assert [trial.error for trial in read_trials([single, {"ranks": [4], "samples": 9, "value": 1}])] == [0, 0]
+    assert read_trials([line([8], 3, [-1.0, 0.0, -4.0], [1, 0, 2], -5 / 3)])[0].error > 0
+
+
+def test_the_best_so_far() -> None:
+    trials = read_trials([line([n], 1, [v], [1], v) for n, v in enumerate((0.25, 0.5, 0.0))])
+    assert in_order(trials)["best so far"] == [(1, 0.25), (2, 0.5), (3, 0.5)]
+
+
+def test_many_numbers_of_records_share_labels() -> None:
+    trials = read_trials([line([n], n, [], [], 0.5) for n in (1, 2, 3, 5, 8, 15, 16)])
+    assert {label: [x for x, *_ in points] for label, points in by_records(trials, []).items()} == {
+        "1 records": [1], "2 to 3 records": [2, 3], "4 to 7 records": [4],
+        "8 to 15 records": [5, 6], "16 to 31 records": [7],
+    }  # fmt: skip
+
+
+def test_of_a_race_every_configuration_is_there(tmp_path: Path) -> None:
+    """What a real race left on disk: as many records in all as it evaluated."""
+    space = SearchSpace(tuple(RankGroup(name, (8, 6, 4), (name,), cost=1) for name in "abc"))
+
+    def measure(config: RankConfig, records: slice) -> list[RecordValue]:
+        draws = (Random(f"{config} {record}").random() for record in range(records.start, records.stop))
+        return [RecordValue(draw, 1) for draw in draws]
+
+    evaluate = CachedEvaluator(tmp_path / "t", space, [{}] * 99, measure, "x", lambda samples: [])
+    chosen = Racing(first=2, evaluations=200).search(space, evaluate, Random(3))
+    trials = read_trials(json.loads(text) for text in (tmp_path / "t").read_text().splitlines())
+    assert {t.ranks: t.records for t in trials} == {c.ranks: len(v) for c, v in evaluate.known.items()}
+    assert len({t.records for t in trials}) > 1
+    points = by_records(trials, chosen.ranks)
+    assert sorted(x for own in points.values() for x, *_ in own) == list(range(1, len(trials) + 1))
+    assert list(points)[-1] == f"chosen: {len(evaluate.known[chosen])} records"
