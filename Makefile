@@ -62,13 +62,15 @@ test: lint test-fast
 WORKERS ?= auto
 SIDE_BY_SIDE := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1)
 PYTEST := $(OFFLINE) $(SIDE_BY_SIDE) $(BIN)/pytest $(if $(SIDE_BY_SIDE),-n $(WORKERS) --maxprocesses 4 --max-worker-restart 0 --dist loadfile)
+# The tests that take longest are named at the end.
+LONGEST := --durations 25 --durations-min 5
 HANG := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 
 test-fast: setup
-	$(PYTEST) -m "not slow" $(HANG)=420
+	$(PYTEST) -m "not slow" $(LONGEST) $(HANG)=420
 
 test-slow: quickstart consumers
-	$(PYTEST) -m slow --timeout 1800 $(HANG)=2400
+	$(PYTEST) -m slow $(LONGEST) --timeout 1800 $(HANG)=2400
 
 # Seeded kills in every stage; a failure names its seed. KILLS=3 SEED=7 make kill-test
 kill-test: setup
