@@ -3,7 +3,8 @@
     python serve_once.py PROGRAM PATH PROMPT GENERATED THREADS
 
 Prints a line of JSON: tokens a second of `prefill` (a prompt of PROMPT tokens at once) and of `decode` (GENERATED
-tokens, one after the other, chosen greedily), and the process's peak `memory` in MB. A first, short run is not counted.
+tokens, one after the other, chosen greedily), and the process's peak `memory` in MB, loading included. A first, short
+run is not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from typing import Any
 
 TOKENS = range(1000, 40000)
 """Ordinary tokens of SmolLM2, from which the prompt is drawn."""
+CONTEXT = 2048
+"""Tokens that llama.cpp has room for, prompt and answer together."""
 Measure = Callable[[list[int], int], tuple[float, float]]
 """Takes a prompt's tokens and a number of tokens to generate; returns the seconds of prefill and of decode."""
 
@@ -63,15 +65,15 @@ def llama_cpp(path: str, threads: int) -> Measure:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx = path, 2048
+    parameters.model.path, parameters.n_ctx = path, CONTEXT
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
 
     def measure(prompt: list[int], generated: int) -> tuple[float, float]:
-        request = {"prompt": prompt, "n_predict": generated, "temperature": 0, "cache_prompt": False}
+        # The first token comes with the prompt's logits: no pass of its own.
+        request = {"prompt": prompt, "n_predict": generated + 1, "temperature": 0, "cache_prompt": False}
         timings = server.handle_completions(request | {"ignore_eos": True})["timings"]
-        assert (timings["prompt_n"], timings["predicted_n"]) == (len(prompt), generated), timings
-        # The first token comes with the prompt's logits.
+        assert (timings["prompt_n"], timings["predicted_n"]) == (len(prompt), generated + 1), timings
         return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
 
     return measure
@@ -86,11 +88,12 @@ def onnxruntime(path: str, threads: int) -> Measure:
 
     def measure(prompt: list[int], generated: int) -> tuple[float, float]:
         parameters = genai.GeneratorParams(model)
-        length = len(prompt) + generated + 1
+        length = len(prompt) + generated + 2
         parameters.set_search_options(min_length=length, max_length=length, do_sample=False)
         generator = genai.Generator(model, parameters)
         start = time.perf_counter()
         generator.append_tokens(prompt)
+        generator.generate_next_token()  # from the prompt's logits: no pass of its own
         prefill, start = time.perf_counter() - start, time.perf_counter()
         for _ in range(generated):
             generator.generate_next_token()
@@ -104,7 +107,9 @@ def openvino(path: str, threads: int) -> Measure:
     import openvino as ov
     import openvino_genai as genai
 
-    pipeline = genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+    scheduler = genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False
+    pipeline = genai.LLMPipeline(path, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
 
     def measure(prompt: list[int], generated: int) -> tuple[float, float]:
         settings = genai.GenerationConfig()
@@ -132,9 +137,10 @@ def main(program: str, path: str, prompt: str, generated: str, threads: str) -> 
     os.environ |= {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     measure = PROGRAMS[program](path, int(threads))
     tokens = random.Random(0).choices(TOKENS, k=int(prompt))
-    measure(tokens[:32], 8)
+    measure(random.Random(1).choices(TOKENS, k=32), 8)  # another text: some programs remember how one begins
     prefill, decode = measure(tokens, int(generated))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    status = Path("/proc/self/status").read_text()  # resource.getrusage would count the parent's memory, too
+    memory = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     print(json.dumps({"prefill": int(prompt) / prefill, "decode": int(generated) / decode, "memory": memory}))
 
 

@@ -12,11 +12,14 @@ row. Needs `make consumers`; the GGUF file and ONNX Runtime's model are made in 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,23 +58,29 @@ def version_of(program: str) -> str:
     return subprocess.run([python_of(program), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def as_gguf(folder: Path, scratch: Path) -> Path:
-    """Return the model as a GGUF file, its embeddings in float16."""
-    place = scratch / "gguf"
-    if not place.exists():
-        place.mkdir(parents=True)
-        Gguf(embeddings="float16").export(FinishedModel(folder), place)
-    return place / "model.gguf"
+def as_gguf(folder: Path, place: Path) -> None:
+    """Write the model as a GGUF file, its embeddings in float16."""
+    Gguf(embeddings="float16").export(FinishedModel(folder), place)
 
 
-def as_onnx(folder: Path, scratch: Path) -> Path:
-    """Return the folder that ONNX Runtime GenAI's model builder makes; embedding and head stay floats."""
-    place = scratch / "onnx"
+def as_onnx(folder: Path, place: Path) -> None:
+    """Let ONNX Runtime GenAI's model builder make its folder; embedding and head stay floats."""
+    command = [python_of("ONNX Runtime GenAI"), "-m", "onnxruntime_genai.models.builder", "-i", str(folder)]
+    command += ["-o", str(place), "-p", "int4", "-e", "cpu", "-c", str(place / "cache"), "--extra_options"]
+    command += ["nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def made(make: Callable[[Path, Path], None], folder: Path, scratch: Path) -> Path:
+    """Return the folder that `make` makes of a model, made once for each model and complete."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
+    place = scratch / f"{make.__name__}-{digest[:12]}"
     if not place.exists():
-        command = [python_of("ONNX Runtime GenAI"), "-m", "onnxruntime_genai.models.builder", "-i", str(folder)]
-        command += ["-o", str(place), "-p", "int4", "-e", "cpu", "-c", str(scratch / "onnx-cache"), "--extra_options"]
-        command += ["nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
-        subprocess.run(command, check=True, capture_output=True)
+        partial = place.with_name(f"partial-{place.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(folder, partial)
+        partial.rename(place)
     return place
 
 
@@ -108,10 +117,10 @@ def main() -> None:
     arguments = parser.parse_args()
     paths = dict.fromkeys(arguments.programs, arguments.folder)
     if {"llama.cpp", "OpenVINO GenAI"} & paths.keys():
-        gguf = as_gguf(arguments.folder, arguments.scratch)
+        gguf = made(as_gguf, arguments.folder, arguments.scratch) / "model.gguf"
         paths |= {program: gguf for program in paths if program in ("llama.cpp", "OpenVINO GenAI")}
     if "ONNX Runtime GenAI" in paths:
-        paths["ONNX Runtime GenAI"] = as_onnx(arguments.folder, arguments.scratch)
+        paths["ONNX Runtime GenAI"] = made(as_onnx, arguments.folder, arguments.scratch)
     if arguments.floats:
         paths["transformers"] = arguments.floats
     found: dict[str, list[dict[str, float]]] = {program: [] for program in paths}
@@ -119,7 +128,7 @@ def main() -> None:
         for program, path in paths.items():
             found[program].append(measured(program, path, arguments))
             print(f"round {number + 1}, {program}: {found[program][-1]}", file=sys.stderr, flush=True)
-    columns = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "memory": "memory, MB"}
+    columns = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "memory": "peak memory, MB"}
     print(f"| program | version | {' | '.join(columns.values())} |\n|---|---|---|---|---|")
     first = {name: statistics.median(one[name] for one in next(iter(found.values()))) for name in columns}
     for program, rounds in found.items():
@@ -128,8 +137,8 @@ def main() -> None:
         print(f"| {label} | {version_of(program)} | {' | '.join(cells)} |")
     if arguments.json:
         how = {name: getattr(arguments, name) for name in ("prompt", "generated", "threads", "rounds")}
-        made = {"machine": platform.platform(), "versions": versions(), "programs": list(map(version_of, found))}
-        arguments.json.write_text(json.dumps(how | made | {"found": found}, indent=2) + "\n")
+        facts = {"machine": platform.platform(), "versions": versions(), "programs": list(map(version_of, found))}
+        arguments.json.write_text(json.dumps(how | facts | {"found": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def recipe(method: str, seed: int, data: Path, arguments: argparse.Namespace) ->
         "max_length": arguments.max_length,
         "learning_rate": arguments.learning_rate * OURS.get(method, 1),
     }
-    raw["evaluate"]["of"] = arguments.of or ["model", *raw["evaluate"]["of"]]
+    all_models = ["model", *raw["evaluate"]["of"]]
+    raw["evaluate"]["of"] = [name for name in all_models if name in (arguments.of or all_models)] or all_models[-1:]
     if arguments.calibration:
         raw["calibration"]["data"] = str(arguments.calibration.absolute())
     if arguments.samples:
@@ -115,7 +116,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--max-new-tokens", type=int, default=6)
     parser.add_argument("--test-records", type=int, help="the first ones of test.jsonl; unless told, all")
-    parser.add_argument("--of", nargs="+", help="models to measure, as `evaluate.of` has them; unless told, all")
+    parser.add_argument(
+        "--of", nargs="+", help="models to measure; of a method that makes none of them, its last one; unless told, all"
+    )
     parser.add_argument("--answer", choices=["text", "first_number"], default="first_number")
     parser.add_argument("--calibration", type=Path, help="records of text; unless given, the recipes'")
     parser.add_argument("--samples", type=int, help="calibration windows; unless given, the recipes'")
