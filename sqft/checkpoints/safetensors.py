@@ -65,6 +65,8 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         if bad := [name for name, shape in shapes.items() if not all(type(n) is int and n >= 0 for n in shape)]:
             raise ValueError(f"{bad[0]} has the shape {shapes[bad[0]]!r:.60}")
+        if bad := [name for name, entry in header.items() if not isinstance(entry["dtype"], str)]:
+            raise ValueError(f"{bad[0]} has the precision {header[bad[0]]['dtype']!r:.60}")
         return shapes
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         with path.open("rb") as stream:

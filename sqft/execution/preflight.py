@@ -61,13 +61,13 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
     Raises:
         StoreError: with the room that is needed and the room that is free.
     """
-    if shortage := disk_shortage(store, steps):
+    if shortage := disk_shortage(store, [step for step in steps if store.find(step.stage, step.fingerprint) is None]):
         raise StoreError(shortage)
 
 
 def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
-    """Return what is short for what the steps that are not done will write to the store's disk; None if nothing is."""
-    needed = sum(step.estimate.storage for step in steps if store.find(step.stage, step.fingerprint) is None)
+    """Return what is short for what steps that are to be made will write to the store's disk; None if nothing is."""
+    needed = sum(step.estimate.storage for step in steps)
     folder = existing_parent(store.root)
     free = shutil.disk_usage(folder).free
     if needed <= free:

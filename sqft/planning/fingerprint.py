@@ -149,6 +149,7 @@ WITHOUT_EFFECT = {
     "utils/distributed": "how processes find one another; what they compute together is the stages'",
     "utils/files": "how files are written: at once or not at all",
     "utils/progress": "progress bars",
+    "utils/resources": "what a result cost, and where freed memory goes",
     "utils/text": "text for people",
 }
 """Modules and packages that stages import and that cannot change a result, each with what it holds."""

@@ -180,6 +180,11 @@ def processes() -> Processes:
     return Processes(rank, count, PrefixStore("sqft", store))
 
 
+def is_one_of_several() -> bool:
+    """Return whether a launcher started several processes; none of them is asked."""
+    return _launched()[1] > 1
+
+
 def mute_unless_main() -> None:
     """Silence this process for the rest of its life if it is not the first one of a launcher: logs and stdout."""
     rank, _ = _launched()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any
 
-from sqft.utils.distributed import processes
+from sqft.utils.distributed import is_one_of_several
 
 
 class Terminated(KeyboardInterrupt):
@@ -23,7 +23,7 @@ def terminable() -> Iterator[None]:
     signal reaches, and in one process of several, which their launcher stops and may not wait for.
     """
     ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours or processes().count > 1:
+    if not ours or is_one_of_several():
         yield
         return
     signal.signal(signal.SIGTERM, _terminate)

@@ -103,12 +103,12 @@ def test_a_folder_is_a_data_set_with_splits(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("test", 2)):
         table = pyarrow.Table.from_pylist([{"question": f"{split} {n}", "answer": str(n)} for n in range(count)])
         parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
-    options = SimpleNamespace(limit=None, prompt=TEMPLATES["gsm8k"], config=None, split="test")
+    options = SimpleNamespace(limit=None, prompt=TEMPLATES["gsm8k"], config=None, split="test", delimiter=None)
     assert [dict(r) for r in records_of(folder, options)] == [
         {"prompt": f"Question: test {n}\nAnswer:", "completion": f" {n}"} for n in range(2)
     ]
     with pytest.raises(DataError, match="cannot read split 'validation'"):
-        records_of(folder, SimpleNamespace(limit=None, prompt=None, config=None, split="validation"))
+        records_of(folder, SimpleNamespace(limit=None, prompt=None, config=None, split="validation", delimiter=None))
 
 
 def records(count: int) -> list[Record]:

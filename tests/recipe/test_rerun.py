@@ -76,7 +76,7 @@ def test_merge_and_eval_without_the_recipe_at_hand(
     measured = sqft("eval", "tiny", "--store", store, *more, "--set", "evaluate.exact_match.max_new_tokens=2")
     assert measured.exit_code == 0 and "| merge | " in measured.output and "| finetune:maximal | " in measured.output
     whole = sqft("eval", "model", "--store", store, "--perplexity", text)
-    assert whole.exit_code == 0 and "| model | – | " in whole.output, whole.output
+    assert whole.exit_code == 0 and "\n| model | " in whole.output, whole.output
 
 
 def test_an_adapter_that_does_not_merge(project: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_adapter_that_does_not_merge(project: Path, tmp_path: Path) -> None:
 
 def test_a_quantized_models_folder(quantized_folder: Path, data: Path, tmp_path: Path) -> None:
     done = sqft("eval", quantized_folder, "--perplexity", data / "heldout.txt", "--store", tmp_path)
-    assert done.exit_code == 0 and "| model | – | " in done.output, done.output
+    assert done.exit_code == 0 and "| configuration | perplexity | " in done.output, done.output
 
 
 def test_the_precision_of_a_model_is_its_own(tmp_path: Path) -> None:
