@@ -29,7 +29,7 @@ from sqft.utils.text import human_size
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 @report_errors
 def status(store: Path, as_json: bool, pruning: bool, yes: bool) -> None:
-    """Show what a store holds: runs, artifacts, which runs need them, and how large they are.
+    """Show what a store holds: runs and their results, artifacts, which runs need them, and how large they are.
 
     To free what one run alone needs, delete the run's folder, then --prune. Unfinished work is what an interrupted
     run would resume from.

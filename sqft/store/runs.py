@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,9 +30,31 @@ class RunState:
     """Why the list of artifacts cannot be read, if it cannot."""
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """How well the model did that a run measured last; None where that was not measured."""
+
+    configuration: str
+    """Which model: "merge", "finetune:maximal", …"""
+    accuracy: float | None
+    perplexity: float | None
+    sparsity: float | None
+
+
 def read_runs(store: Store) -> tuple[RunState, ...]:
     """Read the folders of all runs of a store."""
     return tuple(map(_read_run, subfolders(store.runs)))
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """Return what the report in a run's folder says of the last model; None when it says nothing, is damaged, or was
+    never written."""
+    try:
+        last = json.loads((folder / "report.json").read_text("utf-8"))["rows"][-1]
+        numbers = {name: _number(last.get(name)) for name in ("accuracy", "perplexity", "sparsity")}
+        return RunResult(str(last["configuration"]), **numbers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def check_readable(runs: Iterable[RunState]) -> None:
@@ -91,3 +114,7 @@ def _read_run(folder: Path) -> RunState:
     times = times if isinstance(times, dict) else {}
     refers = tuple(dict.fromkeys([*steps.values(), *made]))
     return RunState(folder.name, str(times.get("started") or began), times.get("finished"), steps, refers, problem)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from sqft.errors import ArtifactError, StoreError
 from sqft.store.artifacts import INCOMPLETE_PREFIX, Store
-from sqft.store.runs import RunState, check_readable, read_runs, subfolders
+from sqft.store.runs import RunResult, RunState, check_readable, read_result, read_runs, subfolders
 from sqft.utils.files import MANIFEST
 from sqft.utils.text import human_size
 
 ARTIFACT_NAME = re.compile(r"([a-z]+)-([0-9a-f]{12})")
 """The name of an artifact's folder: stage and start of its fingerprint."""
+NOT_MEASURED = RunResult("–", None, None, None)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class StoreStatus:
 
     root: Path
     runs: tuple[RunState, ...]
+    results: Mapping[str, RunResult]
+    """Of the runs that have ended and whose report can be read, by their names."""
     artifacts: tuple[ArtifactStatus, ...]
 
     @property
@@ -92,7 +95,14 @@ class StoreStatus:
         return {
             "store": str(self.root),
             "size": self.size,
-            "runs": [asdict(run) | {"completed": self.completed_steps(run)} for run in self.runs],
+            "runs": [
+                asdict(run)
+                | {
+                    "completed": self.completed_steps(run),
+                    "result": asdict(self.results[run.name]) if run.name in self.results else None,
+                }
+                for run in self.runs
+            ],
             "artifacts": [
                 {**asdict(one), "folder": str(one.folder), "prunable": one.prunable, "kept": one.kept}
                 for one in self.artifacts
@@ -107,8 +117,16 @@ class StoreStatus:
             steps = self.completed_steps(run)
             missing = [step for step, complete in steps.items() if not complete]
             done = f"{len(steps) - len(missing)} of {len(steps)}" + (f"; not {', '.join(missing)}" if missing else "")
-            cells.append([run.name, run.started, run.finished or "–", run.problem or done])
-        return ["run", "started", "finished", "steps complete"], cells
+            result = self.results.get(run.name, NOT_MEASURED)
+            measured = [
+                result.configuration,
+                _text(result.accuracy, "{:.1%}"),
+                _text(result.perplexity, "{:.2f}"),
+                _text(result.sparsity, "{:.2%}"),
+            ]
+            cells.append([run.name, run.started, run.finished or "–", *measured, run.problem or done])
+        heads = ["run", "started", "finished", "last model", "accuracy", "perplexity", "sparsity", "steps complete"]
+        return heads, cells
 
     def artifacts_table(self, now: float | None = None) -> tuple[list[str], list[list[str]]]:
         """Return heads and rows of the table of artifacts."""
@@ -141,6 +159,10 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+def _text(value: float | None, form: str) -> str:
+    return form.format(value) if value is not None else "–"
+
+
 def scan_store(store: Store) -> StoreStatus:
     """Look through a store. Nothing is changed, and only manifests and the runs' own files are read.
 
@@ -156,7 +178,8 @@ def scan_store(store: Store) -> StoreStatus:
             users.setdefault(name, []).append(run.name)
     states = (_artifact_status(store, folder, users) for folder in subfolders(store.artifacts))
     artifacts = sorted((state for state in states if state), key=lambda state: (state.name, state.folder.name))
-    return StoreStatus(store.root, runs, tuple(artifacts))
+    results = {run.name: result for run in runs if run.finished and (result := read_result(store.runs / run.name))}
+    return StoreStatus(store.root, runs, results, tuple(artifacts))
 
 
 def prune(store: Store, artifacts: Sequence[ArtifactStatus]) -> list[ArtifactStatus]:

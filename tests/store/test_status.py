@@ -66,6 +66,8 @@ def test_two_recipes_share_a_sparse_base(raw: dict[str, Any], registry: Registry
     done = CliRunner().invoke(main, ["status", "--store", str(tmp_path), "--prune", "--yes"])
     assert done.exit_code == 0, done.output
     assert {held.folder for held in scan_store(store).artifacts} == {outcome.folder for outcome in two.values()}
+    (left,) = scan_store(store).results.values()  # as a real report has it
+    assert left.sparsity == two.report["rows"][-1]["sparsity"] and left.accuracy == two.report["rows"][-1]["accuracy"]
     again = run(other)
     assert {name: o.folder for name, o in again.items()} == {name: o.folder for name, o in two.items()}
 
@@ -80,6 +82,64 @@ def test_shown(store: Store) -> None:
     assert content["artifacts"][0]["fingerprint"] == PRINT and content["artifacts"][0]["runs"] == ["one", "two"]
     assert content["runs"][0]["completed"] == {"merge": True} and content["runs"][0]["finished"] is None
     assert age(30) == "30 s" and age(7300) == "2 h" and age(200000) == "2 d"
+
+
+ROWS = [
+    {"configuration": "model", "accuracy": 0.9, "perplexity": 5.0, "sparsity": 0.0},
+    {"configuration": "merge", "accuracy": 0.314, "perplexity": 7.125, "sparsity": 0.5},
+]
+
+
+def ended(store: Store, name: str, report: str | None, finished: str = "2026-01-02") -> None:
+    """A run that ended at that time, and its report."""
+    (store.runs / name).mkdir(parents=True)
+    (store.runs / name / "plan.json").write_text(json.dumps([{"name": "merge", "fingerprint": PRINT}]))
+    record = {"started": "2026-01-01", "finished": finished, "artifacts": {}}
+    (store.runs / name / "run.json").write_text(json.dumps(record))
+    if report is not None:
+        (store.runs / name / "report.json").write_text(report)
+
+
+def test_results_of_runs_are_those_of_the_last_model(store: Store) -> None:
+    put(store)
+    ended(store, "tiny-1", json.dumps({"rows": ROWS}))
+    ended(store, "tiny-2", json.dumps({"rows": ROWS[:1]}), "2026-01-03")
+    said = shown(store)
+    assert "| run | started | finished | last model | accuracy | perplexity | sparsity | steps complete |" in said
+    assert "| tiny-1 | 2026-01-01 | 2026-01-02 | merge | 31.4% | 7.12 | 50.00% | 1 of 1 |" in said
+    assert "| tiny-2 | 2026-01-01 | 2026-01-03 | model | 90.0% | 5.00 | 0.00% | 1 of 1 |" in said
+    runs = json.loads(shown(store, "--json"))["runs"]
+    assert [run["result"] for run in runs] == [ROWS[1], ROWS[0]]
+
+
+@pytest.mark.parametrize(
+    "report",
+    [None, "{", "7", "[" * 100_000, '{"rows": []}', '{"rows": [3]}', '{"rows": [{"accuracy": 0.5}]}'],
+)
+def test_a_report_that_says_nothing(store: Store, report: str | None) -> None:
+    put(store)
+    ended(store, "bad", report)
+    ended(store, "good", json.dumps({"rows": ROWS}))
+    assert "| bad | 2026-01-01 | 2026-01-02 | – | – | – | – | 1 of 1 |" in shown(store)
+    assert json.loads(shown(store, "--json"))["runs"][0]["result"] is None
+
+
+@pytest.mark.parametrize("value", ["missing", None, "high", float("nan"), float("inf"), {}])
+def test_a_number_of_the_report_that_is_none(store: Store, value: Any) -> None:
+    row = {**ROWS[1], "accuracy": value}
+    if value == "missing":
+        del row["accuracy"]
+    ended(store, "run", json.dumps({"rows": [row]}))
+    ended(store, "good", json.dumps({"rows": ROWS}))
+    assert "| run | 2026-01-01 | 2026-01-02 | merge | – | 7.12 | 50.00% |" in shown(store)
+    assert json.loads(shown(store, "--json"))["runs"][1]["result"]["accuracy"] is None
+
+
+def test_a_run_that_has_not_ended_shows_no_result(store: Store) -> None:
+    """Its folder may hold the report of an earlier attempt."""
+    put(store, users=("run",))
+    (store.runs / "run" / "report.json").write_text(json.dumps({"rows": ROWS}))
+    assert not scan_store(store).results and "31.4%" not in shown(store)
 
 
 def test_unfinished_work(store: Store) -> None:
