@@ -44,7 +44,8 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
     for tensor in tensors:
         if tensor.tensor_type.name in FLOATS:
             precisions[FLOATS[tensor.tensor_type.name]] += math.prod(shapes[str(tensor.name)])
-    dtype = max(precisions, key=precisions.__getitem__, default=None)
+    codes = any(tensor.tensor_type.name not in FLOATS for tensor in tensors)
+    dtype = "float32" if codes else max(precisions, key=precisions.__getitem__, default=None)
     return ModelSource("gguf", path, digests.file(path), shapes, dtype=dtype)
 
 

@@ -70,7 +70,8 @@ def show_table(screen: Any, title: str, heads: Sequence[str], cells: Sequence[Se
 
     from sqft.utils.text import markdown_table
 
-    kept = [index for index in range(len(heads)) if not cells or any(row[index] not in ("", "–") for row in cells)]
+    empty = {index for index in range(1, len(heads)) if cells and all(row[index] in ("", "–") for row in cells)}
+    kept = [index for index in range(len(heads)) if index not in empty]
     heads, cells = [heads[index] for index in kept], [[row[index] for index in kept] for row in cells]
     if not screen.is_terminal:
         screen.print(f"\n{markdown_table(title, heads, cells)}", highlight=False, markup=False)
@@ -96,5 +97,7 @@ def _fitting(width: int, needed: Sequence[int]) -> list[list[int]]:
 
 def _least_width(head: str, cells: Sequence[str]) -> int:
     """Return the width in which no word is broken; a figure stays beside its unit, a sentence need not."""
+    from rich.cells import cell_len
+
     pieces = [head, *(piece for cell in cells for piece in ([cell] if len(cell) <= 24 else cell.split()))]
-    return max(map(len, pieces), default=1)
+    return max(map(cell_len, pieces), default=1)

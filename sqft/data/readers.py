@@ -132,8 +132,8 @@ def _split(path: Path, config: str | None, split: str, delimiter: str | None) ->
     readers: dict[str, Callable[[Path], Rows]] = {
         ".jsonl": _json_lines,
         ".json": _json,
-        ".csv": partial(_csv, delimiter=delimiter or ","),
-        ".tsv": partial(_csv, delimiter=delimiter or "\t"),
+        ".csv": partial(_csv, default=",", delimiter=delimiter),
+        ".tsv": partial(_csv, default="\t", delimiter=delimiter),
         ".txt": _lines,
         ".parquet": _parquet,
         ".arrow": _arrow,
@@ -207,16 +207,20 @@ def _json(path: Path) -> Rows:
         yield f"{path}, record {number}", row
 
 
-def _csv(path: Path, delimiter: str) -> Rows:
+def _csv(path: Path, default: str, delimiter: str | None) -> Rows:
+    """Read a table with a header, which unless a delimiter is given the default must split."""
     with _text(path, newline="") as stream:
-        reader = csv.DictReader(stream, strict=True, delimiter=delimiter)
+        reader = csv.DictReader(stream, strict=True, delimiter=delimiter or default)
         try:
-            name, *more = reader.fieldnames or ("",)
-            if not more and (others := [mark for mark in DELIMITERS if mark in name and mark != delimiter]):
-                raise DataError(
-                    f"{path} has the single column {brief(name)}: its cells are not split at {json.dumps(delimiter)}; "
-                    f'set "delimiter": {json.dumps(others[0])} beside its path'
-                )
+            if delimiter is None and default not in (header := stream.readline()):
+                mark = max(DELIMITERS, key=header.count)
+                if mark in header:
+                    raise DataError(
+                        f"{path} has the single column {brief(header.strip())}: its cells are not split at "
+                        f'{json.dumps(default)}; set "delimiter": {json.dumps(mark)} beside its path, or '
+                        f"{json.dumps(default)} if that is the name of one column"
+                    )
+            stream.seek(0)
             for row in reader:
                 location = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
@@ -227,7 +231,10 @@ def _csv(path: Path, delimiter: str) -> Rows:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+            raise DataError(
+                f"{path}:{reader.line_num + 1}: not valid CSV: {error}; a cell that begins with a quote must end with "
+                "one, and each quote inside is written twice"
+            ) from None
 
 
 def _parquet(path: Path) -> Rows:

@@ -71,7 +71,7 @@ def shortage_of_processes(plan: Plan, missing: Iterable[Step], processes: Proces
         return None
     need = f"{step.name} needs about {human_size(_needed(step))} of memory in each of {processes.here} processes"
     less, needed = _less(plan, step, free // processes.here, replan_share)
-    remedy = f", or {less} in each" if less and needed <= free // processes.here else ""
+    remedy = f", or in each {less}" if less and needed <= free // processes.here else ""
     message = f"{need}, and {human_size(free)} are free; start fewer processes{remedy}"
     return Shortage(message, _hopeless(step, free // processes.here))
 

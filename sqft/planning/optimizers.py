@@ -20,7 +20,7 @@ class Optimizer:
     """An optimizer as the plan knows it.
 
     Args:
-        state: bytes that it keeps for each trained parameter, at most.
+        state: bytes that it keeps for each trained parameter of a large matrix. Of small ones some keep more.
         constants: the fields of `finetune` for constants of AdamW that transformers passes on to it.
         package: what has to be installed for it; empty: nothing besides torch and transformers.
     """

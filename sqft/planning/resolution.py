@@ -88,7 +88,7 @@ class Resolver:
             self.note(
                 "model.dtype",
                 f"the checkpoint is in {stored}; float32, the default, takes twice its memory and disk. Set this to "
-                f'"auto" to keep {stored}, or to "float32"',
+                f'"auto" to keep {stored}, or write "float32" and this note goes away',
             )
         return recipe
 

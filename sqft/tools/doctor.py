@@ -22,6 +22,7 @@ State = Literal["ok", "absent", "wrong"]
 OPTIONAL_PACKAGES = {
     "gptqmodel": "the quantizer of plugins/sqft-gptqmodel; GPTQ checkpoints in transformers",
     "optimum": "GPTQ checkpoints in transformers",
+    "bitsandbytes": "optimizers of finetune with 8-bit or paged state",
     "compressed-tensors": "what the exporter compressed-tensors writes, in transformers",
 }
 """Packages that sqft runs without, and what needs each. Those of sqft's own extras are read from its metadata."""

@@ -19,6 +19,9 @@ LIMITS = {
     "exclusiveMinimum": "more than",
     "maximum": "at most",
     "exclusiveMaximum": "less than",
+    "multipleOf": "a multiple of",
+    "minLength": "of a length of at least",
+    "maxLength": "of a length of at most",
     "pattern": "of the form",
 }
 
@@ -84,8 +87,11 @@ def _choices(choices: list[dict[str, Any]], definitions: dict[str, Any]) -> Iter
 
 
 def _type(words: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if words.get("type") == "array" and "prefixItems" in words:
+        return f"list ({'; '.join(takes(item, definitions) for item in words['prefixItems'])})"
     if words.get("type") == "array":
-        return f"list (each item: {takes(words['items'], definitions)})" + _size(words)
+        items = f" (each item: {takes(words['items'], definitions)})" if words.get("items") else ""
+        return f"list{items}{_size(words)}"
     if words.get("type") == "object":
         values = words.get("additionalProperties")
         return f"object (each value: {takes(values, definitions)})" if isinstance(values, dict) else "object"
@@ -93,7 +99,10 @@ def _type(words: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _size(words: dict[str, Any]) -> str:
-    return ", not empty" if words.get("minItems") else ""
+    least, most = words.get("minItems", 0), words.get("maxItems")
+    if most is not None:
+        return f", of {least} to {most} items"
+    return f", of at least {least} items" if least > 1 else ", not empty" if least else ""
 
 
 def _limit(value: Any) -> str:

@@ -45,13 +45,17 @@ def fetch(
 def _reason(kind: str, name: str, error: Exception) -> str:
     """Return why a repository could not be downloaded, and what to do about it."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         return f"its owner must let you in; ask on the {kind}'s page on the hub, and {login}"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no {kind} of this name, or it is private; correct the name, or {login}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the {kind} has no branch, tag or commit of this name; correct its revision"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"the hub does not let you in; {login}"
     if HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids it; `sqft plan` fills the cache where there is a network (HF_HOME is its folder)"
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

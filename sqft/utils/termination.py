@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from typing import Any
 
 from sqft.utils.distributed import is_one_of_several
+
+PATIENCE = 5.0
+"""Seconds in which another SIGTERM is taken for the same one: it must not cut the cleaning up short."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -26,13 +30,21 @@ def terminable() -> Iterator[None]:
     if not ours or is_one_of_several():
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminator())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _terminate(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning up short
-    raise Terminated
+def _terminator() -> Callable[..., None]:
+    """Return a handler that raises, and again if what it raised was swallowed: in a `__del__`, for instance."""
+    raised = -PATIENCE
+
+    def terminate(*_: Any) -> None:
+        nonlocal raised
+        if time.monotonic() - raised >= PATIENCE:
+            raised = time.monotonic()
+            raise Terminated
+
+    return terminate

@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
+from sqft.data.readers import read_rows
 from sqft.data.records import read_records
 from sqft.errors import DataError
 
@@ -106,6 +107,8 @@ def test_cells_between_other_marks(tmp_path: Path, name: str, delimiter: str | N
         ("d.csv", "prompt;completion", '";"'),
         ("d.csv", "prompt\tcompletion", '"\\t"'),
         ("d.tsv", "prompt,completion", '","'),
+        ("d.csv", '"prompt";"completion"', '";"'),
+        ("d.csv", "prompt\tcompletion;x\tid", '"\\t"'),
     ],
 )
 def test_a_table_that_is_not_split_says_how(tmp_path: Path, name: str, head: str, found: str) -> None:
@@ -113,7 +116,19 @@ def test_a_table_that_is_not_split_says_how(tmp_path: Path, name: str, head: str
     with pytest.raises(DataError) as caught:
         read_records(tmp_path / name)
     assert "has the single column" in str(caught.value)
-    assert str(caught.value).endswith(f'set "delimiter": {found} beside its path')
+    assert f'set "delimiter": {found} beside its path, or ' in str(caught.value)
+
+
+def test_one_column_whose_name_holds_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text;\na\nb;c\n")
+    rows = [row for _, row in read_rows(tmp_path / "d.csv", None, "train", ",")]
+    assert rows == [{"text;": "a"}, {"text;": "b;c"}]
+
+
+def test_a_quote_that_is_not_doubled_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text('prompt\tcompletion\n"Yes," he said.\tb\n')
+    with pytest.raises(DataError, match=r"d\.tsv:2: not valid CSV: .* each quote inside is written twice"):
+        read_records(tmp_path / "d.tsv")
 
 
 def test_a_single_column_is_a_table_too(tmp_path: Path) -> None:

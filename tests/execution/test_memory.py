@@ -115,7 +115,7 @@ def test_processes_of_one_machine_are_counted_together_each_with_its_share_of_th
     assert found is not None and not found.hopeless
     assert found.message == (
         f"finetune needs about {human_size(share)} of memory in each of 4 processes, and {human_size(4 * share - 1)} "
-        f"are free; start fewer processes, or --set {CHECKPOINTING} would need about {human_size(checkpointed)} in each"
+        f"are free; start fewer processes, or in each --set {CHECKPOINTING} would need about {human_size(checkpointed)}"
     )
     limited(monkeypatch, 4)
     found = shortage_of_processes(plan, plan.steps, four, orchestrator.plan)

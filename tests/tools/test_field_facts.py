@@ -1,4 +1,4 @@
-"""The facts of fields in words: each is held against what pydantic itself accepts."""
+"""The facts of fields in words, for all kinds of types and limits."""
 
 from __future__ import annotations
 
@@ -74,3 +74,22 @@ def test_a_line_for_the_terminal() -> None:
         "count: whole number, at least 1; default 3; how many",
         "share: number, at least 0, less than 1; required",
     ]
+
+
+def test_lists_of_a_certain_length() -> None:
+    class Lists(BaseModel):
+        pair: tuple[int, str] = (1, "a")
+        nothing: tuple[()] = ()
+        few: list[int] = Field([1, 2], min_length=2, max_length=3)
+        many: Annotated[list[int], Field(min_length=2)]
+        name: Annotated[str, Field(min_length=1, max_length=8)]
+        even: Annotated[int, Field(multiple_of=2)]
+
+    assert {facts.name: facts.takes for facts in field_facts(Lists)} == {
+        "pair": "list (whole number; text)",
+        "nothing": "list, of 0 to 0 items",
+        "few": "list (each item: whole number), of 2 to 3 items",
+        "many": "list (each item: whole number), of at least 2 items",
+        "name": "text, of a length of at least 1, of a length of at most 8",
+        "even": "whole number, a multiple of 2",
+    }

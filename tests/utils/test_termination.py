@@ -36,6 +36,33 @@ def test_it_ends_work_as_ctrl_c_does_once() -> None:
     assert raised.type is Terminated and cleaned
 
 
+class Swallows:
+    def __del__(self) -> None:
+        terminate()  # python prints what a finalizer raises, and goes on
+
+
+def test_one_that_is_swallowed_does_not_make_the_next_ones_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    monkeypatch.setattr("sqft.utils.termination.PATIENCE", 0.0)
+    with pytest.raises(Terminated), terminable():
+        swallows = Swallows()
+        del swallows
+        gone_on = True
+        terminate()
+    assert gone_on
+
+
+def test_what_is_started_inside_can_be_ended_too() -> None:
+    """A process that starts while this one is ending has SIGTERM as ever: no handler but Python's is inherited."""
+    with pytest.raises(Terminated), terminable():
+        try:
+            terminate()
+        finally:
+            code = "import os, time; os.kill(os.getpid(), 15); time.sleep(20)"
+            child = subprocess.run([sys.executable, "-c", code], check=False)
+    assert child.returncode == -signal.SIGTERM
+
+
 def test_a_program_keeps_its_own_handler() -> None:
     seen = []
     signal.signal(signal.SIGTERM, lambda *_: seen.append(True))

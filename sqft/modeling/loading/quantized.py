@@ -260,7 +260,8 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     _check_head(model, stored)
     for name in stored.layers:  # one at a time: codes take a byte each until they are packed
         _put_layer(model, name, stored, dtype, packed)
-        return_freed_memory()
+        if packed:
+            return_freed_memory()
     _check_complete(model, spec.path, unlike)
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)
