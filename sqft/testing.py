@@ -232,13 +232,13 @@ def _check_delta(label: str, adapter: Adapter, linear: LinearShape, ranks: tuple
 
 @check.register
 def check_searcher(searcher: Searcher) -> None:
-    """Check for a configuration of the space, questions about the space only, determinism, and none if it says so.
+    """Check for a configuration of the space, determinism, and no other questions than it says that it asks.
 
     Raises:
         ContractError: saying which promise is broken.
     """
     _check_options(searcher)
-    label = _label(searcher)
+    label, asked_for_gradients = _label(searcher), False
     for space, seed in product(SPACES, range(3)):
         first, again = (MadeUpValues(label, space, searcher.needs_gradients()) for _ in range(2))
         found = [searcher.search(space, landscape, Random(seed)) for landscape in (first, again)]
@@ -247,6 +247,9 @@ def check_searcher(searcher: Searcher) -> None:
             raise ContractError(f"{label} is not deterministic in its random state and answers, so it cannot resume")
         if not searcher.evaluates and any(choice for choice, _ in first.asked):
             raise ContractError(f"{label} evaluates, but says `evaluates = False`")
+        asked_for_gradients |= any(choice is None for choice, _ in first.asked)
+    if searcher.needs_gradients() and not asked_for_gradients:
+        raise ContractError(f"{label} never asked for gradients, but its needs_gradients() is true")
 
 
 @check.register

@@ -265,9 +265,9 @@ class Evaluate(Protocol):
     """The function that a searcher calls: it returns the metric of a configuration; larger is better.
 
     `samples` uses this many records of the validation set, the first in one seeded order that is drawn once
-    for the search (Algorithm 1's proxy set D_M); None uses them all. Results are stored on disk, record by record. So a
+    for the search (Algorithm 1's proxy set D_M); None uses them all. Values are stored on disk, record by record. So a
     deterministic searcher that is killed repeats its calls, no record is evaluated twice with a configuration, and to
-    ask for more samples evaluates the new records only.
+    ask for more samples evaluates the new records only. What `first_order` returns is not stored.
     """
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float: ...

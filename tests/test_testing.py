@@ -35,6 +35,7 @@ from sqft.api import (
     SearchSpace,
     Statistic,
 )
+from sqft.components.made_up_values import SPACES, MadeUpValues
 from sqft.modeling.loading.finished_model import FinishedModel
 from sqft.testing import check, check_exporter
 
@@ -229,6 +230,7 @@ BREACHES = [
     (asking(lambda group: group.ranks[0], lambda: next(turn) + 1), "not deterministic"),
     (asking(lambda group: group.ranks[0], base=Heuristic), "evaluates, but says"),
     (variant(Heuristic, search=lambda self, space, evaluate, _: evaluate.first_order())(), "asked for gradients, but"),
+    (variant(Heuristic, needs_gradients=lambda self: True)(), "never asked for gradients, but"),
     (merger(lambda base, delta: base.weight + delta), "zeros of the base nonzero"),
     (merger(lambda base, delta: sparse(base, delta - delta.mean())), "block of rows"),
     (merger(lambda base, delta: sparse(base, delta - delta.mean(1, keepdim=True))), "not elementwise"),
@@ -298,3 +300,11 @@ def test_an_exporter_is_given_the_models_it_can_write(needs_codes: bool, expecte
 
     check(variant(HuggingFace, export=export, needs_codes=needs_codes)())
     assert given == expected
+
+
+def test_made_up_gradients_are_0_at_the_largest_rank() -> None:
+    """As `Evaluate.first_order` promises; elsewhere they are not."""
+    for space in SPACES:
+        for group, changes in zip(space.groups, MadeUpValues("x", space, True).first_order(5), strict=True):
+            for rank, change in zip(group.ranks, changes, strict=True):
+                assert (change == 0) == (rank == max(group.ranks))

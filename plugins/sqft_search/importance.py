@@ -21,8 +21,8 @@ class Importance(Searcher):
     The sum over all groups of what each loses at its rank r, with R its largest, is minimized. By the signal `delta`
     that is ‖Δ_R − Δ_r‖² (Frobenius, summed over its layers): it looks at the deltas alone, not at the inputs that the
     layers see, and not at what a merger makes of the delta. By `gradient` it is the change of the records' loss to
-    first order, −⟨∂loss/∂Δ, Δ_R − Δ_r⟩, from one backward pass at the largest ranks. That is less than 0 where the
-    records would rather have the smaller rank, and it knows nothing of how one group makes up for another.
+    first order, −⟨∂loss/∂Δ, Δ_R − Δ_r⟩, from a backward pass for each example at the largest ranks. It is less than 0
+    where the smaller rank has the lower loss, and it knows nothing of how one group makes up for another.
     """
 
     name = "importance"
@@ -33,7 +33,9 @@ class Importance(Searcher):
     signal: Literal["delta", "gradient"] = Field(
         "delta", description="what a rank is judged by: the size of the delta, or the gradient of the records' loss"
     )
-    samples: int | None = Field(64, ge=1, description="records that `gradient` reads; null uses all")
+    samples: int | None = Field(
+        64, ge=1, description="records that `gradient` reads; null uses all; `delta` reads none"
+    )
 
     def needs_gradients(self) -> bool:
         return self.signal == "gradient"

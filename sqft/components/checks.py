@@ -233,19 +233,19 @@ def check_choice(label: str, space: SearchSpace, choice: object) -> None:
 def check_question(label: str, space: SearchSpace, choice: object, samples: object) -> None:
     """Check that a searcher asks for a configuration of its space, on one record or more, or on all (None)."""
     check_choice(label, space, choice)
-    _check_samples(label, samples)
+    _check_samples(label, "an evaluation", samples)
 
 
 def check_question_of_gradients(label: str, needs_gradients: bool, samples: object) -> None:
     """Check that a searcher said that it needs gradients, as the plan counts their memory, and of how many records."""
     if not needs_gradients:
         raise ContractError(f"{label} asked for gradients, but its needs_gradients() is false")
-    _check_samples(label, samples)
+    _check_samples(label, "gradients", samples)
 
 
-def _check_samples(label: str, samples: object) -> None:
+def _check_samples(label: str, what: str, samples: object) -> None:
     if samples is not None and (type(samples) is not int or samples < 1):
-        raise ContractError(f"{label} asked for an evaluation on {samples!r} samples, expected 1 or more, or None")
+        raise ContractError(f"{label} asked for {what} on {samples!r} samples, expected 1 or more, or None")
 
 
 def check_delta(label: str, linear: LinearShape, delta: DeltaModule, ranks: Sequence[int] = ()) -> None:

@@ -41,4 +41,7 @@ class MadeUpValues:
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         checks.check_question_of_gradients(self.label, self.gradients, samples)
         self.asked.append((None, samples))
-        return [[Random(f"{samples} {group.name} {r}").gauss() for r in group.ranks] for group in self.space.groups]
+        return [[self._change(group, rank, samples) for rank in group.ranks] for group in self.space.groups]
+
+    def _change(self, group: RankGroup, rank: int, samples: int | None) -> float:
+        return 0.0 if rank == max(group.ranks) else Random(f"{samples} {group.name} {rank}").gauss()

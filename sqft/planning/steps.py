@@ -190,9 +190,10 @@ def plan_search(section: Search, resolver: Resolver, base: AdapterBase, steps: S
     if not needs_records:
         section = section.model_copy(update={"data": None})
     elif section.data is None and not finetune.holdout:
+        does = "evaluates" if searcher and searcher.component.evaluates else "computes gradients"
         resolver.report(
             "search.data",
-            f"is missing: searcher '{section.searcher.name}' evaluates on it; "
+            f"is missing: searcher '{section.searcher.name}' {does} on it; "
             'or keep records of the training data for it: "finetune": {"holdout": 0.1}',
         )
     elif section.data is None:  # records of the training data are evaluated on, and must have answers

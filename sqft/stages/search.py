@@ -35,6 +35,8 @@ from sqft.utils.files import write_text
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
+Differentiate = Callable[[int | None], list[list[float]]]
+"""Compute `sqft.types.Evaluate.first_order`."""
 
 TRIALS = "trials.jsonl"
 """File of the evaluations of a search, a JSON object a line: ranks, number of samples, value, and of those samples that
@@ -73,7 +75,12 @@ class SearchStage:
         adapted, inputs = self.adapted, self.inputs
         space = adapted.measured_space()
         evaluate = CachedEvaluator(
-            inputs.scratch / TRIALS, space, self._records, self._measure, self.label, self._differentiate
+            inputs.scratch / TRIALS,
+            space,
+            self._records,
+            self._measure,
+            self.label,
+            self._differentiate if self.searcher.needs_gradients() else None,
         )
         config = self.searcher.search(space, evaluate, Random(inputs.seed_for("search")))
         inputs.processes.broadcast(NO_MORE)
@@ -137,15 +144,13 @@ class SearchStage:
     def _differentiate(self, samples: int | None) -> list[list[float]]:
         """Compute `sqft.types.Evaluate.first_order` on the first records, in all processes together."""
         processes = self.inputs.processes
-        checks.check_question_of_gradients(self.label, self.searcher.needs_gradients(), samples)
         processes.broadcast(json.dumps({"ranks": None, "start": 0, "stop": samples}))
         shares = [json.loads(own) for own in processes.gather(json.dumps(self._own_changes(slice(samples))))]
+        if not all(math.isfinite(change) for changes, _ in shares for group in changes for change in group):
+            raise StageError("the gradients of the loss are not finite")
         labels = sum(count for _, count in shares)
         groups = zip(*(changes for changes, _ in shares), strict=True)
-        found = [[math.fsum(own) / labels for own in zip(*group, strict=True)] for group in groups]
-        if not all(math.isfinite(change) for group in found for change in group):
-            raise StageError("the gradients of the loss are not finite")
-        return found
+        return [[math.fsum(own) / labels for own in zip(*group, strict=True)] for group in groups]
 
     def _take_part(self) -> Report:
         """Measure this process's share of what the first one asks for, until it asks for no more."""
@@ -173,15 +178,23 @@ class SearchStage:
                 )
                 return [RecordValue(float(answer["right"]), 1) for answer in found["predictions"]]
             encoded = self._encoded(own)
-            pad_id, loss = cast(int, tokenizer.pad_token_id), CompletionLoss(model)
-            losses = iter(example_losses(loss, encoded.examples, section.batch_size, pad_id, silent))
+            pad_id = cast(int, tokenizer.pad_token_id)
+            losses = iter(example_losses(self._loss(), encoded.examples, section.batch_size, pad_id, silent))
             return [_record_value(list(islice(losses, size))) for size in encoded.sizes]
 
     def _own_changes(self, records: slice) -> tuple[list[list[float]], int]:
         """Return the sum of the changes, by gradients, of this process's share of the records, and their labels."""
         own = self._own(records)
         examples = self._encoded(own).examples if own else []
-        return first_order_changes(self.adapted, CompletionLoss(self.adapted.model), examples, self.inputs.track)
+        return first_order_changes(self.adapted, self._loss(), examples, self.inputs.track)
+
+    def _loss(self) -> CompletionLoss:
+        """Return the loss of the model, with the logits in memory that training had there."""
+        return CompletionLoss(self.adapted.model, self._finetune.loss_chunk)
+
+    @property
+    def _finetune(self) -> Finetune:
+        return section_of(self.inputs.plan.step("finetune"), Finetune)
 
     def _own(self, records: slice) -> list[Record]:
         """Return this process's share of some records: every n-th one, of n processes."""
@@ -189,7 +202,7 @@ class SearchStage:
 
     def _encoded(self, records: list[Record]) -> Encoded:
         """Encode records as training does."""
-        finetune = section_of(self.inputs.plan.step("finetune"), Finetune)
+        finetune = self._finetune
         return Tokenization(self.adapted.tokenizer, finetune.max_length, finetune.loss_on).encode(records)
 
 
@@ -203,7 +216,8 @@ class CachedEvaluator:
         records: the validation set, in a fixed order.
         measure: evaluates a configuration on those of the records that are in a slice.
         label: the searcher, as error messages name it.
-        differentiate: computes `first_order` on so many records, or on all.
+        differentiate: computes `first_order` on so many records, or on all; None if the searcher says that it needs
+            no gradients.
     """
 
     def __init__(
@@ -213,7 +227,7 @@ class CachedEvaluator:
         records: Sequence[Record],
         measure: Callable[[RankConfig, slice], list[RecordValue]],
         label: str,
-        differentiate: Callable[[int | None], list[list[float]]],
+        differentiate: Differentiate | None = None,
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
         self.differentiate = differentiate
@@ -228,7 +242,7 @@ class CachedEvaluator:
     def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
         """Return the values of the first records, one by one; see `sqft.types.Evaluate`."""
         checks.check_question(self.label, self.space, choice, samples)
-        self._check_records()
+        self._check_records("an evaluation")
         count = min(samples or len(self.records), len(self.records))
         values = self.known.get(choice, [])
         if count > len(values):
@@ -242,12 +256,13 @@ class CachedEvaluator:
 
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
         """Return the changes of the loss by gradients; see `sqft.types.Evaluate`. They are computed each time."""
-        self._check_records()
-        return self.differentiate(samples)
+        checks.check_question_of_gradients(self.label, self.differentiate is not None, samples)
+        self._check_records("gradients")
+        return cast(Differentiate, self.differentiate)(samples)
 
-    def _check_records(self) -> None:
+    def _check_records(self, what: str) -> None:
         if not self.records:
-            raise StageError(f"{self.label} asked for an evaluation, but search.data is not given")
+            raise StageError(f"{self.label} asked for {what}, but search.data is not given")
 
     def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""

@@ -55,6 +55,9 @@ def test_gradients_of_one_example_keep_its_activations() -> None:
     plain = activation_bytes(source, "float32", Finetune.model_validate(section))
     other = section | {"batch_size": 4, "gradient_checkpointing": True, "precision": "bfloat16"}
     assert gradient_bytes(source, "float32", Finetune.model_validate(other)) == plain
+    chunked = Finetune.model_validate(section | {"loss_chunk": 1})  # the search computes its loss so, too
+    fewer = activation_bytes(source, "float32", chunked)
+    assert gradient_bytes(source, "float32", chunked) == fewer < plain
 
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

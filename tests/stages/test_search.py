@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -190,8 +191,10 @@ def test_a_configuration_outside_the_space(evaluator: Make) -> None:
 def test_no_records_to_evaluate_on(evaluator: Make) -> None:
     with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
         evaluator([])(LARGE)
-    with pytest.raises(StageError, match=r"asked for an evaluation, but search.data is not given"):
+    with pytest.raises(StageError, match=r"asked for gradients, but search.data is not given"):
         evaluator([]).first_order(3)
+    with pytest.raises(ContractError, match=r"asked for gradients on 0 samples"):
+        evaluator().first_order(0)
     assert evaluator().first_order(3) == CHANGES
 
 
@@ -322,13 +325,40 @@ def test_processes_share_the_gradients(
         assert both == pytest.approx(one, rel=1e-4, abs=1e-7)
 
 
+def test_logits_are_in_memory_as_in_training(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """As many labels at a time, for gradients and for values."""
+    raw["search"]["searcher"], raw["finetune"]["loss_chunk"] = BY_GRADIENT, 2
+    orchestrator = Orchestrator(registry, tmp_path)
+    plan = orchestrator.plan(Recipe.parse(raw))
+    run = orchestrator.run(plan, until="finetune")
+    folders = {"finetune": run["finetune"].folder, "base": run["sparsify"].folder}
+    stage = SearchStage(StageInputs(plan, plan.step("search"), folders, tmp_path / "scratch", "cpu"))
+    rows: list[int] = []
+    head = stage.adapted.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, logits: rows.append(logits.numel() // logits.shape[-1]))
+    stage._differentiate(5)
+    assert max(rows) == 2
+    rows.clear()
+    stage._measure(RankConfig(tuple(group.ranks[0] for group in stage.adapted.space.groups)), slice(5))
+    assert max(rows) == 2
+
+
+def test_gradients_that_are_not_finite(
+    by_gradient: tuple[Run, Callable[..., SearchStage]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite with one sign in one process, and with the other in another: they have no sum."""
+    shares = [json.dumps([[[0.0, sign * math.inf]], 3]) for sign in (1, -1)]
+    monkeypatch.setattr(Processes, "gather", lambda self, own: shares)
+    with pytest.raises(StageError, match="the gradients of the loss are not finite"):
+        by_gradient[1](tmp_path, Processes())._differentiate(5)
+
+
 def test_gradients_that_were_not_announced(
     raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan has not counted their memory."""
     raw["search"]["searcher"] = BY_GRADIENT
     monkeypatch.setattr(Importance, "needs_gradients", lambda self: False)
-    monkeypatch.setattr(Importance, "evaluates", True)
     monkeypatch.setattr(Importance, "search", lambda self, space, evaluate, rng: evaluate.first_order())
     orchestrator = Orchestrator(registry, tmp_path)
     with pytest.raises(ContractError, match=r"'importance' .* asked for gradients, but its needs_gradients"):
