@@ -11,9 +11,12 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete a run: the names in the store, or else a path."""
-    runs = Path(context.params.get("store") or "store") / "runs"
-    names = sorted(file.parent.name for file in runs.glob("*/recipe.json") if file.parent.name.startswith(incomplete))
-    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+    return _folders(context, incomplete, "runs/*/recipe.json")
+
+
+def complete_run_or_sweep(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a run or a sweep: the names in the store, or else a path."""
+    return _folders(context, incomplete, "runs/*/recipe.json", "sweeps/*/results.json")
 
 
 def complete_kind(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -70,6 +73,13 @@ def complete_setting(context: click.Context, parameter: click.Parameter, incompl
         return [f"{place}=" for place in _begun(choices, path)]
     plain = [choice for choice in choices.get(path, ()) if "/" in value or "/" not in choice]
     return [f"{path}={choice}" for choice in _begun(plain, value)]
+
+
+def _folders(context: click.Context, incomplete: str, *files: str) -> list[CompletionItem]:
+    """Return the names of those folders in the store that hold such files; where there are none, paths."""
+    store = Path(context.params.get("store") or "store")
+    names = _begun(sorted({file.parent.name for pattern in files for file in store.glob(pattern)}), incomplete)
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 def _begun(names: Iterable[str], incomplete: str) -> list[str]:

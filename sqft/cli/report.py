@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from sqft.cli.completion import complete_run
+from sqft.cli.completion import complete_run_or_sweep
 from sqft.cli.options import store_option
 from sqft.cli.output import report_errors
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_run)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_run_or_sweep)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -36,6 +36,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tiny-00000000", "other-00000000"):
         (tmp_path / "s" / "runs" / name).mkdir(parents=True)
         (tmp_path / "s" / "runs" / name / "recipe.json").write_text("{}")
+    (tmp_path / "s" / "sweeps" / "figure").mkdir(parents=True)
+    (tmp_path / "s" / "sweeps" / "figure" / "results.json").write_text("{}")
     (tmp_path / "r.json").write_text(json.dumps(RECIPE))
     (tmp_path / "broken.json").write_text("{")
     return tmp_path
@@ -51,6 +53,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("init", "qa", ["qa-sparsepeft", "qa-sparsepeft-low-memory"]),
         ("merge --store s", "ti", ["tiny-00000000"]),
         ("eval --store s", "", ["other-00000000", "tiny-00000000"]),
+        ("report --store s", "", ["figure", "other-00000000", "tiny-00000000"]),
+        ("report tiny --store s", "fi", ["figure"]),
         ("run r.json --until", "", ["sparsify", "finetune", "evaluate"]),
         ("run r.json --fresh", "f", ["finetune"]),
         ("run broken.json --until", "m", ["merge"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,13 +37,29 @@ def line_chart(lines: Series, x: str, y: str, log: bool = False, limits: tuple[f
     return svg[0]
 
 
-def error_chart(lines: Mapping[str, Sequence[tuple[float, float, float]]], x: str, y: str, joined: bool = True) -> str:
-    """Draw points (x, y, error of y), each with its label, as lines or, unless `joined`, by themselves."""
+def error_chart(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    x: str,
+    y: str,
+    joined: bool = True,
+    starred: Collection[str] = (),
+) -> str:
+    """Draw points (x, y, error of y).
+
+    Args:
+        lines: points by the label of their line.
+        x: the name of the x axis.
+        y: the name of the y axis.
+        joined: whether the points of a line are joined.
+        starred: labels whose points are stars, before all others.
+    """
     with _axes(x, y) as (axes, svg):
         for label, points in lines.items():
             places, values, errors = zip(*sorted(points), strict=True)
             style = {"linewidth": 1.4, "capsize": 2} if joined else {"linestyle": "", "elinewidth": 0.7}
-            axes.errorbar(places, values, errors, label=label, marker="o", markersize=3, **style)
+            star = label in starred
+            style |= {"marker": "*", "markersize": 9, "zorder": 5} if star else {"marker": "o", "markersize": 3}
+            axes.errorbar(places, values, errors, label=label, **style)
         if len(lines) > 1:
             _legend(axes)
     return svg[0]

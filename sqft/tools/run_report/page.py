@@ -12,7 +12,7 @@ from sqft.execution.report import remarks, table
 from sqft.tools.run_report import charts
 from sqft.tools.run_report.comparison import HEADS, comparisons
 from sqft.tools.run_report.facts import RunFacts
-from sqft.tools.run_report.trials import Trial, by_records, in_order
+from sqft.tools.run_report.trials import CHOSEN, Trial, by_records, in_order, number_of_records
 from sqft.utils.text import human_size
 
 NOTE = (
@@ -21,6 +21,8 @@ NOTE = (
     "difference round; another seed still may. Of an accuracy, the interval is a paired bootstrap and p is McNemar's "
     "exact test. Of a perplexity, it is Student's t over windows."
 )
+
+NOT_MEASURED = "Nothing was measured: the recipe has no section evaluate."
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def render(runs: Sequence[RunFacts]) -> str:
         title=" and ".join(run.name for run in runs),
         subtitle=f"sqft {runs[0].record['versions']['sqft']}, seed {', '.join(str(r.report['seed']) for r in runs)}",
         results=_results(runs),
+        nothing=NOT_MEASURED,
         settings=[line if len(runs) == 1 else f"{name}: {line}" for name, line in lines],
         compared={"heads": HEADS, "rows": [one.cells() for one in compared], "marked": differing, "note": NOTE},
         overall=with_own_ids(_overall(runs), "all-"),
@@ -113,15 +116,19 @@ def _charts(run: RunFacts) -> Iterator[Chart]:
 def _search(trials: Sequence[Trial], chosen: Sequence[int]) -> Chart:
     """Draw the trials of a search; values are compared with the best so far only where all are of the same records."""
     if len({trial.records for trial in trials}) == 1:
-        caption = f"Each configuration's value on the same {trials[0].records:,} records, in order; higher is better."
+        same = number_of_records(trials[0].records)
+        caption = f"Each configuration's value on the same {same}, in order; higher is better."
         return Chart("Search", charts.line_chart(in_order(trials), "trial", "value"), caption)
     caption = (
         "Each configuration's value on all records that it met, in the order in which they were first tried, with its "
-        "standard error (none where all records are alike); higher is better. Those that were left after few records "
-        "are known less well, and records differ: compare only what has as many."
+        "standard error; higher is better. There is no error where the values of all records are equal, where there is "
+        "only one record, and where an earlier version searched. Values on few records are less certain, and "
+        "records differ: compare only configurations with equally many records."
     )
     points = by_records(trials, chosen)
-    return Chart("Search", charts.error_chart(points, "configuration", "value", joined=False), caption)
+    starred = [label for label in points if label.startswith(CHOSEN)]
+    drawn = charts.error_chart(points, "configuration", "value", joined=False, starred=starred)
+    return Chart("Search", drawn, caption)
 
 
 def _overall(runs: Sequence[RunFacts]) -> Iterator[Chart]:

@@ -10,7 +10,9 @@ from typing import Any
 from sqft.utils.statistics import weighted_mean
 
 MOST_LINES = 6
-"""Numbers of records that are told apart; with more, those between two powers of two are one."""
+"""Numbers of records that are told apart; with more, those of an interval are one."""
+CHOSEN = "chosen: "
+"""Begins the label of the chosen configuration."""
 Points = dict[str, list[tuple[float, float, float]]]
 """Points (x, y, standard error of y), by their label."""
 
@@ -56,20 +58,35 @@ def in_order(trials: Sequence[Trial]) -> dict[str, list[tuple[float, float]]]:
 
 def by_records(trials: Sequence[Trial], chosen: Sequence[int]) -> Points:
     """Return the value of each trial by its place in the order, those on as many records together, fewest first; the
-    chosen one apart."""
-    counts = {trial.records for trial in trials}
+    chosen one apart. More than `MOST_LINES` different numbers are put into intervals between powers of two, as wide as
+    it takes."""
+    of_others = {trial.records for trial in trials if trial.ranks != tuple(chosen)}
+    doublings = 0
+    while len({_interval(count, doublings) for count in of_others}) > MOST_LINES:
+        doublings += 1
     found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     last: Points = {}
     for place, trial in enumerate(trials, 1):
         point = (place, trial.value, trial.error)
         if trial.ranks == tuple(chosen):
-            last[f"chosen: {trial.records:,} records"] = [point]
+            last[CHOSEN + number_of_records(trial.records)] = [point]
         else:
-            least = 1 << (trial.records.bit_length() - 1)
-            between = (least, 2 * least - 1) if len(counts) > MOST_LINES else (trial.records, trial.records)
-            found.setdefault(between, []).append(point)
+            found.setdefault(_interval(trial.records, doublings), []).append(point)
     lines = {
-        f"{low:,} records" if low == high else f"{low:,} to {high:,} records": points
+        number_of_records(low) if low == high else f"{low:,} to {high:,} records": points
         for (low, high), points in sorted(found.items())
     }
     return lines | last
+
+
+def number_of_records(count: int) -> str:
+    """Return "1 record", "2 records", …"""
+    return f"{count:,} record{'s' if count != 1 else ''}"
+
+
+def _interval(count: int, doublings: int) -> tuple[int, int]:
+    """Return the first and last of the numbers that are one with this: of 2^(k · `doublings`) up to the next such."""
+    if not doublings:
+        return count, count
+    first = (count.bit_length() - 1) // doublings * doublings
+    return 1 << first, (1 << (first + doublings)) - 1

@@ -64,6 +64,13 @@ def test_points_are_joined_in_order_of_x() -> None:
     )
 
 
+def test_a_star_is_another_marker() -> None:
+    lines = {"a": [(1.0, 0.5, 0.1)], "chosen": [(2.0, 0.6, 0.1)]}
+    plain, starred = (charts.error_chart(lines, "x", "y", joined=False, starred=stars) for stars in ((), ("chosen",)))
+    paths = [len(set(re.findall(r'<path id="m[^"]*" d="([^"]*)"', svg))) for svg in (plain, starred)]
+    assert paths[1] == paths[0] + 1
+
+
 def test_ids_of_two_charts_on_one_page() -> None:
     svg = drawn()["line"]
     own = charts.with_own_ids(svg, "c1")

@@ -9,11 +9,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqft_search.racing import Racing
 
 from sqft.api import RankConfig, RankGroup, RecordValue, SearchSpace
 from sqft.stages.search import CachedEvaluator
-from sqft.tools.run_report.trials import by_records, in_order, read_trials
+from sqft.tools.run_report.trials import CHOSEN, MOST_LINES, Trial, by_records, in_order, read_trials
 
 
 def line(ranks: list[int], samples: int, totals: list[float], weights: list[int], value: float) -> dict[str, object]:
@@ -50,11 +52,30 @@ def test_the_best_so_far() -> None:
 
 
 def test_many_numbers_of_records_share_labels() -> None:
+    """Between powers of two; where these are still too many, of four, and so on."""
     trials = read_trials([line([n], n, [], [], 0.5) for n in (1, 2, 3, 5, 8, 15, 16)])
     assert {label: [x for x, *_ in points] for label, points in by_records(trials, []).items()} == {
-        "1 records": [1], "2 to 3 records": [2, 3], "4 to 7 records": [4],
+        "1 record": [1], "2 to 3 records": [2, 3], "4 to 7 records": [4],
         "8 to 15 records": [5, 6], "16 to 31 records": [7],
     }  # fmt: skip
+    trials = read_trials([line([n], 1 << n, [], [], 0.5) for n in range(12)])
+    assert {label: [x for x, *_ in points] for label, points in by_records(trials, [0]).items()} == {
+        "1 to 3 records": [2], "4 to 15 records": [3, 4], "16 to 63 records": [5, 6],
+        "64 to 255 records": [7, 8], "256 to 1,023 records": [9, 10], "1,024 to 4,095 records": [11, 12],
+        "chosen: 1 record": [1],
+    }  # fmt: skip
+
+
+def test_the_chosen_one_needs_no_line_of_the_others() -> None:
+    trials = read_trials([line([n], n, [], [], 0.5) for n in (1, 2, 3, 4, 5, 6, 7)])
+    assert [*by_records(trials, [7])] == ["1 record", *(f"{n} records" for n in range(2, 7)), "chosen: 7 records"]
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40))
+def test_there_are_never_more_lines_than_the_legend_takes(counts: list[int]) -> None:
+    points = by_records([Trial((place,), count, 0.5, 0.0) for place, count in enumerate(counts)], [0])
+    assert len([label for label in points if not label.startswith(CHOSEN)]) <= MOST_LINES
+    assert sum(map(len, points.values())) == len(counts)
 
 
 def test_of_a_race_every_configuration_is_there(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import statistics
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Registry
-from sqft.errors import StoreError
+from sqft.errors import SqftError, StoreError
 from sqft.tools.run_report import charts
 from sqft.tools.sweep import Sweep, plan_cells, run_sweep
-from sqft.tools.sweep.page import axis_of_numbers, find_sweep, lines_of, render_sweep
+from sqft.tools.sweep.lines import axis_of_numbers, lines_of
+from sqft.tools.sweep.page import find_sweep, render_sweep
 
 AXES = ("sparsify.sparsity", "adapter", "seed")
 
@@ -52,11 +54,11 @@ def test_a_line_for_each_adapter(folder: Path, measure: str) -> None:
     rows = rows_of(folder)
     assert axis_of_numbers(rows, AXES) == "sparsify.sparsity"
     lines = lines_of(rows, AXES, "sparsify.sparsity", measure)
-    assert [*lines] == ["none", "LoRA", "NLS"]
-    for adapter, points in lines.items():
+    assert [*lines.points] == ["none: sparsify", "LoRA: merge", "NLS: merge"] and not lines.left_out
+    for label, points in lines.bars().items():
+        adapter, _, last = label.partition(": ")
         assert [x for x, *_ in points] == [0.25, 0.75]
         for x, mean, spread in points:
-            last = "sparsify" if adapter == "none" else "merge"
             of = (str(x), adapter, last)
             values = [
                 row[measure] for row in rows if (row["sparsify.sparsity"], row["adapter"], row["configuration"]) == of
@@ -70,44 +72,9 @@ def test_the_page_has_a_chart_of_each_measure(folder: Path) -> None:
     assert page.count("<svg") == 2 and "accuracy by sparsify.sparsity" in page and "12 cells, of which 12" in page
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         texts = [one.text for one in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-        assert {"none", "LoRA", "NLS", "sparsify.sparsity"} <= set(texts)
+        assert {"none: sparsify", "LoRA: merge", "NLS: merge", "sparsify.sparsity"} <= set(texts)
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids)) and "On the same" not in page and "same questions with the same seeds" in page
-
-
-def row(run: str, configuration: str, **more: Any) -> dict[str, Any]:
-    return {"run": run, "seed": 0, "configuration": configuration, "accuracy": 0.5, "stderr": 0.1, **more}
-
-
-def test_of_one_seed_the_error_is_the_measures_own() -> None:
-    rows = [
-        row("a", "merge", steps="1", **{"arc acc": 0.3, "arc acc_stderr": 0.02}),
-        row("b", "merge", steps="2", **{"arc acc": 0.4, "arc acc_stderr": None}),
-    ]
-    assert lines_of(rows, ["steps"], "steps", "arc acc") == {"arc acc": [(1, 0.3, 0.02), (2, 0.4, 0.0)]}
-    assert lines_of(rows, ["steps"], "steps", "accuracy") == {"accuracy": [(1, 0.5, 0.1), (2, 0.5, 0.1)]}
-
-
-def test_a_cell_is_drawn_by_its_last_model_that_was_measured() -> None:
-    rows = [
-        row("a", "merge", steps="1", accuracy=None),
-        row("a", "finetune:maximal", steps="1", accuracy=0.25),
-        row("a", "sparsify", steps="1", accuracy=0.75),
-    ]
-    assert lines_of(rows, ["steps"], "steps", "accuracy") == {"accuracy": [(1, 0.25, 0.1)]}
-
-
-@pytest.mark.parametrize(
-    ("axes", "found"),
-    [
-        ({"steps": "12", "sparsify.sparsity": "57"}, "sparsify.sparsity"),
-        ({"steps": "12", "sparsify.sparsity": "55"}, "steps"),
-        ({"adapter": "ab", "seed": "01"}, None),
-    ],
-)
-def test_the_axis_to_draw_along(axes: dict[str, str], found: str | None) -> None:
-    rows = [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
-    assert axis_of_numbers(rows, [*axes]) == found
 
 
 def test_cells_that_are_not_done_are_named(folder: Path, tmp_path: Path) -> None:
@@ -116,10 +83,47 @@ def test_cells_that_are_not_done_are_named(folder: Path, tmp_path: Path) -> None
     read["rows"] = []
     (tmp_path / "results.json").write_text(json.dumps(read))
     page = render_sweep(tmp_path)
+    assert "Nothing was measured: the recipe has no section evaluate." in page
     assert "failed: sparsify.sparsity 0.75, adapter none, seed 0. no &lt;room&gt;" in page and "<svg" not in page
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"sweep": "a"}'])
+def test_no_cell_is_done(folder: Path, tmp_path: Path) -> None:
+    read = json.loads((folder / "results.json").read_text()) | {"rows": [], "differences": []}
+    read["cells"] = [cell | {"state": "not run"} for cell in read["cells"]]
+    (tmp_path / "results.json").write_text(json.dumps(read))
+    page = render_sweep(tmp_path)
+    assert "No cell is done yet." in page and "no section evaluate" not in page
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("rows", 0, "run"), None),
+        (("rows", 0, "configuration"), "none such"),
+        (("differences", 0, "interval"), None),
+        (("differences", 0, "by_seed"), {}),
+        (("rows", 0, "accuracy"), "much"),
+        (("axes",), {"bits": 1}),
+        (("cells",), {}),
+        (("rows",), {}),
+    ],
+    ids=str,
+)
+def test_damaged_results_are_one_message(
+    folder: Path, tmp_path: Path, place: tuple[str | int, ...], value: object
+) -> None:
+    read = json.loads((folder / "results.json").read_text())
+    holder = functools.reduce(lambda held, key: held[key], place[:-1], read)
+    if place[-1] == "run":
+        del holder["run"]
+    else:
+        holder[place[-1]] = value
+    (tmp_path / "results.json").write_text(json.dumps(read))
+    with pytest.raises(StoreError, match=r"results.json cannot be read .*run `sqft sweep` again"):
+        render_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"sweep": "a"}', "[" * 100_000], ids=["cut", "list", "part", "deep"])
 def test_results_that_cannot_be_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(StoreError, match=r"results.json cannot be read .*run `sqft sweep` again"):
@@ -130,6 +134,20 @@ def test_where_a_sweep_is(folder: Path, tmp_path: Path) -> None:
     store = folder.parents[1]
     assert find_sweep("figure", store) == folder and find_sweep(str(folder), tmp_path) == folder
     assert find_sweep("none", store) is None and find_sweep("figure", tmp_path) is None
+
+
+def test_a_sweep_and_a_run_of_one_name(tmp_path: Path) -> None:
+    """Their folders tell them apart; a run's folder is never a sweep."""
+    sweep, run = tmp_path / "sweeps" / "mine", tmp_path / "runs" / "mine-00000000"
+    for made in (sweep, run):
+        made.mkdir(parents=True)
+    (sweep / "results.json").write_text("{}")
+    assert find_sweep("mine", tmp_path) == sweep
+    (run / "recipe.json").write_text("{}")
+    with pytest.raises(SqftError, match="'mine' is a sweep and a run: name the folder") as caught:
+        find_sweep("mine", tmp_path)
+    assert str(sweep) in str(caught.value) and str(run) in str(caught.value)
+    assert find_sweep(str(sweep), tmp_path) == sweep and find_sweep(str(run), tmp_path) is None
 
 
 def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
