@@ -262,7 +262,9 @@ class CachedEvaluator:
 
     def _check_records(self, what: str) -> None:
         if not self.records:
-            raise StageError(f"{self.label} asked for {what}, but search.data is not given")
+            raise StageError(
+                f"{self.label} asked for {what}, but search.data is not given, or it says `evaluates = False`"
+            )
 
     def value_on_most_samples(self, config: RankConfig) -> float | None:
         """Return a configuration's value on the most samples it was evaluated on; None when it never was."""
