@@ -134,7 +134,13 @@ def _axes(x: str, y: str, height: float = HEIGHT) -> Iterator[tuple[Any, list[st
 
 
 def _legend(axes: Any, **handles: Any) -> None:
-    axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=8, **handles)
+    """Add a legend above the axes, in as many columns as fit, three at most."""
+    style = {"loc": "outside upper left", "frameon": False, "labelcolor": INK, "fontsize": 8}
+    for columns in (3, 2, 1):
+        legend = axes.figure.legend(ncols=columns, **style, **handles)
+        if columns == 1 or legend.get_window_extent().width <= axes.figure.bbox.width:
+            return
+        legend.remove()
 
 
 def embedded(svg: str) -> str:

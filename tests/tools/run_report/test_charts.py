@@ -64,6 +64,13 @@ def test_points_are_joined_in_order_of_x() -> None:
     )
 
 
+@pytest.mark.parametrize(("label", "columns"), [("a", 3), ("1,024 to 4,095 records", 2), ("a long name: " * 5, 1)])
+def test_a_legend_has_as_many_columns_as_fit(label: str, columns: int) -> None:
+    svg = charts.line_chart({f"{label} {n}": [(0, n), (1, n)] for n in range(6)}, "x", "y")
+    places = re.findall(r'translate\(([\d.]+) [\d.]+\)">([^<]*)</text>|x="([\d.]+)"[^>]*>([^<]*)</text>', svg)
+    assert len({one[0] or one[2] for one in places if (one[1] or one[3]).startswith(label)}) == columns
+
+
 def test_a_star_is_another_marker() -> None:
     lines = {"a": [(1.0, 0.5, 0.1)], "chosen": [(2.0, 0.6, 0.1)]}
     plain, starred = (charts.error_chart(lines, "x", "y", joined=False, starred=stars) for stars in ((), ("chosen",)))
