@@ -19,7 +19,7 @@ CHECK = ROOT / "tests" / "consumers" / "openvino" / "check.py"
 
 
 def test_the_real_model(tmp_path: Path) -> None:
-    """Answers to fifty of the quickstart's problems, with the program's own choices."""
+    """Answers to fifty of the quickstart's problems, in float32."""
     made, folder = real_int4(), tmp_path / "exported"
     folder.mkdir()
     Gguf(embeddings="float16").export(FinishedModel(made), folder)

@@ -27,7 +27,10 @@ from safetensors.numpy import load_file
 def main(folder: str, values: str, given: str) -> int:
     assert importlib.util.find_spec("sqft") is None, "sqft must not be here: another program is to read the file"
     wanted = json.loads(Path(given).read_text("utf-8"))
-    pipeline = openvino_genai.LLMPipeline(f"{folder}/model.gguf", "CPU", enable_save_ov_model=True)
+    # What it chooses depends on the processor: bfloat16 arithmetic, or 8 bits for activations, keys and values, change
+    # some answers.
+    how = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    pipeline = openvino_genai.LLMPipeline(f"{folder}/model.gguf", "CPU", enable_save_ov_model=True, **how)
     settings = openvino_genai.GenerationConfig()
     settings.do_sample, settings.apply_chat_template, settings.ignore_eos = False, False, True
     equal, tokens, start = 0, 0, time.perf_counter()
