@@ -18,8 +18,14 @@ from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.packed_floats import PackedFloats, packed_floats
-from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, safetensors_header, weight_files
-from sqft.checkpoints.tensor_sizes import tensor_sizes
+from sqft.checkpoints.safetensors import (
+    INDEX,
+    WEIGHTS,
+    read_object,
+    safetensors_header,
+    tensor_sizes,
+    weight_files,
+)
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
 from sqft.modeling.architecture.blocks import linears
