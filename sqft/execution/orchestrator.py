@@ -30,7 +30,7 @@ from sqft.store.artifacts import Artifact, Store
 from sqft.utils.caches import use_writable_caches
 from sqft.utils.distributed import Processes, processes
 from sqft.utils.progress import Track, silent
-from sqft.utils.resources import peak_memory, versions
+from sqft.utils.resources import free_what_is_unused, peak_memory, versions
 from sqft.utils.text import human_size
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class Orchestrator:
 
         log.info("%s", label)
         self._notify("sqft_stage_started", step=step)
+        free_what_is_unused()  # the model of the step before, above all: a trainer's objects refer to one another
         together = self.processes if self._is_shared(plan, step) else Processes()
         stage = self._stage(plan, step, inputs, scratch, together)
         if together.count > 1:
@@ -162,9 +163,9 @@ class Orchestrator:
         with quiet_transformers():
             with peak_memory() as peak:
                 report = stage.run()
-            StepData(plan, step, self.store.digests).check_options()
-            seconds = time.monotonic() - start
-            stage.verify()
+                StepData(plan, step, self.store.digests).check_options()
+                seconds = time.monotonic() - start
+                stage.verify()
         manifest = {
             "stage": step.stage,
             "step": step.name,

@@ -57,30 +57,29 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [n, m] row by row into bytes uint8 [n, m · w / 8], for memory.
 
-    A code takes w bits, the smallest power of two that is at least `bits`, the first code the lowest ones. Any block
-    of rows can be unpacked by itself, which words along a column do not allow.
+    A code takes w bits, the smallest power of two that is at least `bits`. The first bytes' worth of codes are the
+    lowest bits of the bytes, the next ones the bits above, and so on: each part is unpacked by one pass over the bytes.
+    Any block of rows can be unpacked by itself, which words along a column do not allow.
 
     Raises:
         ValueError: when m codes do not fill bytes.
     """
-    shifts = _shifts(bits, codes.device)  # [codes in a byte]
-    if codes.shape[1] % len(shifts):
+    width = _width(bits)
+    if codes.shape[1] % (8 // width):
         raise ValueError(f"{codes.shape[1]} codes of {bits} bits do not fill bytes")
-    parts = codes.to(torch.uint8).reshape(len(codes), -1, len(shifts)) << shifts  # [n, bytes, codes]
-    return parts.sum(-1, dtype=torch.uint8)  # [n, bytes]
+    packed, *above = codes.to(torch.uint8).chunk(8 // width, 1)  # [n, bytes] each
+    for place, part in enumerate(above, 1):
+        packed = packed | part << place * width
+    return packed.contiguous()
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """Return the codes uint8 [n, m] in bytes [n, m · w / 8]: the inverse of `pack_rows`."""
-    width = _width(bits)
-    codes = packed.new_empty(*packed.shape, 8 // width)  # [n, bytes, codes]
-    for place in range(8 // width):  # writing each place of a byte by itself is faster than to broadcast
-        torch.bitwise_right_shift(packed, place * width, out=codes[..., place])
-    return codes.bitwise_and_(2**bits - 1).flatten(1)  # [n, m]
-
-
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, _width(bits), dtype=torch.uint8, device=device)
+    width, (rows, size) = _width(bits), packed.shape
+    codes = packed.new_empty(rows, 8 // width * size)
+    for place in range(8 // width):
+        torch.bitwise_right_shift(packed, place * width, out=codes[:, place * size : (place + 1) * size])
+    return codes.bitwise_and_(2**bits - 1)
 
 
 def _width(bits: int) -> int:

@@ -136,8 +136,10 @@ class FinetuneStage:
             elif not delta.any():
                 raise ArtifactError(f"finetune ({self.adapter_label}): {name} did not train: its delta is still zero")
         for name, merged in adapted.mergeable.items():
-            effective = merged.effective()
-            checks.check_effective(self.merger_label, name, merged.base.block(), effective, self.merger.keeps_mask)
+            effective, base = merged.effective(), merged.base
+            for rows in base.rows():  # a float32 copy of all of it would be the run's peak of memory
+                part = effective[rows]
+                checks.check_effective(self.merger_label, name, base.block(rows), part, self.merger.keeps_mask)
         if idle:
             log.warning(
                 "%d layers of experts did not train, such as %s: no example was routed to them", len(idle), idle[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def free_what_is_unused() -> None:
+    """Collect objects that refer to one another, such as a model and what trained it, and return their memory."""
+    gc.collect()
+    return_freed_memory()
 
 
 def _groups_of(own: Path, groups: Path) -> Iterator[Path]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,27 @@ def test_each_step_is_made_verified_and_reused(
     again = orchestrator.plan(recipe)
     assert again.reused == frozenset(NAMES)
     assert orchestrator.run(again)["merge"].folder == run["merge"].folder and stages.made == NAMES
+
+
+def test_no_step_holds_what_the_one_before_left(
+    stages: type[OneFile], orchestrator: Orchestrator, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage whose objects refer to one another, as a trainer's do, which Python alone frees some time later."""
+    alive: list[int] = []
+    models = weakref.WeakSet[OneFile]()
+
+    def begin(self: OneFile, inputs: StageInputs) -> None:
+        alive.append(len(models))
+        self.inputs, self.trainer = inputs, self  # type: ignore[attr-defined]
+        models.add(self)
+
+    monkeypatch.setattr(OneFile, "__init__", begin)
+    gc.disable()
+    try:
+        orchestrator.run(orchestrator.plan(recipe))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_run_goes_on_after_a_step_that_failed(

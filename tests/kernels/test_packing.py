@@ -104,8 +104,7 @@ def test_rows_in_memory(bits: int, rows: int, bytes_: int, seed: int) -> None:
     packed = pack_rows(codes, bits)
     assert packed.shape == (rows, bytes_ * width) and packed.dtype == torch.uint8
     for row, held in zip(codes.tolist(), packed.tolist(), strict=True):
-        stream = sum(code << (width * place) for place, code in enumerate(row))
-        assert stream == sum(byte << (8 * place) for place, byte in enumerate(held))
+        assert row == [held[i % len(held)] >> width * (i // len(held)) & 2**width - 1 for i in range(len(row))]
     assert unpack_rows(packed, bits).equal(codes.to(torch.uint8))
     assert unpack_rows(packed[1:], bits).equal(codes[1:].to(torch.uint8))
     if width < 8:
