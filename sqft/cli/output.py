@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from sqft.errors import SqftError
-from sqft.utils.distributed import processes
+from sqft.utils.distributed import met_processes
 from sqft.utils.termination import Terminated, terminable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,16 +27,16 @@ def report_errors(command: F) -> F:
             with terminable():
                 return command(*args, **kwargs)
         except SqftError as error:
-            if processes().should_report():
+            if met_processes().should_report():
                 click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except Exception:
-            if processes().should_report():
+            if met_processes().should_report():
                 raise
             sys.exit(1)
         except KeyboardInterrupt as stop:
             words = shlex.join(["sqft", *without_fresh(sys.argv[1:])])
-            if processes().is_main:
+            if met_processes().is_main:
                 click.echo(f"\ninterrupted; finished work is kept. To continue: {words}", err=True)
             sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
 

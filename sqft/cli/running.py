@@ -24,6 +24,7 @@ def open_orchestrator(store: Path, device: str, disable: tuple[str, ...]) -> tup
     from sqft.utils.progress import tracker
 
     mute_unless_main()
+    processes()  # they meet before anything can fail, so that the first to fail is the one that says why
     screen = console()
     log_to_screen(lambda line: screen.print(line, highlight=False, markup=False))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -50,8 +50,12 @@ class Orchestrator:
         self.registry, self.store, self.track = registry, Store(store), track
         self.layouts = Layouts(self.store.root / "known-layouts")
         self.device = "cpu" if device == "cpu:0" else device
-        self.processes = processes()
         use_writable_caches(self.store.root / "cache")
+
+    @property
+    def processes(self) -> Processes:
+        """This process among those that run together. They meet when they are first asked for: a plan needs none."""
+        return processes()
 
     def plan(self, recipe: Recipe) -> Plan:
         """Plan what a recipe will do here, and which of it is done already. Loads no model.

@@ -27,6 +27,7 @@ GRACE_SECONDS = 5.0
 """How long the other processes wait before they end, so that the one that failed first can print its message."""
 NO_LIMIT = timedelta(days=365)
 """How long gloo's collectives wait: others may compute for hours. A process that is gone ends the connection."""
+BY_TORCHRUN = "start several processes by torchrun, or unset both for one"
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -169,15 +170,29 @@ class Processes:
 
 @cache
 def processes() -> Processes:
-    """Return this process among those of the launcher, whose environment variables say how many there are."""
+    """Return this process among those of the launcher, whose environment variables say how many there are.
+
+    Raises:
+        DeviceError: when they do not say where the processes meet, or not all come there.
+    """
     rank, count = _launched()
     if count == 1:
         return Processes()
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://"))
+    try:
+        store, _, _ = next(rendezvous("env://"))
+    except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
+        reason = str(error).splitlines()[0]
+        given = f"RANK is {rank} and WORLD_SIZE {count}"
+        raise DeviceError(f"{given}, but the processes do not meet: {reason}; {BY_TORCHRUN}") from error
     return Processes(rank, count, PrefixStore("sqft", store))
+
+
+def met_processes() -> Processes:
+    """Return this process among those that it has met: alone as long as it met none, whatever the launcher says."""
+    return processes() if processes.cache_info().currsize else Processes()
 
 
 def is_one_of_several() -> bool:
@@ -194,6 +209,16 @@ def mute_unless_main() -> None:
 
 
 def _launched() -> tuple[int, int]:
-    """Return rank and number of the processes that a launcher started; 0 and 1 without a launcher."""
-    rank, count = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
-    return (0, 1) if rank is None or count == 1 else (int(rank), count)
+    """Return rank and number of the processes that a launcher started; 0 and 1 without a launcher.
+
+    Raises:
+        DeviceError: when its environment variables do not make sense.
+    """
+    given = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if not all(given):
+        return 0, 1
+    rank, count = (int(word) if word and word.isdecimal() else -1 for word in given)
+    if not 0 <= rank < count:
+        said = "RANK is {!r} and WORLD_SIZE {!r}".format(*given)
+        raise DeviceError(f"{said}, expected 0 ≤ RANK < WORLD_SIZE; {BY_TORCHRUN}")
+    return rank, count

@@ -48,7 +48,7 @@ def test_a_process_that_is_not_to_report_is_silent(
 ) -> None:
     other = Processes(1, 2)
     monkeypatch.setattr(Processes, "should_report", lambda _: False)
-    monkeypatch.setattr("sqft.cli.output.processes", lambda: other)
+    monkeypatch.setattr("sqft.cli.output.met_processes", lambda: other)
     with pytest.raises(SystemExit) as ended:
         raises(error)()
     captured = capsys.readouterr()

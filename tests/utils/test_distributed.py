@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 from torch.distributed import HashStore
 
 import sqft.utils.distributed
 from sqft.errors import DeviceError
-from sqft.utils.distributed import Processes, mute_unless_main, processes
+from sqft.utils.distributed import Processes, met_processes, mute_unless_main, processes
 
 
 def two() -> tuple[Processes, Processes]:
@@ -89,3 +90,39 @@ def test_all_but_the_first_process_can_be_muted(
 def test_to_ask_for_the_processes_mutes_nothing() -> None:
     before = sys.stdout
     assert processes() is processes() and processes().is_main and sys.stdout is before
+
+
+@pytest.fixture
+def unmet() -> Iterator[None]:
+    """Processes that have not met yet, as at the start of a command."""
+    processes.cache_clear()
+    yield
+    processes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "message"),
+    [
+        ("0", "two", "RANK is '0' and WORLD_SIZE 'two', expected 0 ≤ RANK < WORLD_SIZE"),
+        ("2", "2", "RANK is '2' and WORLD_SIZE '2', expected"),
+        ("0", "2", "RANK is 0 and WORLD_SIZE 2, but the processes do not meet: .*MASTER_ADDR expected"),
+    ],
+)
+def test_a_launcher_that_does_not_say_where_to_meet(
+    unmet: None, monkeypatch: pytest.MonkeyPatch, rank: str, count: str, message: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert met_processes().count == 1
+    with pytest.raises(DeviceError, match=f"{message}.*; start several processes by torchrun, or unset both for one"):
+        processes()
+
+
+@pytest.mark.parametrize("given", [{}, {"RANK": "0"}, {"WORLD_SIZE": "4"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_process_whatever_is_said(unmet: None, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, word in given.items():
+        monkeypatch.setenv(name, word)
+    assert (processes().rank, processes().count) == (0, 1)
