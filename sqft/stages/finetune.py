@@ -255,7 +255,7 @@ class FinetuneStage:
 
 
 def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> None:
-    """Check a merger's result on one layer before training; checking every forward would cost the speed.
+    """Check a merger's result on a part of one layer before training; checking every forward would cost the speed.
 
     Raises:
         StageError: when a layer keeps none of its weights, so that nothing there can train.
@@ -264,18 +264,19 @@ def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> No
     if not adapted.mergeable:
         return
     for name, layer in adapted.mergeable.items():
-        mask = layer.base.block().mask
-        if merger.keeps_mask and mask is not None and not mask.any():
+        masks = (layer.base.block(rows).mask for rows in layer.base.rows())
+        if merger.keeps_mask and not any(mask is None or mask.any() for mask in masks):
             raise StageError(
                 f"finetune.targets: {name} keeps none of its weights, so nothing there can train; "
                 "prune less, or leave it out of the targets"
             )
     name, layer = next(iter(adapted.mergeable.items()))
-    base = layer.base.block()
+    rows = next(layer.base.rows())
+    base = layer.base.block(rows)
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(base.weight.shape, generator=generator).to(base.weight.device) * base.weight.std()
     kept = base.weight.clone(), delta.clone()
-    block = combine_rows(merger, layer.base, slice(None), delta)
+    block = combine_rows(merger, layer.base, rows, delta)
     derivative = merger.derivative(block.base, delta, torch.ones_like(delta))
     checks.check_unchanged(label, name, kept[0], block.base.weight)
     checks.check_unchanged(label, name, kept[1], delta, "the delta")
