@@ -168,10 +168,10 @@ class Tokenization:
                 if self.loss_on == "completion":
                     unwritten += len(learnt(record)) - sum(len(sequence.answers) for sequence in sequences)
         if dropped and not examples:
-            other = "" if self.truncation == "left" else ', or set truncation to "left"'
+            other = "" if self.truncation == "left" else ', or set finetune.truncation to "left"'
             raise DataError(
                 f"all {dropped} examples are longer than max_length ({self.max_length} tokens), and truncation "
-                f'"{self.truncation}" leaves nothing of them to learn; raise max_length{other}'
+                f'"{self.truncation}" leaves nothing of them to learn; raise finetune.max_length{other}'
             )
         return Encoded(examples, sizes, rewritten, unwritten, dropped)
 

@@ -287,7 +287,9 @@ def test_a_cut_at_the_left_that_leaves_nothing_to_learn() -> None:
     """The last answer is switched off, and longer than all that may stay."""
     record = {"messages": [{"role": role, "content": content} for role, content in THREE]}
     record["messages"][-1] |= {"train": False, "content": "Done. " * 20}
-    with pytest.raises(DataError, match=r'all 1 examples .* truncation "left" leaves nothing .* raise max_length$'):
+    with pytest.raises(
+        DataError, match=r'all 1 examples .* truncation "left" leaves nothing .* raise finetune\.max_length$'
+    ):
         encoded("llama3_like", conversation_in(record) or {}, length=20, loss_on="all")
 
 
