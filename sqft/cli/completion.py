@@ -31,6 +31,11 @@ def complete_name(context: click.Context, parameter: click.Parameter, incomplete
     return _begun(_components(context.params.get("kind") or ""), incomplete)
 
 
+def complete_searcher(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Complete the name of a searcher."""
+    return _begun(_components("searcher"), incomplete)
+
+
 def complete_stage(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Complete a stage: those of the recipe, if it can be read."""
     from sqft.recipe.stages import STAGES

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from sqft.cli.completion import complete_searcher
 from sqft.cli.options import disable_option
 from sqft.cli.output import console, report_errors
 from sqft.errors import SqftError
@@ -26,6 +28,9 @@ def complete_pipeline(context: click.Context, parameter: click.Parameter, incomp
 )
 @click.option("--model", metavar="PATH", help="A folder, a GGUF file or a Hugging Face id.")
 @click.option("--data", metavar="PATH", help="A folder with train.jsonl, test.jsonl, …, or a file to train on.")
+@click.option("--search", metavar="SEARCHER", shell_complete=complete_searcher, help="Search ranks: hill-climbing, …")
+@click.option("--baseline", is_flag=True, help="Also measure the model as it is before.")
+@click.option("--answer", metavar="PART", help="What is compared: text (the default), first_number, last_number.")
 @click.option("--paper", is_flag=True, help="The paper's own choices, also where we measured better ones.")
 @disable_option
 @report_errors
@@ -34,17 +39,22 @@ def init(
     output: Path | None,
     model: str | None,
     data: str | None,
+    search: str | None,
+    baseline: bool,
+    answer: str | None,
     paper: bool,
     disable: tuple[str, ...],
 ) -> None:
     """Write a recipe to start from, and print what each choice in it means. Without PIPELINE, list them."""
     from sqft.components.registry import Registry
     from sqft.recipe.recipe import Recipe
+    from sqft.tools.preset_fit import fit, layout_of
     from sqft.tools.presets import (
         DATA,
         GENERAL_TEXT,
         MODEL,
         PIPELINES,
+        Choices,
         as_text,
         explanation,
         missing_files,
@@ -57,9 +67,18 @@ def init(
             click.echo(f"{name:{width}}  {preset.summary}")
         return
     output = output or Path(f"{pipeline}.json")
-    raw = starting_recipe(pipeline, output, model or MODEL, data or DATA, paper)
+    registry = Registry.discover(disable)
+    searcher: Any = registry.get("searcher", search).component() if search else None
+    choices = Choices(searcher, baseline, answer)
+    raw = starting_recipe(pipeline, output, model or MODEL, data or DATA, paper, choices)
+    unknown = None
+    try:
+        if layout := layout_of(model) if model else None:
+            fit(raw, layout, registry)
+    except SqftError as error:
+        unknown = f"the targets are Llama's, as the names of this model's layers are not known: {error}"
     recipe = Recipe.parse(raw, output.resolve().parent)
-    text = explanation(pipeline, raw, Registry.discover(disable))
+    text = explanation(pipeline, raw, registry)
     try:
         with output.open("x", encoding="utf-8") as stream:
             stream.write(as_text(raw) + "\n")
@@ -76,6 +95,8 @@ def init(
     click.echo(f"written: {output}")
     for path in missing_files(recipe):
         click.echo(f"not there yet: {path}")
+    if unknown:
+        click.echo(unknown)
     if raw["calibration"]["data"] == GENERAL_TEXT:
         click.echo("the plan downloads general text to calibrate on, 0.3 GB of C4, unless calibration.data names yours")
     click.echo(f"next: sqft plan {output}")

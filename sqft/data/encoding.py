@@ -19,6 +19,9 @@ IGNORED = -100
 LossOn = Literal["completion", "all"]
 """Which tokens contribute to the loss; of a {text} record, always all."""
 
+Truncation = Literal["left", "right", "drop"]
+"""Where an example that is too long is cut, or that it is left out."""
+
 
 class Prompt(NamedTuple):
     """The tokens that generation starts from, the text that is compared with what it adds, and the token that ends that
@@ -70,12 +73,13 @@ class _Sequence(NamedTuple):
 class Encoded:
     """A data set as examples; `sizes` says how many each record gave, in their order. `rewritten` records gave several
     since the chat template writes a turn in another way once more turns follow; of `unwritten` turns it writes nothing,
-    so they are not learnt."""
+    so they are not learnt. `dropped` examples were too long, and are left out."""
 
     examples: list[Example]
     sizes: list[int]
     rewritten: int
     unwritten: int = 0
+    dropped: int = 0
 
     @property
     def records(self) -> int:
@@ -109,7 +113,7 @@ class Encoded:
                 "template rewrites earlier turns, or the tokenizer joins the prompt's end with the answer"
             )
         if lost := sum(example.lost for example in self.examples):
-            said.append(f"{lost} early answers were cut away, from conversations longer than max_length")
+            said.append(f"{lost} answers were cut away, from examples longer than max_length")
         if self.unwritten:
             said.append(f"turns of the assistant that are not learnt: {self.unwritten}, each since {UNWRITTEN}")
         return "; ".join(said) or None
@@ -127,11 +131,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How records become examples: the tokenizer, the length of the longest example, and which tokens carry loss."""
+    """How records become examples: the tokenizer, the length of the longest example, which tokens carry loss, and what
+    becomes of a longer example."""
 
     tokenizer: Any
     max_length: int
     loss_on: LossOn
+    truncation: Truncation = "left"
 
     @cached_property
     def chat(self) -> Chat:
@@ -142,23 +148,32 @@ class Tokenization:
         """Encode every record.
 
         Raises:
-            DataError: naming a record that has no token to learn from, or that the chat template rejects.
+            DataError: naming a record that has no token to learn from, or that the chat template rejects; or when
+                every example is left out.
         """
         examples: list[Example] = []
         sizes: list[int] = []
-        rewritten = unwritten = 0
+        rewritten = unwritten = dropped = 0
         for number, record in enumerate(records, 1):
             with locate_errors(record, number):
-                pieces = self.encode_record(record)
-                if not any(label != IGNORED for piece in pieces for label in piece.labels[1:]):
+                sequences = self._sequences(record)
+                if not any(label != IGNORED for sequence in sequences for label in sequence.labels[1:]):
                     raise DataError("there is no token to learn from (is the completion empty?)")
-            examples += pieces
-            sizes.append(len(pieces))
+            kept = self._fit_all(sequences)
+            examples += kept
+            sizes.append(len(kept))
+            dropped += len(sequences) - len(kept)
             if "messages" in record:
-                rewritten += len(pieces) > 1
+                rewritten += len(sequences) > 1
                 if self.loss_on == "completion":
-                    unwritten += len(learnt(record)) - sum(piece.answers + piece.lost for piece in pieces)
-        return Encoded(examples, sizes, rewritten, unwritten)
+                    unwritten += len(learnt(record)) - sum(len(sequence.answers) for sequence in sequences)
+        if dropped and not examples:
+            other = "" if self.truncation == "left" else ', or set finetune.truncation to "left"'
+            raise DataError(
+                f"all {dropped} examples are longer than max_length ({self.max_length} tokens), and truncation "
+                f'"{self.truncation}" leaves nothing of them to learn; raise finetune.max_length{other}'
+            )
+        return Encoded(examples, sizes, rewritten, unwritten, dropped)
 
     def encode_record(self, record: dict[str, Any]) -> list[Example]:
         """Encode one record.
@@ -168,22 +183,26 @@ class Tokenization:
         that the prompt of evaluation is the prefix of the training example. A conversation is one example as long as
         the chat template writes each turn's history as inference sees it, else a new example begins with that turn.
 
-        A long example is cut at the left. Where only completions carry loss, a last completion that is longer than
-        `max_length` keeps its beginning, and the token that predicts it.
+        A longer example is cut as `truncation` says, or left out; so is one of which the cut leaves nothing to learn.
+        Cut at the left, where only completions carry loss, a last completion that is longer than `max_length` keeps
+        its beginning, and the token that predicts it.
 
         Raises:
             DataError: when the chat template rejects the conversation, or a finished turn does not fit its prompt.
         """
+        return self._fit_all(self._sequences(record))
+
+    def _sequences(self, record: dict[str, Any]) -> list[_Sequence]:
+        """Return a record as token sequences, of which those of a {text} record alone are no longer than allowed."""
         if "messages" in record:
-            chats = [self._whole(record)] if self.loss_on == "all" else self._turns(record)
-            return [self._cut(chat) for chat in chats]
+            return [self._whole(record)] if self.loss_on == "all" else self._turns(record)
         if "prompt" in record:
-            return [self._cut(self._completion(record))]
+            return [self._completion(record)]
         ids = _with_end(_tokenize_start(record["text"], self.tokenizer), self.tokenizer)
-        pieces = [tuple(ids[start : start + self.max_length]) for start in range(0, len(ids), self.max_length)]
+        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:  # no token before it predicts it
             pieces.pop()
-        return [Example(piece, piece) for piece in pieces]
+        return [_Sequence(piece, piece, []) for piece in pieces]
 
     def _completion(self, record: dict[str, Any]) -> _Sequence:
         prompt = _tokenize_prompt(record["prompt"], self.tokenizer)
@@ -193,7 +212,7 @@ class Tokenization:
         ids = prompt + completion
         labels = ids if self.loss_on == "all" else [IGNORED] * len(prompt) + completion
         ended = bool(completion) and completion[-1] == self.tokenizer.eos_token_id
-        return _Sequence(ids, labels, [_Answer(len(prompt), len(ids), ended)])
+        return _Sequence(ids, labels, [_Answer(len(prompt), len(ids), ended)] if completion else [])
 
     def _turns(self, record: dict[str, Any]) -> list[_Sequence]:
         """Return the turns of a conversation that are learnt, those with the same history in one sequence."""
@@ -205,8 +224,8 @@ class Tokenization:
                 done.append(_Sequence([], [], []))
             last = done[-1]
             between = [IGNORED] * (len(prompt) - len(last.ids))
-            place = _Answer(len(prompt), len(prompt) + len(answer), turn.end is not None)
-            done[-1] = _Sequence(prompt + answer, [*last.labels, *between, *labels], [*last.answers, place])
+            written = [_Answer(len(prompt), len(prompt) + len(answer), turn.end is not None)] if answer else []
+            done[-1] = _Sequence(prompt + answer, [*last.labels, *between, *labels], last.answers + written)
         return done
 
     def _whole(self, record: dict[str, Any]) -> _Sequence:
@@ -219,20 +238,31 @@ class Tokenization:
             labels[begin:end] = [IGNORED] * (end - begin)
         return _Sequence(ids, labels, [_Answer(0, len(ids), bool(self.chat.ends_of(text)))])
 
-    def _cut(self, sequence: _Sequence) -> Example:
-        """Return a sequence as an example of at most `max_length` tokens."""
-        ids, labels, length = sequence.ids, sequence.labels, self.max_length
-        start = cut = max(0, len(ids) - length)
-        if cut:
-            begins = [i for i in range(1, len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
-            start = min(cut, begins[-1] - 1) if begins else cut
-        stop = start + length
-        answers = [answer for answer in sequence.answers if answer.begin < answer.end]
+    def _fit_all(self, sequences: Sequence[_Sequence]) -> list[Example]:
+        """Return sequences as examples, without those that are left out."""
+        return [example for sequence in sequences if (example := self._fit(sequence)) is not None]
+
+    def _fit(self, sequence: _Sequence) -> Example | None:
+        """Return a sequence as an example of at most `max_length` tokens; None when it is too long and left out."""
+        ids, labels, answers = sequence
+        cut = max(0, len(ids) - self.max_length)
+        start = _left_cut(labels, cut) if self.truncation == "left" else 0
+        stop = start + self.max_length
+        learns = any(label != IGNORED for label in labels[start + 1 : stop])
+        if cut and (self.truncation == "drop" or not learns):
+            return None
         first = start + 1 if self.loss_on == "completion" else 0
         kept = [a for a in answers if first <= a.begin < stop and a.end > start + 1]
         ends = tuple(ids[answer.end - 1] for answer in kept if answer.ended and answer.end <= stop)
         lost = len(answers) - len(kept)
         return Example(tuple(ids[start:stop]), tuple(labels[start:stop]), len(kept), ends, cut, lost)
+
+
+def _left_cut(labels: Sequence[int], cut: int) -> int:
+    """Return how many tokens to cut at the left, of `cut` that are too many: fewer where a last answer that is longer
+    than all that may stay would lose its beginning, or the token that predicts it."""
+    begins = [i for i in range(1, len(labels)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
+    return min(cut, begins[-1] - 1) if begins else cut
 
 
 def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Any) -> list[Prompt]:

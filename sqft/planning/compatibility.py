@@ -19,7 +19,7 @@ from sqft.errors import Problem, SqftError
 from sqft.planning.plan import ResolvedComponent
 from sqft.recipe.sections import Finetune, Sparsify
 from sqft.types import BaseKind, LinearShape
-from sqft.utils.globs import selected
+from sqft.utils.globs import covering
 
 C = TypeVar("C", bound=Component)
 
@@ -79,14 +79,9 @@ def check_dense(quantizer: ResolvedComponent[Quantizer], sparsify: Sparsify | No
 def _or_exclude(offending: Sequence[LinearShape], layers: Sequence[LinearShape], exclude: Sequence[str]) -> str:
     """Return the words that tell a user to exclude these layers, beside what is excluded, and none of the others in
     `layers`; empty when there are no others."""
-    names, patterns = {layer.name for layer in offending}, dict.fromkeys(exclude)
+    names = {layer.name for layer in offending}
     others = [layer.name for layer in layers if layer.name not in names]
-    for name in sorted(names):
-        if not any(selected(name, [pattern], ()) for pattern in patterns):
-            parts = re.sub(r"(?<=\.)\d+(?=\.)", "*", name).split(".")  # in every block, of every expert
-            tails = (f"*.{'.'.join(parts[start:])}" for start in range(len(parts) - 1, 0, -1))
-            patterns[next((p for p in tails if not any(selected(other, [p], ()) for other in others)), name)] = None
-    return f'; or set "exclude": {json.dumps(list(patterns))}' if others else ""
+    return f'; or set "exclude": {json.dumps(covering(names, others, exclude))}' if others else ""
 
 
 def check_blocks_alike(linears: Iterable[LinearShape], chosen: Sequence[LinearShape]) -> Iterator[Problem]:

@@ -31,6 +31,9 @@ ELSEWHERE = {
     "lora_target_modules": "targets",
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
+    "excess_length_strategy": "truncation",
+    "truncation_mode": "truncation",
+    "truncation_side": "truncation",
     "model_name_or_path": "path",
 }
 """What other programs call some of the keys here."""

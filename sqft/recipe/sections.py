@@ -225,7 +225,12 @@ class Finetune(Section):
         1.0, description="gradients are clipped to this norm; 0 switches clipping off"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(
-        512, description="tokens in an example; longer ones are cut at the left, a longer {text} becomes several"
+        512, description="tokens in an example; for longer ones see truncation; a longer {text} becomes several"
+    )
+    truncation: Literal["left", "right", "drop"] = Field(
+        "left",
+        description="what becomes of a longer prompt and completion, or conversation. left: its beginning is cut; "
+        "right: its end; drop: it is left out",
     )
     packing: bool = Field(
         False,

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from sqft.components import checks
 from sqft.components.kinds import Adapter, Merger
@@ -111,6 +111,7 @@ class FinetuneStage:
             "rows": len(rows),
             "truncated": training.truncated,
             "tokens_cut": training.tokens_cut,
+            "dropped": training.dropped,
             "loss_first": losses[0],
             "loss_last": _last(losses),
             **({"kl_first": divergences[0], "kl_last": _last(divergences)} if divergences else {}),
@@ -146,13 +147,16 @@ class FinetuneStage:
             )
 
     def _encode(self, role: str, records: list[Record]) -> Encoded:
-        """Encode the records of a data set, and warn when some examples were truncated."""
-        section = self.section
-        encoded = Tokenization(self.adapted.tokenizer, section.max_length, section.loss_on).encode(records)
+        """Encode the records of a data set, and warn when some examples were truncated, or left out."""
+        encoded, length = self._tokenization(self.adapted.tokenizer).encode(records), self.section.max_length
+        of = len(encoded.examples) + encoded.dropped
         if encoded.truncated:
+            log.warning("finetune.%s: %d of %d examples were cut to %d tokens", role, encoded.truncated, of, length)
+        if encoded.dropped:
             log.warning(
-                "finetune.%s: %d of %d examples were cut to %d tokens",
-                role, encoded.truncated, len(encoded.examples), section.max_length,
+                'finetune.%s: %d of %d examples were left out: of more than %d tokens, truncation "%s" leaves nothing '
+                "to learn",
+                role, encoded.dropped, of, length, self.section.truncation,
             )  # fmt: skip
         if note := encoded.note():
             log.info("finetune.%s: %s", role, note)
@@ -166,6 +170,10 @@ class FinetuneStage:
             )  # fmt: skip
         return encoded
 
+    def _tokenization(self, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+        section = self.section
+        return Tokenization(tokenizer, section.max_length, section.loss_on, section.truncation)
+
     def _predictions(self, records: list[Record]) -> Predictions:
         """Let the teacher read what training will draw, and free it.
 
@@ -176,7 +184,7 @@ class FinetuneStage:
         spec, plan = inputs.plan.teacher, inputs.plan
         assert taught and spec
         tokenizer = load_tokenizer(plan.spec(plan.adapter_base.model(inputs.folders)))
-        examples = Tokenization(tokenizer, section.max_length, section.loss_on).encode(records).examples
+        examples = self._tokenization(tokenizer).encode(records).examples
         rows: list[list[Example]] = pack(examples, section.max_length) if section.packing else [[e] for e in examples]
         # One batch more than the steps take: it is made before the last step ends.
         batches = section.steps * section.gradient_accumulation + 1 if section.steps else len(rows)

@@ -123,12 +123,17 @@ class SearchStage:
 
     @cached_property
     def _records(self) -> list[Record]:
-        """Return the records to evaluate on, in one seeded order; none for a searcher that asks nothing of them."""
+        """Return the records to evaluate on, in one seeded order; none for a searcher that asks nothing of them.
+
+        Where examples are made of them, as in training, those are left out that are left out in training.
+        """
         if not self.searcher.needs_records():
             return []
         data = self.inputs.data
         records = data.records("data", self.section.data) if self.section.data else data.training_records()[1]
         Random(self.inputs.seed_for("proxy")).shuffle(records)
+        if self.section.metric == "loss" or self.searcher.needs_gradients():
+            return [record for record, size in zip(records, self._encoded(records).sizes, strict=True) if size]
         return records
 
     def _measure(self, config: RankConfig, records: slice) -> list[RecordValue]:
@@ -202,8 +207,8 @@ class SearchStage:
 
     def _encoded(self, records: list[Record]) -> Encoded:
         """Encode records as training does."""
-        finetune = self._finetune
-        return Tokenization(self.adapted.tokenizer, finetune.max_length, finetune.loss_on).encode(records)
+        finetune, tokenizer = self._finetune, self.adapted.tokenizer
+        return Tokenization(tokenizer, finetune.max_length, finetune.loss_on, finetune.truncation).encode(records)
 
 
 class CachedEvaluator:

@@ -161,7 +161,7 @@ class _TrainingData:
 
     def __init__(self, data: StepData, section: Finetune, tokenizer: PreTrainedTokenizerBase) -> None:
         self.data, self.section = data, section
-        self.tokenization = Tokenization(tokenizer, section.max_length, section.loss_on)
+        self.tokenization = Tokenization(tokenizer, section.max_length, section.loss_on, section.truncation)
         self.sets = cache(data.training_sets)
         self.encoded = cache(lambda role: self.tokenization.encode(self.sets()[role][0]))
 
@@ -185,7 +185,8 @@ class _TrainingData:
         """Make the preview of all data sets together, each as often as its weight says."""
         parts = [self.encoded(role) for role in self.section.data_sets]
         examples = [example for part in parts for example in part.examples]
-        mixed = Encoded(examples, [n for part in parts for n in part.sizes], sum(part.rewritten for part in parts))
+        sizes, dropped = [n for part in parts for n in part.sizes], sum(part.dropped for part in parts)
+        mixed = Encoded(examples, sizes, sum(part.rewritten for part in parts), dropped=dropped)
         records = sum(len(training) for training, _ in self.sets().values())
         facts = {"records": f"{records}, of {len(parts)} data sets", **show.facts(mixed), **self._packed(mixed)}
         return Preview(place, [], facts)
@@ -258,6 +259,7 @@ class _Display:
             "tokens with loss": _range([sum(_learns(example)) for example in encoded.examples]),
             "answers": f"{encoded.answers} learnt; to their end: {ends or 'none'}",
             "cut to fit": f"{encoded.truncated} examples, {encoded.tokens_cut} tokens",
+            **({"left out": f"{encoded.dropped} examples, too long"} if encoded.dropped else {}),
         }
 
     def _text(self, tokens: Any) -> str:

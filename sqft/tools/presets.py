@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sqft.components.kinds import Searcher
 from sqft.components.registry import Registry
 from sqft.data.hub import is_data_set_id
 from sqft.errors import SqftError
@@ -24,7 +25,7 @@ from sqft.recipe.sections import ComponentRef
 from sqft.types import InputPath
 from sqft.utils.hub import HUB_ID
 
-MODEL, DATA = "HuggingFaceTB/SmolLM2-360M", "data"
+MODEL, DATA, VALIDATION = "HuggingFaceTB/SmolLM2-360M", "data", "validation.jsonl"
 GENERAL_TEXT = {"path": "allenai/c4", "file": "en/c4-train.00000-of-01024.json.gz", "limit": 2000}
 """What to calibrate on when the user has no text for it: of the web, cleaned. The papers on pruning and GPTQ calibrate
 on this file (Raffel et al. 2020, section 2.2). 0.3 GB are downloaded, once."""
@@ -136,13 +137,63 @@ def _pipelines(refine: Mapping[str, Any]) -> dict[str, Pipeline]:
     }
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What a user adds to a pipeline.
+
+    Args:
+        searcher: chooses the ranks; None leaves them to the default of `search`.
+        baseline: whether the model is measured too, as it is before anything is done to it.
+        answer: which part of a generated text is compared; None leaves it to the default of `exact_match`.
+    """
+
+    searcher: Searcher | None = None
+    baseline: bool = False
+    answer: str | None = None
+
+    def add_to(self, name: str, sections: dict[str, Any], folder: Path) -> None:
+        """Add them to the sections of a pipeline, whose paths are relative to the folder of data.
+
+        Raises:
+            SqftError: when it has no place for them.
+        """
+        evaluate = sections["evaluate"]
+        if self.baseline and "model" not in evaluate["of"]:
+            evaluate["of"].insert(0, "model")
+        if self.answer and "exact_match" not in evaluate:
+            raise SqftError(f"pipeline '{name}' measures perplexity, and compares no answers; leave --answer out")
+        if self.answer:
+            evaluate["exact_match"]["answer"] = self.answer
+        if not self.searcher:
+            return
+        if not _is_elastic(sections):
+            elastic = (other for other, pipeline in PIPELINES.items() if _is_elastic(pipeline.sections))
+            raise SqftError(f"pipeline '{name}' has no ranks to search; these have some: {', '.join(elastic)}")
+        sections["search"] = {"searcher": self.searcher.name}
+        if self.searcher.needs_records():  # by the measure of the finished model
+            sections["search"] |= {key: value for key, value in evaluate["exact_match"].items() if key != "data"}
+            if (folder / VALIDATION).is_file():
+                sections["search"]["data"] = VALIDATION
+            else:
+                sections["finetune"]["holdout"] = 0.1
+
+
+def _is_elastic(sections: Mapping[str, Any]) -> bool:
+    return bool(sections.get("finetune", {}).get("adapter") == NLS)
+
+
 PIPELINES = _pipelines(REFINE)
 PAPER = _pipelines({})
 """The same with the paper's own choices."""
 
 
 def starting_recipe(
-    name: str, output: Path, model: str = MODEL, data: str = DATA, paper: bool = False
+    name: str,
+    output: Path,
+    model: str = MODEL,
+    data: str = DATA,
+    paper: bool = False,
+    choices: Choices = Choices(),
 ) -> dict[str, Any]:
     """Return a pipeline's recipe.
 
@@ -152,11 +203,13 @@ def starting_recipe(
         model: a folder, a GGUF file or a Hugging Face id.
         data: a folder with train.jsonl, test.jsonl and heldout.txt, as far as the recipe needs them. Or one file of
             records to train on, with the other files next to it. A calibration.jsonl there is used; where there is
-            none, general text is downloaded, because what calibrates on the task's own text loses on other text.
+            none, general text is downloaded, because what calibrates on the task's own text loses on other text. A
+            search evaluates on a validation.jsonl there, or on a tenth of the records to train on.
         paper: whether its choices are the paper's own, where we measured others to be better.
+        choices: what is added to the pipeline.
 
     Raises:
-        SqftError: when there is no pipeline of this name.
+        SqftError: when there is no pipeline of this name, or it has no place for the choices.
     """
     if name not in PIPELINES:
         hint = "".join(f". Did you mean '{close}'?" for close in get_close_matches(name, PIPELINES, 1))
@@ -169,12 +222,14 @@ def starting_recipe(
     own = (folder / "calibration.jsonl").is_file()
     calibration = {"data": "calibration.jsonl" if own else GENERAL_TEXT, "samples": 64, "length": 1024}
     sections = copy.deepcopy({"calibration": calibration, **(PAPER if paper else PIPELINES)[name].sections})
+    choices.add_to(name, sections, folder)
     for field in fields_marked(Recipe, InputPath, sections):
         if not is_data_set_id(field.value):
             field.holder[field.key] = _from(output, folder / names.get(field.value, field.value))
     local = Path(model).expanduser()
     path = model if HUB_ID.fullmatch(model) and not local.exists() else _from(output, local)
-    return {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}, **sections}
+    head = {"schema": 1, "name": name, "seed": 0, "model": {"path": path, "dtype": "bfloat16"}}
+    return head | {key: sections[key] for key in fields_of(Recipe) if key in sections}
 
 
 def _from(output: Path, path: Path) -> str:

@@ -44,6 +44,42 @@ def test_the_papers_own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert ("`refine` = `3`" in done.output) == ours
 
 
+def test_a_recipe_with_a_search_for_the_model_at_hand(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it writes, the plan accepts; each choice is explained."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(model_folder), "--data", str(data), "--search", "hill-climbing", "--baseline"]
+    done = CliRunner().invoke(main, ["init", "hira-int4", *words, "--answer", "last_number"])
+    assert done.exit_code == 0 and "- `searcher` = `hill-climbing`" in done.output, done.output
+    planned = CliRunner().invoke(main, ["plan", "hira-int4.json"])
+    assert planned.exit_code == 0 and "hill-climbing" in planned.output and "evaluate:model" in planned.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hira", "--search", "hillclimbing"], "no searcher named 'hillclimbing'"),
+        (["lora", "--search", "racing"], "pipeline 'lora' has no ranks to search"),
+        (["hira", "--answer", "lastnumber"], "evaluate.exact_match.answer: input should be 'text'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[-1],
+)
+def test_choices_that_cannot_be_written(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["init", *words])
+    assert done.exit_code == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_layers_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "none-such"}')
+    done = CliRunner().invoke(main, ["init", "hira", "--model", str(tmp_path)])
+    assert done.exit_code == 0 and "the targets are Llama's, as the names of this model's layers are not" in done.output
+
+
 def test_names_of_pipelines_are_completed() -> None:
     complete = init.params[0].shell_complete
     names = [item.value for item in complete(click.Context(init), "qa")]

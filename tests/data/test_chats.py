@@ -250,7 +250,47 @@ def test_answers_that_are_cut_away_are_counted() -> None:
     (example,) = short.examples
     assert example.answers + example.lost == 3 and example.lost > 0
     assert len(example.ends) == example.answers
-    assert f"{example.lost} early answers were cut away" in str(short.note())
+    assert f"{example.lost} answers were cut away" in str(short.note())
+
+
+def test_a_conversation_cut_at_the_right_loses_its_last_answers() -> None:
+    """At every length: the beginning of the whole, with the answers that have a label left, and their ends."""
+    tokenizer, record = chat_tokenizer("qwen2_5"), conversation(*THREE)
+    (whole,) = encoded("qwen2_5", record).examples
+    begins = [i for i, label in enumerate(whole.labels) if label != IGNORED and whole.labels[i - 1] == IGNORED]
+    assert len(begins) == 3
+    for length in range(begins[0] + 1, len(whole.input_ids) + 1):
+        found = Tokenization(tokenizer, length, "completion", "right").encode([record])
+        (example,) = found.examples
+        assert (example.input_ids, example.labels) == (whole.input_ids[:length], whole.labels[:length])
+        answers = sum(begin < length for begin in begins)
+        assert (example.answers, example.lost) == (answers, 3 - answers)
+        learnt = [label for label in example.labels if label != IGNORED]
+        assert len(example.ends) == learnt.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        assert (f"{example.lost} answers were cut away" in str(found.note())) == (example.lost > 0)
+    with pytest.raises(DataError, match="all 1 examples are longer"):
+        Tokenization(tokenizer, begins[0], "completion", "right").encode([record])
+
+
+def test_of_a_conversation_in_several_examples_those_that_are_too_long_are_left_out() -> None:
+    tokenizer, record = chat_tokenizer("qwen3"), conversation(*THREE)
+    record["chat_template_kwargs"] = WITHOUT_THINKING
+    whole = encoded("qwen3", record).examples
+    lengths = [len(example.input_ids) for example in whole]
+    assert len(whole) == 3 and lengths == sorted(lengths)
+    found = Tokenization(tokenizer, lengths[1], "completion", "drop").encode([record])
+    assert found.examples == whole[:2] and (found.sizes, found.dropped, found.rewritten) == ([2], 1, 1)
+    assert found.unwritten == 0 and "cut away" not in str(found.note())
+
+
+def test_a_cut_at_the_left_that_leaves_nothing_to_learn() -> None:
+    """The last answer is switched off, and longer than all that may stay."""
+    record = {"messages": [{"role": role, "content": content} for role, content in THREE]}
+    record["messages"][-1] |= {"train": False, "content": "Done. " * 20}
+    with pytest.raises(
+        DataError, match=r'all 1 examples .* truncation "left" leaves nothing .* raise finetune\.max_length$'
+    ):
+        encoded("llama3_like", conversation_in(record) or {}, length=20, loss_on="all")
 
 
 @pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -43,6 +44,47 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
     assert (encoded.truncated, encoded.tokens_cut) == (1, 5)
 
 
+LENGTH = 8
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("truncation", ["right", "drop"])
+def test_long_examples_lose_their_end_or_are_left_out(
+    tokenizer: PreTrainedTokenizerFast, truncation: str, loss_on: str
+) -> None:
+    """Every length of prompt and of completion, against lists of characters: each is a token."""
+    records, expected, cut = [], [], []
+    for first, second in itertools.product(range(1, 12), repeat=2):
+        prompt, completion = "abcdefghijk"[:first], "01234567890"[:second]
+        whole = [*prompt, *completion, "<|im_end|>"]
+        learnt = [loss_on == "all"] * first + [True] * (second + 1)
+        records.append({"prompt": prompt, "completion": completion})
+        if len(whole) <= LENGTH or (truncation == "right" and any(learnt[1:LENGTH])):
+            expected.append((whole[:LENGTH], learnt[:LENGTH]))
+            cut.append(max(0, len(whole) - LENGTH))
+    encoded = Tokenization(tokenizer, LENGTH, loss_on, truncation).encode(records)
+    for example, (tokens, learnt) in zip(encoded.examples, expected, strict=True):
+        assert tokenizer.convert_ids_to_tokens(example.input_ids) == tokens
+        assert [label != IGNORED for label in example.labels] == learnt
+        answers = int(any(token.isdigit() for token in tokens))
+        assert (example.answers, example.lost) == (answers, 1 - answers)
+        assert len(example.ends) == tokens.count("<|im_end|>")
+    assert encoded.dropped == len(records) - len(expected) and sum(encoded.sizes) == len(expected)
+    assert [example.cut for example in encoded.examples] == cut
+    assert (encoded.truncated, encoded.tokens_cut) == (sum(map(bool, cut)), sum(cut))
+    assert encoded.records == len(records) and (encoded.dropped > 0) == ((truncation, loss_on) != ("right", "all"))
+
+
+@pytest.mark.parametrize("truncation", ["right", "drop"])
+def test_data_of_which_nothing_is_left(tokenizer: PreTrainedTokenizerFast, truncation: str) -> None:
+    long = [{"prompt": "abcdefgh", "completion": "1"}] * 3
+    with pytest.raises(DataError, match=f'^all 3 examples are longer than max_length .8 tokens.*"{truncation}"'):
+        Tokenization(tokenizer, 8, "completion", truncation).encode(long)
+    assert Tokenization(tokenizer, 8, "completion").encode(long).truncated == 3
+    with pytest.raises(DataError, match=r"^record 1: there is no token to learn from"):  # the cut is not to blame
+        Tokenization(tokenizer, 8, "completion", truncation).encode([{"prompt": "abcdefghi", "completion": ""}, *long])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -52,13 +94,14 @@ def test_long_prompts_lose_their_start(tokenizer: PreTrainedTokenizerFast) -> No
     ],
 )
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("truncation", ["left", "right", "drop"])
 def test_a_long_text_is_several_examples(
-    tokenizer: PreTrainedTokenizerFast, text: str, expected: list[str], loss_on: str
+    tokenizer: PreTrainedTokenizerFast, text: str, expected: list[str], loss_on: str, truncation: str
 ) -> None:
-    encoded = Tokenization(tokenizer, 4, loss_on).encode([{"text": text}])
+    encoded = Tokenization(tokenizer, 4, loss_on, truncation).encode([{"text": text}])
     assert [tokenizer.decode(example.input_ids) for example in encoded.examples] == expected
     assert all(example.labels == example.input_ids for example in encoded.examples)
-    assert (encoded.truncated, encoded.tokens_cut) == (0, 0)
+    assert (encoded.truncated, encoded.tokens_cut, encoded.dropped) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])

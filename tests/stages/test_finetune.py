@@ -164,6 +164,21 @@ def test_cut_examples_are_reported(stage: FinetuneStage, caplog: pytest.LogCaptu
     assert encoded.truncated and f"finetune.data: {encoded.truncated} of 64 examples were cut to 4" in caplog.text
 
 
+def test_examples_that_are_left_out_are_reported(
+    stage: FinetuneStage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six tokens where the sum has one digit, seven where it has two."""
+    stage.section = stage.section.model_copy(update={"max_length": 6, "truncation": "drop"})
+    long = sum(a + b >= 10 for a in range(8) for b in range(8))
+    with caplog.at_level(logging.WARNING, "sqft"):
+        report = stage.run()
+    assert (report["examples"], report["dropped"], report["truncated"]) == (64 - long, long, 0)
+    said = (
+        f'finetune.data: {long} of 64 examples were left out: of more than 6 tokens, truncation "drop" leaves nothing'
+    )
+    assert said in caplog.text
+
+
 def test_ends_at_which_generation_goes_on_are_named(stage: FinetuneStage) -> None:
     model, tokenizer = stage.adapted.model, stage.adapted.tokenizer
     assert unknown_ends(model, tokenizer, [tokenizer.eos_token_id, 0]) == ["<|im_start|>"]

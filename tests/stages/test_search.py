@@ -366,6 +366,20 @@ def test_gradients_that_were_not_announced(
 
 
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
+def test_a_loss_is_measured_on_what_training_would_keep(
+    metric: str, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    lines = [{"prompt": "a" * length, "completion": "b"} for length in (4, 20, 5, 30, 6)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    raw["finetune"] |= {"max_length": 10, "truncation": "drop"}
+    raw["search"] |= {"data": str(tmp_path / "mixed.jsonl"), "metric": metric, "max_new_tokens": 1}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="search")
+    trials = [json.loads(line) for line in (run["search"].folder / "trials.jsonl").read_text().splitlines()]
+    assert trials and {trial["samples"] for trial in trials} == {3 if metric == "loss" else 5}
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
 @pytest.mark.parametrize("samples", [7, 1])
 def test_processes_share_the_records_and_find_what_one_finds(
     metric: str, samples: int, raw: dict[str, Any], registry: Registry, tmp_path: Path

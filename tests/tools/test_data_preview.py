@@ -98,6 +98,21 @@ def test_prompts_beyond_the_window_are_shown_cut(raw: dict[str, Any], tmp_path: 
     assert asked.facts["cut to fit"] == "1 prompts" and asked.examples[0][0].text == "a" * 251 + "="
 
 
+def test_what_is_left_out_is_counted(raw: dict[str, Any], tmp_path: Path) -> None:
+    lines = [{"prompt": "a" * length + "=", "completion": "1"} for length in (50, 3, 40, 4)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"path": str(tmp_path / "mixed.jsonl")}
+    raw["finetune"] |= {"data": [data, data], "max_length": 10, "truncation": "drop"}
+    found = looked_at(raw, tmp_path / "store", "finetune")
+    assert [found[f"finetune.{role}"].facts["left out"] for role in ("data.0", "data.1", "data")] == [
+        "2 examples, too long", "2 examples, too long", "4 examples, too long",
+    ]  # fmt: skip
+    assert found["finetune.data.0"].titles == ["record 2"] and found["finetune.data"].facts["examples"] == "4"
+    raw["finetune"]["truncation"] = "left"
+    facts = looked_at(raw, tmp_path / "store", "finetune")["finetune.data"].facts
+    assert "left out" not in facts and facts["cut to fit"].startswith("4 examples")
+
+
 def test_sections(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["finetune"]["data"] = [raw["finetune"]["data"]] * 2
     assert list(looked_at(raw, tmp_path, "evaluate", "calibration.data")) == [

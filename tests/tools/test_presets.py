@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
-from sqft.tools.presets import GENERAL_TEXT, PAPER, PIPELINES, as_text, explanation, starting_recipe
+from sqft.errors import SqftError
+from sqft.tools.presets import GENERAL_TEXT, PAPER, PIPELINES, Choices, as_text, explanation, starting_recipe
 
 EXAMPLES = {file.stem: file for file in (Path(__file__).parents[2] / "examples" / "recipes").glob("*.json")}
 QUICKSTART = "quickstart"
@@ -75,11 +76,7 @@ def test_written_planned_and_explained(
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     Recipe.load("r.json")
-    tiny = ["calibration.length=32", "calibration.samples=2"]
-    tiny += ["finetune.max_length=64"] if "finetune" in PIPELINES[name].sections else []
-    tiny += ["quantize.quantizer.options.group_size=32"] if "quantize" in PIPELINES[name].sections else []
-    tiny += ["evaluate.perplexity.length=64"] if "perplexity" in PIPELINES[name].sections["evaluate"] else []
-    assert Orchestrator(registry, tmp_path / "s").load("r.json", tiny).steps
+    assert Orchestrator(registry, tmp_path / "s").load("r.json").steps
     raw = json.loads(Path("r.json").read_text())
     assert all(f"## {key}" in done.output for key, value in raw.items() if isinstance(value, dict))
     assert ": None" not in done.output and PIPELINES[name].summary in done.output
@@ -116,6 +113,43 @@ def test_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest
     whole = starting_recipe("sparsify", Path("r.json"), "someone/model", "/some/folder")
     assert whole["model"]["path"] == "someone/model"
     assert whole["evaluate"]["perplexity"]["text"] == "/some/folder/heldout.txt"
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_search_judges_as_the_evaluation_does(validation: bool, registry: Registry, tmp_path: Path) -> None:
+    """On validation.jsonl where there is one, else on records that are kept out of training."""
+    if validation:
+        (tmp_path / "validation.jsonl").write_text("")
+
+    def made(searcher: str, **more: Any) -> dict[str, Any]:
+        choices = Choices(registry.get("searcher", searcher).component(), **more)  # type: ignore[arg-type]
+        return starting_recipe("hira", tmp_path / "r.json", data=str(tmp_path), choices=choices)
+
+    raw = made("hill-climbing", answer="last_number")
+    own = {"data": str(tmp_path / "validation.jsonl")} if validation else {}
+    measured = {"max_new_tokens": 16, "answer": "last_number"}
+    assert raw["search"] == {"searcher": "hill-climbing", **measured, **own}
+    assert raw["finetune"].get("holdout") == (None if validation else 0.1)
+    assert raw["evaluate"]["exact_match"] == {"data": str(tmp_path / "test.jsonl"), **measured}
+    assert list(raw)[-4:] == ["finetune", "search", "merge", "evaluate"]
+    plain = made("importance")
+    assert plain["search"] == {"searcher": "importance"} and "holdout" not in plain["finetune"]
+
+
+def test_the_dense_model_is_measured_once() -> None:
+    for name in PIPELINES:
+        plain = starting_recipe(name, Path("r.json"))["evaluate"]["of"]
+        of = starting_recipe(name, Path("r.json"), choices=Choices(baseline=True))["evaluate"]["of"]
+        assert of == (plain if "model" in plain else ["model", *plain])
+
+
+def test_choices_without_a_place(registry: Registry) -> None:
+    search = Choices(registry.get("searcher", "racing").component())  # type: ignore[arg-type]
+    for name in ("lora", "gptq-lora", "quantize"):
+        with pytest.raises(SqftError, match=f"'{name}' has no ranks to search; these have some: shears, sparsepeft"):
+            starting_recipe(name, Path("r.json"), choices=search)
+    with pytest.raises(SqftError, match="'gptq' measures perplexity, and compares no answers"):
+        starting_recipe("gptq", Path("r.json"), choices=Choices(answer="last_number"))
 
 
 def test_general_text_calibrates_unless_there_is_text_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
