@@ -159,6 +159,31 @@ def test_a_page_works_from_top_to_bottom(page: Path, here: Path, model_folder: P
             exec(compile(text, file or str(page), "exec"), scope)
 
 
+def test_final_figures_reach_a_tracker(here: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the lines of the page, and a writer in TensorBoard's place."""
+    written: dict[str, float] = {}
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None: ...
+        def __enter__(self) -> SummaryWriter:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+        def add_scalar(self, tag: str, value: float, step: int | None = None) -> None:
+            written[tag] = value
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = sys.__spec__
+        module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    test_a_page_works_from_top_to_bottom(ROOT / "docs" / "how-to" / "watch-training.md", here, model_folder)
+    (report,) = (json.loads(file.read_text()) for file in here.glob("store/runs/watched-*/report.json"))
+    for figure in ("perplexity", "sparsity"):
+        assert written[f"search (racing)/{figure}"] == report["rows"][0][figure]
+    assert written["search/value"] < 0  # of the last trial: a loss, negated
+
+
 def command(words: list[str], here: Path) -> None:
     """Do what a line of a page says, or see that it could be done: nothing is installed, and no GPU is asked for."""
     if words[:1] == ["sqft"]:

@@ -60,7 +60,8 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"{path} holds a PEFT adapter beside the model (adapter_config.json), and transformers would load both as "
-            "one; merge the adapter first, or move its files elsewhere"
+            "one; merge the adapter first, or move its files to a folder of their own, which `sqft eval` measures on "
+            "the adapter's base"
         )
     if dequantize is not None:
         check_dequantize(path, config, dequantize)

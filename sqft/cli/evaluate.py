@@ -46,7 +46,8 @@ def evaluate(
 ) -> None:
     """Measure the models that a run has made, as its recipe or the options say; or a model's folder.
 
-    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, or a GGUF file.
+    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, a GGUF file, or the folder of
+    a PEFT adapter, which is measured on its base model (--set model.path=BASE names another).
     STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; a step that is missing for it is run.
     """
     from sqft.execution.earlier_runs import remade_note
@@ -61,7 +62,8 @@ def evaluate(
     measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
     path = Path(subject)
     if path.exists() and not (path / "recipe.json").is_file():
-        raw, source = recipe_of_model(path), subject
+        base_named = any(change.startswith("model.path=") for change in changes)
+        raw, source = recipe_of_model(path, base_named), subject
     else:
         folder, store = find_run(subject, store)
         raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")

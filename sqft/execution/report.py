@@ -57,6 +57,8 @@ def _row(configuration: str, artifact: Artifact, artifacts: Mapping[str, Artifac
     label = configuration
     if configuration == "search" and made:
         label = f"search ({made.report['searcher']})"
+    if configuration == "model" and "trainable" in measured:
+        label = "model + adapter"
     match = measured.get("exact_match", {})
     return {
         "configuration": label,

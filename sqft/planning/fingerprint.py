@@ -127,7 +127,7 @@ STAGE_CODE: dict[str, tuple[str, ...]] = {
     "search": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *MEASURE, "modeling/evaluation/first_order", "stages/search"),
     "merge": (*EVERY_STAGE, *ADAPT, *ADAPT_IN_PARTS, *IN_PARTS, *MERGE),
     "export": (*EVERY_STAGE, "modeling/loading/finished_model", "stages/export"),
-    "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "stages/evaluate"),
+    "evaluate": (*EVERY_STAGE, *ADAPT, *MEASURE, *TASKS, "modeling/evaluation/peft_adapter", "stages/evaluate"),
 }
 """The modules and packages of the core that a stage's result depends on: an edit there makes its artifacts anew.
 

@@ -318,6 +318,12 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
         if section.exact_match and evaluation.measures_tuned(section):
             asked = files["exact_match.data"], section.exact_match.data
             resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
+    if "adapter" in files:
+        resolver.collect(evaluation.check_adapter(section, files["adapter"]))
+        if not resolver.problems:
+            resolver.note_all(
+                evaluation.notes_on_adapter(files["adapter"], resolver.recipe.model.path, resolver.model.path)
+            )
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")

@@ -85,8 +85,47 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
     return [stage.name for stage in STAGES if stage.evaluable == stage.name and stage.name in done]
 
 
-def recipe_of_model(model: Path) -> dict[str, Any]:
-    """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored."""
-    model = model / "model" if (model / MANIFEST).is_file() and (model / "model").is_dir() else model
+def recipe_of_model(model: Path, names_base: bool = False) -> dict[str, Any]:
+    """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored; of the
+    folder of a PEFT adapter, its base, on which the adapter is to be measured.
+
+    Args:
+        model: the folder or file, or a store's artifact that has a model or an adapter.
+        names_base: whether the user names the adapter's base, so that it need not be found.
+
+    Raises:
+        SqftError: when the folder holds an adapter that cannot be measured, or whose base is not there.
+    """
+    if (model / MANIFEST).is_file():
+        model = next(filter(Path.is_dir, (model / "model", model / "adapter")), model)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem).lstrip("._-") or "model"
-    return {"schema": 1, "name": name, "model": {"path": str(model.resolve()), "dtype": "auto"}}
+    recipe: dict[str, Any] = {"schema": 1, "name": name, "model": {"path": str(model.resolve()), "dtype": "auto"}}
+    if (model / "config.json").is_file():
+        return recipe
+    if (model / "sqft_adapter.json").is_file():
+        raise SqftError(
+            f"{model} holds an adapter that acts only through its merger; measure the run that made it "
+            "(sqft eval RUN --of search)"
+        )
+    if (model / "adapter_config.json").is_file():
+        base = "BASE" if names_base else _base_of_adapter(model)
+        recipe["model"]["path"] = base if HUB_ID.fullmatch(base) and not Path(base).exists() else str(_absolute(base))
+        recipe["evaluate"] = {"of": ["model"], "adapter": str(model.resolve())}
+    return recipe
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _base_of_adapter(adapter: Path) -> str:
+    """Return the base model that an adapter's own config names: a folder or file that is there, or an id on the hub."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SqftError(f"{adapter / 'adapter_config.json'} cannot be read: {error}; copy the adapter again") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if isinstance(base, str) and base and (_absolute(base).exists() or HUB_ID.fullmatch(base)):
+        return base
+    named = f"'{base}', which is not there" if base else "no base model"
+    raise SqftError(f"{adapter / 'adapter_config.json'} names {named}; add --set model.path=BASE to name it")

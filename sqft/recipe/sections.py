@@ -329,6 +329,10 @@ class Evaluate(Section):
         None, description="measure how well a text is predicted, or a list of several texts"
     )
     exact_match: ExactMatch | None = Field(None, description="measure how often the answer is right")
+    adapter: Annotated[str | None, InputPath(folder=True)] = Field(
+        None,
+        description='folder of a PEFT adapter (LoRA) that acts on the model, as in stock peft; of is then ["model"]',
+    )
     tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks; the fields below are for all of them")
 
     @field_validator("tasks")

@@ -21,6 +21,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.saving import read_ranks
 from sqft.modeling.architecture.blocks import decoder_blocks
 from sqft.modeling.evaluation import exact_match, perplexity
+from sqft.modeling.evaluation.peft_adapter import attach_peft_adapter
 from sqft.modeling.loading import load_model
 from sqft.planning.plan import Plan
 from sqft.recipe.measures import ExactMatch
@@ -118,7 +119,11 @@ class EvaluateStage:
         if "finetune" not in inputs.folders:
             merged = inputs.folders.get("merge")
             model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
-            yield model.to(inputs.device), tokenizer, count_zeros(model)
+            facts = count_zeros(model)  # an adapter beside its base has no part in them, whoever wrote it
+            if "adapter" in inputs.step.files:
+                with inputs.data.reading("adapter") as folder:
+                    facts |= {"trainable": attach_peft_adapter(model, folder)}
+            yield model.to(inputs.device), tokenizer, facts
             return
         adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
         config = self._ranks(adapted)

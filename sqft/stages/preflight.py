@@ -20,11 +20,12 @@ def check_fit(plan: Plan) -> None:
     """
     if not plan.recipe.finetune or (merger := plan.step("finetune").component(Merger)).merges:
         return
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(plan.step("finetune").layers)
     try:
-        get_peft_model(load_skeleton(plan.model_spec), LoraConfig(r=1, target_modules=targets), low_cpu_mem_usage=True)
+        config = LoraConfig(r=1, target_modules=targets)
+        inject_adapter_in_model(config, load_skeleton(plan.model_spec), low_cpu_mem_usage=True)
     except ValueError as error:
         raise StageError(
             f"finetune.targets: PEFT, for which '{merger.name}' writes its adapter, refuses them: {error}"

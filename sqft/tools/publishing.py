@@ -45,7 +45,7 @@ FORMATS = {
         "a compressed-tensors checkpoint", "transformers", "transformers with compressed-tensors"
     ),
     "gguf": Format("a GGUF file", "gguf", "llama.cpp (by xllamacpp) and transformers"),
-    "peft": Format("a PEFT adapter; its base is in the store of the run that made it", "peft", "peft"),
+    "peft": Format("a PEFT adapter on the model that `adapter_config.json` names", "peft", "peft"),
     "sqft": Format("an adapter that acts through its merger; merge it to get a model", None),
     "floats": Format("safetensors, floats", "transformers", "transformers"),
     "other": Format("what a plugin's exporter wrote", None),

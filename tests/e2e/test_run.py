@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from sqft import Orchestrator, Recipe, Registry, Run
 from sqft.errors import ArtifactError, RecipeError, SqftError, StageError
+from sqft.recipe.rerun import recipe_of_model
 
 NO_SQFT = "import sys; sys.modules['sqft'] = None\n"
 
@@ -89,7 +91,8 @@ def test_an_unmerged_adapter_in_stock_peft(
     raw["finetune"]["merger"] = "unmerged"
     raw["finetune"]["adapter"]["options"]["scaling"] = scaling
     raw["search"] = {"searcher": searcher}
-    raw.pop("merge"), raw.pop("evaluate")
+    raw.pop("merge")
+    raw["evaluate"] = {"of": ["search"], "perplexity": raw["evaluate"]["perplexity"]}
     finished = run(raw, registry, tmp_path)
     assert finished.result() == finished["search"].folder / "adapter"
     out = tmp_path / "logits.pt"
@@ -111,6 +114,17 @@ def test_an_unmerged_adapter_in_stock_peft(
     with torch.no_grad():
         expected = adapted.model(torch.arange(2, 40)[None]).logits
     torch.testing.assert_close(torch.load(out), expected, atol=1e-5, rtol=1e-5)
+
+    folder = finished["search"].folder / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == adapted.tokenizer.get_vocab()
+    assert tokenizer.chat_template == adapted.tokenizer.chat_template
+    alone = recipe_of_model(finished["search"].folder)  # `sqft eval`: on the base that the adapter names
+    alone["evaluate"]["perplexity"] = raw["evaluate"]["perplexity"]
+    measured = run(alone, registry, tmp_path)
+    assert measured.rows()[0]["configuration"] == "model + adapter"
+    for figure in ("perplexity", "sparsity", "trainable"):
+        assert measured.rows()[0][figure] == pytest.approx(finished.rows()[0][figure], rel=1e-5), figure
 
 
 def test_reuse_and_sharing(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from sqft_nls.adapter import Nls
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from sqft.api import Grid, LinearShape, Merger
 from sqft.kernels.grids import fit_grid
@@ -20,7 +22,7 @@ from sqft.modeling.adapters.frozen_weight import FloatWeight
 SHAPES = (LinearShape("h.0.one", 6, 8), LinearShape("h.0.two", 4, 8))
 
 
-def make(merger: Merger, learn_scales: bool = False) -> AdaptedModel:
+def make(tokenizer: PreTrainedTokenizerFast, merger: Merger, learn_scales: bool = False) -> AdaptedModel:
     """Two layers on grids of two groups a row, with ranks of 3 and 2 to choose from."""
     torch.manual_seed(0)
     model: Any = nn.ModuleDict(
@@ -37,9 +39,9 @@ def make(merger: Merger, learn_scales: bool = False) -> AdaptedModel:
     for layer in layers.values():
         layer.delta.B.data.normal_()  # type: ignore[attr-defined]
     model.config = SimpleNamespace(model_type="llama")
-    return AdaptedModel(model, SimpleNamespace(), layers, adapter.space(SHAPES))  # type: ignore[arg-type]
+    return AdaptedModel(model, tokenizer, layers, adapter.space(SHAPES))
 
 
 @pytest.fixture
-def adapted_model() -> Callable[..., AdaptedModel]:
-    return make
+def adapted_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., AdaptedModel]:
+    return partial(make, tokenizer)

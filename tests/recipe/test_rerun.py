@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
+from sqft.errors import SqftError
 from sqft.recipe.rerun import evaluation_overrides, paths, recipe_of_model, with_absolute_paths
 
 
@@ -98,6 +102,91 @@ def test_the_precision_of_a_model_is_its_own(tmp_path: Path) -> None:
     (model.parent / "manifest.json").write_text("{}")
     raw = recipe_of_model(model.parent)  # an artifact's folder
     assert raw["model"] == {"path": str(model), "dtype": "auto"}
+
+
+@pytest.fixture
+def adapter(model_folder: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter, as peft saves it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = LoraConfig(
+        r=4, lora_alpha=64, target_modules=["down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), settings).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def nll_of_stock_peft(base: Path, adapter: Path, windows: torch.Tensor) -> float:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    with torch.no_grad():
+        return float(stock(windows, labels=windows).loss)
+
+
+def test_an_adapter_is_measured_on_its_base(model_folder: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
+    store, text = tmp_path / "store", data / "heldout.txt"
+    asked = ["--perplexity", text, "--set", "evaluate.perplexity.tokens=64", "--set", "evaluate.perplexity.length=64"]
+    assert sqft("eval", model_folder, *asked, "--store", store).exit_code == 0
+    done = sqft("eval", adapter, *asked, "--store", store)
+    assert done.exit_code == 0 and "| model + adapter | " in done.output, done.output
+    found = {
+        run.name.partition(".")[0]: json.loads((run / "report.json").read_text()) for run in (store / "runs").iterdir()
+    }
+    nll = {name: next(iter(report["rows"][0]["texts"].values()))["nll"] for name, report in found.items()}
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    windows = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :64]
+    assert nll["lora"] == pytest.approx(nll_of_stock_peft(model_folder, adapter, windows), rel=1e-6)
+    assert nll["lora"] != pytest.approx(nll[model_folder.name], rel=1e-4)
+
+    changed = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in changed.items()}, adapter / "adapter_model.safetensors")
+    again = sqft("eval", adapter, *asked, "--store", store)
+    assert again.exit_code == 0 and "reused" not in again.output and "measured earlier" not in again.output
+
+
+def test_the_base_of_an_adapter(
+    model_folder: Path, adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the folder, from the current one, by id, by the user; or it is asked for."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def named(base: object) -> dict[str, Any]:
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        return recipe_of_model(adapter)
+
+    expected = {"model": {"path": str(model_folder), "dtype": "auto"}}
+    expected["evaluate"] = {"of": ["model"], "adapter": str(adapter)}
+    assert expected.items() <= named(str(model_folder)).items()
+    monkeypatch.chdir(model_folder.parent)
+    assert expected.items() <= named(model_folder.name).items()
+    assert named("someone/model")["model"]["path"] == "someone/model"
+    for base, words in (("/not/there", "'/not/there', which is not there"), (None, "no base model")):
+        with pytest.raises(SqftError, match=f"names {words}; add --set model.path=BASE"):
+            named(base)
+    asked = "--perplexity", data / "heldout.txt", "--store", tmp_path / "store"
+    done = sqft("eval", adapter, *asked, "--set", f"model.path={model_folder}")
+    assert done.exit_code == 0 and "| model + adapter | " in done.output, done.output
+    named("someone/model")
+    done = sqft("eval", adapter, *asked, "--set", f"model.path={model_folder}")
+    assert f"names 'someone/model' as its base, and is measured on {model_folder}" in done.output + done.stderr
+
+
+def test_an_adapter_that_cannot_be_measured(adapter: Path, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    asked = "--perplexity", data / "heldout.txt", "--store", tmp_path / "store"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    done = sqft("eval", adapter, *asked)
+    assert done.exit_code == 2 and "holds PROMPT_TUNING, and sqft measures LoRA" in done.stderr
+    (adapter / "adapter_model.safetensors").unlink()
+    done = sqft("eval", adapter, *asked)
+    assert done.exit_code == 2 and "has no adapter_model.safetensors" in done.stderr
+    (adapter / "adapter_config.json").rename(adapter / "sqft_adapter.json")
+    done = sqft("eval", adapter, *asked)
+    assert done.exit_code == 2 and "acts only through its merger; measure the run" in done.stderr
 
 
 def test_what_is_not_there(model_folder: Path, tmp_path: Path) -> None:

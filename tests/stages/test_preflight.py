@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import StageError
+from sqft.stages.preflight import check_fit
 
 
 def test_an_adapter_that_stock_peft_refuses(
@@ -24,6 +26,16 @@ def test_an_adapter_that_stock_peft_refuses(
     plan = orchestrator.plan(Recipe.parse(raw))
     with pytest.raises(StageError, match=r"PEFT, for which 'unmerged' writes its adapter, refuses them: .*Mamba"):
         orchestrator.run(plan)
+
+
+def test_an_adapter_that_stock_peft_takes(raw: dict[str, Any], registry: Registry, tmp_path: Path) -> None:
+    """Without a warning about names that transformers is to lose, which only peft uses."""
+    raw["finetune"]["merger"] = "unmerged"
+    raw = {key: raw[key] for key in ("schema", "name", "model", "finetune")}
+    plan = Orchestrator(registry, tmp_path / "store").plan(Recipe.parse(raw))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_fit(plan)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def read_ranks(folder: Path) -> RankConfig:
 def store_adapter(adapted: AdaptedModel, config: RankConfig, base: str, folder: Path) -> None:
     """Write the sub-adapter of a configuration, which names its base model's folder `base`.
 
-    Beside its base it is a stock PEFT checkpoint: `rank_pattern` and `alpha_pattern` together give
+    Beside its base it is a stock PEFT checkpoint, with the tokenizer: `rank_pattern` and `alpha_pattern` together give
     stock PEFT the same function. A masked adapter is no LoRA, and stock PEFT would compute W + BA
     for it without a word; it gets names that PEFT refuses.
     """
@@ -57,6 +57,7 @@ def store_adapter(adapted: AdaptedModel, config: RankConfig, base: str, folder: 
         return
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_peft_config(adapted, ranks, scales, base, folder)
+    adapted.tokenizer.save_pretrained(folder)
 
 
 def adapter_tensors(adapted: AdaptedModel, config: RankConfig) -> dict[str, Tensor]:

@@ -59,8 +59,12 @@ def test_metrics_and_no_trace(
     by_hand: Any,
     write_tasks: WriteTasks,
     capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither of the process's state nor on the screen: no bars, no git, no prints."""
+    """Neither of the process's state nor on the screen: no bars, no prints, and no git, which complains elsewhere than
+    in a repository."""
+    monkeypatch.chdir(tmp_path)
     documents = [d | {"a": tokenizer.decode(by_hand(talker, d["q"], steps=4))} for d in DOCUMENTS]
     folder = write_tasks(documents)
     talker.train()
