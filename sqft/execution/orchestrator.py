@@ -164,12 +164,11 @@ class Orchestrator:
         if together.count > 1:
             self.processes.broadcast(TAKE_PART)
         start = time.monotonic()
-        with quiet_transformers():
-            with peak_memory() as peak:
-                report = stage.run()
-                StepData(plan, step, self.store.digests).check_options()
-                seconds = time.monotonic() - start
-                stage.verify()
+        with quiet_transformers(), peak_memory() as peak:
+            report = stage.run()
+            StepData(plan, step, self.store.digests).check_options()
+            seconds = time.monotonic() - start
+            stage.verify()
         manifest = {
             "stage": step.stage,
             "step": step.name,

@@ -214,10 +214,10 @@ def _launched() -> tuple[int, int]:
     Raises:
         DeviceError: when its environment variables do not make sense.
     """
-    given = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    given = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if not all(given):
         return 0, 1
-    rank, count = (int(word) if word and word.isdecimal() else -1 for word in given)
+    rank, count = (int(word) if word.isdecimal() else -1 for word in given)
     if not 0 <= rank < count:
         said = "RANK is {!r} and WORLD_SIZE {!r}".format(*given)
         raise DeviceError(f"{said}, expected 0 ≤ RANK < WORLD_SIZE; {BY_TORCHRUN}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from sqft.modeling.training.trainer import Collate
 from sqft.utils.distributed import Processes
 from sqft.utils.files import write_json
 from sqft.utils.progress import Track
+from sqft.utils.resources import free_what_is_unused
 from sqft.utils.text import human_size
 
 log = logging.getLogger("sqft")
@@ -140,7 +140,7 @@ class Teacher:
             log.info("the teacher's predictions are those of an earlier attempt")
         else:
             self._make(places, folder, processes, track)
-            gc.collect()
+            free_what_is_unused()
         return Predictions(places, folder)
 
     def _make(self, places: Mapping[Example, slice], folder: Path, processes: Processes, track: Track) -> None:
