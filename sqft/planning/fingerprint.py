@@ -47,6 +47,7 @@ EVERY_STAGE = (
     "modeling/architecture/__init__",
     "modeling/architecture/blocks",
     "modeling/architecture/experts",
+    "modeling/architecture/frozen",
     "modeling/architecture/linears",
     "modeling/architecture/names",
     "modeling/compat",

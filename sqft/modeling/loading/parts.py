@@ -16,6 +16,7 @@ from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import decoder_blocks
+from sqft.modeling.architecture.frozen import freeze
 from sqft.modeling.architecture.linears import as_linears, from_stored, put_tensor, tie
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import generation_settings, load_converted
@@ -97,7 +98,7 @@ class PartedModel(WholeModel):
         self.spec = spec
         self.reader = reader_of_floats(spec)
         self._plain = _empty(spec, self.reader)
-        super().__init__(as_linears(copy.deepcopy(self._plain)).eval().requires_grad_(False))
+        super().__init__(freeze(as_linears(copy.deepcopy(self._plain)).eval()))
         self.stored: dict[str, list[str]] = {part: [] for part in self.parts}
         """The tensors of the folder that each part is made of."""
         for name in self.reader.names():

@@ -23,6 +23,7 @@ from sqft.kernels.packing import from_gptq, to_gptq
 from sqft.modeling.adapters.frozen_weight import PackedLinear, PackedWeight
 from sqft.modeling.architecture.blocks import block_list, towers, unquantized
 from sqft.modeling.architecture.experts import Experts
+from sqft.modeling.architecture.frozen import freeze
 from sqft.modeling.architecture.linears import as_linears, as_stored, put_tensor, stored_transposed, tie
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import keep_conversions, kept_conversions, load_converted, reverted
@@ -265,8 +266,7 @@ def _assemble(spec: ModelSpec, packed: bool) -> PreTrainedModel:
     _check_complete(model, spec.path, unlike)
     if (spec.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(spec.path)
-    model.requires_grad_(False)
-    return model.eval()
+    return freeze(model).eval()
 
 
 def precision_of(stated: torch.dtype | None, stored: Iterable[torch.dtype]) -> torch.dtype:

@@ -34,6 +34,7 @@ from sqft.checkpoints.safetensors import weight_files
 from sqft.errors import ModelError
 from sqft.kernels.finite import all_finite
 from sqft.modeling.architecture.blocks import towers
+from sqft.modeling.architecture.frozen import freeze
 from sqft.modeling.architecture.linears import as_linears, as_stored
 from sqft.modeling.architecture.names import CheckpointNames
 from sqft.modeling.compat import fast_gguf
@@ -175,8 +176,7 @@ def load_floats(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     for name, tensor in model.named_parameters():
         if not all_finite(tensor):
             raise ModelError(f"{path}: tensor {name} holds values that are not finite; the model cannot be used")
-    model.requires_grad_(False)
-    return as_linears(model).eval(), tokenizer
+    return freeze(as_linears(model)).eval(), tokenizer
 
 
 def _from_pretrained(spec: ModelSpec) -> tuple[PreTrainedModel, dict[str, Any]]:
