@@ -13,7 +13,7 @@ from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Evaluate, Finetune
 from sqft.store.artifacts import Store
 from sqft.utils.distributed import Processes
-from sqft.utils.files import existing_parent
+from sqft.utils.files import existing_parent, size_of
 from sqft.utils.text import human_size
 
 log = logging.getLogger("sqft")
@@ -67,7 +67,7 @@ def check_disk(store: Store, steps: Iterable[Step]) -> None:
 
 def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
     """Return what is short for what steps that are to be made will write to the store's disk; None if nothing is."""
-    needed = sum(step.estimate.storage for step in steps)
+    needed = sum(max(0, step.estimate.storage - _begun(store, step)) for step in steps)
     folder = existing_parent(store.root)
     free = shutil.disk_usage(folder).free
     if needed <= free:
@@ -76,6 +76,14 @@ def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
         f"the store {store.root} needs about {human_size(needed)} and {folder} has {human_size(free)} free; "
         "make room, or name another store with --store"
     )
+
+
+def _begun(store: Store, step: Step) -> int:
+    """Return the bytes that an attempt before has written of a step: it goes on from there, or they are deleted."""
+    try:
+        return size_of(store.partial(step.stage, step.fingerprint))
+    except OSError:  # another run is writing there
+        return 0
 
 
 def check_memory(plan: Plan, missing: Sequence[Step], device: str, processes: Processes, replan: Replan) -> None:

@@ -11,6 +11,9 @@ SHIFTS = torch.arange(8, dtype=torch.uint8)
 BITS_OF_BYTES = (torch.arange(256, dtype=torch.uint8)[:, None] >> SHIFTS & 1).view(torch.int64).reshape(-1)
 """The eight bits of each byte, lowest first, as eight bytes of 0 or 1 in one number."""
 
+SORTED_AT_ONCE = 1 << 20
+"""Scores that are sorted at a time, where that need not be a whole layer: their order takes 8 bytes each."""
+
 
 def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor:
     """Return a bool mask [out, in], true where the weight stays, for scores [out, in].
@@ -35,9 +38,11 @@ def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern | str) -> Tensor
         groups, pruned = scores, round(sparsity * columns)  # [out, in]
     else:
         groups, pruned = scores.reshape(1, -1), round(sparsity * rows * columns)  # [1, out · in]
-    order = groups.argsort(dim=1, stable=True)  # lowest first, the earlier first among equals
     mask = torch.ones_like(groups, dtype=torch.bool)
-    mask.scatter_(1, order[:, :pruned], False)
+    at_once = max(1, SORTED_AT_ONCE // max(1, groups.shape[1]))
+    for some, scored in zip(torch.split(mask, at_once), torch.split(groups, at_once), strict=True):
+        order = scored.argsort(dim=1, stable=True)  # lowest first, the earlier first among equals
+        some.scatter_(1, order[:, :pruned], False)
     return mask.reshape(rows, columns)
 
 

@@ -131,10 +131,11 @@ class FinetuneStage:
         for name, layer in adapted.layers.items():
             layer.rank = layer.delta.rank  # the last optimizer step may have trained a smaller one
             B, A, scale = layer.delta.factors(layer.rank)
-            delta = scale * (B.float() @ A.float())  # [out, in]
-            if not delta.any() and isinstance(adapted.model.get_submodule(name.rpartition(".")[0]), Expert):
+            if any((scale * (B[rows].float() @ A.float())).any() for rows in layer.base.rows()):
+                continue
+            if isinstance(adapted.model.get_submodule(name.rpartition(".")[0]), Expert):
                 idle.append(name)  # no example was routed to it
-            elif not delta.any():
+            else:
                 raise ArtifactError(f"finetune ({self.adapter_label}): {name} did not train: its delta is still zero")
         for name, merged in adapted.mergeable.items():
             effective, base = merged.effective(), merged.base

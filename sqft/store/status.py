@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqft.errors import ArtifactError, StoreError
 from sqft.store.artifacts import INCOMPLETE_PREFIX, Store
 from sqft.store.runs import RunResult, RunState, check_readable, read_result, read_runs, subfolders
-from sqft.utils.files import MANIFEST
+from sqft.utils.files import MANIFEST, size_of
 from sqft.utils.text import human_size
 
 ARTIFACT_NAME = re.compile(r"([a-z]+)-([0-9a-f]{12})")
@@ -222,7 +222,7 @@ def _artifact_status(store: Store, folder: Path, users: Mapping[str, Sequence[st
     elif folder.name.startswith(".gone-"):
         problem = "deleted in part"
     try:
-        size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+        size = size_of(folder)
         when = (changed if changed.exists() else folder).stat().st_mtime
     except OSError:  # a run changes it while we look
         size, when = 0, time.time()

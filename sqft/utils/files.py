@@ -67,6 +67,15 @@ def copy_folder(source: Path, destination: Path) -> None:
         raise
 
 
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files below a folder, not of what links lead to; 0 where there is none.
+
+    Raises:
+        OSError: when a file vanishes meanwhile.
+    """
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def existing_parent(path: Path) -> Path:
     """Return the nearest folder above `path`, or `path` itself, that exists."""
     path = path.resolve()

@@ -42,6 +42,15 @@ def test_what_is_stored_already_needs_no_room(store: Store) -> None:
     check_disk(store, [step(storage=1 << 40)])
 
 
+def test_what_a_killed_run_has_written_needs_no_more_room(store: Store) -> None:
+    part = store.partial("merge", "a" * 64) / "model" / "part.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(3 << 10))
+    check_disk(store, [step(storage=13 << 10)])
+    with pytest.raises(StoreError, match="needs about 11 KiB"):
+        check_disk(store, [step(storage=14 << 10)])
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [

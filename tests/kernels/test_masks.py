@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sqft.kernels import masks
 from sqft.kernels.masks import keep_mask, pack_mask, unpack_mask
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 5).map(lambda n: 4 * n))
+
+
+@pytest.fixture(scope="module", autouse=True, params=[9, masks.SORTED_AT_ONCE], ids=["in pieces", "at once"])
+def sorted_at_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "SORTED_AT_ONCE", request.param)
+        yield
 
 
 def scores_of(shape: tuple[int, int], seed: int, ties: bool) -> Tensor:
