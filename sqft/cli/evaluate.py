@@ -44,16 +44,17 @@ def evaluate(
     store: Path,
     disable: tuple[str, ...],
 ) -> None:
-    """Measure the models that a run has made, as its recipe or the options say; or a model's folder.
+    """Measure the models that a run has made, as its recipe or the options say; or a model.
 
-    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name, a model's folder, a GGUF file, or the folder of
-    a PEFT adapter, which is measured on its base model (--set model.path=BASE names another).
+    RUN_OR_MODEL is a folder of store/runs, its name, the recipe's name; a model's folder, a GGUF file, or a Hugging
+    Face id; or the folder or id of a PEFT adapter, which is measured on its base model (--set model.path=BASE names
+    another).
     STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; a step that is missing for it is run.
     """
     from sqft.execution.earlier_runs import remade_note
     from sqft.recipe.reading import read_json
     from sqft.recipe.recipe import Recipe
-    from sqft.recipe.rerun import completed_steps, evaluation_overrides, recipe_of_model
+    from sqft.recipe.rerun import completed_steps, evaluation_overrides, is_hub_id, recipe_of_model
     from sqft.store.runs import find_run
 
     measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
@@ -61,9 +62,9 @@ def evaluate(
     measures |= {"perplexity": texts if len(texts) > 1 else texts[0]} if texts else {}
     measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
     path = Path(subject)
-    if path.exists() and not (path / "recipe.json").is_file():
+    if is_hub_id(subject) or (path.exists() and not (path / "recipe.json").is_file()):
         base_named = any(change.startswith("model.path=") for change in changes)
-        raw, source = recipe_of_model(path, base_named), subject
+        raw, source = recipe_of_model(subject, base_named), subject
     else:
         folder, store = find_run(subject, store)
         raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")

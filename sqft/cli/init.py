@@ -31,6 +31,7 @@ def complete_pipeline(context: click.Context, parameter: click.Parameter, incomp
 @click.option("--search", metavar="SEARCHER", shell_complete=complete_searcher, help="Search ranks: hill-climbing, …")
 @click.option("--baseline", is_flag=True, help="Also measure the model as it is before.")
 @click.option("--answer", metavar="PART", help="What is compared: text (the default), first_number, last_number.")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code from the model's folder run.")
 @click.option("--paper", is_flag=True, help="The paper's own choices, also where we measured better ones.")
 @disable_option
 @report_errors
@@ -42,13 +43,14 @@ def init(
     search: str | None,
     baseline: bool,
     answer: str | None,
+    trust_remote_code: bool,
     paper: bool,
     disable: tuple[str, ...],
 ) -> None:
     """Write a recipe to start from, and print what each choice in it means. Without PIPELINE, list them."""
     from sqft.components.registry import Registry
     from sqft.recipe.recipe import Recipe
-    from sqft.tools.preset_fit import fit, layout_of
+    from sqft.tools.preset_fit import fit, look_at
     from sqft.tools.presets import (
         DATA,
         GENERAL_TEXT,
@@ -71,12 +73,15 @@ def init(
     searcher: Any = registry.get("searcher", search).component() if search else None
     choices = Choices(searcher, baseline, answer)
     raw = starting_recipe(pipeline, output, model or MODEL, data or DATA, paper, choices)
-    unknown = None
+    if trust_remote_code:
+        raw["model"]["trust_remote_code"] = True
+    known = unknown = None
     try:
-        if layout := layout_of(model) if model else None:
-            fit(raw, layout, registry)
+        known = look_at(model, trust_remote_code) if model else None
     except SqftError as error:
-        unknown = f"the targets are Llama's, as the names of this model's layers are not known: {error}"
+        unknown = f"the recipe is not fitted to the model, and its targets are Llama's: {error}"
+    if known:
+        fit(raw, known, registry)
     recipe = Recipe.parse(raw, output.resolve().parent)
     text = explanation(pipeline, raw, registry)
     try:
@@ -97,6 +102,8 @@ def init(
         click.echo(f"not there yet: {path}")
     if unknown:
         click.echo(unknown)
-    if raw["calibration"]["data"] == GENERAL_TEXT:
+    if known and known.codes:
+        click.echo("the model came as codes: what prunes and quantizes is left out")
+    if raw.get("calibration", {}).get("data") == GENERAL_TEXT:
         click.echo("the plan downloads general text to calibrate on, 0.3 GB of C4, unless calibration.data names yours")
     click.echo(f"next: sqft plan {output}")

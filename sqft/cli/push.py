@@ -20,6 +20,7 @@ from sqft.cli.output import report_errors
 def push(run: str, repo: str, public: bool, store: Path) -> None:
     """Upload the result of RUN to the Hugging Face hub, with a model card, its recipe and its report.
 
+    An adapter that stays beside its base is uploaded if that base is a model of the hub, as it is there.
     RUN is a folder of store/runs, its name, or the recipe's name (then its newest run is taken). huggingface_hub
     finds the token (`hf auth login`, or HF_TOKEN).
     """

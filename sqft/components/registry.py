@@ -59,22 +59,38 @@ class Registry:
     def add(self, plugin: object, name: str | None = None, source: str = NOT_INSTALLED) -> None:
         """Add a module or object with hook implementations, or a component class by itself.
 
+        A class that is defined again, as by running a cell of a notebook again, takes the place of the first one.
+
         Raises:
             PluginError: when it, or a component it offers, breaks the rules for plugins. Nothing of it is then added.
         """
         known, label = len(self._broken), str(getattr(plugin, "__name__", repr(plugin)))
+        provider = Provider(name or label, source)
         if inspect.isclass(plugin) and issubclass(plugin, Component) and getattr(plugin, "kind", None) in KINDS:
             offer = hookspecs.hookimpl(lambda component=plugin: [component])
-            plugin = SimpleNamespace(**{hookspecs.COMPONENT_HOOKS[plugin.kind]: offer})
-        provider = Provider(name or label, source)
+            hook = hookspecs.COMPONENT_HOOKS[plugin.kind]
+            if wrong := component_mistake(plugin.kind, hook, plugin):
+                raise PluginError(str(Broken(provider.plugin, provider.source, wrong)))
+            if self._is_new_version(plugin, provider):
+                self._remove(provider)
+            plugin = SimpleNamespace(**{hook: offer})
         self._register(plugin, provider)
         if failures := self._broken[known:]:
             del self._broken[known:]
             if self._manager.get_plugin(provider.plugin) is plugin:
-                self._manager.unregister(name=provider.plugin)
-                for offered in self._entries.values():
-                    offered[:] = [registration for registration in offered if registration.provider != provider]
+                self._remove(provider)
             raise PluginError("\n".join(map(str, failures)))
+
+    def _is_new_version(self, component: type[Component], provider: Provider) -> bool:
+        """Return whether a class has the name, and the place in the code, of the one that `provider` offers."""
+        offered = [one.component for one in self.entries() if one.provider == provider]
+        places = {(one.__module__, one.__qualname__) for one in offered}
+        return places == {(component.__module__, component.__qualname__)}
+
+    def _remove(self, provider: Provider) -> None:
+        self._manager.unregister(name=provider.plugin)
+        for offered in self._entries.values():
+            offered[:] = [registration for registration in offered if registration.provider != provider]
 
     def get(self, kind: str, name: str) -> Registration:
         """Return the registration of that kind and name; "plugin/name" picks one when several offer the name.

@@ -105,8 +105,10 @@ class Encoded:
         return Counter(end for example in self.examples for end in example.ends)
 
     def note(self) -> str | None:
-        """Return what became of conversations, where that may surprise."""
+        """Return what became of conversations, and of all of it, where that may surprise."""
         said = []
+        if not self.examples and self.dropped:
+            said.append(f"nothing of it is learnt: all {self.dropped} examples are too long, and left out")
         if self.rewritten:
             said.append(
                 f"{self.rewritten} of {self.records} conversations are one example for each assistant turn: the chat "
@@ -151,6 +153,29 @@ class Tokenization:
             DataError: naming a record that has no token to learn from, or that the chat template rejects; or when
                 every example is left out.
         """
+        encoded = self.encode_part(records)
+        self.check_some_left(encoded)
+        return encoded
+
+    def check_some_left(self, encoded: Encoded) -> None:
+        """Check that not every example is left out.
+
+        Raises:
+            DataError: saying what to change.
+        """
+        if encoded.dropped and not encoded.examples:
+            other = "" if self.truncation == "left" else ', or set finetune.truncation to "left"'
+            raise DataError(
+                f"all {encoded.dropped} examples are longer than max_length ({self.max_length} tokens), and truncation "
+                f'"{self.truncation}" leaves nothing of them to learn; raise finetune.max_length{other}'
+            )
+
+    def encode_part(self, records: Sequence[dict[str, Any]]) -> Encoded:
+        """Encode records that are not all there is to learn: every example may be left out.
+
+        Raises:
+            DataError: naming a record that has no token to learn from, or that the chat template rejects.
+        """
         examples: list[Example] = []
         sizes: list[int] = []
         rewritten = unwritten = dropped = 0
@@ -167,12 +192,6 @@ class Tokenization:
                 rewritten += len(sequences) > 1
                 if self.loss_on == "completion":
                     unwritten += len(learnt(record)) - sum(len(sequence.answers) for sequence in sequences)
-        if dropped and not examples:
-            other = "" if self.truncation == "left" else ', or set finetune.truncation to "left"'
-            raise DataError(
-                f"all {dropped} examples are longer than max_length ({self.max_length} tokens), and truncation "
-                f'"{self.truncation}" leaves nothing of them to learn; raise finetune.max_length{other}'
-            )
         return Encoded(examples, sizes, rewritten, unwritten, dropped)
 
     def encode_record(self, record: dict[str, Any]) -> list[Example]:

@@ -13,6 +13,7 @@ from sqft.execution.report import flat_rows, table, title
 from sqft.planning.plan import Plan, Step
 from sqft.recipe.stages import STAGES
 from sqft.store.artifacts import Artifact
+from sqft.utils.text import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,9 @@ class Outcome:
 
     step: Step
     artifact: Artifact
+
+    def __repr__(self) -> str:
+        return f"<Outcome {self.step.name}: {self.folder}>"
 
     @property
     def report(self) -> dict[str, Any]:
@@ -73,17 +77,11 @@ class Run(Mapping[str, Outcome]):
         return flat_rows(self.report)
 
     def __repr__(self) -> str:
-        return f"<Run {self.folder.name}: {', '.join(self.outcomes) or 'nothing done'}>"
+        return f"<Run {self.folder}: {', '.join(self.outcomes) or 'nothing done'}>"
 
     def _repr_html_(self) -> str:
         """Return the table of results, as notebooks show it."""
-        from html import escape
-
-        heads, cells = table(self.report)
-        lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
-        head = "".join(f"<th>{escape(head)}</th>" for head in heads)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><caption>{escape(title(self.report))}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(title(self.report), *table(self.report))
 
     def result(self) -> Path | None:
         """Return the folder of the last model or adapter: exported, merged, adapter, or sparse model.

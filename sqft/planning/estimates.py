@@ -316,11 +316,15 @@ def estimate_export(model: ModelSource, dtype: str) -> Estimate:
     return Estimate(model.parameters, size, min(size, LARGEST_FILE) + RUNTIME_OVERHEAD)
 
 
-def estimate_evaluate(model: ModelSource, dtype: str) -> Estimate:
-    """Estimate one measurement of `evaluate`: what is no floats in the file is there twice while it is loaded."""
-    size = model_bytes(model, dtype)
+def estimate_evaluate(model: ModelSource, dtype: str, adapter: int = 0) -> Estimate:
+    """Estimate one measurement of `evaluate`: what is no floats in the file is there twice while it is loaded.
+
+    An adapter of so many values is beside the model in float32, and once more while it is loaded.
+    """
+    size = model_bytes(model, dtype) + 4 * adapter
     beside = max(EVALUATION_WORK, size if model.kind == "gguf" or model.dequantize else 0)
-    return Estimate(model.parameters, RESULTS_BYTES, size + beside + EVALUATION_OVERHEAD)
+    beside = max(beside, 4 * adapter)
+    return Estimate(model.parameters + adapter, RESULTS_BYTES, size + beside + EVALUATION_OVERHEAD)
 
 
 def calibration_bytes(

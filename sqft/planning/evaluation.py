@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqft.checkpoints.safetensors import read_object
 from sqft.data.chat_template import ChatTemplate
 from sqft.data.overlap import RUN, shared_records, shared_runs
 from sqft.data.records import records_of
-from sqft.errors import DataError, ModelError, Problem
+from sqft.errors import DataError, Problem
 from sqft.planning.conversations import ConversationCheck
 from sqft.planning.plan import Step
 from sqft.planning.resolution import Resolver
@@ -74,41 +73,6 @@ def check_tasks(section: Evaluate, include_path: Path | None) -> Iterator[Proble
             close = difflib.get_close_matches(task, known, n=3, cutoff=0.75)
             hint = f"did you mean {' or '.join(close)}?" if close else "give your own with evaluate.include_path"
             yield Problem(f"evaluate.tasks.{index}", f"lm-eval has no task '{task}'{where}; {hint}")
-
-
-def check_adapter(section: Evaluate, folder: Path) -> Iterator[Problem]:
-    """Check that a folder holds an adapter that can act on the recipe's own model, and nothing else is measured."""
-    place = "evaluate.adapter"
-    if section.of != ("model",):
-        yield Problem(place, 'acts on the recipe\'s own model alone; set evaluate.of to ["model"]')
-    if not folder.is_dir():
-        return  # that is said
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            yield Problem(place, f"{folder} has no {name}; name the folder of an adapter that peft saved")
-            return
-    try:
-        config = read_object(folder / "adapter_config.json")
-    except ModelError as error:
-        yield Problem(place, str(error))
-        return
-    kind = config.get("peft_type")
-    if kind != "LORA" or config.get("alora_invocation_tokens"):
-        what = "an activated LoRA" if kind == "LORA" else kind
-        yield Problem(place, f"{folder} holds {what}, and sqft measures LoRA; merge it with peft, and name the result")
-
-
-def notes_on_adapter(folder: Path, named: str, model: Path) -> Notes:
-    """Note where an adapter is measured on another model than its config names as its base.
-
-    Args:
-        folder: the adapter's.
-        named: the recipe's own model, as the recipe has it.
-        model: where that is.
-    """
-    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if base and base != named and Path(base).expanduser().resolve() != model.resolve():
-        yield "evaluate.adapter", f"the adapter names '{base}' as its base, and is measured on {named}"
 
 
 def texts_within_window(section: Evaluate, files: Mapping[str, Path], resolver: Resolver) -> Evaluate:

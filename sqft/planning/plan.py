@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,9 +20,10 @@ from sqft.components.options import input_paths
 from sqft.components.registration import Registration
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.estimates import Estimate
-from sqft.planning.table import plan_table
+from sqft.planning.table import aligned, plan_table
 from sqft.recipe.fields import Section
 from sqft.recipe.recipe import Recipe
+from sqft.utils.text import html_table
 
 C = TypeVar("C", bound=Component)
 K = TypeVar("K", bound=Component, covariant=True)
@@ -80,6 +82,11 @@ class Step:
     """Digest of all that its result depends on."""
     measurements: Mapping[str, str] = field(default_factory=dict)
     """Of `evaluate`, what each measurement depends on: the fingerprint of a step that has no other."""
+
+    def __repr__(self) -> str:
+        named = [f"{kind} {one.registration.component.name}" for kind, one in self.components.items()]
+        layers = [f"{len(self.layers):,} layers"] if self.layers else []
+        return f"<Step {self.name}{': ' if named or layers else ''}{', '.join(named + layers)}>"
 
     def files_of_options(self) -> dict[str, Path]:
         """Return the files that its components' options name, by role: a kind and an option, "scorer.folder"."""
@@ -140,7 +147,19 @@ class Plan:
     def step(self, name: str) -> Step:
         return next(step for step in self.steps if step.name == name)
 
+    def __repr__(self) -> str:
+        steps = [f"{step.name} (reused)" if step.name in self.reused else step.name for step in self.steps]
+        return f"<Plan {self.recipe.name}: {', '.join(steps)}>"
+
     def __str__(self) -> str:
+        return aligned(*self._table())
+
+    def _repr_html_(self) -> str:
+        """Return the table and the notes, as notebooks show them."""
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
+        return html_table(self.recipe.name, *self._table()) + notes
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         def components(step: Step) -> list[str]:
             offered = [component.registration for component in step.components.values()]
             return [f"{one.component.name} ({one.provider.source})" for one in offered]

@@ -178,7 +178,7 @@ class Resolver:
             elif isinstance(owner, Teacher):
                 if teacher := self.teacher(owner, f"{place}.{'.'.join(parents)}"):
                     files[role] = teacher.path
-            else:
+            elif not marked.marker.hub:  # an adapter, which the planner of its section looks up
                 files[role] = self.file(marked.value, f"{place}.{role}", marked.marker.folder)
         return files
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sqft.components.kinds import Adapter, Allocator, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
-from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks
+from sqft.planning import compatibility, distillation, estimates, evaluation, layout_checks, peft_adapter
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.base_size import Steps, bits_of, component_of, loaded_base, opening_base, stored_base
 from sqft.planning.optimizers import check_optimizer
@@ -318,12 +318,9 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
         if section.exact_match and evaluation.measures_tuned(section):
             asked = files["exact_match.data"], section.exact_match.data
             resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
-    if "adapter" in files:
-        resolver.collect(evaluation.check_adapter(section, files["adapter"]))
-        if not resolver.problems:
-            resolver.note_all(
-                evaluation.notes_on_adapter(files["adapter"], resolver.recipe.model.path, resolver.model.path)
-            )
+    values = 0
+    if adapter := peft_adapter.find_adapter(section, resolver):
+        files["adapter"], values = adapter, peft_adapter.values_of(adapter)
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")
@@ -344,7 +341,7 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
             components=components,
             inputs=inputs,
             files=files,
-            estimate=estimates.estimate_evaluate(resolver.model, resolver.dtype),
+            estimate=estimates.estimate_evaluate(resolver.model, resolver.dtype, values),
         )
 
 

@@ -14,7 +14,7 @@ from sqft.recipe.recipe import Recipe
 from sqft.recipe.stages import STAGES
 from sqft.types import InputPath
 from sqft.utils.files import MANIFEST
-from sqft.utils.hub import HUB_ID
+from sqft.utils.hub import HUB_ID, fetch
 
 MEASURES = ("perplexity", "exact_match", "tasks")
 MEASURED = ".eval"
@@ -85,47 +85,61 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
     return [stage.name for stage in STAGES if stage.evaluable == stage.name and stage.name in done]
 
 
-def recipe_of_model(model: Path, names_base: bool = False) -> dict[str, Any]:
-    """Return a recipe that has only a model, a folder or a GGUF file, in the precision in which it is stored; of the
-    folder of a PEFT adapter, its base, on which the adapter is to be measured.
+def recipe_of_model(model: Path | str, names_base: bool = False) -> dict[str, Any]:
+    """Return a recipe that has only a model, in the precision in which it is stored; of a PEFT adapter, its base, on
+    which the adapter is to be measured.
 
     Args:
-        model: the folder or file, or a store's artifact that has a model or an adapter.
+        model: a folder, a GGUF file or a Hugging Face id; or a store's artifact that has a model or an adapter.
         names_base: whether the user names the adapter's base, so that it need not be found.
 
     Raises:
-        SqftError: when the folder holds an adapter that cannot be measured, or whose base is not there.
+        SqftError: when it is an adapter that cannot be measured, or whose base is not there; or when it cannot be
+            downloaded.
     """
-    if (model / MANIFEST).is_file():
-        model = next(filter(Path.is_dir, (model / "model", model / "adapter")), model)
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", model.resolve().stem).lstrip("._-") or "model"
-    recipe: dict[str, Any] = {"schema": 1, "name": name, "model": {"path": str(model.resolve()), "dtype": "auto"}}
-    if (model / "config.json").is_file():
+    path = Path(model)
+    if is_hub_id(str(model)):
+        named, stem = str(model), str(model).rpartition("/")[2]
+        path = fetch("model", named, None, ("config.json", "adapter_config.json"), path)
+    else:
+        if (path / MANIFEST).is_file():
+            path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
+        named, stem = str(path.resolve()), path.resolve().stem
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-") or "model"
+    recipe: dict[str, Any] = {"schema": 1, "name": name, "model": {"path": named, "dtype": "auto"}}
+    if (path / "config.json").is_file():
         return recipe
-    if (model / "sqft_adapter.json").is_file():
+    if (path / "sqft_adapter.json").is_file():
         raise SqftError(
-            f"{model} holds an adapter that acts only through its merger; measure the run that made it "
+            f"{path} holds an adapter that acts only through its merger; measure the run that made it "
             "(sqft eval RUN --of search)"
         )
-    if (model / "adapter_config.json").is_file():
-        base = "BASE" if names_base else _base_of_adapter(model)
-        recipe["model"]["path"] = base if HUB_ID.fullmatch(base) and not Path(base).exists() else str(_absolute(base))
-        recipe["evaluate"] = {"of": ["model"], "adapter": str(model.resolve())}
+    if (path / "adapter_config.json").is_file():
+        base, revision = ("BASE", None) if names_base else _base_of_adapter(path)
+        recipe["model"]["path"] = base if is_hub_id(base) else str(_absolute(base))
+        recipe["model"] |= {"revision": revision} if revision else {}
+        recipe["evaluate"] = {"of": ["model"], "adapter": named}
     return recipe
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is a Hugging Face id: what is on this machine goes before."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _base_of_adapter(adapter: Path) -> str:
-    """Return the base model that an adapter's own config names: a folder or file that is there, or an id on the hub."""
+def _base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """Return the base model that an adapter's own config names: a folder or file that is there, or an id on the hub,
+    with its revision."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise SqftError(f"{adapter / 'adapter_config.json'} cannot be read: {error}; copy the adapter again") from None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if isinstance(base, str) and base and (_absolute(base).exists() or HUB_ID.fullmatch(base)):
-        return base
+        return base, str(config.get("revision") or "") or None if is_hub_id(base) else None
     named = f"'{base}', which is not there" if base else "no base model"
     raise SqftError(f"{adapter / 'adapter_config.json'} names {named}; add --set model.path=BASE to name it")

@@ -329,9 +329,14 @@ class Evaluate(Section):
         None, description="measure how well a text is predicted, or a list of several texts"
     )
     exact_match: ExactMatch | None = Field(None, description="measure how often the answer is right")
-    adapter: Annotated[str | None, InputPath(folder=True)] = Field(
+    adapter: Annotated[str | None, InputPath(folder=True, hub=True)] = Field(
         None,
-        description='folder of a PEFT adapter (LoRA) that acts on the model, as in stock peft; of is then ["model"]',
+        description="a PEFT adapter (LoRA) that acts on the model, as in stock peft: a folder, or a Hugging Face id; "
+        'of is then ["model"]',
+    )
+    # Its files are what the result depends on.
+    adapter_revision: Annotated[str | None, NoEffect()] = Field(
+        None, description="branch, tag or commit, if the adapter is a Hugging Face id"
     )
     tasks: tuple[str, ...] = Field((), description="names of lm-eval tasks; the fields below are for all of them")
 

@@ -6,9 +6,10 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,9 +71,12 @@ class FinetuneStage:
     def run(self) -> Report:
         """Write `deltas.safetensors` (what trained), `space.json` and `log.jsonl` (a line for each optimizer step)."""
         section, data = self.section, self.inputs.data
-        records = data.training_records()[0]
+        sets = {role: training for role, (training, _) in data.training_sets().items()}
+        records = [record for training in sets.values() for record in training]
         predictions = self._predictions(records) if section.teacher else None  # first: one model at a time in memory
         adapted, training = self.adapted, self._encode("data", records)
+        for role in unlearnt(sets, training.sizes):
+            log.warning("finetune.%s: nothing of this data set is learnt: all of its examples are too long", role)
         validation = None
         if section.validation:
             validation = self._encode("validation", data.records("validation", section.validation)).examples
@@ -291,6 +295,18 @@ def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> No
     checks.check_unchanged(label, name, kept[1], delta, "the delta")
     checks.check_effective(label, name, block.base, block.merged, merger.keeps_mask)
     checks.check_derivative(label, name, block.base, derivative)
+
+
+def unlearnt(sets: Mapping[str, Sequence[Record]], sizes: Sequence[int]) -> list[str]:
+    """Return the roles of data sets of which no example is left.
+
+    Args:
+        sets: the records of each.
+        sizes: how many examples each record gave, in the order of the sets.
+    """
+    left = iter(sizes)
+    counts = {role: sum(islice(left, len(records))) for role, records in sets.items()}
+    return [role for role, records in sets.items() if records and not counts[role]]
 
 
 def unknown_ends(model: PreTrainedModel, tokenizer: Any, ends: Iterable[int]) -> list[str]:

@@ -44,6 +44,9 @@ class Artifact:
     folder: Path
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<Artifact {self.folder}>"
+
     @property
     def report(self) -> dict[str, Any]:
         """What the stage measured."""

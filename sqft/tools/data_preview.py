@@ -122,7 +122,7 @@ def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
     if len(section.data_sets) > 1:
         makers["finetune.data"] = partial(training.preview_of_all, show)
     if section.holdout:
-        makers["finetune.holdout"] = lambda place: training.learned(show, place, training.held_out())
+        makers["finetune.holdout"] = lambda place: training.part(show, place, training.held_out())
     if how := section.validation:
         makers["finetune.validation"] = lambda place: training.learned(
             show, place, training.data.records("validation", how)
@@ -132,8 +132,6 @@ def _of_finetune(show: _Display, training: _TrainingData) -> dict[str, Maker]:
 
 def _of_search(show: _Display, data: StepData, section: Search, training: _TrainingData | None) -> dict[str, Maker]:
     assert training is not None
-    if section.metric == "loss" and not section.data:
-        return {}  # held-out records are already shown in the form that the loss uses
     how = section.data
 
     def records() -> list[Record]:
@@ -163,7 +161,14 @@ class _TrainingData:
         self.data, self.section = data, section
         self.tokenization = Tokenization(tokenizer, section.max_length, section.loss_on, section.truncation)
         self.sets = cache(data.training_sets)
-        self.encoded = cache(lambda role: self.tokenization.encode(self.sets()[role][0]))
+        self.encoded = cache(self._encoded)
+
+    def _encoded(self, role: str) -> Encoded:
+        """Return one data set as examples. Of several, training accepts one of which nothing is left."""
+        encoded = self.tokenization.encode_part(self.sets()[role][0])
+        if len(self.section.data_sets) == 1:
+            self.tokenization.check_some_left(encoded)
+        return encoded
 
     def held_out(self) -> list[Record]:
         """Return the records that are held out of all data sets."""
@@ -182,18 +187,33 @@ class _TrainingData:
         return show.encoded(place, encoded, {**facts, **show.facts(encoded), **self._packed(encoded, alone)})
 
     def preview_of_all(self, show: _Display, place: str) -> Preview:
-        """Make the preview of all data sets together, each as often as its weight says."""
+        """Make the preview of all data sets together, each as often as its weight says.
+
+        Raises:
+            DataError: when nothing is left of any.
+        """
         parts = [self.encoded(role) for role in self.section.data_sets]
         examples = [example for part in parts for example in part.examples]
         sizes, dropped = [n for part in parts for n in part.sizes], sum(part.dropped for part in parts)
         mixed = Encoded(examples, sizes, sum(part.rewritten for part in parts), dropped=dropped)
+        self.tokenization.check_some_left(mixed)
         records = sum(len(training) for training, _ in self.sets().values())
         facts = {"records": f"{records}, of {len(parts)} data sets", **show.facts(mixed), **self._packed(mixed)}
         return Preview(place, [], facts)
 
     def learned(self, show: _Display, place: str, records: Sequence[Record]) -> Preview:
-        """Make the preview of records in the form that training has them."""
-        encoded = self.tokenization.encode(records)
+        """Make the preview of records in the form that training has them.
+
+        Raises:
+            DataError: when nothing is left of them.
+        """
+        return self.part(show, place, records, needed=True)
+
+    def part(self, show: _Display, place: str, records: Sequence[Record], needed: bool = False) -> Preview:
+        """Make the same preview of records of which, unless they are needed, nothing may be left."""
+        encoded = self.tokenization.encode_part(records)
+        if needed:
+            self.tokenization.check_some_left(encoded)
         return show.encoded(place, encoded, {"records": str(len(records)), **show.facts(encoded)})
 
     def _packed(self, encoded: Encoded, wanted: bool = True) -> dict[str, str]:
@@ -273,5 +293,6 @@ def _learns(example: Example) -> list[bool]:
 
 
 def _range(sizes: Sequence[int]) -> str:
-    ordered = sorted(sizes)
+    if not (ordered := sorted(sizes)):
+        return "none"
     return f"{ordered[0]} to {ordered[-1]}, median {statistics.median(ordered):g}, {sum(ordered)} in all"

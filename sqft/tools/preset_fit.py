@@ -1,43 +1,82 @@
-"""Make a recipe to start from fit its model: the names and the widths of the layers, and the window."""
+"""Make a recipe to start from fit its model: how its weights are stored, its layers' names and widths, its window."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqft.checkpoints.gptq import gptq_settings
 from sqft.checkpoints.layout import ModelLayout
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
+from sqft.checkpoints.packed_floats import packed_floats
+from sqft.checkpoints.safetensors import read_object
 from sqft.components.registry import Registry
-from sqft.tools.presets import TARGETS
+from sqft.errors import ModelError, SqftError
+from sqft.tools.presets import PIPELINES, TARGETS
+from sqft.types import BaseKind
 from sqft.utils.globs import covering
 from sqft.utils.hub import HUB_ID, fetch
 
 LENGTHS = (("calibration", "length"), ("finetune", "max_length"), ("evaluate", "perplexity", "length"))
 """The numbers of tokens that the model's window must hold."""
+MAKE_CODES = ("sparsify", "quantize")
+"""The sections that a model which came as codes cannot have."""
 GROUP_SIZES = (64, 32, -1)
 """Of a grid, the one to prefer first."""
 
 
-def layout_of(model: str) -> ModelLayout | None:
-    """Return what the modules of a model say: of a folder, a GGUF file, or a Hugging Face id, of which no more than
-    config.json is downloaded. None when it is not there.
+@dataclass(frozen=True)
+class KnownModel:
+    """What the modules of a model say; whether its weights are codes, or floats of eight bits or fewer."""
+
+    layout: ModelLayout
+    codes: bool = False
+    packed: bool = False
+
+
+def look_at(model: str, trust_remote_code: bool = False) -> KnownModel | None:
+    """Return what there is to know of a model without its weights: of a folder, a GGUF file, or a Hugging Face id, of
+    which no more than config.json, and its code if that is trusted, is downloaded. None when it is not there.
 
     Raises:
-        SqftError: when it cannot be downloaded, or transformers cannot make a model of its config.
+        SqftError: when it cannot be downloaded, sqft does not read such a model, or transformers cannot make one of its
+            config.
     """
     path = Path(model).expanduser()
     if not path.exists() and not HUB_ID.fullmatch(model):
         return None
     if not path.exists():
-        path = fetch("model", model, None, ("config.json",), path)
+        path = fetch("model", model, None, ("config.json", *(("*.py",) if trust_remote_code else ())), path)
     from sqft.modeling.architecture.layout import describe
 
-    return describe(ModelSpec(path), ModelSource("gguf" if path.is_file() else "folder", path, "", {}))
+    config = {} if path.is_file() else read_object(path / "config.json")
+    packed = packed_floats(config) is not None
+    codes = not packed and gptq_settings(path, config) is not None
+    spec = ModelSpec(path, trust_remote_code=trust_remote_code, dequantize=packed)
+    try:
+        layout = describe(spec, ModelSource("gguf" if path.is_file() else "folder", path, "", {}))
+    except ModelError as error:
+        if trust_remote_code or "auto_map" not in config:
+            raise
+        raise ModelError(f"{error} If you trust it, --trust-remote-code lets it run") from None
+    return KnownModel(layout, codes, packed)
 
 
-def fit(raw: dict[str, Any], layout: ModelLayout, registry: Registry) -> None:
-    """Change a recipe so that the plan accepts it for a model: lengths, layers to exclude, groups, and targets."""
+def fit(raw: dict[str, Any], model: KnownModel, registry: Registry) -> None:
+    """Change a recipe so that the plan accepts it for a model: how it is loaded, lengths, layers to exclude, groups,
+    and targets. Of a model that came as codes, only training is left.
+
+    Raises:
+        SqftError: when the recipe does not train, or not on codes, and the model came as codes.
+    """
+    layout = model.layout
+    if model.packed:
+        raw["model"]["dequantize"] = True
+    if model.codes:
+        _fit_codes(raw, registry)
     for *sections, key in LENGTHS:
         holder = raw
         for section in sections:
@@ -52,6 +91,27 @@ def fit(raw: dict[str, Any], layout: ModelLayout, registry: Registry) -> None:
     if "finetune" in raw:
         merges = registry.get("merger", raw["finetune"]["merger"]).component.merges  # type: ignore[attr-defined]
         raw["finetune"]["targets"] = targets_of(layout, merges)
+
+
+def _fit_codes(raw: dict[str, Any], registry: Registry) -> None:
+    """Leave out what makes codes, or the zeros under them, and what measures that."""
+    fitting = [name for name, pipeline in PIPELINES.items() if _trains_on_codes(pipeline.sections, registry)]
+    if not _trains_on_codes(raw, registry):
+        raise SqftError(
+            f"the model came as codes, which are neither pruned nor quantized again, and pipeline '{raw['name']}' does "
+            f"not train on them; these do: {', '.join(fitting)}. Or name the float model that it was made from"
+        )
+    for section in ("calibration", *MAKE_CODES):
+        raw.pop(section, None)
+    raw["finetune"].pop("base", None)
+    raw["evaluate"]["of"] = ["model", *(name for name in raw["evaluate"]["of"] if name not in ("model", *MAKE_CODES))]
+
+
+def _trains_on_codes(sections: Mapping[str, Any], registry: Registry) -> bool:
+    if "finetune" not in sections:
+        return False
+    merger: Any = registry.get("merger", sections["finetune"]["merger"]).component
+    return BaseKind.QUANTIZED in merger.bases
 
 
 def targets_of(layout: ModelLayout, merges: bool) -> list[str]:

@@ -26,6 +26,7 @@ from sqft.utils.text import human_size, markdown_rows
 
 CARD, RECIPE, REPORT = "README.md", "sqft-recipe.json", "sqft-report.html"
 """Files beside a result. Not "recipe.json": a folder with that is a run's."""
+PEFT_CONFIG = "adapter_config.json"
 MADE_BY = {"sparsify": "sparse", "finetune": "fine-tuned", "merge": "adapters merged"}
 """What a step makes of a model, in a word; "quantized" is said of any result with codes."""
 
@@ -80,7 +81,10 @@ def _public(run: RunFacts, name: str) -> RunFacts:
     """Return what may be said of a run elsewhere: without paths of this machine."""
     hub_file = "/" in name and format_of(run) == "gguf"
     loading = f"llama-cli -hf {name}" if hub_file else run.loading(name)
-    loading = re.sub(r'"(/[^"]*)"', lambda found: f'"{PurePath(found[1]).name}"', loading)  # an adapter's base
+    base, revision = hub_base(run), run.recipe["model"].get("revision")
+    named = f'"{base}"' + (f', revision="{revision}"' if revision else "")
+    # An adapter's base.
+    loading = re.sub(r'"(/[^"]*)"', lambda found: named if base else f'"{PurePath(found[1]).name}"', loading)
     rows = [{**row, "texts": _short_names(row.get("texts", {}))} for row in run.report["rows"]]
     return dataclasses.replace(
         run,
@@ -157,15 +161,19 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
         public: whether a repository that is made is public.
 
     Raises:
-        SqftError: when the run has no result that another machine could load, or the hub refuses it.
+        SqftError: when the run has no result that another machine could load, such as an adapter on a model that is
+            only in this store; or when the hub refuses it.
         ArtifactError: when a file of the result has changed since it was stored.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if format_of(run) in ("peft", "sqft"):
+    format, base = format_of(run), hub_base(run)
+    if format == "sqft" or (format == "peft" and base is None):
+        how = f"Merge it (`sqft merge {run.name}`)" if format == "sqft" else "Train it with a merger that merges"
         raise SqftError(
-            f"the result of run {run.name} is an adapter, and its base is only in this store; merge it "
-            f"(`sqft merge {run.name}`), or push the base and the adapter yourself"
+            f"the result of run {run.name} is an adapter that nobody else could load: only a LoRA beside a model of "
+            f"the hub, which the recipe neither prunes nor quantizes, is pushed alone. {how}, or push the base and the "
+            "adapter yourself"
         )
     result = _result(run)
     Store(run.root).verify(_artifact(run))
@@ -174,6 +182,7 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
         made = api.create_repo(repo, private=not public, exist_ok=True)
         added = {path.relative_to(result).as_posix(): path for path in _files(run)}
         texts = documents(run, made.repo_id)  # these win over files of their names
+        texts |= {PEFT_CONFIG: _config_naming(run, base)} if format == "peft" and base else {}
         contents = added | {name: text.encode() for name, text in texts.items()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(made.repo_id, operations, commit_message=f"sqft run {run.name}")
@@ -184,6 +193,13 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
             f"{repo} could not be uploaded: {reason(error)}; `hf auth login` logs in, or set HF_TOKEN"
         ) from error
     return str(made)
+
+
+def _config_naming(run: RunFacts, base: str) -> str:
+    """Return an adapter's configuration with a base on the hub in place of that folder in this machine's cache."""
+    config = json.loads((_result(run) / PEFT_CONFIG).read_text("utf-8"))
+    config |= {"base_model_name_or_path": base, "revision": run.recipe["model"].get("revision")}
+    return json.dumps(config, indent=2) + "\n"
 
 
 def without_local_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,12 +229,18 @@ def base_model(recipe: Mapping[str, Any]) -> str | None:
     return path if HUB_ID.fullmatch(path) else None
 
 
+def hub_base(run: RunFacts) -> str | None:
+    """Return the Hugging Face id of the model that a run's adapters act on; None when that is only in the store."""
+    changed = any(run.recipe.get(step) is not None for step in ("sparsify", "quantize"))
+    return None if changed else base_model(run.recipe)
+
+
 def format_of(run: RunFacts) -> str:
     """Return the format of a run's result: a key of `FORMATS`."""
     result = _result(run)
     if next(result.glob("*.gguf"), None):
         return "gguf"
-    for file, format in (("adapter_config.json", "peft"), ("sqft_adapter.json", "sqft")):
+    for file, format in ((PEFT_CONFIG, "peft"), ("sqft_adapter.json", "sqft")):
         if (result / file).is_file():
             return format
     if not (result / "config.json").is_file():

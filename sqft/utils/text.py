@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from html import escape
 
 
 def brief(value: object) -> str:
@@ -41,6 +42,14 @@ def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]
 def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown; Markdown's own characters in cells are escaped."""
     return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
+
+
+def html_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML, under its title."""
+    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><caption>{escape(title)}</caption><tr>{heads}</tr>{body}</table>"
 
 
 def _line(cells: Sequence[str]) -> str:

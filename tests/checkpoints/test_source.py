@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from sqft.checkpoints.model_source import ModelSource
+from tests.support.hub import cached
 
 
 def test_a_folder(model_folder: Path, model: LlamaForCausalLM, find: Callable[..., ModelSource]) -> None:
@@ -76,14 +76,6 @@ def test_a_size_that_is_no_number_is_none(folder: Path, sizes: Any, find: Callab
 def test_what_is_no_place_at_all(tmp_path: Path, data: Path, assert_rejected: Callable[..., None]) -> None:
     assert_rejected("not there", "no file or folder", "is not a Hugging Face id")
     assert_rejected(data / "train.jsonl", "neither a folder nor a .gguf file")
-
-
-def cached(cache: Path, folder: Path) -> Path:
-    """The folder as the hub's cache holds `owner/name`."""
-    home = cache / "models--owner--name"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
-    return Path(shutil.copytree(folder, home / "snapshots" / ("0" * 40)))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import click
@@ -77,7 +78,55 @@ def test_a_model_whose_layers_are_not_known(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "none-such"}')
     done = CliRunner().invoke(main, ["init", "hira", "--model", str(tmp_path)])
-    assert done.exit_code == 0 and "the targets are Llama's, as the names of this model's layers are not" in done.output
+    assert done.exit_code == 0 and "is not fitted to the model, and its targets are Llama's: " in done.output
+
+
+CODE = {
+    "configuration_mine.py": "from transformers import LlamaConfig\nclass MineConfig(LlamaConfig):\n"
+    "    model_type = 'mine'\n",
+    "modeling_mine.py": "from transformers import LlamaForCausalLM\nfrom .configuration_mine import MineConfig\n"
+    "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n",
+}
+
+
+def test_a_model_with_code_of_its_own(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code runs only when asked for; the recipe then says so, and the plan accepts it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(model_folder, tmp_path / "mine"))
+    for name, text in CODE.items():
+        (folder / name).write_text(text)
+    auto = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    words = ["init", "hira", "--model", str(folder), "--data", str(data)]
+    done = CliRunner().invoke(main, [*words, "--output", "without.json"])
+    assert done.exit_code == 0 and "If you trust it, --trust-remote-code lets it run" in done.output, done.output
+    assert not (tmp_path / "modules").exists()
+    assert "trust_remote_code" not in (tmp_path / "without.json").read_text()
+    done = CliRunner().invoke(main, [*words, "--trust-remote-code"])
+    assert done.exit_code == 0 and "- `trust_remote_code` = `true`" in done.output, done.output
+    assert "is not fitted" not in done.output
+    planned = CliRunner().invoke(main, ["plan", "hira.json"])
+    assert planned.exit_code == 0 and "finetune" in planned.output, planned.output + planned.stderr
+
+
+def test_a_model_that_came_as_codes(
+    quantized_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(quantized_folder), "--data", str(data)]
+    done = CliRunner().invoke(main, ["init", "hira-int4", *words, "--search", "hill-climbing", "--baseline"])
+    assert done.exit_code == 0 and "came as codes: what prunes and quantizes is left out" in done.output, done.output
+    planned = CliRunner().invoke(main, ["plan", "hira-int4.json"])
+    assert planned.exit_code == 0 and "hill-climbing" in planned.output, planned.output + planned.stderr
+    done = CliRunner().invoke(main, ["init", "gptq", *words])
+    assert done.exit_code == 2 and "does not train on them; these do: lora" in done.stderr
+    assert not (tmp_path / "gptq.json").exists()
 
 
 def test_names_of_pipelines_are_completed() -> None:

@@ -204,6 +204,32 @@ def test_adding_a_class_by_itself() -> None:
     assert registry.get("scorer", "mine").component is Mine
 
 
+def test_a_cell_that_is_run_again_replaces_its_class() -> None:
+    def cell(option: int, word: str = "mine") -> type[Wanda]:
+        class Mine(Wanda):
+            name = word
+            depth: int = option
+
+        return Mine
+
+    registry = Registry.discover()
+    first, second = cell(1), cell(2)
+    registry.add(first)
+    registry.add(second)
+    assert registry.get("scorer", "mine").component is second
+    with pytest.raises(PluginError, match="Bad Name"):
+        registry.add(cell(3, "Bad Name"))
+    assert registry.get("scorer", "mine").component is second  # a mistake in the cell takes nothing away
+    registry.add(cell(4, "other"))
+    assert registry.get("scorer", "other") and not any(e.component.name == "mine" for e in registry.entries())
+
+    class Mine(Wanda):
+        name = "mine"
+
+    with pytest.raises(PluginError, match="second plugin"):
+        registry.add(Mine)
+
+
 @pytest.mark.parametrize("nothing", [None, "wanda", Wanda(), Scorer])
 def test_adding_what_is_no_plugin(nothing: Any) -> None:
     with pytest.raises(PluginError):

@@ -158,4 +158,5 @@ def test_a_notebook_shows_the_table_and_a_shell_one_line(tmp_path: Path) -> None
     run = Run(None, tmp_path / "tiny-0", {"merge": outcome("merge", tmp_path)}, REPORT)  # type: ignore[arg-type]
     html = run._repr_html_()
     assert html.count("<tr>") == 3 and "50.0% ± 10.0%" in html and "held<out>" not in html
-    assert repr(run) == "<Run tiny-0: merge>"
+    assert repr(run) == f"<Run {tmp_path / 'tiny-0'}: merge>"
+    assert repr(run["merge"]) == f"<Outcome merge: {tmp_path / 'merge'}>"

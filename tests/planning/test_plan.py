@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,4 +57,15 @@ def test_the_table(plan: Plan) -> None:
     assert all(" run " in row for row in rows) and "wanda (sqft " in rows[0] and "MiB" in rows[0]
     reused = Plan(plan.recipe, plan.source, plan.adapter_base, plan.steps, frozenset({"sparsify"}))
     assert " reuse " in str(reused).splitlines()[1] and " run " in str(reused).splitlines()[2]
+    shown = reused._repr_html_()
+    assert shown.count("<tr>") == 1 + len(plan.steps) and "<td>reuse</td>" in shown and "wanda (sqft " in shown
     assert str(Plan(plan.recipe, plan.source, SimpleNamespace(), ())).count("\n") == 0  # type: ignore[arg-type]
+
+
+def test_a_shell_shows_a_line(plan: Plan) -> None:
+    reused = dataclasses.replace(plan, reused=frozenset({"sparsify"}), notes=("model.dtype: <wide>",))
+    names = [step.name for step in plan.steps]
+    assert repr(reused) == f"<Plan {plan.recipe.name}: sparsify (reused), {', '.join(names[1:])}>"
+    assert repr(plan.step("sparsify")) == "<Step sparsify: scorer wanda, allocator uniform, 14 layers>"
+    assert repr(plan.step("merge")) == "<Step merge>"
+    assert reused._repr_html_().endswith("<p>note: model.dtype: &lt;wide&gt;</p>")

@@ -18,6 +18,7 @@ from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
 from sqft.errors import SqftError
 from sqft.recipe.rerun import evaluation_overrides, paths, recipe_of_model, with_absolute_paths
+from tests.support.hub import cached
 
 
 def sqft(*arguments: object) -> Result:
@@ -146,6 +147,38 @@ def test_an_adapter_is_measured_on_its_base(model_folder: Path, adapter: Path, d
     save_file({name: tensor * 2 for name, tensor in changed.items()}, adapter / "adapter_model.safetensors")
     again = sqft("eval", adapter, *asked, "--store", store)
     assert again.exit_code == 0 and "reused" not in again.output and "measured earlier" not in again.output
+
+
+def test_models_and_adapters_of_the_hub(
+    model_folder: Path, adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their ids; an adapter is measured on the base that its config names, at the revision that it names."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "owner/base-1.5", "revision": "0" * 40}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    cached(tmp_path / "cache", model_folder, "owner/base-1.5")
+    cached(tmp_path / "cache", adapter, "someone/lora")
+    raw = recipe_of_model("someone/lora")
+    assert raw["model"] == {"path": "owner/base-1.5", "dtype": "auto", "revision": "0" * 40}
+    assert (raw["name"], recipe_of_model("owner/base-1.5")["name"]) == ("lora", "base-1.5")
+
+    asked = ["--perplexity", data / "heldout.txt", "--set", "evaluate.perplexity.tokens=64"]
+    asked += ["--set", "evaluate.perplexity.length=64", "--store", tmp_path / "store"]
+    done = sqft("eval", "someone/lora", *asked)
+    assert done.exit_code == 0 and "| model + adapter | " in done.output and "names 'owner" not in done.output, (
+        done.output
+    )
+    (run,) = (tmp_path / "store" / "runs").glob("lora*")
+    assert json.loads((run / "recipe.json").read_text())["evaluate"]["adapter"] == "someone/lora"
+    (row,) = json.loads((run / "report.json").read_text())["rows"]
+    windows = AutoTokenizer.from_pretrained(model_folder)((data / "heldout.txt").read_text(), return_tensors="pt")
+    stock = nll_of_stock_peft(model_folder, adapter, windows.input_ids[:, :64])
+    assert next(iter(row["texts"].values()))["nll"] == pytest.approx(stock, rel=1e-6)
+    done = sqft("eval", "owner/base-1.5", *asked)
+    assert done.exit_code == 0 and "| model | " in done.output, done.output
+    done = sqft("eval", "someone/nothing", *asked)
+    assert done.exit_code == 2 and "the Hugging Face model 'someone/nothing' is not in the hub's cache" in done.stderr
 
 
 def test_the_base_of_an_adapter(

@@ -22,7 +22,7 @@ from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import adapt
 from sqft.modeling.adapters.frozen_weight import FloatWeight
-from sqft.stages.finetune import FinetuneStage, Progress, RankSampler, check_first_combine, unknown_ends
+from sqft.stages.finetune import FinetuneStage, Progress, RankSampler, check_first_combine, unknown_ends, unlearnt
 from sqft.stages.inputs import StageInputs
 from sqft.utils.progress import silent
 
@@ -177,6 +177,11 @@ def test_examples_that_are_left_out_are_reported(
         f'finetune.data: {long} of 64 examples were left out: of more than 6 tokens, truncation "drop" leaves nothing'
     )
     assert said in caplog.text
+
+
+def test_data_sets_of_which_nothing_is_learnt() -> None:
+    sets: dict[str, list[Any]] = {"data.0": [{}] * 2, "data.1": [{}] * 3, "data.2": [{}], "data.3": []}
+    assert unlearnt(sets, [0, 0, 0, 2, 0, 0]) == ["data.0", "data.2"]
 
 
 def test_ends_at_which_generation_goes_on_are_named(stage: FinetuneStage) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from sqft import Orchestrator, Recipe, Registry
+from sqft.data.records import Record, split_off
 from sqft.data.windows import calibration_windows
-from sqft.errors import SqftError
+from sqft.errors import DataError, SqftError
+from sqft.execution.run import Run
 from sqft.tools.data_preview import Piece, Preview, previews
 from tests.support.chats import chat_tokenizer, conversation
 
@@ -111,6 +113,58 @@ def test_what_is_left_out_is_counted(raw: dict[str, Any], tmp_path: Path) -> Non
     raw["finetune"]["truncation"] = "left"
     facts = looked_at(raw, tmp_path / "store", "finetune")["finetune.data"].facts
     assert "left out" not in facts and facts["cut to fit"].startswith("4 examples")
+
+
+def test_a_set_of_which_nothing_is_left_is_noted(
+    raw: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As training has it: the others are learnt. Where nothing at all is left, both refuse it in the same words."""
+    for name, lengths in {"long": (50, 40), "short": (3, 4)}.items():
+        lines = [{"prompt": "a" * length + "=", "completion": "1"} for length in lengths]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sets = [{"path": str(tmp_path / f"{name}.jsonl")} for name in ("long", "short")]
+    raw["finetune"] |= {"data": sets, "max_length": 10, "truncation": "drop", "packing": True}
+    found = looked_at(raw, tmp_path / "store", "finetune")
+    lost, kept, mixed = (found[f"finetune.{role}"] for role in ("data.0", "data.1", "data"))
+    assert lost.notes == ["nothing of it is learnt: all 2 examples are too long, and left out"] and not kept.notes
+    assert (lost.examples, lost.facts["examples"], lost.facts["tokens"]) == ([], "0", "none")
+    assert (kept.facts["examples"], mixed.facts["examples"]) == ("2", "2")
+    assert mixed.facts["left out"] == "2 examples, too long"
+
+    def trained() -> Run:
+        orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
+        return orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="finetune")
+
+    assert (trained()["finetune"].report["examples"], trained()["finetune"].report["dropped"]) == (2, 2)
+    assert "finetune.data.0: nothing of this data set is learnt" in caplog.text
+    assert "finetune.data.1: nothing" not in caplog.text
+
+    refused = "all . examples are longer than max_length .10 tokens., and truncation"
+    for several in ([sets[0]] * 2, sets[0]):
+        raw["finetune"]["data"] = several
+        for look in (lambda: looked_at(raw, tmp_path / "store", "finetune"), trained):
+            with pytest.raises(DataError, match=refused):
+                look()
+    raw["finetune"]["data"] = [sets[0]] * 2
+    assert looked_at(raw, tmp_path / "store", "finetune.data.1")["finetune.data.1"].notes
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "not read"])
+def test_held_out_records_of_which_nothing_is_left(raw: dict[str, Any], tmp_path: Path, read: bool) -> None:
+    """Only a search that takes the loss of them refuses them."""
+    lines = [{"prompt": "a" * length + "=", "completion": "1"} for length in (50, 3)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    raw["finetune"] |= {"data": str(tmp_path / "mixed.jsonl"), "max_length": 10, "truncation": "drop", "holdout": 0.5}
+    raw["search"] = raw["search"] | {"data": None} if read else {}
+    numbered = [Record({"n": 0}), Record({"n": 1})]
+    raw["seed"] = next(seed for seed in range(100) if split_off(numbered, 0.5, seed)[1] == numbered[:1])
+    assert "left out" not in looked_at(raw, tmp_path / "store", "finetune.data")["finetune.data"].facts
+    if read:
+        with pytest.raises(DataError, match="all 1 examples are longer than max_length"):
+            looked_at(raw, tmp_path / "store", "finetune.holdout")
+    else:
+        held = looked_at(raw, tmp_path / "store", "finetune.holdout")["finetune.holdout"]
+        assert held.facts["records"] == "1" and held.notes[0].startswith("nothing of it is learnt: all 1 examples")
 
 
 def test_sections(raw: dict[str, Any], tmp_path: Path) -> None:

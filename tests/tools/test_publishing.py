@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
+from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import ArtifactError, SqftError
 from sqft.execution.run import Run
 from sqft.tools.publishing import documents, format_of, push, without_local_paths, write_documents
 from sqft.tools.run_report.facts import RunFacts, read_facts
+from tests.support.hub import cached
 
 
 @pytest.fixture(scope="session")
@@ -208,5 +213,53 @@ def test_an_error_without_words_is_told(facts: RunFacts, monkeypatch: pytest.Mon
 
 def test_an_adapter_stays(facts: RunFacts, made: tuple[Run, Run]) -> None:
     adapter = facts.ending_in(made[0]["search"].folder / "adapter", "")
-    with pytest.raises(SqftError, match="is an adapter, and its base is only in this store; merge it"):
+    with pytest.raises(SqftError, match=r"an adapter that nobody else could load.* Merge it \(`sqft merge tiny-"):
         push(adapter, "someone/small")
+
+
+@pytest.fixture
+def of_hub(tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFacts:
+    """A LoRA on a model of the hub, which is in the hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached(tmp_path / "cache", Path(tiny_recipe["model"]["path"]), "owner/base")
+    tuned = tiny_recipe["finetune"] | {"adapter": {"name": "lora", "options": {"rank": 4}}, "merger": "unmerged"}
+    raw = {"schema": 1, "name": "beside", "model": {"path": "owner/base", "revision": "main"}, "finetune": tuned}
+    orchestrator = Orchestrator(Registry.discover(), tmp_path / "store")
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    return read_facts(run.folder, tmp_path / "store")
+
+
+def test_an_adapter_on_a_model_of_the_hub_is_pushed(
+    of_hub: RunFacts, hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrives names the base by its id, and stock peft makes of both what the run made."""
+    push(of_hub, "someone/small")
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    for name, content in hub["files"].items():
+        (pulled / name).write_bytes(content)
+        assert str(tmp_path).encode() not in content and b"0" * 40 not in content, name
+    card = ModelCard((pulled / "README.md").read_text())
+    assert (card.data.base_model, card.data.library_name) == ("owner/base", "peft")
+    assert 'AutoModelForCausalLM.from_pretrained("owner/base", revision="main", dtype="auto")' in card.text
+    assert "PeftModel.from_pretrained(" in card.text and '"someone/small")' in card.text
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named = PeftConfig.from_pretrained(pulled)
+    assert (named.base_model_name_or_path, named.revision) == ("owner/base", "main")
+    ids = torch.arange(5, 25)[None]
+    outputs = []
+    assert of_hub.result
+    for adapter in (pulled, of_hub.result):
+        base = AutoModelForCausalLM.from_pretrained(
+            named.base_model_name_or_path, revision=named.revision, cache_dir=tmp_path / "cache"
+        )
+        outputs.append(PeftModel.from_pretrained(base, adapter)(ids).logits)
+    plain = AutoModelForCausalLM.from_pretrained(named.base_model_name_or_path, cache_dir=tmp_path / "cache")
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], plain(ids).logits)
+
+
+@pytest.mark.parametrize("change", [{"sparsify": {"scorer": "wanda"}}, {"quantize": {}}, {"model": {"path": "/m"}}])
+def test_an_adapter_on_a_model_that_is_only_here_stays(of_hub: RunFacts, change: dict[str, Any]) -> None:
+    with pytest.raises(SqftError, match=r"only a LoRA beside a model of the hub, .* with a merger that merges, or"):
+        push(dataclasses.replace(of_hub, recipe={**of_hub.recipe, **change}), "someone/beside")

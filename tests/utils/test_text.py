@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sqft.utils.text import brief, human_size, markdown_table, signed_percent
+from sqft.utils.text import brief, html_table, human_size, markdown_table, signed_percent
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,11 @@ def test_long_values_are_shortened() -> None:
 def test_a_table_escapes_what_markdown_would_read() -> None:
     table = markdown_table("Title", ["a", "b"], [["x|y", "*b*\nc"], ["<i>", "[l]`\\"]])
     assert table == "# Title\n\n| a | b |\n|---|---|\n| x\\|y | \\*b\\* c |\n| \\<i> | \\[l]\\`\\\\ |\n"
+
+
+def test_a_table_in_html_escapes_what_a_browser_would_read() -> None:
+    table = html_table("A & B", ["a"], [["<i>"]])
+    assert table == "<table><caption>A &amp; B</caption><tr><th>a</th></tr><tr><td>&lt;i&gt;</td></tr></table>"
 
 
 def test_shares_with_their_sign() -> None:
