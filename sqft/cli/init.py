@@ -31,7 +31,7 @@ def complete_pipeline(context: click.Context, parameter: click.Parameter, incomp
 @click.option("--search", metavar="SEARCHER", shell_complete=complete_searcher, help="Search ranks: hill-climbing, …")
 @click.option("--baseline", is_flag=True, help="Also measure the model as it is before.")
 @click.option("--answer", metavar="PART", help="What is compared: text (the default), first_number, last_number.")
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code from the model's folder run.")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run.")
 @click.option("--paper", is_flag=True, help="The paper's own choices, also where we measured better ones.")
 @disable_option
 @report_errors
@@ -68,6 +68,10 @@ def init(
         for name, preset in PIPELINES.items():
             click.echo(f"{name:{width}}  {preset.summary}")
         return
+    if trust_remote_code and not model:
+        raise click.UsageError("--trust-remote-code is said of a model; add --model")
+    if model and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        raise SqftError(f"{model} is an adapter; name the model that it acts on (`sqft eval {model}` measures it)")
     output = output or Path(f"{pipeline}.json")
     registry = Registry.discover(disable)
     searcher: Any = registry.get("searcher", search).component() if search else None
@@ -103,7 +107,7 @@ def init(
     if unknown:
         click.echo(unknown)
     if known and known.codes:
-        click.echo("the model came as codes: what prunes and quantizes is left out")
+        click.echo("the model came as codes: what prunes and quantizes is left out, and the model itself is measured")
     if raw.get("calibration", {}).get("data") == GENERAL_TEXT:
         click.echo("the plan downloads general text to calibrate on, 0.3 GB of C4, unless calibration.data names yours")
     click.echo(f"next: sqft plan {output}")

@@ -82,15 +82,23 @@ class Registry:
             raise PluginError("\n".join(map(str, failures)))
 
     def _is_new_version(self, component: type[Component], provider: Provider) -> bool:
-        """Return whether a class has the name, and the place in the code, of the one that `provider` offers."""
+        """Return whether a class stands where the one stood that `provider` offers, as after an edit.
+
+        All classes that a function makes stand in one place: of these, only those of one component's name are versions.
+        """
         offered = [one.component for one in self.entries() if one.provider == provider]
         places = {(one.__module__, one.__qualname__) for one in offered}
-        return places == {(component.__module__, component.__qualname__)}
+        named_alike = all((one.kind, one.name) == (component.kind, component.name) for one in offered)
+        made_by_function = "<locals>" in component.__qualname__
+        return places == {(component.__module__, component.__qualname__)} and (named_alike or not made_by_function)
 
     def _remove(self, provider: Provider) -> None:
         self._manager.unregister(name=provider.plugin)
-        for offered in self._entries.values():
-            offered[:] = [registration for registration in offered if registration.provider != provider]
+        left = {
+            name: [registration for registration in offered if registration.provider != provider]
+            for name, offered in self._entries.items()
+        }
+        self._entries = {name: offered for name, offered in left.items() if offered}
 
     def get(self, kind: str, name: str) -> Registration:
         """Return the registration of that kind and name; "plugin/name" picks one when several offer the name.

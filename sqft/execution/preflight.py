@@ -80,6 +80,8 @@ def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
 
 def _begun(store: Store, step: Step) -> int:
     """Return the bytes that an attempt before has written of a step: it goes on from there, or they are deleted."""
+    if step.stage == "finetune":  # these are checkpoints, which the estimate does not count
+        return 0
     try:
         return size_of(store.partial(step.stage, step.fingerprint))
     except OSError:  # another run is writing there

@@ -106,7 +106,8 @@ def loading_instructions(result: Path, run: Run) -> str:
     if (result / "adapter_config.json").is_file():
         base = run.plan.adapter_base.model(run.inputs("search")).resolve()
         where = f'"{base.parent}", gguf_file="{base.name}"' if base.suffix == ".gguf" else f'"{base}"'
-        model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto")'
+        trusted = ", trust_remote_code=True" if run.plan.recipe.model.trust_remote_code else ""
+        model = f'AutoModelForCausalLM.from_pretrained({where}, dtype="auto"{trusted})'
         return (
             "from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
             f'model = PeftModel.from_pretrained({model}, "{result}")'

@@ -8,6 +8,7 @@ from sqft.planning.estimates import Estimate
 from sqft.utils.text import human_size
 
 HEADS = ("STEP", "", "COMPONENTS", "PARAMETERS", "STORAGE", "MEMORY")
+"""Of the plan's columns."""
 
 
 def plan_table(

@@ -13,6 +13,7 @@ from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.packed_floats import packed_floats
 from sqft.checkpoints.safetensors import read_object
+from sqft.components.kinds import Merger
 from sqft.components.registry import Registry
 from sqft.errors import ModelError, SqftError
 from sqft.tools.presets import PIPELINES, TARGETS
@@ -23,7 +24,7 @@ from sqft.utils.hub import HUB_ID, fetch
 LENGTHS = (("calibration", "length"), ("finetune", "max_length"), ("evaluate", "perplexity", "length"))
 """The numbers of tokens that the model's window must hold."""
 MAKE_CODES = ("sparsify", "quantize")
-"""The sections that a model which came as codes cannot have."""
+"""The sections that a model which came as codes cannot have, and the steps of it that cannot be measured."""
 GROUP_SIZES = (64, 32, -1)
 """Of a grid, the one to prefer first."""
 
@@ -59,9 +60,9 @@ def look_at(model: str, trust_remote_code: bool = False) -> KnownModel | None:
     try:
         layout = describe(spec, ModelSource("gguf" if path.is_file() else "folder", path, "", {}))
     except ModelError as error:
-        if trust_remote_code or "auto_map" not in config:
+        if trust_remote_code or "custom code" not in str(error):  # as transformers calls it
             raise
-        raise ModelError(f"{error} If you trust it, --trust-remote-code lets it run") from None
+        raise ModelError(f"{str(error).rstrip(' .')}. If you trust it, --trust-remote-code lets it run") from None
     return KnownModel(layout, codes, packed)
 
 
@@ -95,8 +96,10 @@ def fit(raw: dict[str, Any], model: KnownModel, registry: Registry) -> None:
 
 def _fit_codes(raw: dict[str, Any], registry: Registry) -> None:
     """Leave out what makes codes, or the zeros under them, and what measures that."""
-    fitting = [name for name, pipeline in PIPELINES.items() if _trains_on_codes(pipeline.sections, registry)]
     if not _trains_on_codes(raw, registry):
+        known = {one.component.name for one in registry.entries() if one.component.kind == Merger.kind}
+        possible = {name: p.sections for name, p in PIPELINES.items() if known >= {*_mergers(p.sections)}}
+        fitting = [name for name, sections in possible.items() if _trains_on_codes(sections, registry)]
         raise SqftError(
             f"the model came as codes, which are neither pruned nor quantized again, and pipeline '{raw['name']}' does "
             f"not train on them; these do: {', '.join(fitting)}. Or name the float model that it was made from"
@@ -108,10 +111,13 @@ def _fit_codes(raw: dict[str, Any], registry: Registry) -> None:
 
 
 def _trains_on_codes(sections: Mapping[str, Any], registry: Registry) -> bool:
-    if "finetune" not in sections:
-        return False
-    merger: Any = registry.get("merger", sections["finetune"]["merger"]).component
-    return BaseKind.QUANTIZED in merger.bases
+    mergers: list[Any] = [registry.get(Merger.kind, name).component for name in _mergers(sections)]
+    return any(BaseKind.QUANTIZED in merger.bases for merger in mergers)
+
+
+def _mergers(sections: Mapping[str, Any]) -> list[str]:
+    """Return the name of the merger that a recipe trains with, if it trains."""
+    return [sections["finetune"]["merger"]] if "finetune" in sections else []
 
 
 def targets_of(layout: ModelLayout, merges: bool) -> list[str]:

@@ -81,9 +81,8 @@ def _public(run: RunFacts, name: str) -> RunFacts:
     """Return what may be said of a run elsewhere: without paths of this machine."""
     hub_file = "/" in name and format_of(run) == "gguf"
     loading = f"llama-cli -hf {name}" if hub_file else run.loading(name)
-    base, revision = hub_base(run), run.recipe["model"].get("revision")
-    named = f'"{base}"' + (f', revision="{revision}"' if revision else "")
-    # An adapter's base.
+    base, commit = hub_base(run), _commit_of_base(run)
+    named = f'"{base}"' + (f', revision="{commit}"' if commit else "")
     loading = re.sub(r'"(/[^"]*)"', lambda found: named if base else f'"{PurePath(found[1]).name}"', loading)
     rows = [{**row, "texts": _short_names(row.get("texts", {}))} for row in run.report["rows"]]
     return dataclasses.replace(
@@ -172,8 +171,8 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
         how = f"Merge it (`sqft merge {run.name}`)" if format == "sqft" else "Train it with a merger that merges"
         raise SqftError(
             f"the result of run {run.name} is an adapter that nobody else could load: only a LoRA beside a model of "
-            f"the hub, which the recipe neither prunes nor quantizes, is pushed alone. {how}, or push the base and the "
-            "adapter yourself"
+            f"the hub, which the recipe neither prunes, quantizes nor dequantizes, is pushed alone. {how}, or push the "
+            "base and the adapter yourself"
         )
     result = _result(run)
     Store(run.root).verify(_artifact(run))
@@ -198,8 +197,19 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
 def _config_naming(run: RunFacts, base: str) -> str:
     """Return an adapter's configuration with a base on the hub in place of that folder in this machine's cache."""
     config = json.loads((_result(run) / PEFT_CONFIG).read_text("utf-8"))
-    config |= {"base_model_name_or_path": base, "revision": run.recipe["model"].get("revision")}
+    config |= {"base_model_name_or_path": base, "revision": _commit_of_base(run)}
     return json.dumps(config, indent=2) + "\n"
+
+
+def _commit_of_base(run: RunFacts) -> str | None:
+    """Return the revision of the base of a run's adapter, if it is one: the commit, as a branch may move on."""
+    file = _result(run) / PEFT_CONFIG
+    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    folder = PurePath(str(base))  # in the hub's cache, a commit's folder has its name
+    if folder.parent.name == "snapshots":
+        return folder.name
+    revision: str | None = run.recipe["model"].get("revision")
+    return revision
 
 
 def without_local_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,9 +240,10 @@ def base_model(recipe: Mapping[str, Any]) -> str | None:
 
 
 def hub_base(run: RunFacts) -> str | None:
-    """Return the Hugging Face id of the model that a run's adapters act on; None when that is only in the store."""
+    """Return the Hugging Face id of the model that a run's adapters act on; None when that is only in the store, or is
+    there in another form than on the hub."""
     changed = any(run.recipe.get(step) is not None for step in ("sparsify", "quantize"))
-    return None if changed else base_model(run.recipe)
+    return None if changed or run.recipe["model"].get("dequantize") else base_model(run.recipe)
 
 
 def format_of(run: RunFacts) -> str:

@@ -115,6 +115,36 @@ def test_a_model_with_code_of_its_own(
     assert planned.exit_code == 0 and "finetune" in planned.output, planned.output + planned.stderr
 
 
+@pytest.mark.parametrize(
+    ("files", "words", "message"),
+    [
+        ({}, ["--trust-remote-code"], "--trust-remote-code is said of a model; add --model"),
+        ({"adapter_config.json": "{}"}, ["--model", "given"], "given is an adapter; name the model that it acts on"),
+    ],
+)
+def test_what_is_refused(
+    files: dict[str, str], words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given").mkdir()
+    for name, text in files.items():
+        (tmp_path / "given" / name).write_text(text)
+    done = CliRunner().invoke(main, ["init", "lora", *words])
+    assert done.exit_code != 0 and message in done.output + done.stderr, done.output
+    assert not (tmp_path / "lora.json").exists()
+
+
+def test_a_damaged_config_is_no_reason_to_trust_code(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(model_folder, tmp_path / "damaged"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide", "auto_map": {"AutoConfig": "a.B"}}))
+    done = CliRunner().invoke(main, ["init", "lora", "--model", str(folder), "--data", str(data)])
+    assert "is not fitted to the model" in done.output and "--trust-remote-code" not in done.output, done.output
+
+
 def test_a_model_that_came_as_codes(
     quantized_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +152,11 @@ def test_a_model_that_came_as_codes(
     words = ["--model", str(quantized_folder), "--data", str(data)]
     done = CliRunner().invoke(main, ["init", "hira-int4", *words, "--search", "hill-climbing", "--baseline"])
     assert done.exit_code == 0 and "came as codes: what prunes and quantizes is left out" in done.output, done.output
+    # A pipeline whose merger is not installed is no hindrance for another one.
+    done = CliRunner().invoke(main, ["init", "lora", *words, "--disable", "hira"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["init", "sparsepeft", *words, "--disable", "hira"])
+    assert done.exit_code != 0 and "these do: " in done.output + done.stderr, done.output
     planned = CliRunner().invoke(main, ["plan", "hira-int4.json"])
     assert planned.exit_code == 0 and "hill-climbing" in planned.output, planned.output + planned.stderr
     done = CliRunner().invoke(main, ["init", "gptq", *words])

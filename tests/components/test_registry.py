@@ -206,11 +206,11 @@ def test_adding_a_class_by_itself() -> None:
 
 def test_a_cell_that_is_run_again_replaces_its_class() -> None:
     def cell(option: int, word: str = "mine") -> type[Wanda]:
-        class Mine(Wanda):
-            name = word
-            depth: int = option
-
-        return Mine
+        """Run a cell of a notebook, where the class is no function's."""
+        names: dict[str, Any] = {"Wanda": Wanda, "__name__": "__main__"}
+        exec(f"class Mine(Wanda):\n    name = {word!r}\n    depth: int = {option}\n", names)
+        made: type[Wanda] = names["Mine"]
+        return made
 
     registry = Registry.discover()
     first, second = cell(1), cell(2)
@@ -222,12 +222,31 @@ def test_a_cell_that_is_run_again_replaces_its_class() -> None:
     assert registry.get("scorer", "mine").component is second  # a mistake in the cell takes nothing away
     registry.add(cell(4, "other"))
     assert registry.get("scorer", "other") and not any(e.component.name == "mine" for e in registry.entries())
+    with pytest.raises(PluginError) as caught:
+        registry.get("scorer", "mine")
+    assert "mine" not in str(caught.value).partition(";")[2]
 
     class Mine(Wanda):
         name = "mine"
 
     with pytest.raises(PluginError, match="second plugin"):
         registry.add(Mine)
+
+
+def test_classes_that_a_function_makes_are_not_versions_of_one_another() -> None:
+    def made(word: str) -> type[Wanda]:
+        class Made(Wanda):
+            name = word
+
+        return Made
+
+    registry = Registry()
+    registry.add(made("first"))
+    with pytest.raises(PluginError, match="second plugin"):
+        registry.add(made("second"))
+    assert [one.component.name for one in registry.entries()] == ["first"]
+    registry.add(again := made("first"))
+    assert registry.get("scorer", "first").component is again
 
 
 @pytest.mark.parametrize("nothing", [None, "wanda", Wanda(), Scorer])

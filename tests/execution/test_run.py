@@ -105,13 +105,17 @@ def test_how_to_use_a_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "where"), [("models/base", '"{}/models/base"'), ("models/b.gguf", '"{}/models", gguf_file="b.gguf"')]
 )
-def test_how_to_load_an_adapter(tmp_path: Path, base: str, where: str) -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+def test_how_to_load_an_adapter(tmp_path: Path, base: str, where: str, trusted: bool) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     plan = SimpleNamespace(
-        adapter_base=SimpleNamespace(model=lambda folders: tmp_path / base), step=lambda _: SimpleNamespace(inputs={})
+        adapter_base=SimpleNamespace(model=lambda folders: tmp_path / base),
+        step=lambda _: SimpleNamespace(inputs={}),
+        recipe=SimpleNamespace(model=SimpleNamespace(trust_remote_code=trusted)),
     )
     text = loading_instructions(tmp_path, run_of(tmp_path, plan=plan))
     assert f"from_pretrained({where.format(tmp_path)}, dtype" in text and f'model, "{tmp_path}")' not in text
+    assert ("trust_remote_code=True" in text) is trusted
     assert text.endswith(f', "{tmp_path}")') and text.startswith("from peft import PeftModel")
 
 

@@ -238,15 +238,16 @@ def test_an_adapter_on_a_model_of_the_hub_is_pushed(
     pulled.mkdir()
     for name, content in hub["files"].items():
         (pulled / name).write_bytes(content)
-        assert str(tmp_path).encode() not in content and b"0" * 40 not in content, name
+        assert str(tmp_path).encode() not in content, name
     card = ModelCard((pulled / "README.md").read_text())
     assert (card.data.base_model, card.data.library_name) == ("owner/base", "peft")
-    assert 'AutoModelForCausalLM.from_pretrained("owner/base", revision="main", dtype="auto")' in card.text
+    commit = "0" * 40  # what the branch of the recipe was when it was trained
+    assert f'AutoModelForCausalLM.from_pretrained("owner/base", revision="{commit}", dtype="auto")' in card.text
     assert "PeftModel.from_pretrained(" in card.text and '"someone/small")' in card.text
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     named = PeftConfig.from_pretrained(pulled)
-    assert (named.base_model_name_or_path, named.revision) == ("owner/base", "main")
+    assert (named.base_model_name_or_path, named.revision) == ("owner/base", commit)
     ids = torch.arange(5, 25)[None]
     outputs = []
     assert of_hub.result
@@ -259,7 +260,15 @@ def test_an_adapter_on_a_model_of_the_hub_is_pushed(
     assert torch.equal(*outputs) and not torch.equal(outputs[0], plain(ids).logits)
 
 
-@pytest.mark.parametrize("change", [{"sparsify": {"scorer": "wanda"}}, {"quantize": {}}, {"model": {"path": "/m"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sparsify": {"scorer": "wanda"}},
+        {"quantize": {}},
+        {"model": {"path": "/m"}},
+        {"model": {"path": "owner/base", "dequantize": True}},
+    ],
+)
 def test_an_adapter_on_a_model_that_is_only_here_stays(of_hub: RunFacts, change: dict[str, Any]) -> None:
     with pytest.raises(SqftError, match=r"only a LoRA beside a model of the hub, .* with a merger that merges, or"):
         push(dataclasses.replace(of_hub, recipe={**of_hub.recipe, **change}), "someone/beside")

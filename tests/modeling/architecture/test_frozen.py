@@ -53,6 +53,7 @@ def test_the_head_multiplies_all_rows_at_once(last: Callable[[Tensor], Tensor]) 
     assert batched_products(plain, last(states)) == 1
     assert batched_products(frozen.lm_head, last(states)) == 0
     torch.testing.assert_close(frozen.lm_head(last(states)), plain(last(states)))
+    torch.testing.assert_close(frozen.lm_head(input=last(states)), plain(last(states)))
 
 
 def test_nothing_trains_and_the_logits_are_the_same() -> None:
