@@ -59,6 +59,10 @@ class ModelError(SqftError):
     """A model, or its tokenizer, cannot be loaded, or sqft cannot work on it; the message names the model."""
 
 
+class HubError(SqftError):
+    """A model, adapter or data set of the Hugging Face hub is not in its cache and cannot be downloaded."""
+
+
 class DeviceError(SqftError):
     """A device, or one of the processes of a run, cannot be used; the message names it."""
 

@@ -42,15 +42,15 @@ def find_model(
         if local.exists():
             raise ModelError(f"{local} is neither a folder nor a .gguf file")
         if HUB_ID.fullmatch(path):
-            return folder_source(fetch("model", path, revision, HUB_FILES, local), digests, dequantize)
+            return folder_source(fetch("model", path, revision, HUB_FILES, local), digests, dequantize, hub=path)
     except OSError as error:
         raise unreadable(error, local) from None
     raise ModelError(f"no file or folder {local}, and '{path}' is not a Hugging Face id (owner/name)")
 
 
-def folder_source(path: Path, digests: Digests, dequantize: bool | None = False) -> ModelSource:
+def folder_source(path: Path, digests: Digests, dequantize: bool | None = False, hub: str | None = None) -> ModelSource:
     """Return what the headers in a model folder say of its model: floats or GPTQ codes, or with `dequantize` the floats
-    that MXFP4 or FP8 stand for; None takes them where they are.
+    that MXFP4 or FP8 stand for; None takes them where they are. `hub` is the id of a folder of the hub's cache.
 
     Raises:
         ArtifactError: when a file is damaged, or a tensor or file is missing.
@@ -58,11 +58,7 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
     """
     config = read_object(path / "config.json")
     if (path / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{path} holds a PEFT adapter beside the model (adapter_config.json), and transformers would load both as "
-            "one; merge the adapter first, or move its files to a folder of their own, which `sqft eval` measures on "
-            "the adapter's base"
-        )
+        raise ModelError(_both(path, hub))
     if dequantize is not None:
         check_dequantize(path, config, dequantize)
     packed = packed_floats(config)
@@ -95,6 +91,18 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False)
         quantization=quantization,
         dtype="bfloat16" if packed else max(precisions, key=precisions.__getitem__, default=None),
         dequantize=packed is not None,
+    )
+
+
+def _both(path: Path, hub: str | None) -> str:
+    """Return what to do about an adapter beside a model; on the hub, only its owner could move it."""
+    what = "holds a PEFT adapter beside the model (adapter_config.json), and transformers would load both as one"
+    if hub:
+        measured = f"sqft eval {hub} --set model.path=BASE --set evaluate.adapter={hub}"
+        return f"the hub's {hub} {what}; measure the adapter on its base: {measured}"
+    return (
+        f"{path} {what}; merge the adapter first, or move its files to a folder of their own, which `sqft eval` "
+        "measures on the adapter's base"
     )
 
 

@@ -11,7 +11,7 @@ from sqft.cli.completion import complete_evaluable, complete_run
 from sqft.cli.options import device_option, disable_option, set_option, store_option
 from sqft.cli.output import report_errors
 from sqft.cli.running import open_orchestrator, print_report
-from sqft.errors import SqftError
+from sqft.errors import HubError, SqftError, StoreError
 
 
 @click.command("eval")
@@ -52,22 +52,14 @@ def evaluate(
     STAGE is model, sparsify, quantize, search, merge, or finetune:NAME; a step that is missing for it is run.
     """
     from sqft.execution.earlier_runs import remade_note
-    from sqft.recipe.reading import read_json
     from sqft.recipe.recipe import Recipe
-    from sqft.recipe.rerun import completed_steps, evaluation_overrides, is_hub_id, recipe_of_model
-    from sqft.store.runs import find_run
+    from sqft.recipe.rerun import completed_steps, evaluation_overrides
 
     measures: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",")]} if tasks else {}
     texts = [{"text": str(text.resolve())} for text in perplexity]
     measures |= {"perplexity": texts if len(texts) > 1 else texts[0]} if texts else {}
     measures |= {"exact_match": {"data": str(exact_match.resolve())}} if exact_match else {}
-    path = Path(subject)
-    if is_hub_id(subject) or (path.exists() and not (path / "recipe.json").is_file()):
-        base_named = any(change.startswith("model.path=") for change in changes)
-        raw, source = recipe_of_model(subject, base_named), subject
-    else:
-        folder, store = find_run(subject, store)
-        raw, source = read_json(folder / "recipe.json"), str(folder / "recipe.json")
+    raw, source, store = _recipe_of(subject, store, changes)
     screen, orchestrator = open_orchestrator(store, device, disable)
     of = of or tuple(completed_steps(raw, lambda recipe: orchestrator.plan(recipe).reused))
     if not of:
@@ -79,3 +71,26 @@ def evaluate(
         )
     recipe = Recipe.changed(raw, [*evaluation_overrides(raw, of, measures), *changes], source=source)
     print_report(screen, orchestrator.run(orchestrator.plan(recipe)))
+
+
+def _recipe_of(subject: str, store: Path, changes: tuple[str, ...]) -> tuple[dict[str, Any], str, Path]:
+    """Return the recipe of what is to be measured, where it comes from, and its store: a model or an adapter that is
+    here, else a run, else what the hub has."""
+    from sqft.recipe.reading import read_json
+    from sqft.recipe.rerun import recipe_of_model
+    from sqft.store.runs import find_run
+    from sqft.utils.hub import is_hub_id, not_asked
+
+    path = Path(subject)
+    if path.exists() and not (path / "recipe.json").is_file():
+        return recipe_of_model(subject, changes), subject, store
+    try:
+        folder, store = find_run(subject, store)
+    except StoreError as no_run:
+        if not is_hub_id(subject, path):
+            raise StoreError(f"{no_run}{not_asked(subject, path)}") from None
+        try:
+            return recipe_of_model(subject, changes), subject, store
+        except HubError as error:  # it may be a misspelt run
+            raise HubError(f"{error}\n  And {no_run}") from None
+    return read_json(folder / "recipe.json"), str(folder / "recipe.json"), store

@@ -3,55 +3,78 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sqft.checkpoints.safetensors import read_object, safetensors_header
+from sqft.checkpoints.safetensors import safetensors_header
 from sqft.errors import ArtifactError, ModelError, Problem, SqftError
 from sqft.planning.resolution import Resolver
 from sqft.recipe.sections import Evaluate
-from sqft.utils.hub import HUB_ID, fetch
+from sqft.utils.hub import fetch, is_hub_id, not_asked
+from sqft.utils.peft_config import CONFIG, read_config
 
 PLACE = "evaluate.adapter"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""The files of an adapter that can change a result."""
+WEIGHTS = "adapter_model.safetensors"
 
 
 def find_adapter(section: Evaluate, resolver: Resolver) -> Path | None:
     """Return the folder of the adapter that a section names, downloaded if it is one of the hub; note where it names
     another base than the recipe's model. None when there is none, or it is a mistake, which the resolver collects."""
-    name = section.adapter
+    name, revision = section.adapter, section.adapter_revision
     if name is None:
+        if revision is not None:
+            resolver.report("evaluate.adapter_revision", "there is no adapter to have one; remove this")
         return None
     try:
         local = resolver.recipe.resolve(name)
-        hub = HUB_ID.fullmatch(name) and not local.exists()
-        folder = fetch("model", name, section.adapter_revision, (CONFIG, WEIGHTS), local) if hub else local
+        hub = is_hub_id(name, local)
+        folder = fetch("model", name, revision, (CONFIG, WEIGHTS), local) if hub else local
     except SqftError as error:
         resolver.report(PLACE, str(error))
         return None
-    problems = list(check_adapter(section, resolver.file(str(folder), PLACE, folder=True)))
-    resolver.collect(problems)
-    if problems or resolver.problems:
+    if revision is not None and not hub:
+        resolver.report("evaluate.adapter_revision", f"{local} is no Hugging Face id and has no revision; remove this")
+    if folder.exists():
+        resolver.file(str(folder), PLACE, folder=True)
+    else:
+        resolver.report(PLACE, f"there is no folder {local}{not_asked(name, local)}")
+    called = f"the hub's {name}" if hub else str(folder)
+    resolver.collect(check_adapter(section, folder, called, hub))
+    if resolver.problems:
         return None
-    base, own = read_object(folder / CONFIG).get("base_model_name_or_path"), resolver.recipe.model.path
-    if base and base != own and Path(base).expanduser().resolve() != resolver.model.path.resolve():
+    base, own = read_config(folder, called).get("base_model_name_or_path"), resolver.recipe.model.path
+    if base and base != own and not (os.path.exists(base) and os.path.samefile(base, resolver.model.path)):
         resolver.note(PLACE, f"the adapter names '{base}' as its base, and is measured on {own}")
     return folder
 
 
-def check_adapter(section: Evaluate, folder: Path) -> Iterator[Problem]:
-    """Check that a folder holds an adapter that can act on the recipe's own model, and nothing else is measured."""
+def check_adapter(section: Evaluate, folder: Path, called: str, hub: bool) -> Iterator[Problem]:
+    """Check that a folder holds an adapter that can act on the recipe's own model, and nothing else is measured.
+
+    Args:
+        section: names the adapter.
+        folder: where it is.
+        called: what messages call it.
+        hub: whether the folder is of the hub's cache, which has only the files that were asked for.
+    """
     if section.of != ("model",):
         yield Problem(PLACE, 'acts on the recipe\'s own model alone; set evaluate.of to ["model"]')
     if not folder.is_dir():
         return  # that is said
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            yield Problem(PLACE, f"{folder} has no {name}; name the folder of an adapter that peft saved")
+            offline = ", or it is not in the hub's cache and could not be downloaded" if hub else ""
+            advice = f"name {'an' if hub else 'the folder of an'} adapter that peft saved"
+            if name == WEIGHTS and (hub or (folder / "adapter_model.bin").is_file()):
+                advice = (
+                    "sqft reads no pickles (adapter_model.bin): convert it: load it with peft, and save it with "
+                    "safe_serialization=True"
+                )
+            yield Problem(PLACE, f"{called} has no {name}{offline}; {advice}")
             return
     try:
-        config = read_object(folder / CONFIG)
+        config = read_config(folder, called)
         values_of(folder)
     except (ArtifactError, ModelError) as error:
         yield Problem(PLACE, str(error))
@@ -59,7 +82,7 @@ def check_adapter(section: Evaluate, folder: Path) -> Iterator[Problem]:
     kind = config.get("peft_type")
     if kind != "LORA" or config.get("alora_invocation_tokens"):
         what = "an activated LoRA" if kind == "LORA" else kind
-        yield Problem(PLACE, f"{folder} holds {what}, and sqft measures LoRA; merge it with peft, and name the result")
+        yield Problem(PLACE, f"{called} holds {what}, and sqft measures LoRA; merge it with peft, and name the result")
 
 
 def values_of(folder: Path) -> int:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import SqftError
+from sqft.errors import HubError, SqftError
 from sqft.recipe.fields import OutputPath, fields_marked
+from sqft.recipe.reading import apply
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.stages import STAGES
 from sqft.types import InputPath
 from sqft.utils.files import MANIFEST
-from sqft.utils.hub import HUB_ID, fetch
+from sqft.utils.hub import HUB_ID, fetch, is_hub_id
+from sqft.utils.peft_config import CONFIG, read_config
 
 MEASURES = ("perplexity", "exact_match", "tasks")
 MEASURED = ".eval"
@@ -85,26 +89,27 @@ def completed_steps(raw: Mapping[str, Any], reused: Callable[[Recipe], Collectio
     return [stage.name for stage in STAGES if stage.evaluable == stage.name and stage.name in done]
 
 
-def recipe_of_model(model: Path | str, names_base: bool = False) -> dict[str, Any]:
+def recipe_of_model(model: Path | str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Return a recipe that has only a model, in the precision in which it is stored; of a PEFT adapter, its base, on
     which the adapter is to be measured.
 
     Args:
         model: a folder, a GGUF file or a Hugging Face id; or a store's artifact that has a model or an adapter.
-        names_base: whether the user names the adapter's base, so that it need not be found.
+        changes: those of `--set` that will be made in the recipe. They may pin what is downloaded, and name the
+            adapter's base, which then need not be found.
 
     Raises:
-        SqftError: when it is an adapter that cannot be measured, or whose base is not there; or when it cannot be
-            downloaded.
+        HubError: when it cannot be downloaded.
+        SqftError: when it is an adapter that cannot be measured, or whose base is not there.
     """
-    path = Path(model)
-    if is_hub_id(str(model)):
-        named, stem = str(model), str(model).rpartition("/")[2]
-        path = fetch("model", named, None, ("config.json", "adapter_config.json"), path)
+    path, given = Path(model), _texts_of(changes, str(model))
+    if is_hub_id(str(model), path):
+        named, stem, called = str(model), str(model).rpartition("/")[2], f"the hub's {model}"
+        path = _configs_on_the_hub(named, given)
     else:
         if (path / MANIFEST).is_file():
             path = next(filter(Path.is_dir, (path / "model", path / "adapter")), path)
-        named, stem = str(path.resolve()), path.resolve().stem
+        named, stem, called = str(path.resolve()), path.resolve().stem, str(path)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-") or "model"
     recipe: dict[str, Any] = {"schema": 1, "name": name, "model": {"path": named, "dtype": "auto"}}
     if (path / "config.json").is_file():
@@ -114,32 +119,49 @@ def recipe_of_model(model: Path | str, names_base: bool = False) -> dict[str, An
             f"{path} holds an adapter that acts only through its merger; measure the run that made it "
             "(sqft eval RUN --of search)"
         )
-    if (path / "adapter_config.json").is_file():
-        base, revision = ("BASE", None) if names_base else _base_of_adapter(path)
-        recipe["model"]["path"] = base if is_hub_id(base) else str(_absolute(base))
-        recipe["model"] |= {"revision": revision} if revision else {}
+    if (path / CONFIG).is_file():
         recipe["evaluate"] = {"of": ["model"], "adapter": named}
+        if "model.path" not in given:
+            recipe["model"] |= _base_of_adapter(path, called)
     return recipe
 
 
-def is_hub_id(name: str) -> bool:
-    """Return whether a name is a Hugging Face id: what is on this machine goes before."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+def _texts_of(changes: Sequence[str], source: str) -> dict[str, str]:
+    """Return the texts that changes of `--set` give to fields of `model` and `evaluate`, by place."""
+    given: dict[str, Any] = {"model": {}, "evaluate": {}}
+    for change in changes:
+        apply(given, change, source, Recipe)
+    sections = {name: given[name] for name in ("model", "evaluate") if isinstance(given[name], dict)}
+    return {
+        f"{name}.{key}": text for name, own in sections.items() for key, text in own.items() if isinstance(text, str)
+    }
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().resolve()
+def _configs_on_the_hub(name: str, given: Mapping[str, str]) -> Path:
+    """Return the folder in the hub's cache with the configs of a model or an adapter, at the revision that is given.
+
+    Which of the two it is, only the configs tell; `model.revision` is a model's own, but that of an adapter's base.
+    """
+    files, local = ("config.json", CONFIG), Path(name)
+    is_adapter = given.get("evaluate.adapter", name) == name
+    own = given.get("evaluate.adapter_revision") if is_adapter else None
+    of_model = given.get("model.revision") if given.get("model.path", name) == name else None
+    if of_model and not own:
+        with suppress(HubError):  # the base of an adapter has other revisions than the adapter
+            folder = fetch("model", name, of_model, files, local)
+            if (folder / "config.json").is_file():
+                return folder
+    return fetch("model", name, own or None, files, local)
 
 
-def _base_of_adapter(adapter: Path) -> tuple[str, str | None]:
-    """Return the base model that an adapter's own config names: a folder or file that is there, or an id on the hub,
-    with its revision."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SqftError(f"{adapter / 'adapter_config.json'} cannot be read: {error}; copy the adapter again") from None
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if isinstance(base, str) and base and (_absolute(base).exists() or HUB_ID.fullmatch(base)):
-        return base, str(config.get("revision") or "") or None if is_hub_id(base) else None
+def _base_of_adapter(adapter: Path, called: str) -> dict[str, str]:
+    """Return what a recipe says in `model` of the base that an adapter's own config names: the path of a folder or file
+    that is there; or an id on the hub, with its revision if it has one."""
+    config = read_config(adapter, called)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if base and os.path.exists(base):
+        return {"path": str(Path(base).resolve())}
+    if base and HUB_ID.fullmatch(base):
+        return {"path": base, "revision": revision} if revision else {"path": base}
     named = f"'{base}', which is not there" if base else "no base model"
-    raise SqftError(f"{adapter / 'adapter_config.json'} names {named}; add --set model.path=BASE to name it")
+    raise SqftError(f"{CONFIG} of {called} names {named}; add --set model.path=BASE to name it")

@@ -6,13 +6,31 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from sqft.errors import SqftError
+from sqft.errors import HubError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 """The files of a model that are downloaded, and that its digest covers: no pickles. Code is among them: it runs only
 when the recipe sets trust_remote_code, and then it can change the result."""
+
+
+def is_hub_id(name: str, local: Path) -> bool:
+    """Return whether a name is a Hugging Face id, and not something on this machine: what is there, or a misspelt path,
+    which begins with a folder that is there or ends as a GGUF file does.
+
+    Args:
+        name: What the user wrote.
+        local: The file or folder that it would be on this machine.
+    """
+    here = local.exists() or local.parent.is_dir() or local.suffix == ".gguf"
+    return HUB_ID.fullmatch(name) is not None and not here
+
+
+def not_asked(name: str, local: Path) -> str:
+    """Return what to add to a message that `local` is not there: why a name that may be an id is taken for a path."""
+    may_be = HUB_ID.fullmatch(name) and local.parent.is_dir()
+    return f" (and the hub is not asked for '{name}', since {local.parent} is a folder here)" if may_be else ""
 
 
 def fetch(
@@ -28,7 +46,7 @@ def fetch(
         local: The folder on this machine that was looked for first, for messages.
 
     Raises:
-        SqftError: when it is not in the cache and cannot be downloaded.
+        HubError: when it is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -36,7 +54,7 @@ def fetch(
     try:
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SqftError(
+        raise HubError(
             f"there is no folder {local}, and the Hugging Face {kind} '{name}' is not in the hub's cache and could not "
             f"be downloaded: {_reason(kind, name, error)}"
         ) from None

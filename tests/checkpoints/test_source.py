@@ -102,6 +102,14 @@ def test_a_hub_id_that_is_in_the_cache(cache: Path, model_folder: Path, find: Ca
     assert found.path == snapshot and found.digest == find(model_folder).digest
 
 
+def test_an_adapter_beside_a_model_of_the_hub(cache: Path, folder: Path, assert_rejected: Callable[..., None]) -> None:
+    """Nobody can move its files; `sqft eval` can still measure the adapter."""
+    (folder / "adapter_config.json").write_text("{}")
+    cached(cache, folder)
+    asked = "sqft eval owner/name --set model.path=BASE --set evaluate.adapter=owner/name"
+    assert_rejected("owner/name", "the hub's owner/name holds a PEFT adapter beside the model", asked)
+
+
 def test_a_hub_id_whose_download_was_cut_off(cache: Path, sharded: Path, assert_rejected: Callable[..., None]) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[0]
     gone.unlink()

@@ -76,6 +76,50 @@ def test_what_is_not_there(raw: dict[str, Any], tmp_path: Path, cache: Path) -> 
             planned(raw, adapter=name)
 
 
+def test_a_misspelt_folder_is_not_asked_of_the_hub(
+    raw: dict[str, Any], adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(adapter.parent.parent)
+    misspelt = adapter.parent / "adaptor"
+    with pytest.raises(RecipeError) as caught:
+        planned(raw, adapter=f"{adapter.parent.name}/adaptor")
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(f"evaluate.adapter: there is no folder {misspelt} (and the hub is not asked for")
+
+
+def test_an_adapter_as_a_pickle(raw: dict[str, Any], adapter: Path, cache: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    cached(cache, adapter, "some/bin")
+    for name, called in (("some/bin", "the hub's some/bin"), (str(adapter), str(adapter))):
+        with pytest.raises(RecipeError) as caught:
+            planned(raw, adapter=name)
+        (problem,) = caught.value.problems
+        assert str(problem).startswith(f"evaluate.adapter: {called} has no adapter_model.safetensors")
+        assert "sqft reads no pickles" in str(problem) and "safe_serialization" in str(problem)
+
+
+@pytest.mark.parametrize(("key", "value"), [("base_model_name_or_path", 5), ("revision", 7), ("peft_type", ["LORA"])])
+def test_a_config_with_a_number_for_a_text(
+    raw: dict[str, Any], adapter: Path, cache: Path, key: str, value: object
+) -> None:
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", key: value}))
+    cached(cache, adapter, "someone/lora")
+    for name, called in (("someone/lora", "the hub's someone/lora"), (str(adapter), str(adapter))):
+        with pytest.raises(RecipeError) as caught:
+            planned(raw, adapter=name)
+        (problem,) = caught.value.problems
+        found = f"adapter_config.json of {called}: {key} is {json.dumps(value)}, and must be a text"
+        assert str(problem).startswith(f"evaluate.adapter: {found}")
+
+
+def test_a_revision_of_what_has_none(raw: dict[str, Any], adapter: Path) -> None:
+    for name, words in ((str(adapter), f"{adapter} is no Hugging Face id"), (None, "there is no adapter")):
+        with pytest.raises(RecipeError) as caught:
+            planned(raw, adapter=name, adapter_revision="v2")
+        (problem,) = caught.value.problems
+        assert str(problem).startswith(f"evaluate.adapter_revision: {words}") and "remove this" in str(problem)
+
+
 def test_it_acts_on_the_recipes_own_model_alone(raw: dict[str, Any], adapter: Path) -> None:
     raw["evaluate"] |= {"adapter": str(adapter)}
     with pytest.raises(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoTokenizer
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.cli import main
-from sqft.errors import SqftError
+from sqft.errors import HubError, SqftError
 from sqft.recipe.rerun import evaluation_overrides, paths, recipe_of_model, with_absolute_paths
 from tests.support.hub import cached
 
@@ -177,8 +179,109 @@ def test_models_and_adapters_of_the_hub(
     assert next(iter(row["texts"].values()))["nll"] == pytest.approx(stock, rel=1e-6)
     done = sqft("eval", "owner/base-1.5", *asked)
     assert done.exit_code == 0 and "| model | " in done.output, done.output
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = sqft("eval", "someone/nothing", *asked)
     assert done.exit_code == 2 and "the Hugging Face model 'someone/nothing' is not in the hub's cache" in done.stderr
+    assert f"there is no run 'someone/nothing' in {tmp_path / 'store'}" in done.stderr and "runs there: " in done.stderr
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder with an adapter's config alone, which names this base and revision."""
+
+    def names(base: object, revision: object = None) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        content = {"peft_type": "LORA", "base_model_name_or_path": base, "revision": revision}
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+        return folder
+
+    return names
+
+
+def test_a_revision_pins_the_adapter(hub: Path, names: Callable[..., Path]) -> None:
+    """And so the base that it names; that base's own revision is another thing."""
+    cached(hub, names("owner/first", "r1"), "some/two")
+    cached(hub, names("owner/second", "r2"), "some/two", "v2")
+    second = {"path": "owner/second", "dtype": "auto", "revision": "r2"}
+    assert recipe_of_model("some/two")["model"] == second | {"path": "owner/first", "revision": "r1"}
+    assert recipe_of_model("some/two", ["evaluate.adapter_revision=v2"])["model"] == second
+    assert recipe_of_model("some/two", ['evaluate={"adapter_revision": "v2"}'])["model"] == second
+    for of_base in ("model.revision=v2", "model.revision=r9"):  # the first is a branch of the adapter too
+        assert recipe_of_model("some/two", [of_base])["model"]["path"] == "owner/first"
+        both = recipe_of_model("some/two", ["evaluate.adapter_revision=v2", of_base])
+        assert both["model"]["path"] == "owner/second"
+    base = recipe_of_model("some/two", ["evaluate.adapter_revision=v2", "model.path=owner/third"])
+    assert base["evaluate"]["adapter"] == "some/two" and "revision" not in base["model"]
+
+
+def test_only_a_revision_is_there(hub: Path, names: Callable[..., Path], model_folder: Path) -> None:
+    cached(hub, names("owner/second"), "some/two", "v2")
+    assert recipe_of_model("some/two", ["evaluate.adapter_revision=v2"])["model"]["path"] == "owner/second"
+    cached(hub, model_folder, "owner/base", "v2")
+    assert recipe_of_model("owner/base", ["model.revision=v2"])["model"]["path"] == "owner/base"
+    for name in ("some/two", "owner/base"):
+        with pytest.raises(HubError, match=f"'{name}' is not in the hub's cache"):
+            recipe_of_model(name)
+    with pytest.raises(HubError, match="'owner/base' is not in the hub's cache"):  # it pins another adapter
+        recipe_of_model("owner/base", ["evaluate.adapter=some/two", "evaluate.adapter_revision=v2"])
+
+
+def test_a_pinned_adapter_is_measured_on_the_base_that_it_names(
+    hub: Path, adapter: Path, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for revision, base in (("main", "owner/gone"), ("v2", "owner/base")):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        cached(hub, adapter, "some/two", revision)
+    cached(hub, model_folder, "owner/base")
+    asked = "--perplexity", data / "heldout.txt", "--store", tmp_path / "store"
+    done = sqft("eval", "some/two", *asked, "--set", "evaluate.adapter_revision=v2")
+    assert done.exit_code == 0 and "| model + adapter | " in done.output, done.output
+    (run,) = (tmp_path / "store" / "runs").iterdir()
+    assert json.loads((run / "recipe.json").read_text())["model"]["path"] == "owner/base"
+    done = sqft("eval", "some/two", *asked)
+    assert done.exit_code == 2 and "'owner/gone' is not in the hub's cache" in done.stderr
+
+
+def test_an_adapter_beside_a_model_on_the_hub(
+    hub: Path, adapter: Path, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """It is measured as the message says."""
+    shutil.copy(model_folder / "config.json", adapter)
+    cached(hub, adapter, "some/both")
+    asked = "--perplexity", data / "heldout.txt", "--store", tmp_path / "store"
+    done = sqft("eval", "some/both", *asked)
+    advice = "--set model.path={} --set evaluate.adapter=some/both"
+    assert done.exit_code == 2 and advice.format("BASE") in done.stderr
+    done = sqft("eval", "some/both", *asked, *advice.format(model_folder).split())
+    assert done.exit_code == 0 and "| model + adapter | " in done.output, done.output
+
+
+def test_a_config_whose_base_is_no_text(hub: Path, names: Callable[..., Path]) -> None:
+    for base, revision, words in ((5, None, "base_model_name_or_path is 5"), ("owner/base", 7, "revision is 7")):
+        folder = names(base, revision)
+        cached(hub, folder, f"some/{revision}")
+        for name, called in ((str(folder), str(folder)), (f"some/{revision}", f"the hub's some/{revision}")):
+            with pytest.raises(SqftError, match=f"^adapter_config.json of {called}: {words}, and must be a text"):
+                recipe_of_model(name)
+
+
+def test_a_misspelt_path_or_run_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "lora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, why in (("runs/lor", " (and the hub is not asked for 'runs/lor', since runs is a folder here)"),
+                      ("out/model.gguf", "")):  # fmt: skip
+        done = sqft("eval", name, "--perplexity", tmp_path, "--store", "store")
+        assert done.exit_code == 2 and f"there is no run '{name}' in store" in done.stderr
+        assert done.stderr.rstrip().endswith(f"runs there: none{why}")
 
 
 def test_the_base_of_an_adapter(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from sqft.errors import SqftError
-from sqft.utils.hub import HUB_FILES, HUB_ID, fetch
+from sqft.errors import HubError
+from sqft.utils.hub import HUB_FILES, HUB_ID, fetch, is_hub_id, not_asked
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,14 @@ def test_ids(name: str, valid: bool) -> None:
     assert bool(HUB_ID.fullmatch(name)) is valid
 
 
+def test_what_is_here_or_was_to_be_here_is_no_id(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "lora").mkdir(parents=True)
+    ids = {"runs/lora": False, "runs/lor": False, "out/model.gguf": False, "someone/lora": True, "lora": False}
+    assert {name: is_hub_id(name, tmp_path / name) for name in ids} == ids
+    assert f"'runs/lor', since {tmp_path / 'runs'} is a folder here" in not_asked("runs/lor", tmp_path / "runs" / "lor")
+    assert not any(not_asked(name, tmp_path / name) for name in ("out/model.gguf", "lora"))
+
+
 def test_what_is_in_the_cache_is_found_and_what_is_not_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +51,7 @@ def test_what_is_in_the_cache_is_found_and_what_is_not_is_named(
     snapshot.mkdir(parents=True)
     assert fetch("model", "owner/name", None, HUB_FILES, Path("owner/name")) == snapshot
     for kind, revision in (("model", "v2"), ("dataset", None)):
-        with pytest.raises(SqftError, match=f"the Hugging Face {kind} 'owner/name' is not in .*HF_HUB_OFFLINE forbids"):
+        with pytest.raises(HubError, match=f"the Hugging Face {kind} 'owner/name' is not in .*HF_HUB_OFFLINE forbids"):
             fetch(kind, "owner/name", revision, HUB_FILES, Path("owner/name"))  # type: ignore[arg-type]
 
 
