@@ -4,7 +4,7 @@
         [--llmcompressor PYTHON] [--gptqmodel .consumers/gptqmodel/bin/python]
 
 Each step is timed from the folder that it reads to the one that it writes, so loading and saving are in it, and imports
-are not; sqft's steps also read back and check what they wrote, which has a column of its own. Each round runs every
+are not; sqft's steps also read back and check what they wrote, which only the line of JSON has. Each round runs every
 program once, in a process of its own; the table has medians, and ratios of sqft's time (without the reading back) to
 the other's. llm-compressor needs an environment of its own (`pip install llmcompressor`); without --llmcompressor it is
 left out. Needs the model and data of `make quickstart`, and `make consumers` for gptqmodel.
@@ -89,16 +89,16 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     out, here = arguments.store / "out", Path(__file__)
     grid = [GROUP_SIZE, DAMP]
+    commands: dict[str, list[Any]] = {
+        "sqft": [sys.executable, here, "--ours", floats, "--samples", sizes[0], "--length", sizes[1]]
+    }
+    if arguments.llmcompressor:
+        script = here.with_name("compress_with_llmcompressor.py")
+        commands["llm-compressor"] = [arguments.llmcompressor, "-P", script, floats, windows, out, *grid]
+    if arguments.gptqmodel.is_file():
+        script = here.with_name("quantize_with_gptqmodel.py")
+        commands["gptqmodel"] = [arguments.gptqmodel, "-P", script, sparse, windows, out, 4, *grid, 0, 0]
     for number in range(arguments.rounds):
-        commands: dict[str, list[Any]] = {
-            "sqft": [sys.executable, here, "--ours", floats, "--samples", sizes[0], "--length", sizes[1]]
-        }
-        if arguments.llmcompressor:
-            script = here.with_name("compress_with_llmcompressor.py")
-            commands["llm-compressor"] = [arguments.llmcompressor, "-P", script, floats, windows, out, *grid]
-        if arguments.gptqmodel.is_file():
-            script = here.with_name("quantize_with_gptqmodel.py")
-            commands["gptqmodel"] = [arguments.gptqmodel, "-P", script, sparse, windows, out, 4, *grid, 0, 0]
         for program, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
             found[program].append(theirs(command))

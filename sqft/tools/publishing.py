@@ -22,11 +22,11 @@ from sqft.tools.run_report.page import render
 from sqft.types import InputPath
 from sqft.utils.files import reason, write_text
 from sqft.utils.hub import HUB_ID
+from sqft.utils.peft_config import CONFIG, read_config
 from sqft.utils.text import human_size, markdown_rows
 
 CARD, RECIPE, REPORT = "README.md", "sqft-recipe.json", "sqft-report.html"
 """Files beside a result. Not "recipe.json": a folder with that is a run's."""
-PEFT_CONFIG = "adapter_config.json"
 MADE_BY = {"sparsify": "sparse", "finetune": "fine-tuned", "merge": "adapters merged"}
 """What a step makes of a model, in a word; "quantized" is said of any result with codes."""
 
@@ -181,7 +181,7 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
         made = api.create_repo(repo, private=not public, exist_ok=True)
         added = {path.relative_to(result).as_posix(): path for path in _files(run)}
         texts = documents(run, made.repo_id)  # these win over files of their names
-        texts |= {PEFT_CONFIG: _config_naming(run, base)} if format == "peft" and base else {}
+        texts |= {CONFIG: _config_naming(run, base)} if format == "peft" and base else {}
         contents = added | {name: text.encode() for name, text in texts.items()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(made.repo_id, operations, commit_message=f"sqft run {run.name}")
@@ -196,15 +196,14 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
 
 def _config_naming(run: RunFacts, base: str) -> str:
     """Return an adapter's configuration with a base on the hub in place of that folder in this machine's cache."""
-    config = json.loads((_result(run) / PEFT_CONFIG).read_text("utf-8"))
-    config |= {"base_model_name_or_path": base, "revision": _commit_of_base(run)}
+    config = read_config(_result(run), run.name) | {"base_model_name_or_path": base, "revision": _commit_of_base(run)}
     return json.dumps(config, indent=2) + "\n"
 
 
 def _commit_of_base(run: RunFacts) -> str | None:
     """Return the revision of the base of a run's adapter, if it is one: the commit, as a branch may move on."""
-    file = _result(run) / PEFT_CONFIG
-    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    result = _result(run)
+    base = read_config(result, run.name).get("base_model_name_or_path") if (result / CONFIG).is_file() else None
     folder = PurePath(str(base))  # in the hub's cache, a commit's folder has its name
     if folder.parent.name == "snapshots":
         return folder.name
@@ -251,7 +250,7 @@ def format_of(run: RunFacts) -> str:
     result = _result(run)
     if next(result.glob("*.gguf"), None):
         return "gguf"
-    for file, format in ((PEFT_CONFIG, "peft"), ("sqft_adapter.json", "sqft")):
+    for file, format in ((CONFIG, "peft"), ("sqft_adapter.json", "sqft")):
         if (result / file).is_file():
             return format
     if not (result / "config.json").is_file():
