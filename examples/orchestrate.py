@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft import Orchestrator, Recipe, Registry
+from sqft import Orchestrator, Registry
 from sqft.api import LinearStats, Scorer, hookimpl
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     registry = Registry.discover()
     registry.add(sys.modules[__name__], name="orchestrate")
     orchestrator = Orchestrator(registry, store="store", device="cpu")
-    plan = orchestrator.plan(Recipe.load(recipe, ["sparsify.scorer=squared", "name=from-python"]))
+    plan = orchestrator.load(recipe, ["sparsify.scorer=squared", "name=from-python"])
     print(plan)
     run = orchestrator.run(plan, until="sparsify")
     print(run["sparsify"].report["sparsity"], run["sparsify"].load_model().num_parameters())

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqft.components.attribution import blaming
 from sqft.components.registry import Registry
@@ -67,18 +67,18 @@ class Orchestrator:
         done = (step.name for step in plan.steps if self.store.is_complete(step.stage, step.fingerprint))
         return dataclasses.replace(plan, reused=frozenset(done))
 
-    def load(self, path: str | Path, changes: Sequence[str] = ()) -> Plan:
-        """Read a recipe file with changes ("sparsify.sparsity=0.6") and plan it.
+    def load(self, recipe: str | Path | dict[str, Any], changes: Sequence[str] = ()) -> Plan:
+        """Plan a recipe, which is a file or plain data, with changes ("sparsify.sparsity=0.6").
 
         Raises:
             RecipeError: with every mistake at once: the recipe's own, and those that only the registry,
                 the model's headers and the files on disk bring to light.
         """
         try:
-            recipe = Recipe.load(path, changes)
+            read = Recipe.changed(recipe, changes) if isinstance(recipe, dict) else Recipe.load(recipe, changes)
         except RecipeError as error:
             raise RecipeError([*error.problems, *more_problems(error, self.plan)], error.source) from None
-        return self.plan(recipe)
+        return self.plan(read)
 
     def run(self, plan: Plan, until: str | None = None, fresh: str | None = None) -> Run:
         """Run a plan, reusing what the store has.

@@ -207,6 +207,15 @@ def test_a_file_is_read_changed_and_planned(raw: dict[str, Any], orchestrator: O
     assert plan.recipe.name == "other" and not (tmp_path / "store").exists()
 
 
+def test_plain_data_is_changed_and_planned_with_every_mistake_at_once(
+    raw: dict[str, Any], orchestrator: Orchestrator
+) -> None:
+    assert orchestrator.load(raw, ["name=other"]).recipe.name == "other" and raw["name"] != "other"
+    with pytest.raises(RecipeError) as caught:
+        orchestrator.load(raw, ["sparsify.sparsity=2", "sparsify.scorer=wnda"])
+    assert {problem.place for problem in caught.value.problems} == {"sparsify.sparsity", "sparsify.scorer"}
+
+
 def test_problems_near_known_ones_are_not_repeated(recipe: Recipe) -> None:
     def plan(rest: Recipe) -> Plan:
         assert rest is recipe
