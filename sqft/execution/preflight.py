@@ -78,6 +78,15 @@ def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
     )
 
 
+def unwritable(store: Store) -> str | None:
+    """Return why nothing can be written to a store, for a plan, which writes nothing; None if it can."""
+    folder = existing_parent(store.root)
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return None
+    why = "may not be written to" if folder.is_dir() else "is a file"
+    return f"the store {store.root} cannot be made or used: {folder} {why}; name another with --store"
+
+
 def _begun(store: Store, step: Step) -> int:
     """Return the bytes that an attempt before has written of a step: it goes on from there, or they are deleted."""
     if step.stage == "finetune":  # these are checkpoints, which the estimate does not count

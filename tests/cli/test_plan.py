@@ -28,6 +28,12 @@ def test_plan_says_that_the_disk_is_too_small(recipe: Path, tmp_path: Path, monk
     assert f"and {tmp_path} has 10 KiB free; make room" in done.output
 
 
+def test_plan_says_that_the_store_cannot_be_made(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["plan", str(recipe), "--store", str(tmp_path / "file" / "s")])
+    assert done.exit_code == 0 and f"{tmp_path / 'file'} is a file; name another with --store" in done.output
+
+
 def test_plan_prints_its_notes(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Orchestrator.plan
     noted = lambda self, recipe: dataclasses.replace(made(self, recipe), notes=("data: is short",))  # noqa: E731
