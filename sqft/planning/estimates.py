@@ -144,8 +144,8 @@ def estimate_quantize(
     compensated: bool = False,
     streamed: bool = False,
 ) -> Estimate:
-    """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored, and a
-    byte that says what was rounded.
+    """Estimate `quantize`: as `sparsify`, with codes and masks of a byte for each weight until they are stored, and
+    a byte that says what was rounded, if that is kept.
 
     Args:
         model: the recipe's model.
@@ -155,7 +155,7 @@ def estimate_quantize(
         needs: what the quantizer needs of it.
         bits: of a code, where the quantizer has such an option.
         dense: whether the weights from before pruning are there too.
-        compensated: whether the quantizer gives the floats that it rounded.
+        compensated: whether the floats that were rounded are kept.
         streamed: whether one block at a time is there.
     """
     size = model_bytes(model, dtype)

@@ -84,7 +84,8 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     needs = quantizer.component.needs if quantizer else frozenset()
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
-    compensated = quantizer is not None and quantizer.component.gives_compensated
+    tuned = resolver.recipe.finetune
+    compensated = tuned is not None and tuned.base == "compensated"
     streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=resolver.recipe.sparsify is not None)
     if dense:  # the model from before pruning is read, too
         streamed = streamed and is_streamed(resolver.model, resolver.dtype, made_by_step=False)
@@ -94,6 +95,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         section=section,
         layers=_names(layers),
         streamed=streamed,
+        compensated=compensated,
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
