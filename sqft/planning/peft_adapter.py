@@ -85,6 +85,11 @@ def check_adapter(section: Evaluate, folder: Path, called: str, hub: bool) -> It
         yield Problem(PLACE, f"{called} holds {what}, and sqft measures LoRA; merge it with peft, and name the result")
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return the files of an adapter that a measurement depends on, by role; a README beside them is none."""
+    return {"adapter": folder / WEIGHTS, "adapter.config": folder / CONFIG}
+
+
 def values_of(folder: Path) -> int:
     """Return the number of values of an adapter.
 

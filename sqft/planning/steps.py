@@ -322,7 +322,8 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
             resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
     values = 0
     if adapter := peft_adapter.find_adapter(section, resolver):
-        files["adapter"], values = adapter, peft_adapter.values_of(adapter)
+        files |= peft_adapter.files_of(adapter)
+        values = peft_adapter.values_of(adapter)
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")

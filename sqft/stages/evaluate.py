@@ -121,8 +121,8 @@ class EvaluateStage:
             model, tokenizer = load_model(plan.spec(merged / "model" if merged else inputs.model_path()))
             facts = count_zeros(model)  # an adapter beside its base has no part in them, whoever wrote it
             if "adapter" in inputs.step.files:
-                with inputs.data.reading("adapter") as folder:
-                    facts |= {"trainable": attach_peft_adapter(model, folder)}
+                with inputs.data.reading("adapter") as weights, inputs.data.reading("adapter.config"):
+                    facts |= {"trainable": attach_peft_adapter(model, weights.parent)}
             yield model.to(inputs.device), tokenizer, facts
             return
         adapted = load_adapted_model(plan, inputs.folders, inputs.folders["finetune"], inputs.device)
