@@ -38,6 +38,7 @@ from typing import Any
 
 from sqft import Orchestrator, Recipe, Registry
 from sqft.errors import SqftError
+from sqft.utils.significance import mcnemar
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipes" / "sparsepeft.json"
 OF_RECIPE = Recipe.model_fields.keys() - {"seed", "name"}
@@ -133,14 +134,6 @@ def accuracy_of(answers: Answers) -> tuple[float, float]:
     return statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means))
 
 
-def mcnemar(first: Answers, other: Answers) -> tuple[int, int, float]:
-    """Count the answers that are right only in `other` and only in `first`; return them with McNemar's exact p."""
-    won = sum(right and not first[key] for key, right in other.items())
-    lost = sum(first[key] and not right for key, right in other.items())
-    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
-    return won, lost, min(1.0, 2 * tail)
-
-
 def perplexity_of(rows: list[dict[str, Any]]) -> str:
     """Return the mean perplexity over rows, of each text that the recipe names."""
     texts = [list(row["texts"].values()) for row in rows]
@@ -191,11 +184,12 @@ def test(tuning: Tuning, best: dict[str, float], seeds: list[int]) -> None:
         base, found = tuning.measure(way, rate, seeds, "base"), tuning.measure(way, rate, seeds, "tuned")
         answers, before = answers_of(found), answers_of(base)
         first = first or answers
-        won, lost, p = mcnemar(first, answers)
+        won = sum(right and not first[key] for key, right in answers.items())
+        lost = sum(first[key] and not right for key, right in answers.items())
         cells = [way, f"{rate:g}", f"{accuracy_of(before)[0]:.1%}"]
         cells += [", ".join(f"{one.row['accuracy']:.1%}" for one in found.values())]
         cells += ["{:.1%} ± {:.1%}".format(*accuracy_of(answers))]
-        cells += ["" if answers is first else f"+{won} −{lost}, p = {p:.3f}"]
+        cells += ["" if answers is first else f"+{won} −{lost}, p = {mcnemar(won, lost):.3f}"]
         cells += [perplexity_of([one.row for one in measured.values()]) for measured in (base, found)]
         cells += [f"{statistics.mean(one.step_seconds for one in found.values()):.2f} s"]
         lines.append(f"| {' | '.join(cells)} |")
