@@ -9,9 +9,9 @@
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
 wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is cut to the heuristic's ranks
 (a search that evaluates nothing) and merged into the dense model instead, or into the codes that rtn makes of it: no
-training is needed. With --train, adapters are trained on the model sparsified by magnitude, with gradient checkpointing
-and a chunked loss, on text that fills every example: LoRA beside it, SparsePEFT on its floats or on them without zeros,
-or QA-SparsePEFT on codes of rtn alone. Kill it, and start it again: it goes on at the next block. Needs the model of
+training is needed. With --train, adapters are trained on the sparse model, with gradient checkpointing and a chunked
+loss, on text that fills every example: LoRA beside it, SparsePEFT on its floats or on them without zeros, or
+QA-SparsePEFT on codes of rtn alone. Kill it, and start it again: it goes on at the next block. Needs the model of
 `make quickstart`, for its tokenizer, and its data.
 """
 
@@ -157,7 +157,7 @@ def _measure(
 
 
 def training(way: str, steps: int, batch_size: int, max_length: int) -> dict[str, Any]:
-    """Return the sections of a recipe that trains adapters on a sparse base."""
+    """Return the sections of a recipe that trains adapters on a sparse base, after those that make it."""
     nls = {"name": "nls", "options": {"ranks": [32, 24, 16], "alpha": 64}}
     finetune: dict[str, Any] = {
         "adapter": {"name": "lora", "options": {"rank": 32, "alpha": 64}} if way == "lora" else nls,
@@ -170,7 +170,7 @@ def training(way: str, steps: int, batch_size: int, max_length: int) -> dict[str
         "gradient_checkpointing": True,
         "loss_chunk": 64,
     }
-    made: dict[str, Any] = {"sparsify": {"scorer": "magnitude", "sparsity": 0.5}, "finetune": finetune}
+    made: dict[str, Any] = {"finetune": finetune}
     if way == "codes":
         made["quantize"] = {"quantizer": {"name": "rtn", "options": {"bits": 4, "group_size": 128}}}
     return made
@@ -198,13 +198,15 @@ def main() -> None:
     if arguments.merge:
         merge(model, arguments.work, arguments.merge == "codes")
         return
-    raw: dict[str, Any] = {"name": "large", "model": model}
+    raw: dict[str, Any] = {
+        "name": "large",
+        "model": model,
+        "calibration": {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length},
+        "sparsify": {"scorer": "wanda", "sparsity": 0.5},
+    }
     if arguments.train:
         raw |= training(arguments.train, arguments.steps, arguments.batch_size, arguments.max_length)
-    else:
-        raw["calibration"] = {"data": str(TEXT), "samples": arguments.samples, "length": arguments.length}
-        raw["sparsify"] = {"scorer": "wanda", "sparsity": 0.5}
-    if arguments.until == "quantize" and not arguments.train:
+    elif arguments.until == "quantize":
         raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 128}}}
     orchestrator = Orchestrator(Registry.discover(), arguments.work / "store")
     plan = orchestrator.plan(Recipe.parse(raw))
