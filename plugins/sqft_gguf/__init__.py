@@ -34,11 +34,8 @@ class Gguf(Exporter):
         from sqft_gguf.grids import refusal_of_grid
         from sqft_gguf.vocabulary import refusal_of_tokenizer
 
-        return (
-            refusal_of_config(config)
-            or refusal_of_grid(grid)
-            or refusal_of_tokenizer(path, config.get("model_type") == "phi3")
-        )
+        kind = config.get("model_type")
+        return refusal_of_config(config) or refusal_of_grid(grid) or refusal_of_tokenizer(path, kind)
 
     def export(self, model: ModelReader, folder: Path) -> None:
         from sqft_gguf.writer import write

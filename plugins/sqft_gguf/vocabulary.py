@@ -24,14 +24,14 @@ STRIPS = ("lstrip", "rstrip", "single_word")
 """What an added token may do to the text around it, and llama.cpp does not."""
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, phi3: bool = False) -> None:
+def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, kind: str | None = None) -> None:
     """Write the tokenizer of a model's folder.
 
     Args:
         writer: of the GGUF file.
         folder: of the model.
         rows: of the embedding; rows without a token get one that no text has.
-        phi3: whether llama.cpp strips spaces after special tokens, as it does in models of Phi-3.
+        kind: `model_type` of config.json.
 
     Raises:
         StageError: when it is of a kind that is not known here.
@@ -40,7 +40,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, phi3: bool = Fals
     if not file.is_file():
         raise StageError(f"export (gguf): {folder} has no tokenizer.json, from which the vocabulary is written")
     stored = json.loads(file.read_text("utf-8"))
-    check_strips(stored, phi3)
+    check_strips(stored, kind)
     pieces = sentencepiece.prefix_of(stored)
     cutting = how_it_cuts(stored) if pieces is None else "default"
     last = max([*stored["model"]["vocab"].values(), *(added["id"] for added in stored["added_tokens"])])
@@ -68,15 +68,16 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, phi3: bool = Fals
     special.add_to_gguf(writer, quiet=True)
 
 
-def check_strips(stored: Mapping[str, Any], phi3: bool) -> None:
-    """Check that no added token changes the text around it in a way that llama.cpp does not.
+def check_strips(stored: Mapping[str, Any], kind: str | None) -> None:
+    """Check that no added token changes the text around it in a way that llama.cpp does not: in models of
+    Phi-3 (by their `model_type`) it strips spaces after special tokens.
 
     Raises:
         StageError: naming a token that does.
     """
     prepends = sentencepiece.PREPEND in (stored.get("normalizer") or {}).get("normalizers", ())
     for added in stored.get("added_tokens", ()):
-        right = phi3 and added["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+        right = kind == "phi3" and added["content"] not in ("<unk>", "<s>", "<|endoftext|>")
         if any(bool(added.get(how)) != (how == "rstrip" and right) for how in STRIPS):
             raise StageError(
                 f"export (gguf): the token {added['content']!r} changes the text around it ({', '.join(STRIPS)}) in "
@@ -89,14 +90,14 @@ def check_strips(stored: Mapping[str, Any], phi3: bool) -> None:
             )
 
 
-def refusal_of_tokenizer(path: Path, phi3: bool = False) -> str | None:
+def refusal_of_tokenizer(path: Path, kind: str | None = None) -> str | None:
     """Return why the tokenizer of a model's folder cannot be written; None when it can, or nothing is known of it."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
     try:
         stored = json.loads(file.read_text("utf-8"))
-        check_strips(stored, phi3)
+        check_strips(stored, kind)
         if sentencepiece.prefix_of(stored) is None:
             how_it_cuts(stored)
         else:

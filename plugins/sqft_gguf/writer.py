@@ -78,7 +78,7 @@ def write(model: ModelReader, folder: Path, dtype: str, embeddings: str) -> None
         writer.add_file_type(_file_type(entries))
         rows = next(entry.shape[0] for entry in entries if entry.source == EMBEDDING)
         add_settings(writer, {**with_defaults, "vocab_size": rows})
-        add_tokenizer(writer, model.folder, rows, config["model_type"] == "phi3")
+        add_tokenizer(writer, model.folder, rows, config["model_type"])
         factors = rope_factors(with_defaults)
         for name, values in factors.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sqft.checkpoints.model_source import ModelSource
-from sqft.checkpoints.safetensors import FLOATS
+from sqft.checkpoints.safetensors import FLOATS, precision_of_most
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 
@@ -40,12 +38,8 @@ def gguf_source(path: Path, digests: Digests) -> ModelSource:
     shapes = {str(t.name): tuple(int(n) for n in reversed(t.shape)) for t in tensors}
     if not shapes:
         raise ModelError(f"{path} has no tensors, only a vocabulary or settings; name the file that holds the weights")
-    precisions = Counter[str]()
-    for tensor in tensors:
-        if tensor.tensor_type.name in FLOATS:
-            precisions[FLOATS[tensor.tensor_type.name]] += math.prod(shapes[str(tensor.name)])
     codes = any(tensor.tensor_type.name not in FLOATS for tensor in tensors)
-    dtype = "float32" if codes else max(precisions, key=precisions.__getitem__, default=None)
+    dtype = "float32" if codes else precision_of_most((t.tensor_type.name, shapes[str(t.name)]) for t in tensors)
     return ModelSource("gguf", path, digests.file(path), shapes, dtype=dtype)
 
 

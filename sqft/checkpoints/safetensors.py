@@ -7,7 +7,7 @@ import math
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,12 @@ def weight_files(path: Path) -> dict[Path, set[str]]:
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in a safetensors file, from its header alone.
+    """Return the names and shapes of the tensors in a safetensors file; raises as `tensor_entries` does."""
+    return {name: tuple(entry["shape"]) for name, entry in tensor_entries(path).items()}
+
+
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Return `dtype`, `shape` and `data_offsets` of the tensors in a safetensors file, from its header alone.
 
     Raises:
         ArtifactError: when the header is invalid, the file is shorter than the header says, or it only stands for one.
@@ -67,7 +72,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{bad[0]} has the shape {shapes[bad[0]]!r:.60}")
         if bad := [name for name, entry in header.items() if not isinstance(entry["dtype"], str)]:
             raise ValueError(f"{bad[0]} has the precision {header[bad[0]]['dtype']!r:.60}")
-        return shapes
+        return header
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         with path.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -78,19 +83,13 @@ def safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ArtifactError(f"{path} is not a complete safetensors file: {cause}; copy it again") from None
 
 
-def float_precisions(path: Path) -> Counter[str]:
-    """Return how many weights a safetensors file, which is known to be complete, has in each precision of floats."""
+def precision_of_most(tensors: Iterable[tuple[str, Iterable[int]]]) -> str | None:
+    """Return the precision of most floats among tensors, each given as its `dtype` and shape; None without floats."""
     counts = Counter[str]()
-    for entry in _raw_header(path)[0].values():
-        if entry["dtype"] in FLOATS:
-            counts[FLOATS[entry["dtype"]]] += math.prod(entry["shape"])
-    return counts
-
-
-def tensor_sizes(path: Path) -> dict[str, int]:
-    """Return the bytes of each tensor in a safetensors file that is known to be complete, from its header alone."""
-    entries = _raw_header(path)[0].items()
-    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries}
+    for dtype, shape in tensors:
+        if dtype in FLOATS:
+            counts[FLOATS[dtype]] += math.prod(shape)
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def data_bytes(path: Path) -> int:

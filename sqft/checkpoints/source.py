@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sqft.checkpoints.gguf import gguf_source
 from sqft.checkpoints.gptq import gptq_settings, unpacked_shapes
 from sqft.checkpoints.model_source import ModelSource
 from sqft.checkpoints.packed_floats import check_dequantize, packed_floats
-from sqft.checkpoints.safetensors import INDEX, float_precisions, read_object, safetensors_header, weight_files
+from sqft.checkpoints.safetensors import INDEX, precision_of_most, read_object, tensor_entries, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.utils.digests import Digests
 from sqft.utils.files import unreadable
@@ -64,14 +64,14 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False,
     packed = packed_floats(config)
     quantization = None if packed else gptq_settings(path, config)
     files = weight_files(path)
-    shapes: dict[str, tuple[int, ...]] = {}
-    precisions = Counter[str]()
+    entries: dict[str, dict[str, Any]] = {}
     for file, listed in files.items():
-        header = safetensors_header(file)
-        if missing := sorted(listed - header.keys()):
+        found = tensor_entries(file)
+        if missing := sorted(listed - found.keys()):
             raise ArtifactError(f"{file} lacks {missing[0]}, which {path / INDEX} lists; copy the model again")
-        shapes.update(header)
-        precisions += float_precisions(file)
+        entries.update(found)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    precision = precision_of_most((entry["dtype"], entry["shape"]) for entry in entries.values())
     if quantization:
         if stray := sorted(file.name for file in set(path.glob("*.safetensors")) - files.keys()):
             raise ModelError(f"{path} has {stray[0]} beside the weights that transformers reads; move it elsewhere")
@@ -89,7 +89,7 @@ def folder_source(path: Path, digests: Digests, dequantize: bool | None = False,
         _digest(path, digests),
         shapes,
         quantization=quantization,
-        dtype="bfloat16" if packed else max(precisions, key=precisions.__getitem__, default=None),
+        dtype="bfloat16" if packed else precision,
         dequantize=packed is not None,
     )
 

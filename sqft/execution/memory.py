@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from sqft.errors import RecipeError
 from sqft.planning.plan import Plan, Step
+from sqft.planning.planner import with_changes
 from sqft.recipe import Recipe
 from sqft.recipe.sections import Calibration, Finetune, Quantize, Sparsify
 from sqft.utils.distributed import Processes
@@ -62,7 +63,7 @@ def shortage_of_processes(plan: Plan, missing: Iterable[Step], processes: Proces
 
     def replan_share(recipe: Recipe) -> Plan:
         rows = -(-recipe.finetune.batch_size // processes.count) if recipe.finetune else 0
-        return replan(_changed(recipe, [f"finetune.batch_size={rows}"]) if rows else recipe)
+        return replan(with_changes(recipe, [f"finetune.batch_size={rows}"]) if rows else recipe)
 
     names = {step.name for step in missing if step.stage in TOGETHER}
     steps = [step for step in replan_share(plan.recipe).steps if step.name in names] if names else []
@@ -118,7 +119,7 @@ def _smaller(plan: Plan, step: Step, free: int, replan: Replan) -> tuple[list[st
         if needed <= free:
             break
         try:
-            tried = _needed(replan(_changed(plan.recipe, [*kept, *changes])).step(step.name))
+            tried = _needed(replan(with_changes(plan.recipe, [*kept, *changes])).step(step.name))
         except RecipeError:  # this recipe, or this model, cannot have it
             continue
         if tried < needed:
@@ -147,8 +148,3 @@ def _remedies(step: Step, calibration: Calibration | None) -> Iterator[tuple[str
 
 def _field(change: str) -> str:
     return change.partition("=")[0]
-
-
-def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    raw = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return Recipe.changed(raw, changes, recipe.folder, recipe.source)

@@ -6,8 +6,8 @@ No torch: everything that can be checked without loading a model is checked here
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqft.components.registry import Registry
 from sqft.errors import Problem, RecipeError
@@ -62,16 +62,14 @@ def make_plan(recipe: Recipe, registry: Registry, digests: Digests, describe: De
 def with_option_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
     """Return a recipe with these values of components' options, by place, so that it can be stored anywhere: which
     options name files, only the components know."""
-    if not paths:
-        return recipe
+    changes = [f"{place}={json.dumps(path)}" for place, path in paths.items()]
+    return with_changes(recipe, changes) if changes else recipe
+
+
+def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """Return a recipe after changes "path=value". Raises `RecipeError`, as `Recipe.changed` does."""
     raw = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    for place, path in paths.items():
-        *parents, option = place.split(".")
-        holder: Any = raw
-        for key in parents:
-            holder = holder[int(key)] if isinstance(holder, list) else holder.setdefault(key, {})
-        holder[option] = path
-    return Recipe.parse(raw, recipe.folder, recipe.source)
+    return Recipe.changed(raw, changes, recipe.folder, recipe.source)
 
 
 def adapter_base(resolver: Resolver) -> AdapterBase:

@@ -320,10 +320,8 @@ def plan_evaluate(section: Evaluate, resolver: Resolver, base: AdapterBase, step
         if section.exact_match and evaluation.measures_tuned(section):
             asked = files["exact_match.data"], section.exact_match.data
             resolver.note_all(evaluation.notes_on_known_records("evaluate.exact_match.data", asked, steps))
-    values = 0
-    if adapter := peft_adapter.find_adapter(section, resolver):
-        files |= peft_adapter.files_of(adapter)
-        values = peft_adapter.values_of(adapter)
+    of_adapter, values = peft_adapter.find_adapter(section, resolver)
+    files |= of_adapter
     section = evaluation.texts_within_window(section, files, resolver)
     if section.exact_match:
         resolver.within_window(section.exact_match, "max_new_tokens", "evaluate.exact_match")

@@ -18,14 +18,7 @@ from sqft.checkpoints.gguf import GGUF_BLOCK, GGUF_LINEARS, open_gguf
 from sqft.checkpoints.gptq import GPTQ_PARTS, gptq_settings
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.checkpoints.packed_floats import PackedFloats, packed_floats
-from sqft.checkpoints.safetensors import (
-    INDEX,
-    WEIGHTS,
-    read_object,
-    safetensors_header,
-    tensor_sizes,
-    weight_files,
-)
+from sqft.checkpoints.safetensors import INDEX, WEIGHTS, read_object, tensor_entries, weight_files
 from sqft.errors import ArtifactError, ModelError
 from sqft.kernels.grids import group_index
 from sqft.modeling.architecture.blocks import linears
@@ -108,10 +101,11 @@ def inspect_model(path: Path, track: Track = silent) -> Inspection:
 
 def _folder(path: Path, track: Track) -> Inspection:
     files = _files(path)
-    shapes = {name: shape for file in files for name, shape in safetensors_header(file).items()}
+    entries = {name: entry for file in files for name, entry in tensor_entries(file).items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     form, details, weights = _content(path, shapes)
     linear = _linear_tensors(path, [weight.tensor for weight in weights], shapes)
-    sizes = {name: size for file in files for name, size in tensor_sizes(file).items()}
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
     modules = []
     for weight in track(weights, f"reading {path.name}", len(weights)):
         stored = weight.read()
