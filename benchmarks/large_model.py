@@ -9,7 +9,7 @@
 Makes a model of Llama 3's shape with random weights in bfloat16, in shards, once (8b: 16 GB on disk); then 50 % by
 wanda, and INT4 by gptq in groups of 128. With --merge, an NLS adapter of random values is cut to the heuristic's ranks
 (a search that evaluates nothing) and merged into the dense model instead, or into the codes that rtn makes of it: no
-training is needed. With --train, adapters are trained on the sparse model, with gradient checkpointing and a chunked
+training is needed. With --train, adapters are trained on that sparse model, with gradient checkpointing and a chunked
 loss, on text that fills every example: LoRA beside it, SparsePEFT on its floats or on them without zeros, or
 QA-SparsePEFT on codes of rtn alone. Kill it, and start it again: it goes on at the next block. Needs the model of
 `make quickstart`, for its tokenizer, and its data.
@@ -207,7 +207,8 @@ def main() -> None:
     if arguments.train:
         raw |= training(arguments.train, arguments.steps, arguments.batch_size, arguments.max_length)
     elif arguments.until == "quantize":
-        raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 128}}}
+        gptq = {"name": "gptq", "options": {"bits": 4, "group_size": 128}}
+        raw["quantize"] = {"quantizer": gptq, "keep_compensated": False}
     orchestrator = Orchestrator(Registry.discover(), arguments.work / "store")
     plan = orchestrator.plan(Recipe.parse(raw))
     run = orchestrator.run(plan)

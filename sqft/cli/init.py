@@ -108,8 +108,8 @@ def init(
         click.echo(unknown)
     if known and known.codes:
         click.echo("the model came as codes: what prunes and quantizes is left out, and the model itself is measured")
-        if "merge" in raw:
-            click.echo('if it was pruned, add "mask": "codes" to finetune: then every code that means 0 is kept')
+        if raw["finetune"]["merger"] == "qa-sparsepeft":
+            click.echo('if it was pruned, add "mask": "codes" to finetune: then every code that means 0 stays so')
     if raw.get("calibration", {}).get("data") == GENERAL_TEXT:
         click.echo("the plan downloads general text to calibrate on, 0.3 GB of C4, unless calibration.data names yours")
     click.echo(f"next: sqft plan {output}")

@@ -80,11 +80,11 @@ def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
 
 def unwritable(store: Store) -> str | None:
     """Return why nothing can be written to a store, for a plan, which writes nothing; None if it can."""
-    folder = existing_parent(store.root)
-    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
-        return None
-    why = "may not be written to" if folder.is_dir() else "is a file"
-    return f"the store {store.root} cannot be made or used: {folder} {why}; name another with --store"
+    for folder in map(existing_parent, (store.artifacts, store.runs)):
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            why = "may not be written to" if folder.is_dir() else "is a file"
+            return f"the store {store.root} cannot be made or used: {folder} {why}; name another with --store"
+    return None
 
 
 def _begun(store: Store, step: Step) -> int:

@@ -184,8 +184,6 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
     }
     if "calibration" in step.files and recipe.calibration:
         content["calibration"] = settings_of(recipe.calibration)
-    if step.compensated:
-        content["compensated"] = True
     if "finetune" in step.inputs:  # the adapter's and the merger's code runs again
         components = before[step.inputs["finetune"]].components
         content["adapter_code"] = {kind: component.registration.code for kind, component in components.items()}

@@ -74,8 +74,6 @@ class Step:
     """The linear layers that it prunes, quantizes or adapts, in order."""
     streamed: bool = False
     """Whether it reads, changes and writes the model one decoder block at a time, and never has all of it in memory."""
-    compensated: bool = False
-    """Whether the codes are kept with the floats that were rounded to them, from which an adapter is to start."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """What it reads, by role: "calibration", a place in its section, or an option ("scorer.folder")."""
     digests: Mapping[str, str] = field(default_factory=dict)

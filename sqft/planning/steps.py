@@ -84,8 +84,7 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     needs = quantizer.component.needs if quantizer else frozenset()
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
-    tuned = resolver.recipe.finetune
-    compensated = tuned is not None and tuned.base == "compensated"
+    compensated = quantizer is not None and quantizer.component.gives_compensated and section.keep_compensated
     streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=resolver.recipe.sparsify is not None)
     if dense:  # the model from before pruning is read, too
         streamed = streamed and is_streamed(resolver.model, resolver.dtype, made_by_step=False)
@@ -95,7 +94,6 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
         section=section,
         layers=_names(layers),
         streamed=streamed,
-        compensated=compensated,
         components=_found(quantizer=quantizer),
         inputs={"base": "sparsify"} if resolver.recipe.sparsify else {},
         files={**files, **resolver.files(section, "quantize")},
@@ -147,7 +145,8 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     if adapter and merger:
         resolver.collect(compatibility.check_dropout(adapter, merger, base.kind))
     quantizer = component_of(steps["quantize"], Quantizer) if "quantize" in steps else None
-    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer))
+    keeps = resolver.recipe.quantize is None or resolver.recipe.quantize.keep_compensated
+    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer, keeps))
     if came_quantized:
         section = section.model_copy(update={"base": "codes"})
     targets, trained = resolver.targets(section.targets, "finetune.targets"), 0

@@ -161,6 +161,11 @@ class Quantize(Section):
     quantizer: Named = Field(description="component that chooses the grid and the codes of each layer")
     include: tuple[str, ...] = Field(("*",), description="glob patterns of the linear layers to quantize")
     exclude: tuple[str, ...] = Field((), description="glob patterns of the linear layers to leave in float")
+    keep_compensated: bool = Field(
+        True,
+        description="whether the floats that were rounded are kept beside the codes, a byte a weight, so that an "
+        "adapter can start from them (finetune.base: compensated); false halves the step's disk at 4 bits",
+    )
 
 
 class Finetune(Section):

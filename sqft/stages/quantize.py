@@ -33,6 +33,7 @@ from sqft.modeling.loading.quantized import (
     save_settings_of_codes,
     tensors_of_codes,
 )
+from sqft.recipe.sections import Quantize
 from sqft.stages.compress import (
     Compress,
     assign_weight,
@@ -53,6 +54,8 @@ class QuantizeStage:
     def __init__(self, inputs: StageInputs) -> None:
         self.inputs = inputs
         self.quantizer, self.label = inputs.step.component(Quantizer), inputs.step.label(Quantizer)
+        section = cast(Quantize, inputs.step.section)
+        self.keeps = section.keep_compensated and self.quantizer.gives_compensated
         self.grid: dict[str, Any] = {}  # the settings of the first layer's
 
     @cached_property
@@ -63,7 +66,7 @@ class QuantizeStage:
     def run(self) -> Report:
         """Write `model/`, a GPTQ checkpoint (version 1) with the base's tokenizer and settings; `masks.safetensors`
         (bit-packed, true where the base kept a weight: codes do not say, since a kept one may be rounded to zero); and,
-        if an adapter is to start from them, the floats that were rounded, as residuals of a byte, in
+        if they are to be kept and the quantizer gives them, the floats that it rounded, as residuals of a byte, in
         `compensated.safetensors`.
 
         Of several processes the first one quantizes, and each of them runs its share of the calibration text.
@@ -102,7 +105,7 @@ class QuantizeStage:
             result, errors = self._quantize(name, linear, stats)
             _check_storable(self.label, name, result, self.grid)
             self.grid = self.grid or grid_settings(result.grid)
-            if self.inputs.step.compensated:
+            if self.keeps:
                 residuals[name] = grids.residual(result).cpu()
             quantized[name] = _on_cpu(result)
             known[name] = {
@@ -136,7 +139,7 @@ class QuantizeStage:
             save_settings_of_codes(opened.model, parts.tokenizer, opened.names, settings, folder, source)
         else:
             save_quantized(opened.model, parts.tokenizer, {name: whole[name] for name in layers}, folder, source)
-        parts.write_beside(["masks", *(["compensated"] if self.inputs.step.compensated else [])])
+        parts.write_beside(["masks", *(["compensated"] if self.keeps else [])])
         weights, zeros = (sum(layer[count] for layer in of_layers.values()) for count in ("weights", "zeros"))
         first = next(iter(of_layers.values()))["grid"]
         return {
@@ -175,8 +178,7 @@ class QuantizeStage:
         bases = self.parts.all("masks")
         stored = GptqFolder(scratch / "model", names)
         masks = FolderReader(scratch, [scratch / "masks.safetensors"])
-        kept = self.inputs.step.compensated
-        residuals = FolderReader(scratch, [scratch / "compensated.safetensors"] if kept else [])
+        residuals = FolderReader(scratch, [scratch / "compensated.safetensors"] if self.keeps else [])
         if different := sorted(stored.layers.keys() ^ known.keys()):
             raise ArtifactError(f"{stage}: {different[0]} was quantized and is not stored, or the other way round")
         for name, expected in known.items():
@@ -190,7 +192,7 @@ class QuantizeStage:
                 raise ArtifactError(f"{stage}: the mask of {name} as stored is not the base's")
             if lost := int((value[~unpack_mask(mask, (value.shape[0], value.shape[1]))] != 0).sum()):
                 raise ArtifactError(f"{stage}: {lost} zeros of the base are not zero in {name} as stored")
-            if kept and (name not in residuals or sha256(residuals.tensor(name)) != expected["residual"]):
+            if self.keeps and (name not in residuals or sha256(residuals.tensor(name)) != expected["residual"]):
                 raise ArtifactError(f"{stage}: the compensated floats of {name} as stored are not the quantizer's")
         if missing := sorted(others.keys() - set(stored.reader.names())):
             raise ArtifactError(f"{stage}: {missing[0]} of the base is not stored")

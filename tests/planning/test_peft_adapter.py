@@ -60,6 +60,8 @@ def test_one_of_the_hub(raw: dict[str, Any], adapter: Path, cache: Path) -> None
     (of_hub,) = planned(raw, adapter="someone/lora").steps
     assert of_hub.files["adapter"].parent == snapshot and of_hub.fingerprint == step.fingerprint
     assert planned(raw, adapter="someone/lora", adapter_revision="0" * 40).steps[0].fingerprint == step.fingerprint
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1}))
+    assert planned(raw, adapter=str(adapter)).steps[0].fingerprint != step.fingerprint
     with pytest.raises(RecipeError, match=r"evaluate.adapter: .*'someone/lora' is not in the hub's cache"):
         planned(raw, adapter="someone/lora", adapter_revision="v2")
     (snapshot / "adapter_model.safetensors").write_bytes(b"short")

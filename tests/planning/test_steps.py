@@ -143,13 +143,16 @@ def test_what_was_rounded_is_asked_of_the_quantizer(
     resolver = resolver_of(raw, registry)
     with_byte = trained(resolver)["quantize"].estimate.storage
     assert problems(resolver) == []
-    raw["finetune"]["base"] = "codes"
-    without = trained(resolver_of(raw, registry))["quantize"].estimate.storage
-    assert with_byte - without == 2 * 9216  # two layers' weights
-    raw["finetune"]["base"] = "compensated"
+    raw["quantize"] = CODES | {"keep_compensated": False}
+    resolver = resolver_of(raw, registry)
+    assert with_byte - trained(resolver)["quantize"].estimate.storage == 2 * 9216  # two layers' weights
+    assert problems(resolver) == [
+        'quantize.keep_compensated: finetune.base "compensated" starts from it; set this to true'
+    ]
+    raw["quantize"] = CODES
     monkeypatch.setattr(Rtn, "gives_compensated", False)
     resolver = resolver_of(raw, registry)
-    trained(resolver)
+    assert with_byte - trained(resolver)["quantize"].estimate.storage == 2 * 9216  # two layers' weights
     (problem,) = problems(resolver)
     assert problem.startswith("finetune.base: quantizer 'rtn' does not give the floats that it rounded")
 

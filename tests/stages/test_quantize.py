@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sqft_gptq import Gptq
+from sqft_gptq import Gptq, Rtn
 from torch import Tensor
 
 from sqft import Orchestrator, Recipe, Registry
@@ -25,12 +25,9 @@ from sqft.stages.quantize import QuantizeStage
 Q, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens.weight"
 
 
-def quantize(
-    raw: dict[str, Any], registry: Registry, folder: Path, start: str = "compensated", **section: Any
-) -> QuantizeStage:
-    """The stage on a base of which one layer has zeros, for an adapter that starts from `start`."""
+def quantize(raw: dict[str, Any], registry: Registry, folder: Path, **section: Any) -> QuantizeStage:
+    """The stage on a base of which one layer has zeros."""
     kept = {key: raw[key] for key in ("schema", "name", "model", "calibration")}
-    kept["finetune"] = raw["finetune"] | {"merger": "qa-sparsepeft", "base": start}
     kept["quantize"] = {"quantizer": {"name": "rtn", "options": {"group_size": 32}}, **section}
     plan = Orchestrator(registry, folder / "store").plan(Recipe.parse(kept))
     (folder / "scratch").mkdir()
@@ -78,10 +75,20 @@ def test_what_it_writes(sparse: dict[str, Any], registry: Registry, tmp_path: Pa
     assert (report["bits"], report["group_size"]) == (4, 32)
 
 
-def test_what_was_rounded_is_kept_for_adapters_that_start_there(
+def test_a_quantizer_that_does_not_say_what_it_rounded(
+    sparse: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rtn, "gives_compensated", False)
+    stage = quantize(sparse, registry, tmp_path)
+    stage.run()
+    stage.verify()
+    assert not (tmp_path / "scratch" / "compensated.safetensors").exists()
+
+
+def test_what_was_rounded_is_not_kept_if_nobody_wants_it(
     sparse: dict[str, Any], registry: Registry, tmp_path: Path
 ) -> None:
-    stage = quantize(sparse, registry, tmp_path, "codes")
+    stage = quantize(sparse, registry, tmp_path, keep_compensated=False)
     stage.run()
     stage.verify()
     assert not (tmp_path / "scratch" / "compensated.safetensors").exists()

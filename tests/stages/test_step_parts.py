@@ -82,7 +82,7 @@ def test_sparsify(raw: dict[str, Any], registry: Registry, tmp_path: Path, chang
     "options", [{}, {"refine": 2, "target": "dense"}, {"act_order": True, "bits": 2, "symmetric": False}]
 )
 def test_quantize(raw: dict[str, Any], registry: Registry, tmp_path: Path, options: dict[str, Any]) -> None:
-    raw["finetune"] |= {"merger": "qa-sparsepeft", "base": "compensated"}
+    raw["finetune"]["merger"] = "qa-sparsepeft"
     raw["quantize"] = {"quantizer": {"name": "gptq", "options": {"bits": 4, "group_size": 32, **options}}}
     sparse = stages(raw, registry, tmp_path, "sparsify", True)
     sparse.run()
