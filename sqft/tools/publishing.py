@@ -138,7 +138,7 @@ def card(run: RunFacts, name: str, format: str, license: str | None = None) -> s
         f"{run.record['versions']['sqft']}: {', '.join(steps) or 'exported'}.",
         f"{sparsity:.2%} of the weights of its linear layers are zero." if sparsity else "",
         f"Linear layers have {bits} bits a weight." if bits else "",
-        f"It is {what.words}: {human_size(sum(path.stat().st_size for path in _files(run)))}.",
+        f"It is {what.words}: {human_size(sum(path.stat().st_size for path in _files(run).values()))}.",
     ]
     lines = [f"# {PurePath(name).name}", " ".join(filter(None, facts)), "## Load it", f"```text\n{run.loading()}\n```"]
     lines += [f"sqft's tests open such results with {what.tried}."] if what.tried else []
@@ -174,15 +174,13 @@ def push(run: RunFacts, repo: str, public: bool = False) -> str:
             f"the hub, which the recipe neither prunes, quantizes nor dequantizes, is pushed alone. {how}, or push the "
             "base and the adapter yourself"
         )
-    result = _result(run)
     Store(run.root).verify(_artifact(run))
     api = HfApi()
     try:
         made = api.create_repo(repo, private=not public, exist_ok=True)
-        added = {path.relative_to(result).as_posix(): path for path in _files(run)}
         texts = documents(run, made.repo_id)  # these win over files of their names
         texts |= {CONFIG: _config_naming(run, base)} if format == "peft" and base else {}
-        contents = added | {name: text.encode() for name, text in texts.items()}
+        contents = _files(run) | {name: text.encode() for name, text in texts.items()}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(made.repo_id, operations, commit_message=f"sqft run {run.name}")
     except SqftError:
@@ -277,10 +275,11 @@ def _artifact(run: RunFacts) -> Artifact:
     return next(artifact for artifact in run.artifacts.values() if artifact.folder.name == folder)
 
 
-def _files(run: RunFacts) -> list[Path]:
-    """Return the files of the result that its artifact lists."""
+def _files(run: RunFacts) -> dict[str, Path]:
+    """Return the files of the result that its artifact lists, by name."""
     artifact, part = _artifact(run), _result(run).name
-    return [artifact.folder / name for name in artifact.manifest["files"] if PurePath(name).parts[0] == part]
+    listed = [PurePath(name) for name in artifact.manifest["files"]]
+    return {name.relative_to(part).as_posix(): artifact.folder / name for name in listed if name.parts[0] == part}
 
 
 def _made(run: RunFacts) -> list[str]:

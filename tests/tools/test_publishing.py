@@ -188,6 +188,16 @@ def test_a_push_uploads_the_result_with_its_documents(facts: RunFacts, hub: dict
     assert not any(b"hf_secret" in file.read_bytes() for file in facts.folder.rglob("*") if file.is_file())
 
 
+def test_a_push_from_a_store_with_a_relative_path(
+    made: tuple[Run, Run], hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the commands name it unless told otherwise."""
+    store = made[0].folder.parents[1]
+    monkeypatch.chdir(store.parent)
+    push(read_facts(Path(store.name, "runs", made[0].folder.name), Path(store.name)), "someone/small")
+    assert {"config.json", "README.md"} <= hub["files"].keys()
+
+
 def test_a_hub_that_refuses_is_named(facts: RunFacts, hub: dict[str, Any]) -> None:
     hub["refuses"] = True
     with pytest.raises(SqftError, match=r"someone/small could not be uploaded: .*hf auth login"):
