@@ -35,17 +35,6 @@ pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=4
 
 
 @given(pairs)
-def test_mcnemars_p_is_the_sign_tests(both: list[tuple[bool, bool]]) -> None:
-    """Under the null each of the n discordant pairs is a fair coin: sum the probabilities of all counts as far off."""
-    first, other = ({(0, n): pair[i] for n, pair in enumerate(both)} for i in (0, 1))
-    won, lost, p = tuning.mcnemar(first, other)
-    assert (won, lost) == (both.count((False, True)), both.count((True, False)))
-    n = won + lost
-    as_far = [k for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2)]
-    assert p == pytest.approx(sum(math.comb(n, k) for k in as_far) / 2**n)
-
-
-@given(pairs)
 def test_the_error_is_over_records(both: list[tuple[bool, bool]]) -> None:
     """Two seeds that agree count once: the same records are no new ones."""
     once = {(0, n): right for n, (right, _) in enumerate(both)}
