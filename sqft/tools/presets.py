@@ -73,6 +73,11 @@ def _quantize(**options: Any) -> dict[str, Any]:
     return {"quantize": {"quantizer": {"name": "gptq", "options": {**GPTQ, **options}}}}
 
 
+def _only_quantize(**options: Any) -> dict[str, Any]:
+    """Nothing is trained from what was rounded, so it need not be kept."""
+    return {"quantize": {**_quantize(**options)["quantize"], "keep_compensated": False}}
+
+
 def _pipelines(refine: Mapping[str, Any]) -> dict[str, Pipeline]:
     """Return the pipelines by name; `refine` are options of gptq where codes of a sparse model are used as they are."""
     codes = SPARSE | _quantize(**refine)
@@ -82,11 +87,11 @@ def _pipelines(refine: Mapping[str, Any]) -> dict[str, Pipeline]:
         ),
         "quantize": Pipeline(
             "Only quantize: INT4 codes in a GPTQ checkpoint, nothing trained.",
-            _quantize() | _text("model", "quantize"),
+            _only_quantize() | _text("model", "quantize"),
         ),
         "gptq": Pipeline(
             "Sparsify, then quantize so that every zero stays zero; nothing trained.",
-            SPARSE | _quantize(symmetric=False, **refine) | _text("model", "sparsify", "quantize"),
+            SPARSE | _only_quantize(symmetric=False, **refine) | _text("model", "sparsify", "quantize"),
         ),
         "lora": Pipeline(
             "LoRA on a sparse model. The adapter stays beside the model, because merging it would fill the zeros.",
