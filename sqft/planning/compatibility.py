@@ -149,7 +149,6 @@ def check_start(
     kind: BaseKind | None,
     came_quantized: bool,
     quantizer: ResolvedComponent[Quantizer] | None = None,
-    keeps: bool = True,
 ) -> Iterator[Problem]:
     """Check that the recipe has what `finetune` is to start from.
 
@@ -159,7 +158,6 @@ def check_start(
         kind: of the base under the adapters; None when it is not known.
         came_quantized: whether the recipe's own model holds codes.
         quantizer: of the recipe, if it quantizes and this was found.
-        keeps: whether what it rounded is kept.
     """
     if kind is None:
         return
@@ -181,8 +179,6 @@ def check_start(
     if came_quantized and section.base == "floats" and "base" in section.model_fields_set:
         yield Problem("finetune.base", 'the model has no floats, only codes; remove this, or set it to "codes"')
     if section.base == "compensated":
-        if not keeps:
-            yield Problem("quantize.keep_compensated", 'finetune.base "compensated" starts from it; set this to true')
         yield from _check_compensated(merger, came_quantized, quantizer)
 
 

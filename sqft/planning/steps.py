@@ -85,6 +85,9 @@ def plan_quantize(section: Quantize, resolver: Resolver) -> Step:
     label = f"quantizer '{section.quantizer.name}'"
     calibration, files = _calibration(resolver, needs, label, layers, "quantize.include")
     compensated = quantizer is not None and quantizer.component.gives_compensated and section.keep_compensated
+    tuned = resolver.recipe.finetune
+    if tuned and tuned.base == "compensated" and not section.keep_compensated:
+        resolver.report("quantize.keep_compensated", 'finetune.base "compensated" starts from it; set this to true')
     streamed = is_streamed(resolver.model, resolver.dtype, made_by_step=resolver.recipe.sparsify is not None)
     if dense:  # the model from before pruning is read, too
         streamed = streamed and is_streamed(resolver.model, resolver.dtype, made_by_step=False)
@@ -145,8 +148,7 @@ def plan_finetune(section: Finetune, resolver: Resolver, base: AdapterBase, step
     if adapter and merger:
         resolver.collect(compatibility.check_dropout(adapter, merger, base.kind))
     quantizer = component_of(steps["quantize"], Quantizer) if "quantize" in steps else None
-    keeps = resolver.recipe.quantize is None or resolver.recipe.quantize.keep_compensated
-    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer, keeps))
+    resolver.collect(compatibility.check_start(section, merger, base.kind, came_quantized, quantizer))
     if came_quantized:
         section = section.model_copy(update={"base": "codes"})
     targets, trained = resolver.targets(section.targets, "finetune.targets"), 0
