@@ -22,7 +22,7 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
     from sqft.execution.earlier_runs import remade_note
     from sqft.execution.memory import shortage_of
     from sqft.execution.orchestrator import Orchestrator
-    from sqft.execution.preflight import disk_shortage, unwritable
+    from sqft.execution.preflight import disk_shortage, unusable
 
     orchestrator = Orchestrator(Registry.discover(disable), store)
     planned = orchestrator.load(recipe, changes)
@@ -32,7 +32,7 @@ def plan(recipe: Path, changes: tuple[str, ...], store: Path, disable: tuple[str
     missing = [step for step in planned.steps if step.name not in planned.reused]
     if shortage := shortage_of(planned, [step.name for step in missing], "cpu", orchestrator.plan):
         click.echo(f"note: on this machine, {shortage.message}")
-    if lacking := unwritable(orchestrator.store) or disk_shortage(orchestrator.store, missing):
+    if lacking := unusable(orchestrator.store) or disk_shortage(orchestrator.store, missing):
         click.echo(f"note: on this machine, {lacking}")
     if note := remade_note(orchestrator.store, planned.recipe, missing):
         click.echo(note)

@@ -75,7 +75,7 @@ class Orchestrator:
                 the model's headers and the files on disk bring to light.
         """
         try:
-            read = Recipe.changed(recipe, changes) if isinstance(recipe, dict) else Recipe.load(recipe, changes)
+            read = Recipe.load(recipe, changes) if isinstance(recipe, str | Path) else Recipe.changed(recipe, changes)
         except RecipeError as error:
             raise RecipeError([*error.problems, *more_problems(error, self.plan)], error.source) from None
         return self.plan(read)

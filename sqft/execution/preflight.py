@@ -13,7 +13,7 @@ from sqft.planning.plan import Plan, Step
 from sqft.recipe.sections import Evaluate, Finetune
 from sqft.store.artifacts import Store
 from sqft.utils.distributed import Processes
-from sqft.utils.files import existing_parent, size_of
+from sqft.utils.files import existing_parent, size_of, unwritable
 from sqft.utils.text import human_size
 
 log = logging.getLogger("sqft")
@@ -78,13 +78,10 @@ def disk_shortage(store: Store, steps: Iterable[Step]) -> str | None:
     )
 
 
-def unwritable(store: Store) -> str | None:
+def unusable(store: Store) -> str | None:
     """Return why nothing can be written to a store, for a plan, which writes nothing; None if it can."""
-    for folder in map(existing_parent, (store.artifacts, store.runs)):
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            why = "may not be written to" if folder.is_dir() else "is a file"
-            return f"the store {store.root} cannot be made or used: {folder} {why}; name another with --store"
-    return None
+    why = unwritable(store.artifacts) or unwritable(store.runs)
+    return why and f"the store {store.root} cannot be made or used: {why}; name another with --store"
 
 
 def _begun(store: Store, step: Step) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from sqft.errors import RecipeError, SqftError
+from sqft.errors import Problem, RecipeError, SqftError
 from sqft.recipe.diagnostics import problems_of, without_mistakes
 from sqft.recipe.fields import RUN_NAME, Section
 from sqft.recipe.reading import apply, checked_object, read_json
@@ -79,10 +79,20 @@ class Recipe(Section):
         Raises:
             RecipeError: with every mistake and its path.
         """
-        raw = copy.deepcopy(raw)
+        raw = copy.deepcopy(checked_object(raw, source))
+        wrong: list[Problem] = []
         for change in changes:
-            apply(raw, change, source, cls)
-        return cls.parse(raw, folder, source)
+            try:
+                apply(raw, change, source, cls)
+            except RecipeError as error:
+                wrong += error.problems
+        try:
+            recipe = cls.parse(raw, folder, source)
+        except RecipeError as error:
+            raise RecipeError([*wrong, *error.problems], source, error.rest) from None
+        if wrong:
+            raise RecipeError(wrong, source, recipe)
+        return recipe
 
     @classmethod
     def parse(cls, raw: object, folder: Path | None = None, source: str = "recipe") -> Recipe:

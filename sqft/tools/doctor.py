@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqft
-from sqft.utils.files import existing_parent
+from sqft.utils.files import existing_parent, unwritable
 
 State = Literal["ok", "absent", "wrong"]
 OPTIONAL_PACKAGES = {
@@ -186,11 +186,10 @@ def _plugins() -> Iterator[Check]:
 
 
 def _disk(store: Path) -> Iterator[Check]:
-    folder = existing_parent(store)
-    free = f"{store}: {_gib(shutil.disk_usage(folder).free)} free"
-    writable = os.access(folder, os.W_OK) and folder.is_dir()
-    note = "" if writable else f"{folder} cannot be written; name another with --store"
-    yield Check("store", "disk", free, "ok" if writable else "wrong", True, note)
+    free = f"{store}: {_gib(shutil.disk_usage(existing_parent(store)).free)} free"
+    why = unwritable(store)
+    note = f"{why}; name another with --store" if why else ""
+    yield Check("store", "disk", free, "wrong" if why else "ok", True, note)
 
 
 def _gib(size: float) -> str:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqft.utils.files import existing_parent
+from sqft.utils.files import existing_parent, unwritable
 
 
 def use_writable_caches(fallback: Path) -> None:
@@ -29,11 +29,10 @@ def use_writable_caches(fallback: Path) -> None:
 
 def _writable(folder: Path) -> bool:
     """Return whether a folder can be written, or made: what permits it may still refuse it, as /proc does."""
-    parent = existing_parent(folder)
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if unwritable(folder):
         return False
     try:
-        with TemporaryDirectory(dir=parent):
+        with TemporaryDirectory(dir=existing_parent(folder)):
             return True
     except OSError:
         return False

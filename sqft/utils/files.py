@@ -77,9 +77,17 @@ def size_of(folder: Path) -> int:
 
 
 def existing_parent(path: Path) -> Path:
-    """Return the nearest folder above `path`, or `path` itself, that exists."""
-    path = path.resolve()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    """Return the nearest folder above `path`, or `path` itself, that is seen to exist."""
+    path = path.resolve()  # `Path.exists` raises where a folder on the way may not be searched
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+
+
+def unwritable(path: Path) -> str | None:
+    """Return why a folder, there yet or not, cannot be made or written to; None where permissions allow it."""
+    folder = existing_parent(path)
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} may not be written to"
 
 
 def sync(path: Path) -> None:

@@ -214,6 +214,8 @@ def test_plain_data_is_changed_and_planned_with_every_mistake_at_once(
     with pytest.raises(RecipeError) as caught:
         orchestrator.load(raw, ["sparsify.sparsity=2", "sparsify.scorer=wnda"])
     assert {problem.place for problem in caught.value.problems} == {"sparsify.sparsity", "sparsify.scorer"}
+    with pytest.raises(RecipeError, match="expected a JSON object, found list"):
+        orchestrator.load([raw])  # type: ignore[arg-type]
 
 
 def test_problems_near_known_ones_are_not_repeated(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sqft.checkpoints.model_spec import ModelSpec
 from sqft.errors import DeviceError, StageError, StoreError
-from sqft.execution.preflight import check_device, check_disk, check_tasks, check_training, unwritable
+from sqft.execution.preflight import check_device, check_disk, check_tasks, check_training, unusable
 from sqft.recipe.sections import Evaluate, Finetune, Merge
 from sqft.store.artifacts import Store
 
@@ -37,9 +37,9 @@ def test_the_disk_has_room_for_what_is_missing(store: Store, tmp_path: Path) -> 
 
 
 def test_a_folder_that_nothing_may_be_written_to(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unwritable(store) is None
+    assert unusable(store) is None
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    assert f"{tmp_path} may not be written to; name another with --store" in str(unwritable(store))
+    assert f"{tmp_path} may not be written to; name another with --store" in str(unusable(store))
 
 
 def test_what_is_stored_already_needs_no_room(store: Store) -> None:

@@ -271,3 +271,13 @@ def test_changes_leave_the_callers_data_alone() -> None:
     before = copy.deepcopy(raw)
     assert Recipe.changed(raw, ["sparsify.sparsity=0.7"]).sparsify.sparsity == 0.7  # type: ignore[union-attr]
     assert raw == before
+
+
+def test_every_change_that_leads_nowhere_is_named_beside_the_other_mistakes(raw: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.changed(raw, ["seed", "name.x=1", "sparsify.sparsity=2"])
+    assert [problem.place for problem in caught.value.problems] == ["", "name.x", "sparsify.sparsity"]
+    assert caught.value.rest is not None
+    with pytest.raises(RecipeError) as alone:
+        Recipe.changed(raw, ["name.x=1"])
+    assert alone.value.rest is not None and alone.value.rest.name == raw["name"]

@@ -82,6 +82,21 @@ def test_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert existing_parent(tmp_path / "a" / "b") == existing_parent(tmp_path) == tmp_path.resolve()
 
 
+def test_what_is_in_a_folder_that_may_not_be_searched_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.stat
+
+    def stat(path: Any, *more: Any, **how: Any) -> os.stat_result:
+        if Path(path).parent.name == "closed":  # root may search everywhere
+            raise PermissionError(13, "Permission denied")
+        return real(path, *more, **how)
+
+    (tmp_path / "closed" / "in").mkdir(parents=True)
+    monkeypatch.setattr(os, "stat", stat)
+    assert existing_parent(tmp_path / "closed" / "in") == tmp_path.resolve() / "closed"
+
+
 def test_files_and_folders_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("a")
     sync(tmp_path / "a")
