@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
 
 from sqft.recipe.data import DataRef
 from sqft.recipe.fields import Count, Section, one_or_several
 from sqft.types import InputPath
 
-Answer = Literal["text", "first_number", "last_number"]
-ANSWER = "which part of the generated text is compared: all of it, or its first or last number"
+
+def _of_numbers(tolerance: float, info: ValidationInfo) -> float:
+    if tolerance and info.data.get("answer") == "text":
+        raise ValueError('is for numbers; set answer to "last_number" or "first_number", or leave this out')
+    return tolerance
+
+
+Answer = Annotated[
+    Literal["text", "first_number", "last_number"],
+    Field(description="which part of the generated text is compared: all of it, or its first or last number"),
+]
+Tolerance = Annotated[
+    float,
+    Field(
+        ge=0,
+        allow_inf_nan=False,
+        description="largest difference between a number and the expected one that counts as right",
+    ),
+    AfterValidator(_of_numbers),
+]
+"""Comes after a section's `answer`, which it is checked against."""
 
 
 class Perplexity(Section):
@@ -35,15 +54,6 @@ class ExactMatch(Section):
 
     data: DataRef = Field(description="test records with a prompt and a completion, not used in training")
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
-    answer: Answer = Field("text", description=ANSWER)
-    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="largest difference between a number and the expected one that counts as right"
-    )
+    answer: Answer = "text"
+    tolerance: Tolerance = 0.0
     batch_size: Count = Field(64, description="prompts that are processed at once")
-
-    @field_validator("tolerance")
-    @classmethod
-    def _of_numbers(cls, tolerance: float, info: ValidationInfo) -> float:
-        if tolerance and info.data.get("answer") == "text":
-            raise ValueError('is for numbers; set answer to "last_number" or "first_number", or leave this out')
-        return tolerance

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from sqft.recipe.choices import OptimizerName, Schedule, Tracker
 from sqft.recipe.data import CalibrationRef, DataRef, DataRefs, TemplateArguments, TrainingData
 from sqft.recipe.fields import Count, Fraction, NoEffect, OutputPath, Section, ShortForm
-from sqft.recipe.measures import ANSWER, Answer, ExactMatch, Perplexities, Perplexity
+from sqft.recipe.measures import Answer, ExactMatch, Perplexities, Perplexity, Tolerance
 from sqft.recipe.teacher import TeacherRef
 from sqft.types import InputPath, Pattern
 
@@ -297,7 +297,8 @@ class Search(Section):
         "exact_match", description="measure by which rank configurations are compared"
     )
     max_new_tokens: Count = Field(8, description="tokens generated for an answer")
-    answer: Answer = Field("text", description=ANSWER)
+    answer: Answer = "text"
+    tolerance: Tolerance = 0.0
     batch_size: Count = Field(64, description="prompts, or examples, that are processed at once")
 
 

@@ -178,9 +178,8 @@ class SearchStage:
         self.adapted.set_ranks(config)
         with cached_effective_weights(model):
             if section.metric == "exact_match":
-                found = exact_match(
-                    model, tokenizer, own, section.answer, section.max_new_tokens, section.batch_size, silent
-                )
+                asked = section.answer, section.max_new_tokens, section.batch_size
+                found = exact_match(model, tokenizer, own, *asked, silent, section.tolerance)
                 return [RecordValue(float(answer["right"]), 1) for answer in found["predictions"]]
             encoded = self._encoded(own)
             pad_id = cast(int, tokenizer.pad_token_id)

@@ -11,7 +11,7 @@ from sqft.errors import RecipeError
 from sqft.recipe.data import TrainingData
 from sqft.recipe.recipe import Recipe
 from sqft.recipe.rerun import with_absolute_paths
-from sqft.recipe.sections import ComponentRef, Evaluate, Finetune, Model, Sparsify
+from sqft.recipe.sections import ComponentRef, Evaluate, Finetune, Model, Search, Sparsify
 from sqft.types import Pattern
 
 
@@ -87,6 +87,8 @@ def test_a_task_is_listed_once() -> None:
 def test_a_tolerance_is_of_numbers(tolerance: float) -> None:
     with pytest.raises(ValidationError, match=r"is for numbers|greater than or equal to 0|finite"):
         Evaluate.model_validate({"exact_match": {"data": "test.jsonl", "tolerance": tolerance}})
+    with pytest.raises(ValidationError, match=r"is for numbers|greater than or equal to 0|finite"):
+        Search.model_validate({"tolerance": tolerance})
 
 
 def test_sections_are_frozen_and_know_their_keys() -> None:

@@ -379,6 +379,23 @@ def test_a_loss_is_measured_on_what_training_would_keep(
     assert trials and {trial["samples"] for trial in trials} == {3 if metric == "loss" else 5}
 
 
+@pytest.mark.parametrize(("tolerance", "right"), [(0, 0), (1, 1)])
+def test_answers_are_right_within_the_tolerance(
+    tolerance: float, right: float, raw: dict[str, Any], registry: Registry, tmp_path: Path
+) -> None:
+    """A model that has learnt to answer 7, where 8 is expected."""
+    for name, number in ("learnt", 7), ("asked", 8):
+        record = {"prompt": "a", "completion": f" {number}"}
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * 4)
+    raw["finetune"] |= {"data": str(tmp_path / "learnt.jsonl"), "steps": 20}
+    asked = {"metric": "exact_match", "answer": "first_number", "tolerance": tolerance, "max_new_tokens": 2}
+    raw["search"] |= {"data": str(tmp_path / "asked.jsonl"), **asked}
+    orchestrator = Orchestrator(registry, tmp_path / "store")
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)), until="search")
+    trials = [json.loads(line) for line in (run["search"].folder / "trials.jsonl").read_text().splitlines()]
+    assert trials and {trial["value"] for trial in trials} == {right}
+
+
 @pytest.mark.parametrize("metric", ["loss", "exact_match"])
 @pytest.mark.parametrize("samples", [7, 1])
 def test_processes_share_the_records_and_find_what_one_finds(
