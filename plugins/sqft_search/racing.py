@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence, Set
 from random import Random
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace
 
@@ -37,6 +38,16 @@ class Racing(Searcher):
     probably: float = Field(0.3, gt=0, lt=0.5, description="probability below which a neighbour is probably worse")
     cautious: bool = Field(False, description="move only to neighbours that are surely better")
     patience: int = Field(64, ge=1, description="races in a row without a move, after which the search ends")
+
+    @model_validator(mode="after")
+    def _allows_a_race(self) -> Self:
+        first = min(self.first, self.samples)
+        if self.evaluations < (least := (self.neighbors + 1) * (first // 2 + 1)):
+            raise ValueError(
+                f"evaluations: {self.evaluations} records allow no race, which begins with half of `first` for each of "
+                f"{self.neighbors} neighbours and the anchor; give {least} or more, or lower `neighbors` or `first`"
+            )
+        return self
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         records = _Records(space, evaluate, self.evaluations)

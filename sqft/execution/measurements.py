@@ -14,10 +14,12 @@ from typing import Any
 from sqft.errors import ArtifactError, StoreError
 from sqft.planning.plan import Step
 from sqft.store.artifacts import Artifact, Store
-from sqft.utils.files import MANIFEST, write_json
+from sqft.utils.files import CHECKPOINTS, MANIFEST, write_json
 from sqft.utils.resources import versions
 
 EVALUATE, RESULTS = "evaluate", "results.json"
+BEGUN = "measured-so.json"
+"""Says, while an evaluation is made, what it measures, with which packages and on which device."""
 
 
 def made_of(inputs: Mapping[str, Path]) -> dict[str, str]:
@@ -29,11 +31,13 @@ def made_of(inputs: Mapping[str, Path]) -> dict[str, str]:
     }
 
 
-def take_earlier(store: Store, step: Step, scratch: Path, inputs: Mapping[str, Path], device: str) -> dict[str, str]:
+def take_earlier(
+    store: Store, step: Step, scratch: Path, inputs: Mapping[str, Path], device: str, anew: bool = False
+) -> dict[str, str]:
     """Put what finished evaluations have measured into the folder of one that begins, as if it had measured that.
 
-    The newest that has a measurement gives it: of the same files, with the same packages, on the same device. Where an
-    earlier attempt has left results, nothing is taken.
+    The newest that has a measurement gives it: of the same files, with the same packages, on the same device. What an
+    earlier attempt has left stays where it was measured so, too, and then nothing is taken; otherwise it is deleted.
 
     Args:
         store: the step's.
@@ -41,17 +45,20 @@ def take_earlier(store: Store, step: Step, scratch: Path, inputs: Mapping[str, P
         scratch: the folder in which it is made, whose lock is held.
         inputs: the folders that it measures, by role.
         device: the torch device that it would measure on.
+        anew: whether to take nothing.
 
     Returns:
         The artifact that gave a measurement, by the measurement's name; empty for another stage.
     """
     origins: dict[str, str] = {}
-    if not step.measurements or (scratch / RESULTS).exists():
+    if not step.measurements:
+        return origins
+    measured_so = {"made_of": made_of(inputs), "versions": versions(), "device": device}
+    _begin(scratch, measured_so)
+    if anew or (scratch / RESULTS).exists():
         return origins
     results: dict[str, Any] = {}
-    for fingerprint, made in _evaluations(
-        store, {"made_of": made_of(inputs), "versions": versions(), "device": device}
-    ):
+    for fingerprint, made in _evaluations(store, measured_so):
         same = {name: made[one] for name, one in step.measurements.items() if name not in origins and one in made}
         if not same:
             continue
@@ -65,6 +72,18 @@ def take_earlier(store: Store, step: Step, scratch: Path, inputs: Mapping[str, P
     if origins:
         write_json(scratch / RESULTS, results | {"earlier": origins})
     return origins
+
+
+def _begin(scratch: Path, measured_so: Mapping[str, Any]) -> None:
+    """Empty the folder of an evaluation, unless what is there was measured so; and write down how it is measured."""
+    begun = scratch / CHECKPOINTS / BEGUN
+    with suppress(OSError, ValueError):
+        if json.loads(begun.read_text("utf-8")) == measured_so:
+            return
+    for left in scratch.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    begun.parent.mkdir()
+    write_json(begun, measured_so)
 
 
 def _evaluations(store: Store, same: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -144,7 +144,7 @@ class Orchestrator:
                 self.store.verify(artifact)
                 log.info("%s: reused %s", label, artifact.folder.name)
             else:
-                taken = {} if anew else take_earlier(self.store, step, scratch, inputs, self.device)
+                taken = take_earlier(self.store, step, scratch, inputs, self.device, anew)
                 for name, earlier in taken.items():
                     log.info("%s: %s was measured earlier, in %s", label, name, earlier)
                 artifact = self._make(plan, step, inputs, scratch, label)

@@ -144,6 +144,25 @@ def check_device(device: str) -> None:
         )
 
 
+def check_devices(names: Iterable[str]) -> None:
+    """Check that there are these devices, each for a process of its own; no GPU is touched by this one.
+
+    Raises:
+        DeviceError: naming one that there is not.
+    """
+    import torch
+
+    for name in names:
+        try:
+            index = torch.device(name).index or 0
+        except RuntimeError as error:
+            raise DeviceError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
+        if not name.startswith("cuda"):
+            check_device(name)
+        elif index >= (seen := torch.cuda.device_count()):
+            raise DeviceError(f"device '{name}' cannot be used: torch sees {seen} GPUs here")
+
+
 def check_training(steps: Iterable[Step], device: str, processes: int) -> None:
     """Check that `device` and the number of processes suit the fine-tuning among steps that are not done.
 

@@ -161,11 +161,14 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
 
     Args:
         step: with the digests of its files.
-        recipe: its seed and model section count, and the calibration that the step reads.
+        recipe: its seed (but for a measurement without a searcher) and model section count, and the calibration that
+            the step reads.
         model: digest of the recipe's own model.
         before: the steps that it reads, with their fingerprints, by name.
     """
     section = step.section
+    # A measurement draws nothing itself: what its inputs drew is in their fingerprints.
+    measures_alone = isinstance(section, Evaluate) and not step.components
     renders = bool(step.files)
     if isinstance(section, Evaluate):  # neither a perplexity nor a task without the template renders anything
         renders = bool(section.exact_match or (section.tasks and section.apply_chat_template))
@@ -180,7 +183,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "plain_texts": sorted(role for role, file in step.files.items() if is_plain_text(file)),
         "model": [model, recipe.model.dtype, recipe.model.trust_remote_code, recipe.model.dequantize],
         "chat_template_kwargs": recipe.model.chat_template_kwargs if renders else {},
-        "seed": recipe.seed,
+        "seed": None if measures_alone else recipe.seed,
     }
     if "calibration" in step.files and recipe.calibration:
         content["calibration"] = settings_of(recipe.calibration)

@@ -15,6 +15,8 @@ from sqft.recipe.fields import fields_of, section_in, short_form_of
 DIGITS = 1000
 """Of the longest integer that is read: Python makes none of more than some thousands."""
 
+NOWHERE = "there is no such path in the recipe"
+
 
 def read_json(path: Path) -> Any:
     """Read a JSON file strictly: no duplicate keys, no NaN.
@@ -104,12 +106,10 @@ def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:
             here = here[key]
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])
-            raise RecipeError(
-                [Problem(where, f"--set {change}: there is no such path in the recipe")], source
-            ) from None
+            raise RecipeError([Problem(where, f"{NOWHERE}, to set {change}")], source) from None
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
         here[int(last)] = value
     elif isinstance(here, dict):
         here[last] = value
     else:
-        raise RecipeError([Problem(path, f"--set {change}: there is no such path in the recipe")], source)
+        raise RecipeError([Problem(path, f"{NOWHERE}, to set {change}")], source)

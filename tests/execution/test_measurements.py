@@ -113,7 +113,7 @@ def test_only_what_is_new_is_measured(
 def test_what_was_asked_otherwise_is_measured(
     few: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings of lm-eval are the tasks' alone; the seed and the model are everything's."""
+    """Settings of lm-eval are the tasks' alone, and the model is everything's; the seed is nobody's."""
     done(few, registry, tmp_path / "store")
     names = counted(monkeypatch)
     evaluate = few["evaluate"]
@@ -123,6 +123,8 @@ def test_what_was_asked_otherwise_is_measured(
     done(few | {"evaluate": evaluate | {"exact_match": match}}, registry, tmp_path / "store")
     assert names == ["one", "exact_match"]
     done(few | {"seed": 5}, registry, tmp_path / "store")
+    assert names == ["one", "exact_match"]
+    done(few | {"model": few["model"] | {"dtype": "bfloat16"}}, registry, tmp_path / "store")
     assert names == ["one", "exact_match", "perplexity.text", "exact_match", "one"]
 
 
@@ -179,6 +181,24 @@ def test_of_another_model_or_by_other_packages_nothing_is_taken(
     done(few, registry, tmp_path / "store")
     monkeypatch.setattr(f"sqft.execution.measurements.{what}", lambda *_: {"other": "one"})
     assert "earlier" not in measured(done(more, registry, tmp_path / "store"))[0]
+
+
+@pytest.mark.parametrize("other", ["", "made_of", "versions", "device"])
+def test_what_a_killed_evaluation_left_stays_only_if_it_was_measured_so(
+    other: str, few: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("sqft.stages.evaluate.EvaluateStage._task", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            done(few, registry, tmp_path / "store")
+    (begun,) = (tmp_path / "store" / "artifacts").glob(".partial-evaluate-*/*/measured-so.json")
+    assert json.loads(begun.read_text())["device"] == "cpu"
+    if other:
+        begun.write_text(json.dumps(json.loads(begun.read_text()) | {other: "other"}))
+    names = counted(monkeypatch)
+    run = done(few, registry, tmp_path / "store")
+    assert names == (["perplexity.text", "exact_match", "one"] if other else ["one"])
+    assert not any("measured-so" in name for name in run.outcomes["evaluate:model"].artifact.manifest["files"])
 
 
 def test_what_a_model_is_made_of(tmp_path: Path) -> None:

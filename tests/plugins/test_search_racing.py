@@ -10,6 +10,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from sqft_search.racing import Racing, by_chance
 
 from sqft.api import RankConfig, RankGroup, RecordValue, SearchSpace
@@ -66,13 +67,20 @@ def test_no_difference_proves_nothing() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 99), st.integers(1, 3000), st.booleans())
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 99), st.integers(45, 3000), st.booleans())
 def test_the_budget_holds_and_the_search_is_seeded(lengths: list[int], seed: int, budget: int, cautious: bool) -> None:
     space, searcher = space_of(*lengths), Racing(evaluations=budget, cautious=cautious)
     first, again = Recorder(noisy), Recorder(noisy)
     found = searcher.search(space, first, Random(seed))
     assert found in space and sum(first.evaluated.values()) <= budget
     assert searcher.search(space, again, Random(seed)) == found and again.questions == first.questions
+
+
+@pytest.mark.parametrize(("options", "least"), [({}, 45), ({"neighbors": 1}, 18), ({"samples": 4}, 15)])
+def test_a_budget_that_allows_no_race(options: dict[str, int], least: int) -> None:
+    Racing(evaluations=least, **options)
+    with pytest.raises(ValidationError, match=f"evaluations: {least - 1} records allow no race.*give {least} or more"):
+        Racing(evaluations=least - 1, **options)
 
 
 def test_a_better_neighbour_wins_on_few_records() -> None:

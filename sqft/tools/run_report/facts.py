@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sqft.errors import StoreError
 from sqft.execution.run import RESULT
+from sqft.recipe.measures import ExactMatch
 from sqft.recipe.stages import EVALUABLE
 from sqft.store.artifacts import Artifact, Store
 from sqft.tools.run_report.trials import Trial, read_trials
@@ -137,16 +142,15 @@ class RunFacts:
     def _matched(self, step: str) -> Iterator[Measure]:
         """Yield the answers to `exact_match`."""
         if answers := self._lines(step, "predictions.jsonl"):
-            section = self.recipe["evaluate"]["exact_match"]
-            rules = {key: value for key, value in section.items() if key not in ("data", "batch_size")}
+            rules = rules_of(self.recipe["evaluate"]["exact_match"])
             right = ((f"{one['prompt']}\0{one['expected']}", one["right"]) for one in answers)
-            yield Measure("accuracy", json.dumps(rules, sort_keys=True), by_question(right))
+            yield Measure("accuracy", rules, by_question(right))
 
     def _tasks(self, step: str) -> Iterator[Measure]:
         """Yield the answers to lm-eval's tasks, where they were kept and a metric is the mean over them."""
         report = self.artifacts[step].report
         asked = report.get("lm_eval", {})
-        shared = {name: value for name, value in asked.items() if name not in ("names", "tasks")}
+        shared = {name: value for name, value in asked.items() if name not in ("names", "tasks", "batch_size")}
         for task, metrics in report.get("tasks", {}).items():
             samples = self._lines(step, f"samples/{task.replace('/', '_')}.jsonl")
             rules = json.dumps([task, shared, asked.get("tasks", {}).get(task)], sort_keys=True)
@@ -183,11 +187,16 @@ class RunFacts:
         return self._read(step, name, parse) if self._has(step, name) else []
 
     def _read(self, step: str, name: str, parse: Callable[[str], Any]) -> Any:
-        file = self.artifacts[step].folder / name
+        artifact = self.artifacts[step]
+        file, why = artifact.folder / name, "it has changed since it was stored"
         try:
-            return parse(file.read_text("utf-8", errors="replace"))
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == artifact.manifest["files"][name]["sha256"]:
+                return parse(content.decode("utf-8", errors="replace"))
         except (OSError, ValueError) as error:
-            raise StoreError(f"{file} is damaged ({reason(error)}); run with --fresh {step}") from None
+            why = reason(error)
+        remedy = f"delete {artifact.folder}, or run with --fresh {step}"
+        raise StoreError(f"{file} is damaged ({why}); {remedy}")
 
     def _has(self, step: str, name: str) -> bool:
         return step in self.artifacts and name in self.artifacts[step].manifest["files"]
@@ -215,6 +224,14 @@ def read_facts(folder: Path, root: Path) -> RunFacts:
     found = {name: store.find(name.partition(":")[0], fingerprint) for name, fingerprint in made}
     artifacts = {name: artifact for name, artifact in found.items() if artifact}
     return RunFacts(folder, root, report, recipe, record, digests, artifacts)
+
+
+def rules_of(exact_match: Mapping[str, Any]) -> str:
+    """Return the settings of `exact_match` in a recipe that decide what is right, also those that it leaves out."""
+    given = {key: value for key, value in exact_match.items() if key not in ("data", "batch_size")}
+    with suppress(ValidationError):  # one of another version of sqft is compared as it is
+        given = ExactMatch.model_validate({**given, "data": "any"}).model_dump(exclude={"data", "batch_size"})
+    return json.dumps(given, sort_keys=True)
 
 
 def by_question(values: Iterable[tuple[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from sqft.tools.run_report.facts import RunFacts, read_facts
 from sqft.tools.sweep.definition import SEED
 from sqft.tools.sweep.results import CellDifference, SweepResults
 from sqft.utils.significance import bootstrap_interval
+
+log = logging.getLogger("sqft")
 
 
 def differences(results: SweepResults, store: Path) -> list[CellDifference]:
@@ -25,9 +28,11 @@ def differences(results: SweepResults, store: Path) -> list[CellDifference]:
             label = ", ".join(f"{axis} {value}" for axis, value in others.items())
             seed = one.cell.values.get(SEED, "")
             try:
-                groups.setdefault(label, {})[seed] = read_facts(one.folder, store)
-            except SqftError:
-                continue  # the table has what is left of it
+                facts = read_facts(one.folder, store)
+                _ = facts.measures  # read now, while a damaged file costs one cell and not the table
+                groups.setdefault(label, {})[seed] = facts
+            except SqftError as error:
+                log.warning("cell (%s) is not compared: %s", one.cell, error)
     (first, before), *rest = groups.items() or [("", {})]
     return [found for label, after in rest for found in _differences(first, before, label, after)]
 

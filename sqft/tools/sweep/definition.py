@@ -109,18 +109,24 @@ class Sweep(Section):
         """The sweep's file, for messages."""
         return self._source
 
+    def named(self, changes: Sequence[str] = ()) -> str:
+        """Return the name of the results, and the beginning of the runs' names; `changes` have others than the file."""
+        return f"{self.name}-{short_digest(changes)}" if changes else self.name
+
     def cells(self, changes: Sequence[str] = ()) -> list[Cell]:
         """Return a cell for each combination of values that is not left out; `changes` are made in all, last.
 
         Raises:
-            RecipeError: when a change is of something that an axis sets.
+            RecipeError: when a change is of something that an axis sets, or that no setting may hold.
         """
         for place in (change.partition("=")[0] for change in changes):
+            if place in NOT_SET:
+                raise RecipeError([Problem(place, f"--set {place}: {NOT_SET[place]}")], self.source)
             if axis := next(
                 (axis for axis in self.axes if any(related(place, one) for one in self._places(axis))), None
             ):
                 raise RecipeError([Problem(f"axes.{axis}", f"sets what --set {place} changes, too")], self.source)
-        cells, names, skipped = [], self._names(), self._skipped()
+        cells, names, skipped = [], self._names(self.named(changes)), self._skipped()
         for chosen in product(*(self._values(axis) for axis in self.axes)):
             values = {axis: label for axis, (label, _) in zip(self.axes, chosen, strict=True)}
             if any(one.items() <= values.items() for one in skipped):
@@ -138,10 +144,10 @@ class Sweep(Section):
         given = self.axes[axis]
         return list(given.items()) if isinstance(given, dict) else [(_shown(value), {axis: value}) for value in given]
 
-    def _names(self) -> dict[tuple[str, ...], str]:
+    def _names(self, first: str) -> dict[tuple[str, ...], str]:
         """Return the name of each combination's run: of its values, and a digest where that is long or not its own."""
         labels = product(*([label for label, _ in self._values(axis)] for axis in self.axes))
-        plain = {values: NO_NAME.sub("-", "-".join((self.name, *values))).rstrip("-.") for values in labels}
+        plain = {values: NO_NAME.sub("-", "-".join((first, *values))).rstrip("-.") for values in labels}
         shared = Counter(plain.values())
         return {
             values: name if shared[name] == 1 and len(name) <= LONGEST else f"{name[:LONGEST]}-{short_digest(values)}"
@@ -157,7 +163,7 @@ class Sweep(Section):
 
     def _problems(self) -> list[Problem]:
         problems = [problem for axis, given in self.axes.items() for problem in _problems_of_axis(axis, given)]
-        problems += [Problem(f"set.{key}", why) for key, why in NOT_SET.items() if key in self.set]
+        problems += _problems_of_settings("set", self.set)
         if problems:
             return problems
         if self.recipe is None and not any(
@@ -202,10 +208,13 @@ def _problems_of_axis(axis: str, given: Any) -> list[Problem]:
             continue
         if not isinstance(settings.get(RECIPE, "a"), str):
             problems.append(Problem(f"{where}.{RECIPE}", "expected the path of a recipe file"))
-        problems += [
-            Problem(f"{where}.{key}", why) for key, why in NOT_SET.items() if key in settings and key != RECIPE
-        ]
+        problems += _problems_of_settings(where, {key: value for key, value in settings.items() if key != RECIPE})
     return problems
+
+
+def _problems_of_settings(where: str, settings: Mapping[str, Any]) -> list[Problem]:
+    wrong = {key: NOT_SET.get(key, "is no place in a recipe") for key in settings if key in NOT_SET or "=" in key}
+    return [Problem(f"{where}.{key}", why) for key, why in wrong.items()]
 
 
 def _within(place: str, others: Iterable[str]) -> bool:

@@ -66,7 +66,7 @@ class CellDifference:
     def cells(self) -> list[str]:
         """Return the difference as text: cells under `DIFFERENCE_HEADS`."""
         low, high = map(signed_percent, self.interval)
-        seeds = ", ".join(signed_percent(value) for value in self.by_seed.values())
+        seeds = ", ".join(f"{seed}: {signed_percent(value)}".removeprefix(": ") for seed, value in self.by_seed.items())
         shown = f"{signed_percent(self.difference)} points"
         named = [self.cell, self.first, self.configuration, self.measure, str(len(self.by_seed))]
         return [*named, shown, f"{low} to {high}", seeds]
@@ -82,7 +82,7 @@ class SweepResults:
     folder: Path
     """Where the results are written."""
     differences: tuple[CellDifference, ...] = ()
-    """Of each combination of values to the first one; they are made at the end."""
+    """Of each combination of values to the first one; while cells run, of those that were done before."""
 
     @property
     def failed(self) -> list[CellResult]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -18,13 +18,14 @@ from typing import Any
 
 from sqft.errors import SqftError
 from sqft.execution.orchestrator import Orchestrator
+from sqft.execution.preflight import check_devices
 from sqft.execution.report import flat_rows
 from sqft.execution.run_folder import run_folder
 from sqft.planning.plan import Plan
 from sqft.recipe.rerun import with_absolute_paths
 from sqft.tools.sweep.comparison import differences
-from sqft.tools.sweep.definition import Cell, Sweep, short_digest
-from sqft.tools.sweep.results import CellResult, SweepResults
+from sqft.tools.sweep.definition import Cell, Sweep
+from sqft.tools.sweep.results import CellDifference, CellResult, SweepResults
 from sqft.utils.files import write_json
 from sqft.utils.termination import terminable
 from sqft.utils.text import shortened
@@ -84,19 +85,17 @@ def run_sweep(
         disable: plugins that these processes skip. They know the installed ones only.
         changes: those of `plan_cells`; with some, results are in a folder of their own.
     """
-    suffix = f"-{short_digest(changes)}" if changes else ""
-    running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / f"{sweep.name}{suffix}")
+    running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / sweep.named(changes))
+    if running.is_open():
+        check_devices(devices if len(devices) > 1 else [orchestrator.device])
+    running.compare()
     if len(devices) > 1:
         with terminable():
             _Processes(running, disable).run(devices)
     else:
         for cell, plan in running.open():
             running.run_here(cell, plan)
-    results = running.results()
-    results = replace(results, differences=tuple(differences(results, orchestrator.store.root)))
-    with orchestrator.store.writing():
-        results.write()
-    return results
+    return running.compare()
 
 
 @dataclass
@@ -109,13 +108,26 @@ class _Running:
     folder: Path
     errors: dict[str, str] = field(default_factory=dict)
     known: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+    differences: tuple[CellDifference, ...] = ()
+    """Of the cells that were done when they were last compared."""
     lock: Any = field(default_factory=Lock)
 
-    def open(self) -> Iterator[tuple[Cell, Plan]]:
-        """Yield the cells that are not done."""
+    def is_open(self) -> bool:
+        """Return whether a cell is not done."""
+        return any(self.rows(plan) is None for _, plan in self.plans)
+
+    def compare(self) -> SweepResults:
+        """Compare the cells that are done, write the results, and return them."""
+        self.differences = tuple(differences(self.results(), self.orchestrator.store.root))
         self.write()
+        return self.results()
+
+    def open(self) -> Iterator[tuple[Cell, Plan]]:
+        """Yield the cells that are not done; the run of one that is becomes the newest of its name."""
         for number, (cell, plan) in enumerate(self.plans, 1):
             if self.rows(plan) is not None:
+                with self.orchestrator.store.writing():
+                    (run_folder(self.orchestrator.store, plan) / "recipe.json").touch()
                 log.info("cell %d of %d (%s): done before", number, len(self.plans), cell)
             else:
                 log.info("cell %d of %d (%s)", number, len(self.plans), cell)
@@ -142,7 +154,7 @@ class _Running:
             CellResult(cell, run_folder(self.orchestrator.store, plan), self.rows(plan), self.errors.get(cell.name))
             for cell, plan in self.plans
         )
-        return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found), self.folder)
+        return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found), self.folder, self.differences)
 
     def rows(self, plan: Plan) -> tuple[dict[str, Any], ...] | None:
         """Return what a cell measured; None unless all of its steps are in the store, and its report is written."""

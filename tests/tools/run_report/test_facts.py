@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from sqft.errors import StoreError
 from sqft.execution.run import Run
-from sqft.tools.run_report.facts import RunFacts, by_block, by_question, in_block, read_facts
+from sqft.tools.run_report.facts import RunFacts, by_block, by_question, in_block, read_facts, rules_of
 from sqft.tools.run_report.trials import in_order
 
 
@@ -108,7 +109,8 @@ def evaluated(facts: RunFacts, tmp_path: Path, files: dict[str, str], **report: 
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    manifest = artifact.manifest | {"files": {name: {} for name in files}, "report": artifact.report | report}
+    stored = {name: {"sha256": hashlib.sha256(content.encode()).hexdigest()} for name, content in files.items()}
+    manifest = artifact.manifest | {"files": stored, "report": artifact.report | report}
     return dataclasses.replace(
         facts, artifacts={"evaluate:merge": dataclasses.replace(artifact, folder=tmp_path, manifest=manifest)}
     )
@@ -135,6 +137,39 @@ def test_a_line_ends_at_a_line_feed_only(facts: RunFacts, tmp_path: Path) -> Non
 def test_a_damaged_file_is_named(facts: RunFacts, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"predictions.jsonl is damaged .*--fresh evaluate:merge"):
         _ = evaluated(facts, tmp_path, {"predictions.jsonl": "{\n"}).measures
+
+
+def test_a_file_that_has_changed_is_named(facts: RunFacts, tmp_path: Path) -> None:
+    answer = {"prompt": "a", "expected": "3", "right": True}
+    other = evaluated(facts, tmp_path, {"predictions.jsonl": json.dumps(answer)})
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(answer | {"right": False}))
+    with pytest.raises(StoreError, match=rf"it has changed since it was stored\); delete {tmp_path}"):
+        _ = other.measures
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"answer": "text", "tolerance": 0, "data": "a.jsonl", "batch_size": 2}, {"data": "b.jsonl"}, True),
+        ({"answer": "first_number"}, {}, False),
+        ({"answer": "last_number", "tolerance": 0.5}, {"answer": "last_number"}, False),
+        ({"of another version": 1}, {"of another version": 1, "batch_size": 3}, True),
+        ({"of another version": 1}, {}, False),
+    ],
+)
+def test_answers_are_compared_under_equal_rules(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert (rules_of(one) == rules_of(other)) is same
+
+
+def test_neither_measure_depends_on_the_size_of_a_batch(facts: RunFacts, tmp_path: Path) -> None:
+    def rules(batch: int) -> set[str]:
+        samples = json.dumps({"doc_hash": "x", "filter": "none", "acc": 1.0}) + "\n"
+        asked = {"names": {"toy": ["toy"]}, "tasks": {}, "batch_size": batch, "limit": 4}
+        report = {"tasks": {"toy": {"acc": 1.0}}, "lm_eval": asked}
+        found = evaluated(facts, tmp_path, {"samples/toy.jsonl": samples}, **report).measures["merge"]
+        return {one.rules for one in found if one.name == "toy acc"}
+
+    assert rules(4) == rules(8) != set()
 
 
 @pytest.mark.parametrize(

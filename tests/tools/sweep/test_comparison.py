@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,22 @@ def test_only_what_differs_is_compared(done: tuple[SweepResults, Path]) -> None:
     )
 
 
+def test_a_damaged_file_costs_one_cell_and_not_the_table(
+    done: tuple[SweepResults, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The change keeps the file's size, which is all that opening an artifact looks at."""
+    results, store = done
+    shutil.copytree(store, tmp_path / "store")
+    moved = [replace(one, folder=tmp_path / "store" / one.folder.relative_to(store)) for one in results.cells]
+    row = json.loads((moved[-1].folder / "run.json").read_text())["artifacts"]["evaluate:sparsify"]
+    answers = (moved[-1].folder / row).resolve() / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace('"right": false', '"right":  0.50'))
+    (found,) = differences(replace(results, cells=tuple(moved)), tmp_path / "store")
+    assert [*found.by_seed] == ["0"] and found.by_seed["0"] == results.differences[0].by_seed["0"]
+    assert "cell (sparsify.sparsity 0.9, seed 1) is not compared: " in caplog.text
+    assert f"predictions.jsonl is damaged (it has changed since it was stored); delete {answers.parent}" in caplog.text
+
+
 class Facts:
     """What of a run's facts is asked for: the answers, under their rules."""
 
@@ -70,7 +88,7 @@ def test_a_question_is_drawn_with_its_answers_of_all_seeds() -> None:
     draws = sorted(statistics.mean(draw) for draw in itertools.product(means, repeat=3))
     low, high = (draws[math.ceil(share * len(draws)) - 1] for share in (0.025, 0.975))
     assert found.interval == (pytest.approx(low), pytest.approx(high))
-    assert found.cells()[-3:] == ["+33.3 points", "+0.0 to +100.0", "+66.7, +0.0"]
+    assert found.cells()[-3:] == ["+33.3 points", "+0.0 to +100.0", "0: +66.7, 1: +0.0"]
 
 
 def test_the_same_model_is_not_compared() -> None:

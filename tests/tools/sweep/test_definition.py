@@ -10,6 +10,7 @@ import pytest
 
 from sqft.errors import RecipeError
 from sqft.tools.sweep import Sweep
+from sqft.tools.sweep.definition import short_digest
 
 RAW: dict[str, Any] = {
     "name": "s",
@@ -25,21 +26,23 @@ RAW: dict[str, Any] = {
 
 def test_a_cell_for_each_combination(tmp_path: Path) -> None:
     cells = Sweep.parse(RAW, tmp_path).cells(["merge={}"])
-    assert [cell.name for cell in cells[:3]] == ["s-LoRA-0.3-0", "s-LoRA-0.3-1", "s-LoRA-0.5-0"] and len(cells) == 8
+    own = short_digest(["merge={}"])  # the runs of the file's own settings keep their names
+    assert [cell.name for cell in cells[:2]] == [f"s-{own}-LoRA-0.3-0", f"s-{own}-LoRA-0.3-1"] and len(cells) == 8
+    assert [cell.name for cell in Sweep.parse(RAW, tmp_path).cells()[:2]] == ["s-LoRA-0.3-0", "s-LoRA-0.3-1"]
     first, last = cells[0], cells[-1]
     assert first.values == {"adapter": "LoRA", "sparsify.sparsity": "0.3", "seed": "0"}
     assert str(first) == "adapter LoRA, sparsify.sparsity 0.3, seed 0"
     assert first.recipe == tmp_path / "a.json" and last.recipe == tmp_path / "b.json"
     assert first.changes == (
         "finetune.steps=9", 'finetune.adapter="lora"', "sparsify.sparsity=0.3", "seed=0", "merge={}",
-        'name="s-LoRA-0.3-0"',
+        f'name="s-{own}-LoRA-0.3-0"',
     )  # fmt: skip
     assert last.changes == (
         "finetune.steps=3",
         "sparsify.sparsity=0.5",
         "seed=1",
         "merge={}",
-        'name="s-other-0.5-1"',
+        f'name="s-{own}-other-0.5-1"',
     )
 
 
@@ -81,6 +84,8 @@ def test_an_axis_comes_before_what_is_set_inside_it() -> None:
 def test_what_an_axis_sets_cannot_be_changed_in_all_cells(change: str) -> None:
     with pytest.raises(RecipeError, match=f"sets what --set {change.partition('=')[0]} changes, too"):
         Sweep.parse(RAW).cells([change])
+    with pytest.raises(RecipeError, match="name: --set name: is made of the sweep's name and the values"):
+        Sweep.parse(RAW).cells(["name=other"])
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,8 @@ def test_what_an_axis_sets_cannot_be_changed_in_all_cells(change: str) -> None:
         ({"axes": {"a": {"x": {"seed": 1}}, "seed": [0]}}, "axes.seed: sets seed, as the axis a does"),
         ({"axes": {"a": {"x": {"finetune": None}}, "finetune.steps": [1]}}, "axes.finetune.steps: sets finetune, as"),
         ({"set": {"recipe": "b.json"}}, "set.recipe: has a place of its own"),
+        ({"set": {"finetune.steps=3": 4}}, "set.finetune.steps=3: is no place in a recipe"),
+        ({"axes": {"a": {"x": {"seed=1": 1}}}}, "axes.a.x.seed=1: is no place in a recipe"),
         ({"recipe": ""}, "recipe: "),
     ],
 )

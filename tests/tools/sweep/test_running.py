@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import psutil
 import pytest
 
 from sqft import Orchestrator, Registry
-from sqft.errors import SqftError
+from sqft.errors import DeviceError, SqftError
+from sqft.store.runs import find_run
 from sqft.tools.sweep import Sweep, plan_cells, run_sweep
 from sqft.tools.sweep.running import _error_in, _Running
 
@@ -138,11 +140,50 @@ def test_cells_side_by_side(pair: Sweep, orchestrator: Orchestrator, tmp_path: P
     assert logs == {"s-0.log", "s-1.log"}
 
 
-def test_a_process_that_fails_is_named(pair: Sweep, orchestrator: Orchestrator) -> None:
-    results = run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), ["cuda:7", "cuda:8"])
+def test_a_process_that_fails_is_named(pair: Sweep, recipe: Path, orchestrator: Orchestrator) -> None:
+    raw = json.loads(recipe.read_text())
+    data = shutil.copy(raw["finetune"]["data"], recipe.parent / "train.jsonl")
+    raw["finetune"]["data"] = str(data)
+    recipe.write_text(json.dumps(raw))
+    plans = plan_cells(pair, orchestrator)
+    data.unlink()
+    results = run_sweep(pair, orchestrator, plans, ["cpu", "cpu"])
     assert [one.state for one in results.cells] == ["failed"] * 2
     for one in results.cells:
-        assert one.error and one.error.startswith("device 'cuda") and "\n" not in one.error, one.error
+        assert one.error and "finetune.data.path: there is no file" in one.error and "Traceback" not in one.error, one.error
+
+
+@pytest.mark.parametrize("devices", [["cpu", "cuda:7"], ["cpuu", "cpu"], ["cuda:x", "cpu"]])
+def test_devices_are_checked_before_a_cell_runs(devices: list[str], pair: Sweep, orchestrator: Orchestrator) -> None:
+    with pytest.raises(DeviceError, match=r"device '(cuda:7|cpuu|cuda:x)' cannot be used"):
+        run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), devices)
+    orchestrator.device = "cpuu"
+    with pytest.raises(DeviceError, match="device 'cpuu' cannot be used"):
+        run_sweep(pair, orchestrator, plan_cells(pair, orchestrator))
+    assert not orchestrator.store.root.exists()
+
+
+def test_what_is_known_stays_while_cells_run(
+    sweep: Sweep, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Differences of earlier cells are in the results when a new one is stopped, and its run is the newest again."""
+    known = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).differences
+    assert known
+    runs = orchestrator.store.root / "runs"
+    newest = {find_run(name, orchestrator.store.root)[0] for name in ("s-small-0", "s-large-1")}
+    for folder in newest:
+        shutil.copytree(folder, runs / f"{folder.name.rpartition('-')[0]}-another")
+    more = Sweep.parse({"name": "s", "recipe": sweep.recipe, "axes": sweep.axes | {"seed": [0, 1, 2]}}, runs)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Orchestrator, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(more, orchestrator, plan_cells(more, orchestrator))
+    read = json.loads((orchestrator.store.root / "sweeps" / "s" / "results.json").read_text())
+    assert [one["by_seed"] for one in read["differences"]] == [one.by_seed for one in known]
+    assert find_run("s-small-0", orchestrator.store.root)[0] in newest
 
 
 def test_how_a_process_ended(tmp_path: Path) -> None:
