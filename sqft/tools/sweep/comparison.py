@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from sqft.errors import SqftError
@@ -16,41 +18,63 @@ from sqft.utils.significance import bootstrap_interval
 log = logging.getLogger("sqft")
 
 
+Values = tuple[tuple[str, str], ...]
+"""A value of each axis besides the seed's."""
+
+
 def differences(results: SweepResults, store: Path) -> list[CellDifference]:
-    """Compare each combination of values besides the seed's with the first one that is done.
+    """Compare combinations of values that differ on one axis alone, besides the seed's: each with the first that has
+    the same measure of the same configuration.
 
     Only questions that both answered under the same rules count, and seeds that both have.
     """
-    groups: dict[str, dict[str, RunFacts]] = {}
+    groups: dict[Values, dict[str, RunFacts]] = {}
     for one in results.cells:
         if one.rows is not None:
-            others = {axis: value for axis, value in one.cell.values.items() if axis != SEED}
-            label = ", ".join(f"{axis} {value}" for axis, value in others.items())
+            values = tuple((axis, value) for axis, value in one.cell.values.items() if axis != SEED)
             seed = one.cell.values.get(SEED, "")
             try:
                 facts = read_facts(one.folder, store)
                 _ = facts.measures  # read now, while a damaged file costs one cell and not the table
-                groups.setdefault(label, {})[seed] = facts
+                groups.setdefault(values, {})[seed] = facts
             except SqftError as error:
                 log.warning("cell (%s) is not compared: %s", one.cell, error)
-    (first, before), *rest = groups.items() or [("", {})]
-    return [found for label, after in rest for found in _differences(first, before, label, after)]
+    found: list[CellDifference] = []
+    for number, (values, after) in enumerate(groups.items()):
+        compared: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        for other, before in islice(groups.items(), number):
+            differing = [axis for axis, value in values if (axis, value) not in other]
+            if len(differing) == 1:
+                known = compared[differing[0]]
+                new = list(_differences(_label(other), before, _label(values), after, known))
+                known |= {(one.configuration, one.measure) for one in new}
+                found += new
+    return found
+
+
+def _label(values: Values) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in values)
 
 
 def _differences(
-    first: str, before: Mapping[str, RunFacts], cell: str, after: Mapping[str, RunFacts]
+    first: str,
+    before: Mapping[str, RunFacts],
+    cell: str,
+    after: Mapping[str, RunFacts],
+    known: Container[tuple[str, str]] = (),
 ) -> Iterator[CellDifference]:
-    """Yield how a cell differs from the first one, for each configuration and measure of questions that both have."""
+    """Yield how a cell differs from another, for each configuration and measure of questions that both have, and that
+    is not `known`."""
     by_measure: dict[tuple[str, str], dict[str, Mapping[str, float]]] = {}
     for seed in (seed for seed in before if seed in after):
         for configuration, step in after[seed].configurations().items():
             other = before[seed].artifacts.get(step)
             if other is None or other.folder == after[seed].artifacts[step].folder:
                 continue  # not measured there, or the same model
-            known = {one.rules: one.answers for one in before[seed].measures[configuration] if one.answers}
+            answers = {one.rules: one.answers for one in before[seed].measures[configuration] if one.answers}
             for one in after[seed].measures[configuration]:
-                if one.rules in known:
-                    differing = _by_question(known[one.rules], one.answers)
+                if one.rules in answers and (configuration, one.name) not in known:
+                    differing = _by_question(answers[one.rules], one.answers)
                     by_measure.setdefault((configuration, one.name), {})[seed] = differing
     for (configuration, measure), of_seeds in by_measure.items():
         shared = set.intersection(*(set(one) for one in of_seeds.values()))

@@ -46,7 +46,7 @@ DIFFERENCE_HEADS = ["cell", "less", "configuration", "measure", "seeds", "differ
 
 @dataclass(frozen=True)
 class CellDifference:
-    """What a cell gives on a measure, less what the first cell gives on the same questions with the same seeds."""
+    """What a cell gives on a measure, less what another gives on the same questions with the same seeds."""
 
     cell: str
     first: str
@@ -82,7 +82,7 @@ class SweepResults:
     folder: Path
     """Where the results are written."""
     differences: tuple[CellDifference, ...] = ()
-    """Of each combination of values to the first one; while cells run, of those that were done before."""
+    """Of cells that differ on one axis; while cells run, of those that were done before."""
 
     @property
     def failed(self) -> list[CellResult]:

@@ -16,6 +16,8 @@ import pytest
 from sqft import Orchestrator, Registry
 from sqft.tools.sweep import Sweep, SweepResults, plan_cells, run_sweep
 from sqft.tools.sweep.comparison import _differences, differences
+from sqft.tools.sweep.definition import Cell
+from sqft.tools.sweep.results import CellResult
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,38 @@ def test_a_question_is_drawn_with_its_answers_of_all_seeds() -> None:
     low, high = (draws[math.ceil(share * len(draws)) - 1] for share in (0.025, 0.975))
     assert found.interval == (pytest.approx(low), pytest.approx(high))
     assert found.cells()[-3:] == ["+33.3 points", "+0.0 to +100.0", "0: +66.7, 1: +0.0"]
+
+
+def test_cells_that_differ_on_one_axis_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the first on that axis that has the same measure: "none" has another configuration, "y" is not run."""
+    given = {
+        **{("1", "none"): "s", ("1", "x"): "m", ("1", "y"): None, ("1", "z"): "m"},
+        **{("2", "none"): "s", ("2", "x"): "m", ("2", "y"): "m", ("2", "z"): "m"},
+    }
+
+    def facts(folder: Path, _: Path) -> Any:
+        a, b = folder.name
+        configuration = "sparsify" if given["12"["ab".index(a)], {"n": "none"}.get(b, b)] == "s" else "merge"
+        one: Any = Facts(folder.name, q=float("ab".index(a)), r=float("nxyz".index(b)))
+        one.artifacts = {f"evaluate:{configuration}": one.artifacts["evaluate:merge"]}
+        one.configurations = lambda: {configuration: f"evaluate:{configuration}"}
+        one.measures = {configuration: one.measures["merge"]}
+        return one
+
+    monkeypatch.setattr("sqft.tools.sweep.comparison.read_facts", facts)
+    cells = tuple(
+        CellResult(Cell("", {"n": n, "a": a, "seed": "0"}, Path(), ()), Path("ab"["12".index(n)] + a[0]), done and ())
+        for (n, a), done in given.items()
+    )
+    found = differences(SweepResults("s", ("n", "a", "seed"), cells, Path()), Path())
+    assert [(one.cell, one.first, one.difference) for one in found] == [
+        ("n 1, a z", "n 1, a x", 1.0),
+        ("n 2, a none", "n 1, a none", 0.5),
+        ("n 2, a x", "n 1, a x", 0.5),
+        ("n 2, a y", "n 2, a x", 0.5),
+        ("n 2, a z", "n 1, a z", 0.5),
+        ("n 2, a z", "n 2, a x", 1.0),
+    ]
 
 
 def test_the_same_model_is_not_compared() -> None:
