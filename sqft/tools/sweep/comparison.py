@@ -11,15 +11,11 @@ from pathlib import Path
 
 from sqft.errors import SqftError
 from sqft.tools.run_report.facts import RunFacts, read_facts
-from sqft.tools.sweep.definition import SEED
+from sqft.tools.sweep.definition import SEED, Combination
 from sqft.tools.sweep.results import CellDifference, SweepResults
 from sqft.utils.significance import bootstrap_interval
 
 log = logging.getLogger("sqft")
-
-
-Values = tuple[tuple[str, str], ...]
-"""A value of each axis besides the seed's."""
 
 
 def differences(results: SweepResults, store: Path) -> list[CellDifference]:
@@ -28,15 +24,14 @@ def differences(results: SweepResults, store: Path) -> list[CellDifference]:
 
     Only questions that both answered under the same rules count, and seeds that both have.
     """
-    groups: dict[Values, dict[str, RunFacts]] = {}
+    groups: dict[Combination, dict[str, RunFacts]] = {}
     for one in results.cells:
         if one.rows is not None:
-            values = tuple((axis, value) for axis, value in one.cell.values.items() if axis != SEED)
             seed = one.cell.values.get(SEED, "")
             try:
                 facts = read_facts(one.folder, store)
                 _ = facts.measures  # read now, while a damaged file costs one cell and not the table
-                groups.setdefault(values, {})[seed] = facts
+                groups.setdefault(one.cell.combination, {})[seed] = facts
             except SqftError as error:
                 log.warning("cell (%s) is not compared: %s", one.cell, error)
     found: list[CellDifference] = []
@@ -52,7 +47,7 @@ def differences(results: SweepResults, store: Path) -> list[CellDifference]:
     return found
 
 
-def _label(values: Values) -> str:
+def _label(values: Combination) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in values)
 
 

@@ -35,6 +35,10 @@ RECIPE = "recipe"
 """Among the settings of a labelled value: another recipe to begin from."""
 
 
+Combination = tuple[tuple[str, str], ...]
+"""A value of each axis besides the seed's."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A recipe with one value of each axis."""
@@ -50,6 +54,11 @@ class Cell:
 
     def __str__(self) -> str:
         return ", ".join(f"{axis} {value}" for axis, value in self.values.items())
+
+    @property
+    def combination(self) -> Combination:
+        """The values besides the seed's."""
+        return tuple((axis, value) for axis, value in self.values.items() if axis != SEED)
 
 
 class Sweep(Section):

@@ -56,8 +56,9 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     for cell, plan in plans:
         same.setdefault(plan.fingerprint, []).append(cell)
     for one, *others in same.values():
-        if others:
-            both = f"({one}) and ({others[0]})"
+        # Seeds may come to the same run: where only a model is measured that draws nothing.
+        if other := next((other for other in others if other.combination != one.combination), None):
+            both = f"({one}) and ({other})"
             raise SqftError(f"{sweep.source}: {both} are the same run; leave one out with `skip`, or remove a value")
     if not any(step.stage == "evaluate" for _, plan in plans for step in plan.steps):
         log.warning("no cell measures anything; add evaluate to the recipe, or to `set`")

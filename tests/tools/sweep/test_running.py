@@ -113,6 +113,9 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     twice = {"a": {"x": {"sparsify.sparsity": 0.5}, "y": {"recipe": str(recipe)}}}
     with pytest.raises(SqftError, match=r"\(a x\) and \(a y\) are the same run"):
         plan_cells(Sweep.parse({"name": "s", "recipe": str(recipe), "axes": twice}, tmp_path), orchestrator)
+    dense = {"sparsify": None, "finetune": None, "search": None, "evaluate.of": ["model"]}
+    seeds = {"name": "s", "recipe": str(recipe), "axes": {"a": {"dense": dense, "tuned": {}}, "seed": [0, 1]}}
+    assert len(plan_cells(Sweep.parse(seeds, tmp_path), orchestrator)) == 4
     with pytest.raises(SqftError, match="`skip` leaves no cell"):
         everything = {"name": "s", "recipe": str(recipe), "axes": {"seed": [0]}, "skip": [{"seed": 0}]}
         plan_cells(Sweep.parse(everything, tmp_path), orchestrator)
