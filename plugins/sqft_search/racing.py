@@ -41,13 +41,22 @@ class Racing(Searcher):
 
     @model_validator(mode="after")
     def _allows_a_race(self) -> Self:
-        first = min(self.first, self.samples)
-        if self.evaluations < (least := (self.neighbors + 1) * (first // 2 + 1)):
+        if self._affordable_neighbors < 1:
             raise ValueError(
-                f"evaluations: {self.evaluations} records allow no race, which begins with half of `first` for each of "
-                f"{self.neighbors} neighbours and the anchor; give {least} or more, or lower `neighbors` or `first`"
+                f"evaluations: {self.evaluations} records allow no race, in which two configurations are compared on "
+                f"{self._fewest} records or more; give {2 * self._fewest} or more, or lower `first`"
             )
         return self
+
+    @property
+    def _fewest(self) -> int:
+        """Of records that a race is decided on: fewer than half of `first` would be luck."""
+        return min(self.first, self.samples) // 2 + 1
+
+    @property
+    def _affordable_neighbors(self) -> int:
+        """Neighbours in a race: fewer than `neighbors` where the budget is too small for one race with so many."""
+        return min(self.neighbors, self.evaluations // self._fewest - 1)
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         records = _Records(space, evaluate, self.evaluations)
@@ -61,19 +70,20 @@ class Racing(Searcher):
         return space.choice(anchor)
 
     def _draw(self, space: SearchSpace, anchor: Indices, visited: Set[Indices], rng: Random) -> list[Indices]:
-        """Draw up to `neighbors` unvisited neighbours, as Algorithm 1 does: how many groups change, which, and how."""
+        """Draw unvisited neighbours for a race, as Algorithm 1 does: how many groups change, which, and how."""
         moves = [
             [i for i in range(index - self.step, index + self.step + 1) if i != index and 0 <= i < len(group.ranks)]
             for index, group in zip(anchor, space.groups, strict=True)
         ]
         movable = [position for position, moved in enumerate(moves) if moved]
         drawn: list[Indices] = []
-        for _ in range(64 * self.neighbors if movable else 0):  # the same one may be drawn again
+        wanted = self._affordable_neighbors
+        for _ in range(64 * wanted if movable else 0):  # the same one may be drawn again
             moving = set(rng.sample(movable, rng.randint(1, len(movable))))
             neighbour = tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
             if neighbour not in visited and neighbour not in drawn:
                 drawn.append(neighbour)
-            if len(drawn) == self.neighbors:
+            if len(drawn) == wanted:
                 break
         return drawn
 

@@ -54,7 +54,8 @@ def take_earlier(
     if not step.measurements:
         return origins
     measured_so = {"made_of": made_of(inputs), "versions": versions(), "device": device}
-    _begin(scratch, measured_so)
+    with store.writing():
+        _begin(scratch, {**measured_so, "lm_eval": version("lm_eval")})
     if anew or (scratch / RESULTS).exists():
         return origins
     results: dict[str, Any] = {}
@@ -81,7 +82,7 @@ def _begin(scratch: Path, measured_so: Mapping[str, Any]) -> None:
         if json.loads(begun.read_text("utf-8")) == measured_so:
             return
     for left in scratch.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     begun.parent.mkdir()
     write_json(begun, measured_so)
 

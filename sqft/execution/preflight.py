@@ -157,10 +157,11 @@ def check_devices(names: Iterable[str]) -> None:
             index = torch.device(name).index or 0
         except RuntimeError as error:
             raise DeviceError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
-        if not name.startswith("cuda"):
+        seen = torch.cuda.device_count()
+        if not (seen and name.startswith("cuda")):
             check_device(name)
-        elif index >= (seen := torch.cuda.device_count()):
-            raise DeviceError(f"device '{name}' cannot be used: torch sees {seen} GPUs here")
+        elif index >= seen:
+            raise DeviceError(f"device '{name}' cannot be used: the last GPU that torch sees is cuda:{seen - 1}")
 
 
 def check_training(steps: Iterable[Step], device: str, processes: int) -> None:

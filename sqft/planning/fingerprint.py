@@ -183,7 +183,7 @@ def fingerprint_of(step: Step, recipe: Recipe, model: str, before: Mapping[str, 
         "plain_texts": sorted(role for role, file in step.files.items() if is_plain_text(file)),
         "model": [model, recipe.model.dtype, recipe.model.trust_remote_code, recipe.model.dequantize],
         "chat_template_kwargs": recipe.model.chat_template_kwargs if renders else {},
-        "seed": None if measures_alone else recipe.seed,
+        "seed": 0 if measures_alone else recipe.seed,
     }
     if "calibration" in step.files and recipe.calibration:
         content["calibration"] = settings_of(recipe.calibration)

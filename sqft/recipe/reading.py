@@ -107,7 +107,7 @@ def apply(raw: Any, change: str, source: str, model: type[BaseModel]) -> None:
         except (AttributeError, IndexError, ValueError):
             where = ".".join(parents[: depth + 1])
             raise RecipeError([Problem(where, f"{NOWHERE}, to set {change}")], source) from None
-    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
+    if isinstance(here, list) and last.isdecimal() and int(last) < len(here):
         here[int(last)] = value
     elif isinstance(here, dict):
         here[last] = value

@@ -183,7 +183,7 @@ def test_of_another_model_or_by_other_packages_nothing_is_taken(
     assert "earlier" not in measured(done(more, registry, tmp_path / "store"))[0]
 
 
-@pytest.mark.parametrize("other", ["", "made_of", "versions", "device"])
+@pytest.mark.parametrize("other", ["", "made_of", "versions", "device", "lm_eval"])
 def test_what_a_killed_evaluation_left_stays_only_if_it_was_measured_so(
     other: str, few: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

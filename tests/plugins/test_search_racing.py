@@ -67,7 +67,7 @@ def test_no_difference_proves_nothing() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 99), st.integers(45, 3000), st.booleans())
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 99), st.integers(18, 3000), st.booleans())
 def test_the_budget_holds_and_the_search_is_seeded(lengths: list[int], seed: int, budget: int, cautious: bool) -> None:
     space, searcher = space_of(*lengths), Racing(evaluations=budget, cautious=cautious)
     first, again = Recorder(noisy), Recorder(noisy)
@@ -76,11 +76,19 @@ def test_the_budget_holds_and_the_search_is_seeded(lengths: list[int], seed: int
     assert searcher.search(space, again, Random(seed)) == found and again.questions == first.questions
 
 
-@pytest.mark.parametrize(("options", "least"), [({}, 45), ({"neighbors": 1}, 18), ({"samples": 4}, 15)])
+@pytest.mark.parametrize(("options", "least"), [({}, 18), ({"neighbors": 1}, 18), ({"samples": 4}, 6)])
 def test_a_budget_that_allows_no_race(options: dict[str, int], least: int) -> None:
     Racing(evaluations=least, **options)
     with pytest.raises(ValidationError, match=f"evaluations: {least - 1} records allow no race.*give {least} or more"):
         Racing(evaluations=least - 1, **options)
+
+
+@pytest.mark.parametrize(("budget", "neighbours"), [(18, 1), (30, 2), (45, 4), (44, 3)])
+def test_a_small_budget_is_spent_on_fewer_neighbours(budget: int, neighbours: int) -> None:
+    recorder = Recorder(lambda choice, record: 0.5)
+    Racing(evaluations=budget).search(space_of(3, 3, 3), recorder, Random(0))
+    assert len(recorder.evaluated) == 1 + neighbours and sum(recorder.evaluated.values()) <= budget
+    assert min(recorder.evaluated.values()) >= 9
 
 
 def test_a_better_neighbour_wins_on_few_records() -> None:

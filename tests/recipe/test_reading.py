@@ -92,6 +92,7 @@ def test_a_change(change: str, path: tuple[str | int, ...], value: Any) -> None:
         ("name.x.y=1", "name.x", "there is no such path in the recipe"),
         ("evaluate.of.9=merge", "evaluate.of.9", "there is no such path in the recipe"),
         ("evaluate.of.-1=merge", "evaluate.of.-1", "there is no such path in the recipe"),
+        ("evaluate.of.²=merge", "evaluate.of.²", "there is no such path in the recipe"),
         ("evaluate.of.x.y=merge", "evaluate.of.x", "there is no such path in the recipe"),
         ("finetune.data.2.weight=1", "finetune.data.2", "there is no such path in the recipe"),
     ],

@@ -164,7 +164,8 @@ class RunFacts:
     def _texts(self, step: str) -> Iterator[Measure]:
         """Yield the windows of each text, under the names that the results have."""
         texts, configuration = self.artifacts[step].report.get("texts", {}), step.partition(":")[2]
-        row = next(row for row in self.report["rows"] if row["configuration"].partition(" ")[0] == configuration)
+        rows = (row for row in self.report["rows"] if row["configuration"].partition(" ")[0] == configuration)
+        row: Mapping[str, Any] = next(rows, {})
         names = list(row["texts"]) if len(row.get("texts", ())) == len(texts) else list(texts)
         for (role, measured), name in zip(texts.items(), names, strict=True):
             # Without a digest, as in earlier records, a text is compared within its run alone.
@@ -191,7 +192,7 @@ class RunFacts:
         file, why = artifact.folder / name, "it has changed since it was stored"
         try:
             content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() == artifact.manifest["files"][name]["sha256"]:
+            if hashlib.sha256(content).hexdigest() == artifact.manifest["files"][name].get("sha256"):
                 return parse(content.decode("utf-8", errors="replace"))
         except (OSError, ValueError) as error:
             why = reason(error)

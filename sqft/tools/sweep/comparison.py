@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
 from sqft.errors import SqftError
+from sqft.store.artifacts import Artifact
 from sqft.tools.run_report.facts import RunFacts, read_facts
 from sqft.tools.sweep.definition import SEED, Combination
 from sqft.tools.sweep.results import CellDifference, SweepResults
@@ -40,10 +41,7 @@ def differences(results: SweepResults, store: Path) -> list[CellDifference]:
         for other, before in islice(groups.items(), number):
             differing = [axis for axis, value in values if (axis, value) not in other]
             if len(differing) == 1:
-                known = compared[differing[0]]
-                new = list(_differences(_label(other), before, _label(values), after, known))
-                known |= {(one.configuration, one.measure) for one in new}
-                found += new
+                found += _differences(_label(other), before, _label(values), after, compared[differing[0]])
     return found
 
 
@@ -56,16 +54,23 @@ def _differences(
     before: Mapping[str, RunFacts],
     cell: str,
     after: Mapping[str, RunFacts],
-    known: Container[tuple[str, str]] = (),
-) -> Iterator[CellDifference]:
-    """Yield how a cell differs from another, for each configuration and measure of questions that both have, and that
-    is not `known`."""
+    known: set[tuple[str, str]],
+) -> list[CellDifference]:
+    """Return how a cell differs from another, for each configuration and measure of questions that both have.
+
+    What is `known` is left out. What was compared, and what is of the same model, is known then.
+    """
+    found: list[CellDifference] = []
+    same: set[tuple[str, str]] = set()
     by_measure: dict[tuple[str, str], dict[str, Mapping[str, float]]] = {}
     for seed in (seed for seed in before if seed in after):
         for configuration, step in after[seed].configurations().items():
             other = before[seed].artifacts.get(step)
-            if other is None or other.folder == after[seed].artifacts[step].folder:
-                continue  # not measured there, or the same model
+            if other is None:
+                continue  # not measured there
+            if _is_same_model(other, after[seed].artifacts[step]):
+                same |= {(configuration, one.name) for one in after[seed].measures[configuration]}
+                continue
             answers = {one.rules: one.answers for one in before[seed].measures[configuration] if one.answers}
             for one in after[seed].measures[configuration]:
                 if one.rules in answers and (configuration, one.name) not in known:
@@ -77,7 +82,15 @@ def _differences(
         if questions:
             means = [math.fsum(one[q] for one in of_seeds.values()) / len(of_seeds) for q in questions]
             by_seed = {seed: math.fsum(one[q] for q in questions) / len(questions) for seed, one in of_seeds.items()}
-            yield CellDifference(cell, first, configuration, measure, by_seed, bootstrap_interval(means))
+            found.append(CellDifference(cell, first, configuration, measure, by_seed, bootstrap_interval(means)))
+    known |= same | {(one.configuration, one.measure) for one in found}
+    return found
+
+
+def _is_same_model(one: Artifact, other: Artifact) -> bool:
+    """Return whether two evaluations are of one model: they are one, or what they measured was made of the same."""
+    what = [[artifact.manifest.get(name) for name in ("inputs", "components", "made_of")] for artifact in (one, other)]
+    return one.folder == other.folder or (bool(what[0][0]) and what[0] == what[1])
 
 
 def _by_question(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

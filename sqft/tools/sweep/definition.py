@@ -128,13 +128,13 @@ class Sweep(Section):
         Raises:
             RecipeError: when a change is of something that an axis sets, or that no setting may hold.
         """
-        for place in (change.partition("=")[0] for change in changes):
-            if place in NOT_SET:
-                raise RecipeError([Problem(place, f"--set {place}: {NOT_SET[place]}")], self.source)
-            if axis := next(
-                (axis for axis in self.axes if any(related(place, one) for one in self._places(axis))), None
-            ):
-                raise RecipeError([Problem(f"axes.{axis}", f"sets what --set {place} changes, too")], self.source)
+        problems = []
+        for place in (change.partition("=")[0] for change in changes if "=" in change):
+            set_by = [axis for axis in self.axes if any(related(place, one) for one in self._places(axis))]
+            problems += [Problem(f"axes.{axis}", f"sets what --set {place} changes, too") for axis in set_by]
+            problems += [Problem(place, f"--set {place}: {NOT_SET[place]}")] if place in NOT_SET else []
+        if problems:
+            raise RecipeError(problems, self.source)
         cells, names, skipped = [], self._names(self.named(changes)), self._skipped()
         for chosen in product(*(self._values(axis) for axis in self.axes)):
             values = {axis: label for axis, (label, _) in zip(self.axes, chosen, strict=True)}
@@ -157,9 +157,10 @@ class Sweep(Section):
         """Return the name of each combination's run: of its values, and a digest where that is long or not its own."""
         labels = product(*([label for label, _ in self._values(axis)] for axis in self.axes))
         plain = {values: NO_NAME.sub("-", "-".join((first, *values))).rstrip("-.") for values in labels}
-        shared = Counter(plain.values())
+        names = Counter(plain.values())
+        unclear = {values for values, name in plain.items() if names[name] > 1 or len(name) > LONGEST}
         return {
-            values: name if shared[name] == 1 and len(name) <= LONGEST else f"{name[:LONGEST]}-{short_digest(values)}"
+            values: f"{name[:LONGEST]}-{short_digest((first, *values))}" if values in unclear else name
             for values, name in plain.items()
         }
 

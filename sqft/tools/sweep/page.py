@@ -16,7 +16,7 @@ from sqft.tools.sweep.results import DIFFERENCE_HEADS, CellDifference, figures_o
 from sqft.utils.files import reason
 
 NOTE = (
-    "What a cell gives, less what the first one gives on the same questions with the same seeds. The interval is where "
+    "What a cell gives, less what the other gives on the same questions with the same seeds. The interval is where "
     "the mean lies in 95 of 100 draws of the questions. It says nothing of other seeds: look how far these lie apart."
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 from sqft.errors import SqftError
 from sqft.execution.orchestrator import Orchestrator
-from sqft.execution.preflight import check_devices
+from sqft.execution.preflight import check_device, check_devices
 from sqft.execution.report import flat_rows
 from sqft.execution.run_folder import run_folder
 from sqft.planning.plan import Plan
@@ -88,7 +89,7 @@ def run_sweep(
     """
     running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / sweep.named(changes))
     if running.is_open():
-        check_devices(devices if len(devices) > 1 else [orchestrator.device])
+        check_devices(devices) if len(devices) > 1 else check_device(orchestrator.device)
     running.compare()
     if len(devices) > 1:
         with terminable():
@@ -128,7 +129,7 @@ class _Running:
         for number, (cell, plan) in enumerate(self.plans, 1):
             if self.rows(plan) is not None:
                 with self.orchestrator.store.writing():
-                    (run_folder(self.orchestrator.store, plan) / "recipe.json").touch()
+                    os.utime(run_folder(self.orchestrator.store, plan) / "recipe.json")
                 log.info("cell %d of %d (%s): done before", number, len(self.plans), cell)
             else:
                 log.info("cell %d of %d (%s)", number, len(self.plans), cell)
@@ -155,17 +156,16 @@ class _Running:
             CellResult(cell, run_folder(self.orchestrator.store, plan), self.rows(plan), self.errors.get(cell.name))
             for cell, plan in self.plans
         )
-        return SweepResults(self.sweep.name, tuple(self.sweep.axes), tuple(found), self.folder, self.differences)
+        return SweepResults(self.folder.name, tuple(self.sweep.axes), tuple(found), self.folder, self.differences)
 
     def rows(self, plan: Plan) -> tuple[dict[str, Any], ...] | None:
         """Return what a cell measured; None unless all of its steps are in the store, and its report is written."""
         store, name = self.orchestrator.store, plan.recipe.name
         if name not in self.known and all(store.is_complete(step.stage, step.fingerprint) for step in plan.steps):
             try:
-                report: Mapping[str, Any] = json.loads(
-                    (run_folder(self.orchestrator.store, plan) / "report.json").read_text("utf-8")
-                )
-                if len(report["steps"]) == len(plan.steps):
+                folder = run_folder(self.orchestrator.store, plan)
+                report: Mapping[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+                if len(report["steps"]) == len(plan.steps) and (folder / "recipe.json").is_file():
                     self.known[name] = tuple(flat_rows(report))
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 pass  # it is written again by running the cell

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sqft import Orchestrator, Registry
+from sqft import Artifact, Orchestrator, Registry
 from sqft.tools.sweep import Sweep, SweepResults, plan_cells, run_sweep
 from sqft.tools.sweep.comparison import _differences, differences
 from sqft.tools.sweep.definition import Cell
@@ -71,8 +71,8 @@ def test_a_damaged_file_costs_one_cell_and_not_the_table(
 class Facts:
     """What of a run's facts is asked for: the answers, under their rules."""
 
-    def __init__(self, folder: str, **answers: float) -> None:
-        self.artifacts = {"evaluate:merge": type("Artifact", (), {"folder": Path(folder)})()}
+    def __init__(self, folder: str, inputs: dict[str, str] | None = None, **answers: float) -> None:
+        self.artifacts = {"evaluate:merge": Artifact(Path(folder), {"inputs": inputs or {}})}
         measure = type("Measure", (), {"rules": "r", "name": "accuracy", "answers": answers})()
         self.measures = {"merge": [measure]}
 
@@ -84,7 +84,7 @@ def test_a_question_is_drawn_with_its_answers_of_all_seeds() -> None:
     """Against all draws of the questions, listed; a question that one seed lacks does not count."""
     before: Any = {"0": Facts("a", q=0, r=1, s=0, t=1), "1": Facts("b", q=0, r=0, s=1), "2": Facts("c", q=1)}
     after: Any = {"0": Facts("d", q=1, r=1, s=1, t=1), "1": Facts("e", q=1, r=0, s=0), "3": Facts("f", q=1)}
-    (found,) = _differences("first", before, "second", after)
+    (found,) = _differences("first", before, "second", after, set())
     means = [(1 + 1) / 2, 0.0, (1 - 1) / 2]  # of q, r, s over the seeds
     assert found.by_seed == {"0": pytest.approx(2 / 3), "1": 0.0} and found.difference == pytest.approx(1 / 3)
     draws = sorted(statistics.mean(draw) for draw in itertools.product(means, repeat=3))
@@ -127,6 +127,14 @@ def test_cells_that_differ_on_one_axis_are_compared(monkeypatch: pytest.MonkeyPa
 
 def test_the_same_model_is_not_compared() -> None:
     one: Any = {"0": Facts("a", q=0)}
-    assert list(_differences("x", one, "y", {"0": Facts("a", q=0)})) == []  # type: ignore[dict-item]
-    assert list(_differences("x", one, "y", {"1": Facts("b", q=0)})) == []  # type: ignore[dict-item]
+    known: set[tuple[str, str]] = set()
+    other_seed: Any = {"1": Facts("b", q=0)}
+    assert _differences("x", one, "y", other_seed, known) == [] and not known
+    same: Any = {"0": Facts("a", q=0)}
+    assert _differences("x", one, "y", same, known) == [] and known == {("merge", "accuracy")}
+    asked_otherwise: list[Any] = [{"0": Facts(folder, {"merge": "m"}, q=0)} for folder in "cd"]
+    assert _differences("x", asked_otherwise[0], "y", asked_otherwise[1], set()) == []
+    other: Any = {"0": Facts("b", q=1)}
+    assert _differences("x", one, "y", other, known) == []
+    assert len(_differences("x", one, "y", other, set())) == 1
     assert differences(SweepResults("s", (), (), Path()), Path()) == []

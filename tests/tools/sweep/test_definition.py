@@ -84,8 +84,9 @@ def test_an_axis_comes_before_what_is_set_inside_it() -> None:
 def test_what_an_axis_sets_cannot_be_changed_in_all_cells(change: str) -> None:
     with pytest.raises(RecipeError, match=f"sets what --set {change.partition('=')[0]} changes, too"):
         Sweep.parse(RAW).cells([change])
-    with pytest.raises(RecipeError, match="name: --set name: is made of the sweep's name and the values"):
-        Sweep.parse(RAW).cells(["name=other"])
+    with pytest.raises(RecipeError) as caught:
+        Sweep.parse(RAW).cells(["name=other", "recipe=b.json", change])
+    assert [one.place for one in caught.value.problems][:2] == ["name", "recipe"] and len(caught.value.problems) >= 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -157,7 +158,10 @@ def test_a_process_that_fails_is_named(pair: Sweep, recipe: Path, orchestrator: 
 
 
 @pytest.mark.parametrize("devices", [["cpu", "cuda:7"], ["cpuu", "cpu"], ["cuda:x", "cpu"]])
-def test_devices_are_checked_before_a_cell_runs(devices: list[str], pair: Sweep, orchestrator: Orchestrator) -> None:
+def test_devices_are_checked_before_a_cell_runs(
+    devices: list[str], pair: Sweep, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(DeviceError, match=r"device '(cuda:7|cpuu|cuda:x)' cannot be used"):
         run_sweep(pair, orchestrator, plan_cells(pair, orchestrator), devices)
     orchestrator.device = "cpuu"
@@ -170,12 +174,16 @@ def test_what_is_known_stays_while_cells_run(
     sweep: Sweep, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Differences of earlier cells are in the results when a new one is stopped, and its run is the newest again."""
-    known = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).differences
+    known, touch = run_sweep(sweep, orchestrator, plan_cells(sweep, orchestrator)).differences, os.utime
     assert known
     runs = orchestrator.store.root / "runs"
     newest = {find_run(name, orchestrator.store.root)[0] for name in ("s-small-0", "s-large-1")}
     for folder in newest:
-        shutil.copytree(folder, runs / f"{folder.name.rpartition('-')[0]}-another")
+        another = runs / f"{folder.name.rpartition('-')[0]}-another"
+        shutil.copytree(folder, another)
+        os.utime(another / "recipe.json", (newer := time.time() + 60, newer))
+    assert find_run("s-small-0", orchestrator.store.root)[0] not in newest
+    monkeypatch.setattr("os.utime", lambda file: touch(file, (newer + 60, newer + 60)))  # as if a minute later
     more = Sweep.parse({"name": "s", "recipe": sweep.recipe, "axes": sweep.axes | {"seed": [0, 1, 2]}}, runs)
 
     def stopped(*_: Any) -> None:
@@ -196,6 +204,15 @@ def test_how_a_process_ended(tmp_path: Path) -> None:
     assert _error_in(said, 2) == f"its process ended with status 2; what it printed is in {said}"
     said.write_text("a\nerror: one\nerror: two\n  of it\n")
     assert _error_in(said, 2) == "two\n  of it" and "status 1" in _error_in(said, 1)
+
+
+def test_a_cell_whose_recipe_is_gone_is_made_again(pair: Sweep, orchestrator: Orchestrator) -> None:
+    run_sweep(pair, orchestrator, plan_cells(pair, orchestrator))
+    (file,) = (orchestrator.store.root / "runs").glob("s-1-*/recipe.json")
+    content = file.read_text()
+    file.unlink()
+    assert [one.state for one in run_sweep(pair, orchestrator, plan_cells(pair, orchestrator)).cells] == ["done"] * 2
+    assert file.read_text() == content
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"steps": null, "rows": []}', "{", '{"steps": [], "rows": [5]}'])
