@@ -152,16 +152,12 @@ def check_devices(names: Iterable[str]) -> None:
     """
     import torch
 
+    seen = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for name in names:
-        try:
-            index = torch.device(name).index or 0
-        except RuntimeError as error:
-            raise DeviceError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
-        seen = torch.cuda.device_count()
         if not (seen and name.startswith("cuda")):
             check_device(name)
-        elif index >= seen:
-            raise DeviceError(f"device '{name}' cannot be used: the last GPU that torch sees is cuda:{seen - 1}")
+        elif name not in ("cuda", *seen):
+            raise DeviceError(f"device '{name}' cannot be used: torch sees {', '.join(seen)}")
 
 
 def check_training(steps: Iterable[Step], device: str, processes: int) -> None:

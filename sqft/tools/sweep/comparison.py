@@ -12,7 +12,7 @@ from pathlib import Path
 from sqft.errors import SqftError
 from sqft.store.artifacts import Artifact
 from sqft.tools.run_report.facts import RunFacts, read_facts
-from sqft.tools.sweep.definition import SEED, Combination
+from sqft.tools.sweep.definition import SEED, Combination, shown_values
 from sqft.tools.sweep.results import CellDifference, SweepResults
 from sqft.utils.significance import bootstrap_interval
 
@@ -41,12 +41,8 @@ def differences(results: SweepResults, store: Path) -> list[CellDifference]:
         for other, before in islice(groups.items(), number):
             differing = [axis for axis, value in values if (axis, value) not in other]
             if len(differing) == 1:
-                found += _differences(_label(other), before, _label(values), after, compared[differing[0]])
+                found += _differences(shown_values(other), before, shown_values(values), after, compared[differing[0]])
     return found
-
-
-def _label(values: Combination) -> str:
-    return ", ".join(f"{axis} {value}" for axis, value in values)
 
 
 def _differences(

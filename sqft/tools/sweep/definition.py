@@ -53,7 +53,7 @@ class Cell:
     """What is changed there, as `--set` takes it."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{axis} {value}" for axis, value in self.values.items())
+        return shown_values(self.values.items())
 
     @property
     def combination(self) -> Combination:
@@ -190,6 +190,11 @@ class Sweep(Section):
                 if axis not in self.axes or label not in dict(self._values(axis)):
                     problems.append(Problem(f"skip.{index}.{axis}", f"no axis '{axis}' has the value {label}"))
         return problems
+
+
+def shown_values(values: Iterable[tuple[str, str]]) -> str:
+    """Return axes with their values as text."""
+    return ", ".join(f"{axis} {value}" for axis, value in values)
 
 
 def short_digest(values: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ def run_sweep(
     running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / sweep.named(changes))
     if running.is_open():
         check_devices(devices) if len(devices) > 1 else check_device(orchestrator.device)
-    running.compare()
+        running.compare()
     if len(devices) > 1:
         with terminable():
             _Processes(running, disable).run(devices)
