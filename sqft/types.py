@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain, product
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -193,6 +195,37 @@ class SearchSpace:
     def median(self) -> tuple[int, ...]:
         """Return the indices of the paper's reference configuration: (n − 1) // 2 of each descending list."""
         return tuple((len(group.ranks) - 1) // 2 for group in self.groups)
+
+    def neighbours(
+        self, anchor: Sequence[int], step: int, count: int, visited: set[tuple[int, ...]], rng: Random
+    ) -> list[tuple[int, ...]]:
+        """Return up to `count` unvisited neighbours of an anchor, as indices, and mark them as visited.
+
+        As Algorithm 1 of the paper draws them. A neighbour differs in one or more groups, each by at most `step`
+        positions in its list. First the number of groups that change is drawn, uniformly from 1 to all that can change;
+        then the groups, and then a change for each, uniformly. If drawing finds too few, all are listed in order.
+        """
+        moves = [
+            [i for i in range(max(0, index - step), min(index + step + 1, len(group.ranks))) if i != index]
+            for index, group in zip(anchor, self.groups, strict=True)
+        ]
+        movable = [position for position, moved in enumerate(moves) if moved]
+
+        def at_random() -> Iterator[tuple[int, ...]]:
+            for _ in range(64 * count if movable else 0):  # the same one may be drawn again
+                moving = set(rng.sample(movable, rng.randint(1, len(movable))))
+                yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
+
+        # The list of all can be very long, but it is left early: only visited configurations are passed over.
+        listed = product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True)))
+        found: list[tuple[int, ...]] = []
+        for candidate in chain(at_random(), listed):
+            if candidate not in visited:
+                visited.add(candidate)
+                found.append(candidate)
+                if len(found) == count:
+                    break
+        return found
 
     def parameters(self, choice: RankConfig) -> int:
         """Count the parameters of a configuration's factors."""

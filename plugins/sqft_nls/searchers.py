@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, product
 from random import Random
 
 from pydantic import Field
@@ -65,12 +63,9 @@ class RandomSearch(Searcher):
 class HillClimbing(Searcher):
     """Algorithm 1: start at the heuristic, and move to the best of some unvisited neighbours if it is better.
 
-    A neighbour differs from the anchor in one or more groups, each by at most `step` positions in its list.
-    First the number of groups that change is drawn, uniformly from 1 to all that can change. Then the groups
-    are drawn, and then a change for each, uniformly from its non-zero ones. Each turn draws up to `neighbors`
-    configurations that were never visited. If drawing finds none, all neighbours are listed in order. When
-    no unvisited neighbour is left, the search ends. The anchor moves only to a strictly better neighbour;
-    among equals, to the one that was drawn first.
+    Each turn draws up to `neighbors` configurations that were never visited (`SearchSpace.neighbours`). When no
+    unvisited neighbour is left, the search ends. The anchor moves only to a strictly better neighbour; among equals, to
+    the one that was drawn first.
     """
 
     name = "hill-climbing"
@@ -89,7 +84,7 @@ class HillClimbing(Searcher):
         visited = {anchor}
         best = accuracy(anchor)
         for _ in range(self.turns):
-            neighbours = self._draw(space, anchor, visited, rng)
+            neighbours = space.neighbours(anchor, self.step, self.neighbors, visited, rng)
             if not neighbours:
                 break
             values = [accuracy(neighbour) for neighbour in neighbours]
@@ -97,28 +92,3 @@ class HillClimbing(Searcher):
                 best = max(values)
                 anchor = neighbours[values.index(best)]
         return space.choice(anchor)
-
-    def _draw(self, space: SearchSpace, anchor: Indices, visited: set[Indices], rng: Random) -> list[Indices]:
-        """Return up to `neighbors` unvisited neighbours, and mark them as visited."""
-        moves = [self._moves(index, len(group.ranks)) for index, group in zip(anchor, space.groups, strict=True)]
-        # The list of all can be very long, but it is left early: only visited configurations are passed over.
-        listed = product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True)))
-        drawn: list[Indices] = []
-        for candidate in chain(self._at_random(anchor, moves, rng), listed):
-            if candidate not in visited:
-                visited.add(candidate)
-                drawn.append(candidate)
-                if len(drawn) == self.neighbors:
-                    break
-        return drawn
-
-    def _at_random(self, anchor: Indices, moves: list[list[int]], rng: Random) -> Iterator[Indices]:
-        """Draw neighbours, the same one again perhaps, at most 64 for each that is wanted."""
-        movable = [position for position, moved in enumerate(moves) if moved]
-        for _ in range(64 * self.neighbors if movable else 0):
-            moving = set(rng.sample(movable, rng.randint(1, len(movable))))
-            yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
-
-    def _moves(self, index: int, length: int) -> list[int]:
-        low, high = max(0, index - self.step), min(length - 1, index + self.step)
-        return [other for other in range(low, high + 1) if other != index]

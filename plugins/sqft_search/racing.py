@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from random import Random
 from typing import Self
 
@@ -62,30 +62,14 @@ class Racing(Searcher):
         records = _Records(space, evaluate, self.evaluations)
         anchor = space.median()
         visited, still = {anchor}, 0
-        while still < self.patience and (contenders := self._draw(space, anchor, visited, rng)):
-            visited.update(contenders)
+        while still < self.patience:
+            contenders = space.neighbours(anchor, self.step, self._affordable_neighbors, visited, rng)
+            if not contenders:
+                break
             winner = self._race(anchor, contenders, records)
             still = 0 if winner else still + 1
             anchor = winner or anchor
         return space.choice(anchor)
-
-    def _draw(self, space: SearchSpace, anchor: Indices, visited: Set[Indices], rng: Random) -> list[Indices]:
-        """Draw unvisited neighbours for a race, as Algorithm 1 does: how many groups change, which, and how."""
-        moves = [
-            [i for i in range(index - self.step, index + self.step + 1) if i != index and 0 <= i < len(group.ranks)]
-            for index, group in zip(anchor, space.groups, strict=True)
-        ]
-        movable = [position for position, moved in enumerate(moves) if moved]
-        drawn: list[Indices] = []
-        wanted = self._affordable_neighbors
-        for _ in range(64 * wanted if movable else 0):  # the same one may be drawn again
-            moving = set(rng.sample(movable, rng.randint(1, len(movable))))
-            neighbour = tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
-            if neighbour not in visited and neighbour not in drawn:
-                drawn.append(neighbour)
-            if len(drawn) == wanted:
-                break
-        return drawn
 
     def _race(self, anchor: Indices, contenders: list[Indices], records: _Records) -> Indices | None:
         """Return the contender that becomes the anchor, or None."""

@@ -48,7 +48,8 @@ def sweep(
     if processes().count > 1:
         raise SqftError("sqft sweep starts processes itself: call it without torchrun, with --device for each device")
     found = Sweep.load(sweep)
-    screen, orchestrator = open_orchestrator(store, devices[0] if len(devices) == 1 else "cpu", disable)
+    here, beside = (devices[0], ()) if len(devices) == 1 else ("cpu", devices)
+    screen, orchestrator = open_orchestrator(store, here, disable)
     plans = plan_cells(found, orchestrator, changes)
     if only_plan:
         steps = {step.fingerprint: step.name in plan.reused for _, plan in plans for step in plan.steps}
@@ -58,7 +59,7 @@ def sweep(
             missing = [step.name for step in plan.steps if step.name not in plan.reused]
             screen.print(f"{cell}: {', '.join(missing) or 'done'}", highlight=False, markup=False)
         return
-    results = run_sweep(found, orchestrator, plans, devices, disable, changes)
+    results = run_sweep(found, orchestrator, plans, beside, disable, changes)
     show_table(screen, found.name, *results.table())
     if results.differences:
         cells = [one.cells() for one in results.differences]

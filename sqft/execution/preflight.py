@@ -133,6 +133,8 @@ def check_device(device: str) -> None:
     try:
         if torch.device(device).type == "meta":
             raise DeviceError("device 'meta' holds no values; name cpu or cuda")
+        if torch.device(device).type == "cpu":
+            raise DeviceError(f"device '{device}' cannot be used: the CPU is one device; name it cpu")
         several = torch.cuda.device_count() > 1 or torch.device(device).index
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

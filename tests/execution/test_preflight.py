@@ -63,6 +63,7 @@ def test_what_a_killed_run_has_written_needs_no_more_room(store: Store) -> None:
         ("meta", "device 'meta' holds no values; name cpu or cuda"),
         ("nonsense", "device 'nonsense' cannot be used: "),
         ("cuda:x", "device 'cuda:x' cannot be used: "),
+        ("cpu:1", "device 'cpu:1' cannot be used: the CPU is one device; name it cpu"),
     ],
 )
 def test_a_device_that_cannot_be_used(device: str, message: str) -> None:

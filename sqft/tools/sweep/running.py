@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
-from sqft.errors import SqftError
+from sqft.errors import RecipeError, SqftError
 from sqft.execution.orchestrator import Orchestrator
 from sqft.execution.preflight import check_device, check_devices
 from sqft.execution.report import flat_rows
@@ -41,16 +41,18 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     Raises:
         SqftError: with every mistake of every cell, each once.
     """
-    plans, mistakes = [], dict[str, list[Cell]]()
+    plans, mistakes = [], dict[tuple[str, str], list[Cell]]()
     cells = sweep.cells(changes)
     for cell in cells:
         try:
             plans.append((cell, orchestrator.load(cell.recipe, cell.changes)))
+        except RecipeError as error:
+            for problem in error.problems:
+                mistakes.setdefault((error.source, f"  {problem}"), []).append(cell)
         except SqftError as error:
-            mistakes.setdefault(str(error), []).append(cell)
+            mistakes.setdefault((str(error), ""), []).append(cell)
     if mistakes:
-        lines = [f"{shortened([f'({cell})' for cell in wrong], 1)}: {text}" for text, wrong in mistakes.items()]
-        raise SqftError("\n".join([f"{sweep.source}: cells that cannot be run", *lines]))
+        raise SqftError("\n".join([f"{sweep.source}: cells that cannot be run", *_by_cells(mistakes, len(cells))]))
     if not cells:
         raise SqftError(f"{sweep.source}: `skip` leaves no cell")
     same: dict[str, list[Cell]] = {}
@@ -64,6 +66,15 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     if not any(step.stage == "evaluate" for _, plan in plans for step in plan.steps):
         log.warning("no cell measures anything; add evaluate to the recipe, or to `set`")
     return plans
+
+
+def _by_cells(mistakes: Mapping[tuple[str, str], Sequence[Cell]], count: int) -> list[str]:
+    """Return lines: the cells, of `count`, that have the same mistakes of a file, and below them these mistakes."""
+    found: dict[str, list[str]] = {}
+    for (source, mistake), wrong in mistakes.items():
+        which = "all cells" if len(wrong) == count > 1 else shortened([f"({cell})" for cell in wrong], 1)
+        found.setdefault(f"{which}: {source}", []).extend([mistake] if mistake else [])
+    return [line for head, below in found.items() for line in (head, *below)]
 
 
 def run_sweep(
@@ -80,18 +91,18 @@ def run_sweep(
 
     Args:
         sweep: the sweep.
-        orchestrator: runs the cells, on its device, unless there are several devices.
+        orchestrator: runs the cells, on its device, unless others are named.
         plans: of `plan_cells`.
-        devices: cells run side by side, each in a process of its own: at most one on each device at a time. One that is
-            named twice runs two.
+        devices: run cells side by side there, each in a process of its own: at most one on each device at a time. One
+            that is named twice runs two.
         disable: plugins that these processes skip. They know the installed ones only.
         changes: those of `plan_cells`; with some, results are in a folder of their own.
     """
     running = _Running(orchestrator, plans, sweep, orchestrator.store.root / "sweeps" / sweep.named(changes))
     if running.is_open():
-        check_devices(devices) if len(devices) > 1 else check_device(orchestrator.device)
+        check_devices(devices) if devices else check_device(orchestrator.device)
         running.compare()
-    if len(devices) > 1:
+    if devices:
         with terminable():
             _Processes(running, disable).run(devices)
     else:

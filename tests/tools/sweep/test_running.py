@@ -105,11 +105,14 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     sweep = Sweep.parse({"name": "s", "recipe": str(recipe), "axes": axes}, tmp_path, "mine.json")
     with pytest.raises(SqftError) as caught:
         plan_cells(sweep, orchestrator)
-    text = str(caught.value)
-    assert text.startswith(
-        "mine.json: cells that cannot be run\n(sparsify.sparsity 0.5, finetune.adapter lorra, seed 0)"
-    )
-    assert "and 1 more" in text and "no adapter named 'lorra'" in text and "sparsify.sparsity: " in text
+    head, *lines = str(caught.value).splitlines()
+    assert head == "mine.json: cells that cannot be run"
+    places = [line if "recipe.json" in line else line.partition(": ")[0] for line in lines]
+    which = ["finetune.adapter lorra, seed 0) and 3 more", "sparsify.sparsity 1.5"]
+    assert len(places) == 4 and which[0] in places[0] and which[1] in places[2]
+    assert places[1::2] == ["  finetune.adapter", "  sparsify.sparsity"]  # each once
+    with pytest.raises(SqftError, match=r"\nall cells: .*recipe.json\n  finetune.steps: ") as caught:
+        plan_cells(sweep, orchestrator, ["finetune.steps=-1"])
     assert not (tmp_path / "store").exists()
     twice = {"a": {"x": {"sparsify.sparsity": 0.5}, "y": {"recipe": str(recipe)}}}
     with pytest.raises(SqftError, match=r"\(a x\) and \(a y\) are the same run"):
@@ -140,8 +143,18 @@ def test_cells_side_by_side(pair: Sweep, orchestrator: Orchestrator, tmp_path: P
         ]
 
     assert figures(results.rows()) == figures(expected.rows())
-    logs = {file.name for file in (orchestrator.store.root / "sweeps" / "s" / "cells").glob("*.log")}
-    assert logs == {"s-0.log", "s-1.log"}
+    assert logs(orchestrator) == {"s-0.log", "s-1.log"}
+
+
+def logs(orchestrator: Orchestrator) -> set[str]:
+    return {file.name for file in (orchestrator.store.root / "sweeps" / "s" / "cells").glob("*.log")}
+
+
+def test_one_device_that_is_named_is_the_one_that_runs(pair: Sweep, orchestrator: Orchestrator) -> None:
+    orchestrator.device = "cuda:7"
+    plans = plan_cells(pair, orchestrator)[:1]
+    assert [one.error for one in run_sweep(pair, orchestrator, plans, ["cpu"]).cells] == [None]
+    assert logs(orchestrator) == {"s-0.log"}
 
 
 def test_a_process_that_fails_is_named(pair: Sweep, recipe: Path, orchestrator: Orchestrator) -> None:
