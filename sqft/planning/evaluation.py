@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -208,11 +209,19 @@ def _check_system_turn(section: Evaluate, template: ChatTemplate) -> Iterator[Pr
 
 def _mentioned(include_path: Path | None) -> set[str]:
     """Return the names that task files give or list."""
+    return _named_by_lm_eval() | (_named_in(include_path) if include_path else set())
+
+
+@cache
+def _named_by_lm_eval() -> set[str]:
     package = find_spec("lm_eval")
-    folders = [Path(package.origin).parent / "tasks"] if package and package.origin else []
-    folders += [include_path] if include_path else []
-    files = (file for folder in folders for file in folder.rglob("*.yaml"))
-    return {name.decode(errors="replace") for file in files for name in NAMED.findall(file.read_bytes())}
+    return _named_in(Path(package.origin).parent / "tasks") if package and package.origin else set()
+
+
+def _named_in(folder: Path) -> set[str]:
+    return {
+        name.decode(errors="replace") for file in folder.rglob("*.yaml") for name in NAMED.findall(file.read_bytes())
+    }
 
 
 def notes_on_chats(
