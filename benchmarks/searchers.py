@@ -79,6 +79,9 @@ class Landscape:
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         return statistics.fmean(value.total for value in self.each(choice, samples))
 
+    def within(self, seconds: float | None) -> bool:
+        return True
+
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         raise NotImplementedError("right and wrong answers have no gradient")
 

@@ -3,7 +3,18 @@
 from sqft.checkpoints.export import ShardSize, float_layers, parameters, write_config, write_shards
 from sqft.checkpoints.gptq import gptq_config, gptq_incompatibility, write_gptq_config
 from sqft.components.hookspecs import hookimpl
-from sqft.components.kinds import Adapter, Allocator, Component, Exporter, Merger, Quantizer, Scorer, Searcher, Updater
+from sqft.components.kinds import (
+    Adapter,
+    Allocator,
+    Component,
+    Exporter,
+    Merger,
+    Quantizer,
+    Scorer,
+    Searcher,
+    TimeLimit,
+    Updater,
+)
 from sqft.errors import ContractError, PluginError, SqftError, StageError
 from sqft.types import (
     SPARSITY_TOLERANCE,
@@ -56,6 +67,7 @@ __all__ = [
     "SqftError",
     "StageError",
     "Statistic",
+    "TimeLimit",
     "Updater",
     "float_layers",
     "gptq_config",

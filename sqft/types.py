@@ -309,6 +309,13 @@ class Evaluate(Protocol):
         """Return the values of the single records, in their order: fewer than `samples` where there are fewer."""
         ...
 
+    def within(self, seconds: float | None) -> bool:
+        """Return whether this search's evaluations took less time than this so far; None is no limit.
+
+        The time is stored with the values. So a searcher that is killed and repeats its calls gets the same answers.
+        """
+        ...
+
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
         """Return, for each group and each of its ranks, how much the mean loss of a label changes if that group alone
         takes that rank and all others take their largest, to first order: positive where the loss rises, 0 at the

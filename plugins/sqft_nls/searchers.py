@@ -6,7 +6,7 @@ from random import Random
 
 from pydantic import Field
 
-from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace
+from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, TimeLimit
 
 Indices = tuple[int, ...]
 """A rank configuration, as a position in each group's list of ranks."""
@@ -48,6 +48,7 @@ class RandomSearch(Searcher):
     name = "random"
     trials: int = Field(8, ge=1, description="number of configurations to evaluate, including the heuristic")
     samples: int | None = Field(64, ge=1, description="number of validation records; null uses all")
+    seconds: TimeLimit = None
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         tried = [space.median()]
@@ -57,7 +58,8 @@ class RandomSearch(Searcher):
             drawn = tuple(rng.randrange(len(group.ranks)) for group in space.groups)
             if drawn not in tried:
                 tried.append(drawn)
-        return max(map(space.choice, tried), key=lambda choice: evaluate(choice, self.samples))
+        values = {c: evaluate(c, self.samples) for c in map(space.choice, tried) if evaluate.within(self.seconds)}
+        return max(values, key=values.__getitem__)
 
 
 class HillClimbing(Searcher):
@@ -75,6 +77,7 @@ class HillClimbing(Searcher):
         1, ge=1, description="S of Algorithm 1: the largest change of a group, in positions of its list of ranks"
     )
     samples: int | None = Field(64, ge=1, description="M of Algorithm 1: number of validation records; null uses all")
+    seconds: TimeLimit = None
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         def accuracy(indices: Indices) -> float:
@@ -85,9 +88,9 @@ class HillClimbing(Searcher):
         best = accuracy(anchor)
         for _ in range(self.turns):
             neighbours = space.neighbours(anchor, self.step, self.neighbors, visited, rng)
-            if not neighbours:
+            values = [accuracy(neighbour) for neighbour in neighbours if evaluate.within(self.seconds)]
+            if not values:
                 break
-            values = [accuracy(neighbour) for neighbour in neighbours]
             if max(values) > best:
                 best = max(values)
                 anchor = neighbours[values.index(best)]

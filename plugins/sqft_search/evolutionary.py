@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, StageError
+from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, StageError, TimeLimit
 
 if TYPE_CHECKING:
     import optuna
@@ -28,6 +28,7 @@ class Evolutionary(Searcher):
     name = "evolutionary"
     evaluations: int = Field(4096, ge=1, description="records to evaluate at most, over all configurations")
     samples: int | None = Field(64, ge=1, description="number of validation records; null uses all")
+    seconds: TimeLimit = None
     population: int = Field(16, ge=2, description="configurations in a generation")
     budget: int | None = Field(None, ge=1, description="the chosen adapter's parameters at most; null: any number")
 
@@ -63,7 +64,7 @@ class Evolutionary(Searcher):
         found: dict[RankConfig, float] = {}
         size = min(self.samples or self.evaluations, self.evaluations)
         left, again = self.evaluations, 0
-        while left >= size and again < REPEATS * self.population:
+        while left >= size and again < REPEATS * self.population and evaluate.within(self.seconds):
             trial = study.ask()
             chosen = (trial.suggest_int(str(i), 0, len(group.ranks) - 1) for i, group in enumerate(space.groups))
             choice = space.choice(tuple(chosen))

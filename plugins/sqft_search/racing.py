@@ -9,7 +9,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace
+from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, TimeLimit
 
 Indices = tuple[int, ...]
 """A rank configuration, as a position in each group's list of ranks."""
@@ -21,8 +21,8 @@ class Racing(Searcher):
     In a race some neighbours of the anchor are compared with it, record by record, on the first `first` records, then
     on twice as many, up to `samples`. A neighbour that is probably worse than the best leaves the race. One that is
     surely better than the anchor becomes the new anchor at once. At the end of the race the best that is left becomes
-    the anchor if it is better on these records, but with `cautious` it stays. The search ends when `evaluations` are
-    spent, or after `patience` races in a row that moved nothing.
+    the anchor if it is better on these records, but with `cautious` it stays. The search ends when `evaluations` or
+    `seconds` are spent, or after `patience` races in a row that moved nothing.
 
     "Probably" and "surely" are by the one-sided sign-flip test of paired differences: how probable a sum at least as
     far from 0 would be if every difference had a random sign. Each look at a neighbour is a test of its own.
@@ -30,6 +30,7 @@ class Racing(Searcher):
 
     name = "racing"
     evaluations: int = Field(4096, ge=1, description="records to evaluate at most, over all configurations")
+    seconds: TimeLimit = None
     neighbors: int = Field(4, ge=1, description="neighbours in a race")
     step: int = Field(1, ge=1, description="the largest change of a group, in positions of its list of ranks")
     first: int = Field(16, ge=2, description="records at the start of a race")
@@ -59,10 +60,10 @@ class Racing(Searcher):
         return min(self.neighbors, self.evaluations // self._fewest - 1)
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
-        records = _Records(space, evaluate, self.evaluations)
+        records = _Records(space, evaluate, self.evaluations, self.seconds)
         anchor = space.median()
         visited, still = {anchor}, 0
-        while still < self.patience:
+        while still < self.patience and evaluate.within(self.seconds):
             contenders = space.neighbours(anchor, self.step, self._affordable_neighbors, visited, rng)
             if not contenders:
                 break
@@ -114,17 +115,19 @@ class _Records:
         space: which the configurations are of.
         evaluate: the function to ask.
         budget: records to ask for at most.
+        seconds: after which none are asked for; None is no limit.
     """
 
-    def __init__(self, space: SearchSpace, evaluate: Evaluate, budget: int) -> None:
-        self.space, self.evaluate, self.left = space, evaluate, budget
+    def __init__(self, space: SearchSpace, evaluate: Evaluate, budget: int, seconds: float | None) -> None:
+        self.space, self.evaluate, self.left, self.seconds = space, evaluate, budget, seconds
         self.asked: dict[Indices, int] = {}
         self.most: int | None = None
 
     def affordable(self, configs: Sequence[Indices], count: int) -> int:
         """Return how many of their first records all configurations can be asked for: at most `count`, or all."""
         count = min(count, self.most or count)
-        while sum(max(0, count - self.asked.get(config, 0)) for config in configs) > self.left:
+        left = self.left if self.evaluate.within(self.seconds) else 0
+        while sum(max(0, count - self.asked.get(config, 0)) for config in configs) > left:
             count -= 1
         return count
 

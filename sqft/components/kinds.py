@@ -12,9 +12,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sqft.types import (
     BaseKind,
@@ -156,6 +156,12 @@ class Adapter(Component):
     def input_dropout(self) -> float:
         """Return the dropout on the adapter's input while it trains, in [0, 1); above 0, training takes two paths."""
         return 0.0
+
+
+TimeLimit = Annotated[
+    float | None, Field(gt=0, description="seconds of evaluation after which no other begins; null: no limit")
+]
+"""A searcher's option, for `Evaluate.within`."""
 
 
 class Searcher(Component):

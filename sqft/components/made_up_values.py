@@ -20,8 +20,8 @@ SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
 
 @dataclass(frozen=True)
 class MadeUpValues:
-    """A rugged `Evaluate`: a value for each configuration and record. It keeps the questions, in their order; those for
-    gradients are without a configuration."""
+    """A rugged `Evaluate`: a value for each configuration and record; each question takes a second. It keeps the
+    questions, in their order; those for gradients are without a configuration."""
 
     label: str
     space: SearchSpace
@@ -37,6 +37,9 @@ class MadeUpValues:
         checks.check_question(self.label, self.space, choice, samples)
         self.asked.append((choice, samples))
         return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(80)][:samples]
+
+    def within(self, seconds: float | None) -> bool:
+        return seconds is None or len(self.asked) < seconds
 
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         checks.check_question_of_gradients(self.label, self.gradients, samples)

@@ -179,5 +179,8 @@ class _NoEvaluation:
     def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
         raise StageError("evaluate.of takes only searchers that need no evaluation")
 
+    def within(self, seconds: float | None) -> bool:
+        return True  # nothing was evaluated
+
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
         raise StageError("evaluate.of takes only searchers that need no evaluation")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -31,7 +33,7 @@ from sqft.stages.adapted import load_adapted_model, load_deltas
 from sqft.stages.adapter_in_parts import AdapterInParts
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.types import RankConfig, RecordValue, SearchSpace
-from sqft.utils.files import write_text
+from sqft.utils.files import CHECKPOINTS, write_text
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
@@ -41,6 +43,9 @@ Differentiate = Callable[[int | None], list[list[float]]]
 TRIALS = "trials.jsonl"
 """File of the evaluations of a search, a JSON object a line: ranks, number of samples, value, and of those samples that
 were new the totals and weights."""
+SECONDS = "seconds.txt"
+"""File of the time that each evaluation took, a line for each of `TRIALS`. It is deleted at the end: the artifact must
+not depend on it."""
 NO_MORE = "no more"
 """Message to the other processes: the search has ended."""
 
@@ -235,8 +240,11 @@ class CachedEvaluator:
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
         self.differentiate = differentiate
+        self.times = file.parent / CHECKPOINTS / SECONDS
         self.known: dict[RankConfig, list[RecordValue]] = {}
-        self.trials = 0
+        self.trials, self.seconds = 0, 0.0
+        self.earlier: dict[RankConfig, list[tuple[int, float]]] = {}
+        """Evaluations of an earlier run that were not yet asked for again: up to which sample, and their seconds."""
         if file.is_file():
             self._resume()
 
@@ -249,14 +257,26 @@ class CachedEvaluator:
         self._check_records("an evaluation")
         count = min(samples or len(self.records), len(self.records))
         values = self.known.get(choice, [])
+        earlier = self.earlier.get(choice, [])
+        while earlier and count >= earlier[0][0]:
+            self.seconds += earlier.pop(0)[1]
         if count > len(values):
+            start = time.monotonic()
             new = self.measure(choice, slice(len(values), count))
+            seconds = time.monotonic() - start
             values = self.known[choice] = values + new
-            with self.file.open("a") as stream:
-                stream.write(_line(choice, values, new))
+            self.times.parent.mkdir(exist_ok=True)
+            for written, line in ((self.times, f"{seconds}\n"), (self.file, _line(choice, values, new))):
+                with written.open("a") as stream:
+                    stream.write(line)
             self.trials += 1
+            self.seconds += seconds
             log.info("trial %d: %.4f on %d samples", self.trials, _metric(values), count)
         return values[:count]
+
+    def within(self, seconds: float | None) -> bool:
+        """Return whether the evaluations took less time so far; see `sqft.types.Evaluate`."""
+        return seconds is None or self.seconds < seconds
 
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
         """Return the changes of the loss by gradients; see `sqft.types.Evaluate`. They are computed each time."""
@@ -289,20 +309,26 @@ class CachedEvaluator:
 
     def _resume(self) -> None:
         """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""
-        lines = []
+        lines, times = [], self._times()
         for line in self.file.read_text().splitlines(keepends=True):
             try:
                 trial = json.loads(line)
-                config, new = (
-                    RankConfig(tuple(trial["ranks"])),
-                    list(map(RecordValue, trial["totals"], trial["weights"])),
-                )
+                config = RankConfig(tuple(trial["ranks"]))
+                new = list(map(RecordValue, trial["totals"], trial["weights"]))
             except (ValueError, KeyError, TypeError):  # also a line as earlier versions wrote it
                 break
             self.known[config] = self.known.get(config, []) + new
+            self.earlier.setdefault(config, []).append((len(self.known[config]), next(times, 0.0)))
             lines.append(line.rstrip("\n") + "\n")
         self.trials = len(lines)
         write_text(self.file, "".join(lines))
+        self.times.parent.mkdir(exist_ok=True)
+        write_text(self.times, "".join(f"{seconds}\n" for seconds in islice(self._times(), self.trials)))
+
+    def _times(self) -> Iterator[float]:
+        """Yield the seconds of evaluations, up to a line that a kill cut short."""
+        with suppress(OSError, ValueError):
+            yield from map(float, self.times.read_text().splitlines())
 
 
 def _metric(values: Sequence[RecordValue]) -> float:

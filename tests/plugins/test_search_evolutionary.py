@@ -28,6 +28,9 @@ class Counter:
         self.evaluated[choice] = count
         return [RecordValue(float(sum(choice.ranks)), 1)] * count
 
+    def within(self, seconds: float | None) -> bool:
+        return seconds is None or len(self.evaluated) < seconds  # one second each
+
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         raise AssertionError("it asks record by record")
 
@@ -59,6 +62,15 @@ def test_it_chooses_within_the_parameters() -> None:
     assert sum(found.ranks) == max(sum(choice.ranks) for choice in within) and len(within) < len(evaluate.evaluated)
     with pytest.raises(StageError, match="nothing within the budget was evaluated, the smallest has 60 parameters"):
         Evolutionary(budget=59).search(space, Counter(), Random(0))
+
+
+@pytest.mark.parametrize("seconds", [1, 30])
+def test_when_the_time_is_over_the_best_so_far_is_taken(seconds: int) -> None:
+    unlimited, limited = Counter(), Counter()
+    Evolutionary().search(space_of(*[5] * 6), unlimited, Random(0))
+    found = Evolutionary(seconds=seconds).search(space_of(*[5] * 6), limited, Random(0))
+    assert list(limited.evaluated) == list(unlimited.evaluated)[:seconds]
+    assert sum(found.ranks) == max(sum(choice.ranks) for choice in limited.evaluated)
 
 
 def test_it_climbs() -> None:

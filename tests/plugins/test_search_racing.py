@@ -33,6 +33,9 @@ class Recorder:
         self.questions.append((choice, samples))
         return [RecordValue(self.value(choice, record), 1) for record in range(min(samples, RECORDS))]
 
+    def within(self, seconds: float | None) -> bool:
+        return seconds is None or len(self.questions) < seconds  # one second each
+
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         raise AssertionError("it compares record by record")
 
@@ -127,6 +130,16 @@ def test_the_last_race_looks_at_what_the_budget_leaves() -> None:
     recorder = Recorder(lambda choice, record: 0.5)
     Racing(evaluations=91, neighbors=1).search(space_of(2), recorder, Random(0))
     assert list(recorder.evaluated.values()) == [45, 45]
+
+
+@pytest.mark.parametrize("seconds", [1, 5, 12, 40])
+def test_no_look_begins_when_the_time_is_over(seconds: int) -> None:
+    """A look is at five configurations at most; up to the last one all is as without a limit."""
+    unlimited, limited = Recorder(noisy), Recorder(noisy)
+    Racing(patience=9).search(space_of(3, 3, 3), unlimited, Random(1))
+    found = Racing(patience=9, seconds=seconds).search(space_of(3, 3, 3), limited, Random(1))
+    assert limited.questions == unlimited.questions[: len(limited.questions)]
+    assert min(seconds, len(unlimited.questions)) <= len(limited.questions) < seconds + 5 and found in limited.evaluated
 
 
 def test_those_who_are_probably_worse_than_the_best_leave() -> None:

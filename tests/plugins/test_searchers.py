@@ -27,6 +27,9 @@ class Recorder:
         self.value, self.asked = value, list[RankConfig]()
         self.samples: set[int | None] = set()
 
+    def within(self, seconds: float | None) -> bool:
+        return seconds is None or len(self.asked) < seconds  # one second each
+
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         self.asked.append(choice)
         self.samples.add(samples)
@@ -161,6 +164,19 @@ def test_it_climbs() -> None:
     space = space_of(*[3] * 6)
     found = HillClimbing(turns=30, neighbors=8).search(space, Recorder(lambda c: sum(c.ranks)), Random(0))
     assert sum(found.ranks) > 12
+
+
+@pytest.mark.parametrize("seconds", [1, 2, 5, 7, 99])
+def test_when_the_time_is_over_the_best_so_far_is_taken(seconds: int) -> None:
+    """All that was asked up to then is as without a limit."""
+    unlimited, limited = Recorder(lambda c: sum(c.ranks)), Recorder(lambda c: sum(c.ranks))
+    HillClimbing(turns=5).search(space_of(3, 3, 3), unlimited, Random(1))
+    found = HillClimbing(turns=5, seconds=seconds).search(space_of(3, 3, 3), limited, Random(1))
+    assert limited.asked == unlimited.asked[:seconds]
+    assert sum(found.ranks) == max(sum(c.ranks) for c in limited.asked)
+    some = Recorder(lambda c: -sum(c.ranks))
+    assert RandomSearch(seconds=seconds).search(space_of(3, 3, 3), some, Random(1)) in some.asked
+    assert len(some.asked) == min(seconds, 8)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -112,6 +112,25 @@ def test_nor_by_a_later_run(evaluator: Make, asked: Asked) -> None:
     assert asked[2:] == [(SMALL, 4, 10)] and evaluator().known == again.known
 
 
+def test_the_time_of_evaluations_is_known_to_a_later_run(
+    evaluator: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the same answers for the same questions, however fast it reads them."""
+    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0, 30.0, 34.0])
+    monkeypatch.setattr("sqft.stages.search.time.monotonic", lambda: next(clock))
+    questions = [(LARGE, 4), (SMALL, 4), (LARGE, 2), (LARGE, 6)]
+    first = evaluator()
+    assert first.within(0.1) and first.within(None)
+    answers = [(first(*question), first.within(5), first.within(5.1)) for question in questions]
+    assert [answer[1:] for answer in answers] == [(True, True), (False, True), (False, True), (False, False)]
+    again = evaluator()
+    assert again.within(0.1)
+    assert [(again(*question), again.within(5), again.within(5.1)) for question in questions] == answers
+    assert not again.within(6) and again.within(6.1)
+    again(LARGE)
+    assert not again.within(10) and again.within(10.1)
+
+
 def test_a_line_that_a_kill_cut_short_is_dropped(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
     first = evaluator()
     first(LARGE, 4), first(SMALL, 4), first(LARGE, 6)
