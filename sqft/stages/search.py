@@ -309,7 +309,7 @@ class CachedEvaluator:
 
     def _resume(self) -> None:
         """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""
-        lines, times = [], self._times()
+        lines, times, found = [], [], self._times()
         for line in self.file.read_text().splitlines(keepends=True):
             try:
                 trial = json.loads(line)
@@ -318,12 +318,13 @@ class CachedEvaluator:
             except (ValueError, KeyError, TypeError):  # also a line as earlier versions wrote it
                 break
             self.known[config] = self.known.get(config, []) + new
-            self.earlier.setdefault(config, []).append((len(self.known[config]), next(times, 0.0)))
+            times.append(next(found, 0.0))
+            self.earlier.setdefault(config, []).append((len(self.known[config]), times[-1]))
             lines.append(line.rstrip("\n") + "\n")
         self.trials = len(lines)
         write_text(self.file, "".join(lines))
         self.times.parent.mkdir(exist_ok=True)
-        write_text(self.times, "".join(f"{seconds}\n" for seconds in islice(self._times(), self.trials)))
+        write_text(self.times, "".join(f"{seconds}\n" for seconds in times))
 
     def _times(self) -> Iterator[float]:
         """Yield the seconds of evaluations, up to a line that a kill cut short."""

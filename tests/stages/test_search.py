@@ -129,6 +129,11 @@ def test_the_time_of_evaluations_is_known_to_a_later_run(
     assert not again.within(6) and again.within(6.1)
     again(LARGE)
     assert not again.within(10) and again.within(10.1)
+    times = tmp_path / "checkpoints" / "seconds.txt"
+    assert times.read_text().split() == ["2.0", "3.0", "1.0", "4.0"]
+    times.write_text("2.0\n3.")  # a line for each trial is there again, whatever was lost
+    evaluator()
+    assert times.read_text().split() == ["2.0", "3.0", "0.0", "0.0"]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
