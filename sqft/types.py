@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -199,7 +199,7 @@ class SearchSpace:
     def neighbours(
         self, anchor: Sequence[int], step: int, count: int, visited: set[tuple[int, ...]], rng: Random
     ) -> list[tuple[int, ...]]:
-        """Return up to `count` unvisited neighbours of an anchor, as indices, and mark them as visited.
+        """Return up to `count` unvisited neighbours of an anchor, as indices, and add them to `visited`.
 
         As Algorithm 1 of the paper draws them. A neighbour differs in one or more groups, each by at most `step`
         positions in its list. First the number of groups that change is drawn, uniformly from 1 to all that can change;
@@ -216,8 +216,8 @@ class SearchSpace:
                 moving = set(rng.sample(movable, rng.randint(1, len(movable))))
                 yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
 
-        # The list of all can be very long, but it is left early: only visited configurations are passed over.
-        listed = product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True)))
+        # The list of all can be very long, but it is left early. Its first is the anchor.
+        listed = islice(product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True))), 1, None)
         found: list[tuple[int, ...]] = []
         for candidate in chain(at_random(), listed):
             if candidate not in visited:
@@ -312,7 +312,8 @@ class Evaluate(Protocol):
     def within(self, seconds: float | None) -> bool:
         """Return whether this search's evaluations took less time than this so far; None is no limit.
 
-        The time is stored with the values. So a searcher that is killed and repeats its calls gets the same answers.
+        Values that are known, and `first_order`, cost none. The time is stored with the values. So a searcher that is
+        killed and repeats its calls gets the same answers.
         """
         ...
 

@@ -22,7 +22,7 @@ class Evolutionary(Searcher):
 
     The first generation is the heuristic, the smallest ranks and configurations drawn uniformly. Of all that were
     evaluated, the one of the best quality with at most `budget` parameters is chosen, and of equals the smallest. The
-    step's report has the Pareto front.
+    step's report has the Pareto front. The first two are evaluated whatever time that takes.
     """
 
     name = "evolutionary"
@@ -64,7 +64,9 @@ class Evolutionary(Searcher):
         found: dict[RankConfig, float] = {}
         size = min(self.samples or self.evaluations, self.evaluations)
         left, again = self.evaluations, 0
-        while left >= size and again < REPEATS * self.population and evaluate.within(self.seconds):
+        while left >= size and again < REPEATS * self.population:
+            if len(found) > 1 and not evaluate.within(self.seconds):  # the smallest ranks fit any budget
+                break
             trial = study.ask()
             chosen = (trial.suggest_int(str(i), 0, len(group.ranks) - 1) for i, group in enumerate(space.groups))
             choice = space.choice(tuple(chosen))

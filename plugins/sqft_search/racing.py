@@ -78,7 +78,9 @@ class Racing(Searcher):
         first = min(self.first, self.samples, records.most or self.first)
         looked, count, ahead = first // 2, first, dict[Indices, float]()
         while contenders and (count := records.affordable([anchor, *contenders], min(count, self.samples))) > looked:
-            before, after = records.totals(anchor, count), {c: records.totals(c, count) for c in contenders}
+            if (seen := records.look([anchor, *contenders], count)) is None:
+                break  # the time is over
+            before, after = seen[anchor], seen
             gains = {c: _differences(before, after[c]) for c in contenders}
             ahead = {c: math.fsum(gains[c]) for c in contenders}
             if sure := [c for c in contenders if by_chance(gains[c]) < self.surely]:
@@ -126,10 +128,18 @@ class _Records:
     def affordable(self, configs: Sequence[Indices], count: int) -> int:
         """Return how many of their first records all configurations can be asked for: at most `count`, or all."""
         count = min(count, self.most or count)
-        left = self.left if self.evaluate.within(self.seconds) else 0
-        while sum(max(0, count - self.asked.get(config, 0)) for config in configs) > left:
+        while sum(max(0, count - self.asked.get(config, 0)) for config in configs) > self.left:
             count -= 1
         return count
+
+    def look(self, configs: Sequence[Indices], count: int) -> dict[Indices, list[float]] | None:
+        """Return the `totals` of some configurations, or None if the time is over before all were asked for."""
+        found: dict[Indices, list[float]] = {}
+        for config in configs:
+            if not self.evaluate.within(self.seconds):
+                return None
+            found[config] = self.totals(config, count)
+        return found
 
     def totals(self, config: Indices, count: int) -> list[float]:
         """Return what the first `count` records, or all that there are, contribute to the metric."""

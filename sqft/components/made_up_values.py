@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from sqft.components import checks
+from sqft.errors import ContractError
 from sqft.types import RankConfig, RankGroup, RecordValue, SearchSpace
 
 
@@ -16,18 +17,23 @@ def _space(*lengths: int) -> SearchSpace:
 
 SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
 """A mixed one, one without a choice to make, and one far too large to list."""
+RECORDS = 80
+MOST_QUESTIONS = 100_000
+"""A searcher that asks more of so few records will not end."""
 
 
 @dataclass(frozen=True)
 class MadeUpValues:
-    """A rugged `Evaluate`: a value for each configuration and record; each question takes a second. It keeps the
-    questions, in their order; those for gradients are without a configuration."""
+    """A rugged `Evaluate`: a value for each configuration and record; to be asked for records that are new takes a
+    second. It keeps the questions, in their order; those for gradients are without a configuration."""
 
     label: str
     space: SearchSpace
     gradients: bool
     """Whether the searcher says that it needs them."""
     asked: list[tuple[RankConfig | None, int | None]] = field(default_factory=list)
+    evaluated: dict[RankConfig, list[int]] = field(default_factory=dict)
+    """How many records of a configuration were asked for, each time that it was more than before."""
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         values = self.each(choice, samples)
@@ -36,10 +42,15 @@ class MadeUpValues:
     def each(self, choice: RankConfig, samples: int | None = None) -> list[RecordValue]:
         checks.check_question(self.label, self.space, choice, samples)
         self.asked.append((choice, samples))
-        return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(80)][:samples]
+        if len(self.asked) > MOST_QUESTIONS:
+            raise ContractError(f"{self.label} asked {MOST_QUESTIONS:,} questions, and did not end")
+        counts, count = self.evaluated.setdefault(choice, [0]), min(samples or RECORDS, RECORDS)
+        if count > counts[-1]:
+            counts.append(count)
+        return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(count)]
 
     def within(self, seconds: float | None) -> bool:
-        return seconds is None or len(self.asked) < seconds
+        return seconds is None or sum(len(counts) - 1 for counts in self.evaluated.values()) < seconds
 
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         checks.check_question_of_gradients(self.label, self.gradients, samples)

@@ -6,13 +6,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 from safetensors.torch import load_file
 
@@ -42,10 +41,8 @@ Differentiate = Callable[[int | None], list[list[float]]]
 
 TRIALS = "trials.jsonl"
 """File of the evaluations of a search, a JSON object a line: ranks, number of samples, value, and of those samples that
-were new the totals and weights."""
-SECONDS = "seconds.txt"
-"""File of the time that each evaluation took, a line for each of `TRIALS`. It is deleted at the end: the artifact must
-not depend on it."""
+were new the totals and weights. While the search goes on, it lies among its checkpoints and has the seconds, too: the
+artifact must not depend on them."""
 NO_MORE = "no more"
 """Message to the other processes: the search has ended."""
 
@@ -80,7 +77,7 @@ class SearchStage:
         adapted, inputs = self.adapted, self.inputs
         space = adapted.measured_space()
         evaluate = CachedEvaluator(
-            inputs.scratch / TRIALS,
+            inputs.scratch / CHECKPOINTS / TRIALS,
             space,
             self._records,
             self._measure,
@@ -91,12 +88,13 @@ class SearchStage:
         inputs.processes.broadcast(NO_MORE)
         checks.check_choice(self.label, adapted.space, config)
         store_ranks(config, inputs.scratch)
+        evaluate.write(inputs.scratch / TRIALS)
         base = str(inputs.plan.adapter_base.model(inputs.folders).resolve())
         store_adapter(adapted, config, base, inputs.scratch / "adapter")
         ranks = adapted.space.ranks_by_linear(config)
         return {
             "searcher": self.searcher.name,
-            "trials": evaluate.trials,
+            "trials": len(evaluate.trials),
             "records": sum(map(len, evaluate.known.values())),
             "value": evaluate.value_on_most_samples(config),
             "front": evaluate.front(config),
@@ -240,9 +238,9 @@ class CachedEvaluator:
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
         self.differentiate = differentiate
-        self.times = file.parent / CHECKPOINTS / SECONDS
         self.known: dict[RankConfig, list[RecordValue]] = {}
-        self.trials, self.seconds = 0, 0.0
+        self.trials: list[dict[str, Any]] = []
+        self.seconds = 0.0
         self.earlier: dict[RankConfig, list[tuple[int, float]]] = {}
         """Evaluations of an earlier run that were not yet asked for again: up to which sample, and their seconds."""
         if file.is_file():
@@ -265,13 +263,13 @@ class CachedEvaluator:
             new = self.measure(choice, slice(len(values), count))
             seconds = time.monotonic() - start
             values = self.known[choice] = values + new
-            self.times.parent.mkdir(exist_ok=True)
-            for written, line in ((self.times, f"{seconds}\n"), (self.file, _line(choice, values, new))):
-                with written.open("a") as stream:
-                    stream.write(line)
-            self.trials += 1
+            trial = _trial(choice, values, new)
+            self.file.parent.mkdir(exist_ok=True)
+            with self.file.open("a") as stream:
+                stream.write(_line(trial | {"seconds": seconds}))
+            self.trials.append(trial)
             self.seconds += seconds
-            log.info("trial %d: %.4f on %d samples", self.trials, _metric(values), count)
+            log.info("trial %d: %.4f on %d samples", len(self.trials), _metric(values), count)
         return values[:count]
 
     def within(self, seconds: float | None) -> bool:
@@ -307,29 +305,26 @@ class CachedEvaluator:
                 front.append({"ranks": ranks, "parameters": parameters, "value": -loss})
         return front
 
+    def write(self, file: Path) -> None:
+        """Write all trials, without their time."""
+        if self.trials:
+            write_text(file, "".join(map(_line, self.trials)))
+
     def _resume(self) -> None:
         """Take the values of an earlier run from the file, and drop a last line that a kill cut short."""
-        lines, times, found = [], [], self._times()
+        lines = []
         for line in self.file.read_text().splitlines(keepends=True):
             try:
                 trial = json.loads(line)
-                config = RankConfig(tuple(trial["ranks"]))
+                config, seconds = RankConfig(tuple(trial["ranks"])), float(trial.pop("seconds"))
                 new = list(map(RecordValue, trial["totals"], trial["weights"]))
-            except (ValueError, KeyError, TypeError):  # also a line as earlier versions wrote it
+            except (ValueError, KeyError, TypeError):
                 break
             self.known[config] = self.known.get(config, []) + new
-            times.append(next(found, 0.0))
-            self.earlier.setdefault(config, []).append((len(self.known[config]), times[-1]))
+            self.earlier.setdefault(config, []).append((len(self.known[config]), seconds))
+            self.trials.append(trial)
             lines.append(line.rstrip("\n") + "\n")
-        self.trials = len(lines)
         write_text(self.file, "".join(lines))
-        self.times.parent.mkdir(exist_ok=True)
-        write_text(self.times, "".join(f"{seconds}\n" for seconds in times))
-
-    def _times(self) -> Iterator[float]:
-        """Yield the seconds of evaluations, up to a line that a kill cut short."""
-        with suppress(OSError, ValueError):
-            yield from map(float, self.times.read_text().splitlines())
 
 
 def _metric(values: Sequence[RecordValue]) -> float:
@@ -341,7 +336,12 @@ def _record_value(losses: Sequence[tuple[float, int]]) -> RecordValue:
     return RecordValue(-sum(loss for loss, _ in losses), sum(labels for _, labels in losses))
 
 
-def _line(config: RankConfig, values: Sequence[RecordValue], new: Sequence[RecordValue]) -> str:
-    totals, weights = zip(*new, strict=True)
-    trial = {"ranks": config.ranks, "samples": len(values), "value": _metric(values)}
-    return json.dumps(trial | {"totals": totals, "weights": weights}) + "\n"
+def _trial(config: RankConfig, values: Sequence[RecordValue], new: Sequence[RecordValue]) -> dict[str, Any]:
+    """Return a line of `TRIALS`, by its names."""
+    totals, weights = map(list, zip(*new, strict=True))
+    trial = {"ranks": list(config.ranks), "samples": len(values), "value": _metric(values)}
+    return trial | {"totals": totals, "weights": weights}
+
+
+def _line(trial: Mapping[str, Any]) -> str:
+    return json.dumps(trial) + "\n"

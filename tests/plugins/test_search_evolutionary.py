@@ -64,13 +64,19 @@ def test_it_chooses_within_the_parameters() -> None:
         Evolutionary(budget=59).search(space, Counter(), Random(0))
 
 
-@pytest.mark.parametrize("seconds", [1, 30])
+@pytest.mark.parametrize("seconds", [2, 30])
 def test_when_the_time_is_over_the_best_so_far_is_taken(seconds: int) -> None:
     unlimited, limited = Counter(), Counter()
     Evolutionary().search(space_of(*[5] * 6), unlimited, Random(0))
     found = Evolutionary(seconds=seconds).search(space_of(*[5] * 6), limited, Random(0))
     assert list(limited.evaluated) == list(unlimited.evaluated)[:seconds]
     assert sum(found.ranks) == max(sum(choice.ranks) for choice in limited.evaluated)
+
+
+def test_with_little_time_there_is_one_within_the_budget() -> None:
+    space, evaluate = space_of(*[5] * 6), Counter()
+    found = Evolutionary(budget=60, seconds=0.1).search(space, evaluate, Random(0))
+    assert found == RankConfig((1,) * 6) and list(evaluate.evaluated) == [space.choice(space.median()), found]
 
 
 def test_it_climbs() -> None:

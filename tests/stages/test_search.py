@@ -33,6 +33,8 @@ from sqft.utils.distributed import Processes
 
 SPACE = SearchSpace((RankGroup("a", (8, 4), ("l.0",)), RankGroup("b", (8, 4), ("l.1",))))
 LARGE, SMALL = RankConfig((8, 8)), RankConfig((4, 4))
+WORK = "checkpoints/trials.jsonl"
+"""Of a search that goes on."""
 RECORDS: list[Any] = [{"text": str(number)} for number in range(10)]
 CHANGES = [[0.0, 0.5], [0.0, -1.0]]
 
@@ -70,7 +72,7 @@ def evaluator(tmp_path: Path, asked: Asked) -> Make:
         return [value(config, record) for record in range(records.start, records.stop)]
 
     def make(records: Sequence[Any] = RECORDS) -> CachedEvaluator:
-        return CachedEvaluator(tmp_path / "trials.jsonl", SPACE, records, measure, "searcher 'x' (here 1)", changes)
+        return CachedEvaluator(tmp_path / WORK, SPACE, records, measure, "searcher 'x' (here 1)", changes)
 
     return make
 
@@ -80,7 +82,7 @@ def test_nothing_is_evaluated_twice(evaluator: Make, asked: Asked) -> None:
     assert evaluate(LARGE, 4) == evaluate(LARGE, 4) == pytest.approx(metric(LARGE, 4))
     assert evaluate(LARGE) == evaluate(LARGE, 10) == evaluate(LARGE, 99) == pytest.approx(metric(LARGE, 10))
     assert evaluate(LARGE, 2) == pytest.approx(metric(LARGE, 2))
-    assert asked == [(LARGE, 0, 4), (LARGE, 4, 10)] and evaluate.trials == 2
+    assert asked == [(LARGE, 0, 4), (LARGE, 4, 10)] and len(evaluate.trials) == 2
 
 
 @given(st.lists(st.tuples(st.sampled_from([LARGE, SMALL]), st.integers(1, 12) | st.none()), max_size=8))
@@ -129,36 +131,34 @@ def test_the_time_of_evaluations_is_known_to_a_later_run(
     assert not again.within(6) and again.within(6.1)
     again(LARGE)
     assert not again.within(10) and again.within(10.1)
-    times = tmp_path / "checkpoints" / "seconds.txt"
-    assert times.read_text().split() == ["2.0", "3.0", "1.0", "4.0"]
-    times.write_text("2.0\n3.")  # a line for each trial is there again, whatever was lost
-    evaluator()
-    assert times.read_text().split() == ["2.0", "3.0", "0.0", "0.0"]
+    again.write(tmp_path / "trials.jsonl")
+    assert "seconds" not in (tmp_path / "trials.jsonl").read_text()
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
     first = evaluator()
     first(LARGE, 4), first(SMALL, 4), first(LARGE, 6)
-    file = tmp_path / "trials.jsonl"
+    file = tmp_path / WORK
     complete = file.read_text()
     file.write_text(complete[:-9])
     again = evaluator()
     assert len(again.known[LARGE]) == 4 and file.read_text() == "".join(complete.splitlines(keepends=True)[:2])
     again(LARGE, 6)
-    assert file.read_text() == complete
-    assert [json.loads(line)["samples"] for line in complete.splitlines()] == [4, 4, 6]
+    assert again.trials == first.trials == evaluator().trials
+    assert [trial["samples"] for trial in again.trials] == [4, 4, 6]
 
 
 def test_a_file_of_an_earlier_version_is_begun_anew(evaluator: Make, asked: Asked, tmp_path: Path) -> None:
-    """It has a value for all samples together, and none for each."""
-    (tmp_path / "trials.jsonl").write_text('{"ranks": [8, 8], "samples": 4, "value": 0.5}\n')
+    """It has no seconds."""
+    (tmp_path / WORK).parent.mkdir()
+    (tmp_path / WORK).write_text('{"ranks": [8, 8], "samples": 1, "value": 0.5, "totals": [0.5], "weights": [1]}\n')
     evaluate = evaluator()
-    assert evaluate.trials == 0 and (tmp_path / "trials.jsonl").read_text() == ""
+    assert evaluate.trials == [] and (tmp_path / WORK).read_text() == ""
     assert evaluate(LARGE, 4) == pytest.approx(metric(LARGE, 4)) and asked == [(LARGE, 0, 4)]
 
 
 def test_no_file_without_an_evaluation(evaluator: Make, tmp_path: Path) -> None:
-    evaluator()
+    evaluator().write(tmp_path / "trials.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -240,15 +240,17 @@ def test_a_search_that_was_killed_goes_on(searcher: Searcher, kept: int, tmp_pat
         return [RecordValue(draw, 1) for draw in draws]
 
     def search() -> RankConfig:
-        evaluate = CachedEvaluator(tmp_path / "trials.jsonl", space, RECORDS, measure, "x", changes)
-        return searcher.search(space, evaluate, Random(3))
+        evaluate = CachedEvaluator(tmp_path / WORK, space, RECORDS, measure, "x", changes)
+        found = searcher.search(space, evaluate, Random(3))
+        evaluate.write(tmp_path / "trials.jsonl")
+        return found
 
-    found, file, all_measured = search(), tmp_path / "trials.jsonl", measured
-    complete = file.read_text()
-    lines = complete.splitlines(keepends=True)
+    found, file, all_measured = search(), tmp_path / WORK, measured
+    complete = (tmp_path / "trials.jsonl").read_text()
+    lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:kept]) + lines[kept][:20])
     measured = 0
-    assert search() == found and file.read_text() == complete
+    assert search() == found and (tmp_path / "trials.jsonl").read_text() == complete
     before = sum(len(json.loads(line)["totals"]) for line in lines[:kept])
     assert measured == all_measured - before
 

@@ -41,16 +41,16 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     Raises:
         SqftError: with every mistake of every cell, each once.
     """
-    plans, mistakes = [], dict[tuple[str, str], list[Cell]]()
+    plans, mistakes = [], dict[tuple[str, str], dict[str, Cell]]()
     cells = sweep.cells(changes)
     for cell in cells:
         try:
             plans.append((cell, orchestrator.load(cell.recipe, cell.changes)))
         except RecipeError as error:
             for problem in error.problems:
-                mistakes.setdefault((error.source, f"  {problem}"), []).append(cell)
+                mistakes.setdefault((error.source, f"  {problem}"), {})[cell.name] = cell
         except SqftError as error:
-            mistakes.setdefault((str(error), ""), []).append(cell)
+            mistakes.setdefault((str(error), ""), {})[cell.name] = cell
     if mistakes:
         raise SqftError("\n".join([f"{sweep.source}: cells that cannot be run", *_by_cells(mistakes, len(cells))]))
     if not cells:
@@ -68,13 +68,14 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     return plans
 
 
-def _by_cells(mistakes: Mapping[tuple[str, str], Sequence[Cell]], count: int) -> list[str]:
-    """Return lines: the cells, of `count`, that have the same mistakes of a file, and below them these mistakes."""
-    found: dict[str, list[str]] = {}
+def _by_cells(mistakes: Mapping[tuple[str, str], Mapping[str, Cell]], count: int) -> Iterator[str]:
+    """Yield lines: the cells, of `count`, that have the same mistakes of a file, and below them these mistakes."""
+    found: dict[tuple[str, ...], tuple[Mapping[str, Cell], list[str]]] = {}
     for (source, mistake), wrong in mistakes.items():
-        which = "all cells" if len(wrong) == count > 1 else shortened([f"({cell})" for cell in wrong], 1)
-        found.setdefault(f"{which}: {source}", []).extend([mistake] if mistake else [])
-    return [line for head, below in found.items() for line in (head, *below)]
+        found.setdefault((source, *wrong), (wrong, []))[1].extend([mistake] if mistake else [])
+    for (source, *_), (wrong, below) in found.items():
+        which = "all cells" if len(wrong) == count > 1 else shortened([f"({cell})" for cell in wrong.values()], 1)
+        yield from (f"{which}: {source}", *below)
 
 
 def run_sweep(

@@ -111,6 +111,11 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     which = ["finetune.adapter lorra, seed 0) and 3 more", "sparsify.sparsity 1.5"]
     assert len(places) == 4 and which[0] in places[0] and which[1] in places[2]
     assert places[1::2] == ["  finetune.adapter", "  sparsify.sparsity"]  # each once
+    crossed = {"sparsify.sparsity": [1.5, 0.5], "finetune.steps": [-1, 9]}
+    with pytest.raises(SqftError) as caught:
+        plan_cells(Sweep.parse({"name": "s", "recipe": str(recipe), "axes": crossed}, tmp_path, "m"), orchestrator)
+    both = "(sparsify.sparsity 1.5, finetune.steps -1) and 1 more: "  # one of the two cells is another one
+    assert [line.startswith(both) for line in str(caught.value).splitlines()[1:]] == [True, False] * 2
     with pytest.raises(SqftError, match=r"\nall cells: .*recipe.json\n  finetune.steps: ") as caught:
         plan_cells(sweep, orchestrator, ["finetune.steps=-1"])
     assert not (tmp_path / "store").exists()
