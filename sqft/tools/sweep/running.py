@@ -41,16 +41,14 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     Raises:
         SqftError: with every mistake of every cell, each once.
     """
-    plans, mistakes = [], dict[tuple[str, str], dict[str, Cell]]()
+    plans, mistakes = [], dict[str, dict[str, Cell]]()
     cells = sweep.cells(changes)
     for cell in cells:
         try:
             plans.append((cell, orchestrator.load(cell.recipe, cell.changes)))
-        except RecipeError as error:
-            for problem in error.problems:
-                mistakes.setdefault((error.source, f"  {problem}"), {})[cell.name] = cell
         except SqftError as error:
-            mistakes.setdefault((str(error), ""), {})[cell.name] = cell
+            for mistake in map(str, error.problems if isinstance(error, RecipeError) else [error]):
+                mistakes.setdefault(mistake, {})[cell.name] = cell
     if mistakes:
         raise SqftError("\n".join([f"{sweep.source}: cells that cannot be run", *_by_cells(mistakes, len(cells))]))
     if not cells:
@@ -68,14 +66,17 @@ def plan_cells(sweep: Sweep, orchestrator: Orchestrator, changes: Sequence[str] 
     return plans
 
 
-def _by_cells(mistakes: Mapping[tuple[str, str], Mapping[str, Cell]], count: int) -> Iterator[str]:
-    """Yield lines: the cells, of `count`, that have the same mistakes of a file, and below them these mistakes."""
-    found: dict[tuple[str, ...], tuple[Mapping[str, Cell], list[str]]] = {}
-    for (source, mistake), wrong in mistakes.items():
-        found.setdefault((source, *wrong), (wrong, []))[1].extend([mistake] if mistake else [])
-    for (source, *_), (wrong, below) in found.items():
+def _by_cells(mistakes: Mapping[str, Mapping[str, Cell]], count: int) -> Iterator[str]:
+    """Yield lines: the cells, of `count`, that have the same mistakes, and below them these mistakes."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for mistake, wrong in mistakes.items():
+        found.setdefault(tuple(wrong), []).append(mistake)
+    for below in found.values():
+        wrong = mistakes[below[0]]
         which = "all cells" if len(wrong) == count > 1 else shortened([f"({cell})" for cell in wrong.values()], 1)
-        yield from (f"{which}: {source}", *below)
+        recipes = {str(cell.recipe) for cell in wrong.values()}
+        yield f"{which}: {recipes.pop()}" if len(recipes) == 1 else f"{which}:"
+        yield from (f"  {mistake}" for mistake in below)
 
 
 def run_sweep(

@@ -118,6 +118,11 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     assert [line.startswith(both) for line in str(caught.value).splitlines()[1:]] == [True, False] * 2
     with pytest.raises(SqftError, match=r"\nall cells: .*recipe.json\n  finetune.steps: ") as caught:
         plan_cells(sweep, orchestrator, ["finetune.steps=-1"])
+    other = recipe.with_name("other.json")
+    other.write_text(recipe.read_text())
+    axes = {"file": {"a": {"recipe": str(recipe)}, "b": {"recipe": str(other)}}, "seed": [0, 1]}
+    with pytest.raises(SqftError, match=r"cannot be run\nall cells:\n  finetune.steps: [^\n]*$"):
+        plan_cells(Sweep.parse({"name": "s", "axes": axes}, tmp_path, "m"), orchestrator, ["finetune.steps=-1"])
     assert not (tmp_path / "store").exists()
     twice = {"a": {"x": {"sparsify.sparsity": 0.5}, "y": {"recipe": str(recipe)}}}
     with pytest.raises(SqftError, match=r"\(a x\) and \(a y\) are the same run"):
