@@ -192,14 +192,12 @@ class SearchSpace:
         """Return the configuration that takes, in each group, the rank at that index of its list."""
         return RankConfig(tuple(g.ranks[i] for g, i in zip(self.groups, indices, strict=True)))
 
-    def median(self) -> tuple[int, ...]:
+    def median(self) -> Indices:
         """Return the indices of the paper's reference configuration: (n − 1) // 2 of each descending list."""
         return tuple((len(group.ranks) - 1) // 2 for group in self.groups)
 
-    def neighbours(
-        self, anchor: Sequence[int], step: int, count: int, visited: set[tuple[int, ...]], rng: Random
-    ) -> list[tuple[int, ...]]:
-        """Return up to `count` unvisited neighbours of an anchor, as indices, and add them to `visited`.
+    def neighbours(self, anchor: Indices, step: int, count: int, visited: set[Indices], rng: Random) -> list[Indices]:
+        """Return up to `count` unvisited neighbours of an anchor, and add them to `visited`.
 
         As Algorithm 1 of the paper draws them. A neighbour differs in one or more groups, each by at most `step`
         positions in its list. First the number of groups that change is drawn, uniformly from 1 to all that can change;
@@ -211,14 +209,14 @@ class SearchSpace:
         ]
         movable = [position for position, moved in enumerate(moves) if moved]
 
-        def at_random() -> Iterator[tuple[int, ...]]:
+        def at_random() -> Iterator[Indices]:
             for _ in range(64 * count if movable else 0):  # the same one may be drawn again
                 moving = set(rng.sample(movable, rng.randint(1, len(movable))))
                 yield tuple(rng.choice(moves[i]) if i in moving else index for i, index in enumerate(anchor))
 
         # The list of all can be very long, but it is left early. Its first is the anchor.
         listed = islice(product(*((index, *moved) for index, moved in zip(anchor, moves, strict=True))), 1, None)
-        found: list[tuple[int, ...]] = []
+        found: list[Indices] = []
         for candidate in chain(at_random(), listed):
             if candidate not in visited:
                 visited.add(candidate)
@@ -388,6 +386,8 @@ class Select(Protocol):
         ...
 
 
+Indices = tuple[int, ...]
+"""A rank configuration, as a position in each group's list of ranks."""
 SPARSITY_TOLERANCE = 0.005
 """Largest difference between the sparsity that was asked for and that of all allocated layers together."""
 COMPARED_EXAMPLES = 4

@@ -6,10 +6,7 @@ from random import Random
 
 from pydantic import Field
 
-from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, TimeLimit
-
-Indices = tuple[int, ...]
-"""A rank configuration, as a position in each group's list of ranks."""
+from sqft.api import Evaluate, Indices, RankConfig, Searcher, SearchSpace, TimeLimit
 
 
 class Heuristic(Searcher):

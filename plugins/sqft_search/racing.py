@@ -9,10 +9,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from sqft.api import Evaluate, RankConfig, Searcher, SearchSpace, TimeLimit
-
-Indices = tuple[int, ...]
-"""A rank configuration, as a position in each group's list of ranks."""
+from sqft.api import Evaluate, Indices, RankConfig, Searcher, SearchSpace, TimeLimit
 
 
 class Racing(Searcher):
@@ -78,16 +75,15 @@ class Racing(Searcher):
         first = min(self.first, self.samples, records.most or self.first)
         looked, count, ahead = first // 2, first, dict[Indices, float]()
         while contenders and (count := records.affordable([anchor, *contenders], min(count, self.samples))) > looked:
-            if (seen := records.look([anchor, *contenders], count)) is None:
+            if (totals := records.look([anchor, *contenders], count)) is None:
                 break  # the time is over
-            before, after = seen[anchor], seen
-            gains = {c: _differences(before, after[c]) for c in contenders}
+            gains = {c: _differences(totals[anchor], totals[c]) for c in contenders}
             ahead = {c: math.fsum(gains[c]) for c in contenders}
             if sure := [c for c in contenders if by_chance(gains[c]) < self.surely]:
                 return max(sure, key=ahead.__getitem__)
             leader = max(contenders, key=ahead.__getitem__)
-            best = after[leader] if ahead[leader] > 0 else before
-            contenders = [c for c in contenders if by_chance(_differences(after[c], best)) >= self.probably]
+            best = totals[leader if ahead[leader] > 0 else anchor]
+            contenders = [c for c in contenders if by_chance(_differences(totals[c], best)) >= self.probably]
             looked, count = count, 2 * count
         leader = max((c for c in contenders if c in ahead), key=ahead.__getitem__, default=anchor)
         return leader if ahead.get(leader, 0) > 0 and not self.cautious else None

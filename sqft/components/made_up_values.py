@@ -32,8 +32,10 @@ class MadeUpValues:
     gradients: bool
     """Whether the searcher says that it needs them."""
     asked: list[tuple[RankConfig | None, int | None]] = field(default_factory=list)
-    evaluated: dict[RankConfig, list[int]] = field(default_factory=dict)
-    """How many records of a configuration were asked for, each time that it was more than before."""
+    known: dict[RankConfig, int] = field(default_factory=dict)
+    """How many records of a configuration were asked for."""
+    trials: list[RankConfig] = field(default_factory=list)
+    """The configuration of each question for records that were new."""
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         values = self.each(choice, samples)
@@ -44,13 +46,14 @@ class MadeUpValues:
         self.asked.append((choice, samples))
         if len(self.asked) > MOST_QUESTIONS:
             raise ContractError(f"{self.label} asked {MOST_QUESTIONS:,} questions, and did not end")
-        counts, count = self.evaluated.setdefault(choice, [0]), min(samples or RECORDS, RECORDS)
-        if count > counts[-1]:
-            counts.append(count)
+        count = min(samples or RECORDS, RECORDS)
+        if count > self.known.get(choice, 0):
+            self.known[choice] = count
+            self.trials.append(choice)
         return [RecordValue(Random(f"{choice.ranks} {record}").random(), 1) for record in range(count)]
 
     def within(self, seconds: float | None) -> bool:
-        return seconds is None or sum(len(counts) - 1 for counts in self.evaluated.values()) < seconds
+        return seconds is None or len(self.trials) < seconds
 
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         checks.check_question_of_gradients(self.label, self.gradients, samples)

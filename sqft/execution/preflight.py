@@ -131,11 +131,12 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        if torch.device(device).type == "meta":
+        named = torch.device(device)
+        if named.type == "meta":
             raise DeviceError("device 'meta' holds no values; name cpu or cuda")
-        if torch.device(device).type == "cpu":
+        if named.type == "cpu":
             raise DeviceError(f"device '{device}' cannot be used: the CPU is one device; name it cpu")
-        several = torch.cuda.device_count() > 1 or torch.device(device).index
+        several = torch.cuda.device_count() > 1 or named.index
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None

@@ -111,6 +111,8 @@ def test_all_cells_are_planned_before_one_is_run(recipe: Path, orchestrator: Orc
     which = ["finetune.adapter lorra, seed 0) and 3 more", "sparsify.sparsity 1.5"]
     assert len(places) == 4 and which[0] in places[0] and which[1] in places[2]
     assert places[1::2] == ["  finetune.adapter", "  sparsify.sparsity"]  # each once
+    assert lines[0].startswith("(sparsify.sparsity 0.5, finetune.adapter lorra, seed 0)")
+    assert "no adapter named 'lorra'" in lines[1]
     crossed = {"sparsify.sparsity": [1.5, 0.5], "finetune.steps": [-1, 9]}
     with pytest.raises(SqftError) as caught:
         plan_cells(Sweep.parse({"name": "s", "recipe": str(recipe), "axes": crossed}, tmp_path, "m"), orchestrator)
