@@ -1,7 +1,7 @@
 """Searchers on a synthetic landscape: the quality that each finds, by the number of records that it evaluates.
 
     python benchmarks/searchers.py [--seeds 10] [--budgets 832 3328 13312] [--gains 0.25 1.0] [--only racing]
-    python benchmarks/searchers.py --regression [--seeds 20] [--steps 170 1000 3000]
+    python benchmarks/searchers.py --training [--seeds 20] [--steps 170 1000 3000]
 
 The landscape has groups of five ranks, and its best configuration is known: one rank for each group, drawn at random.
 Each step away from it costs utility, in each group another amount, and utility is rounded to plateaus. The answer to a
@@ -13,10 +13,7 @@ separates the heuristic from the best.
 A budget counts pairs of a configuration and a record, each once. Algorithm 1 draws four neighbours a turn, as often as
 its budget lasts; 832 records are its default of 3 turns and 64 samples. Searchers may spend less.
 
-`--regression` asks what the training loss alone would tell, if it followed the landscape. Each step draws a rank for
-every group, and its loss is minus the mean margin of 16 records (utility + difficulty + noise), without a trend. A
-ridge regression on the ranks, its penalty by generalized cross-validation, estimates each rank's effect, and every
-group takes its best rank. No searcher of sqft does this.
+`--training` asks what `loss-guided` finds, which evaluates nothing, if the losses of training followed the landscape.
 """
 
 from __future__ import annotations
@@ -25,14 +22,17 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from random import Random
 
 import numpy as np
 from sqft_nls.searchers import HillClimbing, RandomSearch
 from sqft_search.evolutionary import Evolutionary
+from sqft_search.loss_guided import LossGuided
 from sqft_search.racing import Racing
 
-from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
+from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace, TrainingStep
 
 GROUPS, RANKS, RECORDS = 24, (40, 32, 24, 16, 8), 1024
 OWN_NOISE = 0.1
@@ -124,25 +124,29 @@ def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
     return lines
 
 
-def regressed(seed: int, gain: float, steps: int) -> float:
-    """Return the quality above the heuristic's of the ranks that a regression of the training loss finds."""
-    landscape, draws = Landscape(seed, gain), np.random.default_rng([seed, steps])
-    indices = draws.integers(0, len(RANKS), (steps, GROUPS))
-    margins = np.array([landscape.utility(landscape.space.choice(row)) for row in indices])
-    losses = draws.normal(0, 1 / math.sqrt(BATCH), steps) - margins
-    taken = (indices[:, :, None] == np.arange(len(RANKS))).reshape(steps, -1)  # [steps, groups · ranks]
-    U, S, Vt = np.linalg.svd(taken - taken.mean(0), full_matrices=False)
-    seen = U.T @ (losses - losses.mean())
-    left = np.square(losses - losses.mean()).sum() - np.square(seen).sum()  # what no effects explain
+def trained(landscape: Landscape, steps: int) -> SearchSpace:
+    """Return the landscape's space after made-up training.
 
-    def score(penalty: float) -> float:
-        kept = S**2 / (S**2 + penalty)
-        return float((left + np.square((1 - kept) * seen).sum()) / (1 - kept.sum() / steps) ** 2)
+    Each step draws a rank for every group, and its loss is minus the mean margin of 16 records. The part of it that
+    ranks decide grows, as deltas do, in the first half of the steps, and the loss falls to the end.
+    """
+    draws = Random(f"{landscape.seed} {steps}")
+    training = []
+    for step in range(steps):
+        config = landscape.space.choice([draws.randrange(len(RANKS)) for _ in range(GROUPS)])
+        margin = min(1, 2 * step / steps) * landscape.utility(config) + draws.gauss(0, 1 / math.sqrt(BATCH))
+        training.append(TrainingStep(config, math.exp(-3 * step / steps) - margin))
+    return replace(landscape.space, training=tuple(training))
 
-    penalty = min(np.geomspace(1e-2, 1e6, 40), key=score)
-    effects = (Vt.T @ (S / (S**2 + penalty) * seen)).reshape(GROUPS, -1)
-    found, heuristic = (landscape.space.choice(c) for c in (effects.argmin(1), landscape.space.median()))
-    return landscape.quality(found) - landscape.quality(heuristic)
+
+def guided(seed: int, gain: float, steps: int, significance: float) -> tuple[float, bool]:
+    """Return the quality above the heuristic's that `loss-guided` found after so much training, without a limit of
+    parameters, and whether it concluded anything."""
+    landscape = Landscape(seed, gain)
+    searcher = LossGuided(budget=GROUPS * max(RANKS), significance=significance)
+    found = searcher.search(trained(landscape, steps), landscape, Random(seed))
+    heuristic = landscape.space.choice(landscape.space.median())
+    return landscape.quality(found) - landscape.quality(heuristic), found != heuristic
 
 
 def mean_gain(gains: Sequence[float]) -> str:
@@ -157,14 +161,16 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[832, 3328, 13312])
     parser.add_argument("--gains", type=float, nargs="+", default=[0.25, 1.0])
     parser.add_argument("--only", default="", help="a part of the searchers' names")
-    parser.add_argument("--regression", action="store_true", help="of the training loss, in place of searchers")
+    parser.add_argument("--training", action="store_true", help="loss-guided, in place of searchers that evaluate")
     parser.add_argument("--steps", type=int, nargs="+", default=[170, 1000, 3000], help="of training")
     arguments = parser.parse_args()
     for gain in arguments.gains:
-        if arguments.regression:
-            for steps in arguments.steps:
-                gains = [regressed(seed, gain, steps) for seed in range(arguments.seeds)]
-                print(f"Gain {gain}, {steps:,} steps: {mean_gain(gains)}", flush=True)
+        if arguments.training:
+            for steps, significance in product(arguments.steps, (0.05, 1.0)):
+                found = [guided(seed, gain, steps, significance) for seed in range(arguments.seeds)]
+                gains, concluded = zip(*found, strict=True)
+                how = f"significance {significance}, concluded {sum(concluded)} times"
+                print(f"Gain {gain}, {steps:,} steps, {how}: {mean_gain(gains)}", flush=True)
             continue
         print("\n".join(table(gain, arguments.budgets, arguments.seeds, arguments.only)), "", sep="\n", flush=True)
 

@@ -16,23 +16,18 @@ from sqft.components.kinds import (
     Updater,
 )
 from sqft.errors import ContractError, PluginError, SqftError, StageError
+from sqft.ranks import Evaluate, Indices, RankConfig, RankGroup, RecordValue, SearchSpace, TrainingStep
 from sqft.types import (
     SPARSITY_TOLERANCE,
     BaseKind,
     BaseWeight,
     DeltaModule,
-    Evaluate,
     Grid,
-    Indices,
     InputPath,
     LinearShape,
     LinearStats,
     ModelReader,
     Quantized,
-    RankConfig,
-    RankGroup,
-    RecordValue,
-    SearchSpace,
     Select,
     Statistic,
 )
@@ -70,6 +65,7 @@ __all__ = [
     "StageError",
     "Statistic",
     "TimeLimit",
+    "TrainingStep",
     "Updater",
     "float_layers",
     "gptq_config",

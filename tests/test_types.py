@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqft.types import Pattern, RankGroup, SearchSpace
+from sqft.ranks import RankGroup, SearchSpace
+from sqft.types import Pattern
 
 
 @pytest.mark.parametrize(

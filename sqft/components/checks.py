@@ -12,18 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from sqft.errors import ContractError
-from sqft.types import (
-    SPARSITY_TOLERANCE,
-    BaseWeight,
-    DeltaModule,
-    Grid,
-    LinearShape,
-    LinearStats,
-    Quantized,
-    RankConfig,
-    RankGroup,
-    SearchSpace,
-)
+from sqft.ranks import RankConfig, RankGroup, SearchSpace
+from sqft.types import SPARSITY_TOLERANCE, BaseWeight, DeltaModule, Grid, LinearShape, LinearStats, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor, device

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sqft.ranks import Evaluate, RankConfig, SearchSpace
 from sqft.types import (
     BaseKind,
     BaseWeight,
     DeltaModule,
-    Evaluate,
     LinearShape,
     LinearStats,
     ModelReader,
     Quantized,
-    RankConfig,
-    SearchSpace,
     Select,
     Statistic,
 )

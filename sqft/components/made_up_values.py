@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from sqft.components import checks
 from sqft.errors import ContractError
-from sqft.types import RankConfig, RankGroup, RecordValue, SearchSpace
+from sqft.ranks import RankConfig, RankGroup, RecordValue, SearchSpace, TrainingStep
 
 
 def _space(*lengths: int) -> SearchSpace:
     ranks = (tuple(range(2 * n, 0, -2)) for n in lengths)
-    return SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
+    space = SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
+    rng = Random(0)
+    configs = (RankConfig(tuple(rng.choice(group.ranks) for group in space.groups)) for _ in range(40))
+    return replace(space, training=tuple(TrainingStep(config, rng.random()) for config in configs))
 
 
 SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))

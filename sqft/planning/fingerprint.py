@@ -58,6 +58,7 @@ EVERY_STAGE = (
     "modeling/loading/transformers_io",
     "planning/adapter_base",
     "planning/plan",
+    "ranks",
     "stages/inputs",
     "types",
 )

@@ -29,12 +29,15 @@ from sqft.modeling.loading.quantized import read_grids
 from sqft.modeling.loading.without_zeros import load_without_zeros
 from sqft.planning.adapter_base import AdapterBase
 from sqft.planning.plan import Plan
+from sqft.ranks import RankConfig, SearchSpace, TrainingStep
 from sqft.recipe.sections import Finetune
 from sqft.stages.inputs import section_of
-from sqft.types import BaseKind, DeltaModule, LinearShape, SearchSpace
+from sqft.types import BaseKind, DeltaModule, LinearShape
 from sqft.utils.resources import return_freed_memory
 
 DELTAS = "deltas.safetensors"
+LOG = "log.jsonl"
+"""File of a finetune step: a JSON object a line for the loss of each training step, and of each validation."""
 
 
 def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, device: str) -> AdaptedModel:
@@ -180,6 +183,18 @@ def load_adapted_model(plan: Plan, folders: Mapping[str, Path], finetuned: Path,
     adapted = build_adapted_model(plan, folders, 0, device)
     load_deltas(adapted, finetuned, plan.step("finetune").label(Adapter))
     return adapted
+
+
+def trained_space(adapted: AdaptedModel, finetuned: Path) -> SearchSpace:
+    """Return all that a searcher may know without an evaluation.
+
+    Args:
+        adapted: the trained model.
+        finetuned: the folder of its finetune artifact.
+    """
+    entries = map(json.loads, (finetuned / LOG).read_text().splitlines())
+    steps = (TrainingStep(RankConfig(tuple(e["ranks"])), e["loss"]) for e in entries if "loss" in e)
+    return replace(adapted.measured_space(), training=tuple(steps))
 
 
 def load_deltas(adapted: AdaptedModel, folder: Path, label: str) -> None:

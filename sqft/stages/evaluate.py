@@ -24,11 +24,11 @@ from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.evaluation.peft_adapter import attach_peft_adapter
 from sqft.modeling.loading import load_model
 from sqft.planning.plan import Plan
+from sqft.ranks import RankConfig, RecordValue
 from sqft.recipe.measures import ExactMatch
 from sqft.recipe.sections import Evaluate
-from sqft.stages.adapted import load_adapted_model
+from sqft.stages.adapted import load_adapted_model, trained_space
 from sqft.stages.inputs import Report, StageInputs
-from sqft.types import RankConfig, RecordValue
 from sqft.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ class EvaluateStage:
             config = read_ranks(self.inputs.folders["search"])
         else:
             searcher = self.inputs.step.component(Searcher)
-            config = searcher.search(adapted.measured_space(), _NoEvaluation(), Random(self.inputs.seed_for("search")))
+            space = trained_space(adapted, self.inputs.folders["finetune"])
+            config = searcher.search(space, _NoEvaluation(), Random(self.inputs.seed_for("search")))
         checks.check_choice("the chosen configuration", adapted.space, config)
         return config
 
@@ -171,7 +172,7 @@ def write_lines(file: Path, items: Iterable[Any]) -> None:
 
 
 class _NoEvaluation:
-    """`sqft.types.Evaluate` for searchers that promise not to use it."""
+    """`sqft.ranks.Evaluate` for searchers that promise not to use it."""
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         raise StageError("evaluate.of takes only searchers that need no evaluation")

@@ -41,8 +41,9 @@ from sqft.modeling.training.trainer import (
     StopOnNonFiniteLoss,
     first_drawn,
 )
+from sqft.ranks import RankConfig
 from sqft.recipe.sections import Finetune
-from sqft.stages.adapted import build_adapted_model, load_deltas
+from sqft.stages.adapted import LOG, build_adapted_model, load_deltas
 from sqft.stages.inputs import Report, StageInputs
 from sqft.stages.training_arguments import training_arguments
 from sqft.utils.files import CHECKPOINTS
@@ -104,7 +105,7 @@ class FinetuneStage:
         validation_losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if self.inputs.processes.is_main:
             store_deltas(adapted, self.inputs.scratch)
-            _write_log(state, self.inputs.scratch / "log.jsonl")
+            self._write_log(state)
         divergences = [entry["kl"] for entry in state.log_history if "kl" in entry]
         return {
             "trainable": adapted.trainable,
@@ -247,7 +248,6 @@ class FinetuneStage:
         """
         adapted, section, processes, scratch = self.adapted, self.section, self.inputs.processes, self.inputs.scratch
         best = EarlyStopping(model, section.patience, processes)
-        sampler = RankSampler(adapted, self.adapter, self.adapter_label, self.inputs.seed_for)
         logs = self.inputs.plan.recipe.resolve(section.logging_dir) if section.logging_dir else scratch / "logs"
         trainer = DeltaTrainer(
             adapted,
@@ -259,12 +259,28 @@ class FinetuneStage:
             train_dataset=rows,
             eval_dataset=validation,
             data_collator=RankShardCollator(collator, processes),
-            callbacks=[sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
+            callbacks=[self._sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
         )
         newest = newest_complete(scratch / CHECKPOINTS, processes)
         state = resume(trainer, best, newest)
         best.restore()
         return newest, state, best
+
+    @cached_property
+    def _sampler(self) -> RankSampler:
+        return RankSampler(self.adapted, self.adapter, self.adapter_label, self.inputs.seed_for)
+
+    def _write_log(self, state: TrainerState) -> None:
+        """Write the losses of training, with the ranks that had them, and of validation, a JSON object a line."""
+        with (self.inputs.scratch / LOG).open("w") as stream:
+            for entry in state.log_history:
+                if "loss" in entry:
+                    ranks = {"ranks": self._sampler.config(entry["step"] - 1).ranks}
+                elif "eval_loss" in entry:
+                    ranks = {}
+                else:
+                    continue
+                stream.write(json.dumps(entry | ranks, sort_keys=True) + "\n")
 
 
 def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> None:
@@ -327,13 +343,6 @@ def _last(values: list[float]) -> float:
     return statistics.fmean(values[-AVERAGED_STEPS:])
 
 
-def _write_log(state: TrainerState, path: Path) -> None:
-    """Write the losses of training and of validation, a JSON object a line."""
-    entries = [entry for entry in state.log_history if entry.keys() & {"loss", "eval_loss"}]
-    with path.open("w") as stream:
-        stream.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in entries)
-
-
 class RankSampler(TrainerCallback):
     """Sets the rank configuration of each optimizer step: a pure function of the seed and the global step.
 
@@ -344,9 +353,14 @@ class RankSampler(TrainerCallback):
     def __init__(self, adapted: AdaptedModel, adapter: Adapter, label: str, seed_for: Callable[..., int]) -> None:
         self.adapted, self.adapter, self.label, self.seed_for = adapted, adapter, label, seed_for
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config = self.adapter.sample(self.adapted.space, Random(self.seed_for("ranks", state.global_step)))
+    def config(self, step: int) -> RankConfig:
+        """Return the ranks that the step after `step` others trains."""
+        config = self.adapter.sample(self.adapted.space, Random(self.seed_for("ranks", step)))
         checks.check_choice(self.label, self.adapted.space, config)
+        return config
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config = self.config(state.global_step)
         self.adapted.set_ranks(config)
 
 

@@ -27,17 +27,17 @@ from sqft.modeling.evaluation import exact_match, example_losses
 from sqft.modeling.evaluation.first_order import first_order_changes
 from sqft.modeling.loading.parts import open_in_parts
 from sqft.modeling.training.loss import CompletionLoss
+from sqft.ranks import RankConfig, RecordValue, SearchSpace
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import load_adapted_model, load_deltas
+from sqft.stages.adapted import load_adapted_model, load_deltas, trained_space
 from sqft.stages.adapter_in_parts import AdapterInParts
 from sqft.stages.inputs import Report, StageInputs, section_of
-from sqft.types import RankConfig, RecordValue, SearchSpace
 from sqft.utils.files import CHECKPOINTS, write_text
 from sqft.utils.progress import silent
 
 log = logging.getLogger("sqft")
 Differentiate = Callable[[int | None], list[list[float]]]
-"""Compute `sqft.types.Evaluate.first_order`."""
+"""Compute `sqft.ranks.Evaluate.first_order`."""
 
 TRIALS = "trials.jsonl"
 """File of the evaluations of a search, a JSON object a line: ranks, number of samples, value, and of those samples that
@@ -75,7 +75,7 @@ class SearchStage:
         if not self.inputs.processes.is_main:
             return self._take_part()
         adapted, inputs = self.adapted, self.inputs
-        space = adapted.measured_space()
+        space = trained_space(adapted, inputs.folders["finetune"])
         evaluate = CachedEvaluator(
             inputs.scratch / CHECKPOINTS / TRIALS,
             space,
@@ -150,7 +150,7 @@ class SearchStage:
         return values
 
     def _differentiate(self, samples: int | None) -> list[list[float]]:
-        """Compute `sqft.types.Evaluate.first_order` on the first records, in all processes together."""
+        """Compute `sqft.ranks.Evaluate.first_order` on the first records, in all processes together."""
         processes = self.inputs.processes
         processes.broadcast(json.dumps({"ranks": None, "start": 0, "stop": samples}))
         shares = [json.loads(own) for own in processes.gather(json.dumps(self._own_changes(slice(samples))))]
@@ -214,7 +214,7 @@ class SearchStage:
 
 
 class CachedEvaluator:
-    """`sqft.types.Evaluate` on the first records of a validation set. What was evaluated is appended to a file before
+    """`sqft.ranks.Evaluate` on the first records of a validation set. What was evaluated is appended to a file before
     it is returned; records that are asked for again with a configuration, by a later run too, are taken from there.
 
     Args:
@@ -250,7 +250,7 @@ class CachedEvaluator:
         return _metric(self.each(choice, samples))
 
     def each(self, choice: RankConfig, samples: int | None = None) -> Sequence[RecordValue]:
-        """Return the values of the first records, one by one; see `sqft.types.Evaluate`."""
+        """Return the values of the first records, one by one; see `sqft.ranks.Evaluate`."""
         checks.check_question(self.label, self.space, choice, samples)
         self._check_records("an evaluation")
         count = min(samples or len(self.records), len(self.records))
@@ -273,11 +273,11 @@ class CachedEvaluator:
         return values[:count]
 
     def within(self, seconds: float | None) -> bool:
-        """Return whether the evaluations took less time so far; see `sqft.types.Evaluate`."""
+        """Return whether the evaluations took less time so far; see `sqft.ranks.Evaluate`."""
         return seconds is None or self.seconds < seconds
 
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
-        """Return the changes of the loss by gradients; see `sqft.types.Evaluate`. They are computed each time."""
+        """Return the changes of the loss by gradients; see `sqft.ranks.Evaluate`. They are computed each time."""
         checks.check_question_of_gradients(self.label, self.differentiate is not None, samples)
         self._check_records("gradients")
         return cast(Differentiate, self.differentiate)(samples)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sqft.components import checks
 from sqft.errors import ContractError
-from sqft.types import BaseWeight, Grid, LinearShape, Quantized, RankConfig, RankGroup, SearchSpace
+from sqft.ranks import RankConfig, RankGroup, SearchSpace
+from sqft.types import BaseWeight, Grid, LinearShape, Quantized
 
 WHO = "scorer 'mine' (mine 0.1.0)"
 PLACE = "layers.0.q_proj"

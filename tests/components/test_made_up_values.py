@@ -7,7 +7,7 @@ import pytest
 from sqft.components import made_up_values
 from sqft.components.made_up_values import RECORDS, SPACES, MadeUpValues
 from sqft.errors import ContractError
-from sqft.types import SearchSpace
+from sqft.ranks import SearchSpace
 
 
 def test_made_up_gradients_are_0_at_the_largest_rank() -> None:

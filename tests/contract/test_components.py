@@ -35,7 +35,17 @@ NAMES = {
     "updater": {"least-squares"},
     "quantizer": {"gptq", "rtn"},
     "adapter": {"lora", "nls"},
-    "searcher": {"evolutionary", "heuristic", "hill-climbing", "importance", "maximal", "minimal", "racing", "random"},
+    "searcher": {
+        "evolutionary",
+        "heuristic",
+        "hill-climbing",
+        "importance",
+        "loss-guided",
+        "maximal",
+        "minimal",
+        "racing",
+        "random",
+    },
     "merger": {"hira", "qa-sparsepeft", "sparsepeft", "unmerged"},
     "exporter": {"compressed-tensors", "gguf", "gptq", "hf", "mlx"},
 }

@@ -104,8 +104,8 @@ def test_an_unmerged_adapter_in_stock_peft(
         finished["search"].folder / "adapter",
         out,
     )
+    from sqft.ranks import RankConfig
     from sqft.stages.adapted import load_adapted_model
-    from sqft.types import RankConfig
 
     orchestrator = Orchestrator(registry, tmp_path)
     plan = orchestrator.plan(Recipe.parse(raw))

@@ -6,10 +6,11 @@ from itertools import product
 from random import Random
 
 import pytest
-import sqft_search.importance
+import sqft_search.budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqft_search.importance import Importance, cheapest
+from sqft_search.budget import cheapest
+from sqft_search.importance import Importance
 
 from sqft.api import RankConfig, RankGroup, SearchSpace, StageError
 from sqft.testing import check
@@ -50,7 +51,7 @@ def test_it_is_the_best_of_all(groups: Items, budget: int) -> None:
 def test_where_costs_are_rounded_the_budget_holds(groups: Items, budget: int, units: int) -> None:
     """And what is found is as good as anything that leaves a unit free for each group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqft_search.importance, "UNITS", units)
+        patch.setattr(sqft_search.budget, "UNITS", units)
         loss, cost = totals(groups, chosen(groups, budget))
     assert cost <= budget
     unit = -(-budget // units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from sqft_nls.adapter import Nls
 from sqft_sparsepeft import SparsePEFT
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import LinearShape, RankConfig
+from sqft.api import LinearShape, RankConfig, TrainingStep
 from sqft.data.records import Record
 from sqft.errors import ArtifactError, ContractError, StageError
 from sqft.modeling.adapters.adapted_linear import adapt
+from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.adapters.frozen_weight import FloatWeight
+from sqft.stages.adapted import trained_space
 from sqft.stages.finetune import FinetuneStage, Progress, RankSampler, check_first_combine, unknown_ends, unlearnt
 from sqft.stages.inputs import StageInputs
 from sqft.utils.progress import silent
@@ -49,6 +52,21 @@ def test_what_it_stores_is_what_it_trained_and_passes(stage: FinetuneStage) -> N
     )
     assert len((stage.inputs.scratch / "log.jsonl").read_text().splitlines()) == 2
     stage.verify()
+
+
+def test_the_log_has_the_ranks_that_each_step_trained(
+    raw: dict[str, Any], stage: FinetuneStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[RankConfig] = []
+    set_ranks = AdaptedModel.set_ranks
+    monkeypatch.setattr(
+        AdaptedModel, "set_ranks", lambda self, config: (trained.append(config), set_ranks(self, config))[1]
+    )
+    stage.run()
+    space = trained_space(stage.adapted, stage.inputs.scratch)
+    losses = [json.loads(line)["loss"] for line in (stage.inputs.scratch / "log.jsonl").read_text().splitlines()]
+    assert len(set(trained)) == 2 and space.training == tuple(map(TrainingStep, trained, losses))
+    assert space.groups == stage.adapted.measured_space().groups
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:

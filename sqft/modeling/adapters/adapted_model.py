@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sqft.modeling.adapters.adapted_linear import AdaptedLinear, MergedLinear, set_ranks
-from sqft.types import DeltaModule, RankConfig, RankGroup, SearchSpace
+from sqft.ranks import RankConfig, RankGroup, SearchSpace
+from sqft.types import DeltaModule
 
 
 @dataclass(frozen=True)

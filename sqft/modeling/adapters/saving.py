@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.modeling.adapters.adapted_model import AdaptedModel
-from sqft.types import RankConfig, RankGroup, SearchSpace
+from sqft.ranks import RankConfig, RankGroup, SearchSpace
 from sqft.utils.files import write_json
 
 

@@ -14,7 +14,8 @@ from sqft.modeling.adapters.adapted_linear import AdaptedLinear
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.evaluation.generation import eval_mode
 from sqft.modeling.training.loss import CompletionLoss
-from sqft.types import DeltaModule, RankConfig
+from sqft.ranks import RankConfig
+from sqft.types import DeltaModule
 from sqft.utils.progress import Track
 
 

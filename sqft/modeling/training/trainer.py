@@ -21,7 +21,7 @@ from sqft.errors import StageError
 from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.evaluation import summed_loss
 from sqft.modeling.training.loss import CompletionLoss
-from sqft.types import RankConfig
+from sqft.ranks import RankConfig
 from sqft.utils.distributed import Processes
 from sqft.utils.progress import silent
 

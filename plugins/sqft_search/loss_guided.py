@@ -1,0 +1,124 @@
+"""`loss-guided`: ranks by the losses that training measured with them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from sqft.api import Evaluate, RankConfig, SearchSpace
+from sqft_search.budget import Budgeted
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+    Array = NDArray[float64]
+
+log = logging.getLogger("sqft")
+PENALTIES = [10 ** (power / 4) for power in range(-8, 17)]
+"""Penalties that are tried, in units of the mean squared singular value of the features."""
+PERMUTATIONS = 999
+TREND = 3
+"""Numbers that describe the course of the loss: of 1, t and t²."""
+
+
+class LossGuided(Budgeted):
+    """The ranks with the lowest training loss, within a budget of parameters; no configuration is evaluated.
+
+    Elastic training draws other ranks for each step, and measures a loss with them. These losses are explained by the
+    course of training and an effect of each rank of each group, which add up: a ridge regression, its penalty by
+    generalized cross-validation (Golub, Heath and Wahba, Technometrics, 1979). The first steps are left out, in which
+    the deltas are still small. Batches differ much more than ranks do, so it takes many steps to see an effect. Where
+    ranks given to the losses at random would explain them as well, this is the heuristic, and a warning says so.
+    """
+
+    name = "loss-guided"
+    skip: float = Field(0.5, ge=0, lt=1, description="share of the training steps, from the first on, to leave out")
+    significance: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="probability, that random ranks explain the losses as well, above which nothing is concluded; "
+        "1: always conclude",
+    )
+
+    def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
+        steps = space.training[math.ceil(self.skip * len(space.training)) :]
+        effects, probability = rank_effects(space, [step.config for step in steps], [step.loss for step in steps], rng)
+        if probability > self.significance:
+            log.warning(
+                "loss-guided: the losses of %d training steps do not tell the ranks apart (p = %.2f): the heuristic's "
+                "are taken; train more steps to see more",
+                len(steps), probability,
+            )  # fmt: skip
+            return space.choice(space.median())
+        return self.within_budget(space, effects)
+
+
+def rank_effects(
+    space: SearchSpace, configs: Sequence[RankConfig], losses: Sequence[float], rng: Random
+) -> tuple[list[list[float]], float]:
+    """Estimate what each rank of each group adds to the loss.
+
+    Args:
+        space: the groups and their ranks.
+        configs: the ranks of each step.
+        losses: of the same steps.
+        rng: draws the permutations.
+
+    Returns:
+        The effects, and the probability that permuted losses are explained as well: 1 where there is nothing to
+        explain, or too little to explain it with.
+    """
+    import numpy as np
+
+    nothing = [[0.0] * len(group.ranks) for group in space.groups]
+    if len(losses) <= TREND + 1:
+        return nothing, 1.0
+    taken = [
+        [float(rank == other) for group, rank in zip(space.groups, config.ranks, strict=True) for other in group.ranks]
+        for config in configs
+    ]
+    course = np.linalg.qr(np.linspace(-1, 1, len(losses))[:, None] ** np.arange(TREND))[0]
+    features, seen = np.array(taken), np.array(losses)
+    features -= course @ (course.T @ features)
+    seen -= course @ (course.T @ seen)
+    U, S, Vt = np.linalg.svd(features, full_matrices=False)
+    tiny = 1e-9 * max(1.0, *S)
+    real = tiny < S
+    U, S, Vt = U[:, real], S[real], Vt[real]
+    if not S.size or not np.square(seen).sum():
+        return nothing, 1.0
+    draws = np.random.default_rng(rng.getrandbits(64))
+    shuffled = np.stack([seen, *(draws.permutation(seen) for _ in range(PERMUTATIONS))], axis=1)
+    scores, kept = _scores(U, S, shuffled)
+    best = scores.min(0)  # relative to no effects at all
+    probability = float((best <= best[0]).mean())
+    effects = Vt.T @ (kept[scores[:, 0].argmin()] / S * (U.T @ seen))
+    ends = np.cumsum([len(group.ranks) for group in space.groups])[:-1]
+    return [group.tolist() for group in np.split(effects, ends)], probability
+
+
+def _scores(U: Array, S: Array, losses: Array) -> tuple[Array, Array]:
+    """Return, for each penalty, the scores of generalized cross-validation [penalties, columns] of some columns of
+    losses, and the share of each direction that is kept [penalties, directions].
+
+    A score is relative to the one of no effects, the sum of squares / (1 − parameters / steps)².
+    """
+    import numpy as np
+
+    steps = len(losses)
+    total = np.square(losses).sum(0)
+    along = np.square(U.T @ losses)
+    penalties = np.array(PENALTIES)[:, None] * np.square(S).mean()
+    kept = np.square(S) / (np.square(S) + penalties)
+    left = total - along.sum(0) + np.square(1 - kept) @ along
+    free = 1 - (TREND + kept.sum(1, keepdims=True)) / steps
+    scores = left / np.square(free) / (total / (1 - TREND / steps) ** 2)
+    scores[free[:, 0] <= 0] = np.inf
+    return scores, kept
