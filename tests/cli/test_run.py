@@ -88,13 +88,20 @@ def test_an_interruption_says_how_to_go_on(raw: dict[str, Any], tmp_path: Path, 
     command = [sys.executable, "-m", "sqft", "run", str(recipe), "--store", str(tmp_path / "s")]
     # Tests started in the background inherit an ignored SIGINT, and so would the command.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed, env=environment
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(
         (tmp_path / "s").glob("artifacts/.partial-finetune-*/checkpoints/*")
     ):
         time.sleep(0.2)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler writes where it is
+        raise AssertionError(f"it did not end: {process.communicate(timeout=60)[1]}") from None
     assert process.returncode == 128 + stop, errors
     assert "To continue: sqft run" in errors and "Traceback" not in errors
