@@ -22,7 +22,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -48,10 +47,10 @@ OFFSET = 0.25
 class Landscape:
     """`sqft.api.Evaluate` on drawn answers; `evaluated` counts the records of each configuration."""
 
-    def __init__(self, seed: int, gain: float) -> None:
+    def __init__(self, seed: int, gain: float, steps: int = 0) -> None:
         draws = np.random.default_rng(seed)
         groups = (RankGroup(f"group {i}", RANKS, (f"layer {i}",), cost=1) for i in range(GROUPS))
-        self.space, self.seed, self.plateau = SearchSpace(tuple(groups)), seed, gain / PLATEAUS
+        self.space, self.seed, self.steps, self.plateau = SearchSpace(tuple(groups)), seed, steps, gain / PLATEAUS
         self.best: list[int] = draws.integers(0, len(RANKS), GROUPS).tolist()
         weights = draws.exponential(1, GROUPS)
         away = np.abs(np.subtract(self.space.median(), self.best)) @ weights
@@ -84,6 +83,17 @@ class Landscape:
 
     def first_order(self, samples: int | None = None) -> list[list[float]]:
         raise NotImplementedError("right and wrong answers have no gradient")
+
+    def training(self) -> list[TrainingStep]:
+        """Return made-up training: each step draws a rank for every group, and its loss is minus the mean margin of 16
+        records. What ranks decide of it grows, as deltas do, in the first half of the steps; it falls to the end."""
+        draws = Random(f"{self.seed} {self.steps}")
+        found = []
+        for step in range(self.steps):
+            config = self.space.choice([draws.randrange(len(RANKS)) for _ in range(GROUPS)])
+            margin = min(1, 2 * step / self.steps) * self.utility(config) + draws.gauss(0, 1 / math.sqrt(BATCH))
+            found.append(TrainingStep(config, math.exp(-3 * step / self.steps) - margin))
+        return found
 
 
 SEARCHERS: dict[str, Callable[[int], Searcher]] = {
@@ -124,27 +134,12 @@ def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
     return lines
 
 
-def trained(landscape: Landscape, steps: int) -> SearchSpace:
-    """Return the landscape's space after made-up training.
-
-    Each step draws a rank for every group, and its loss is minus the mean margin of 16 records. The part of it that
-    ranks decide grows, as deltas do, in the first half of the steps, and the loss falls to the end.
-    """
-    draws = Random(f"{landscape.seed} {steps}")
-    training = []
-    for step in range(steps):
-        config = landscape.space.choice([draws.randrange(len(RANKS)) for _ in range(GROUPS)])
-        margin = min(1, 2 * step / steps) * landscape.utility(config) + draws.gauss(0, 1 / math.sqrt(BATCH))
-        training.append(TrainingStep(config, math.exp(-3 * step / steps) - margin))
-    return replace(landscape.space, training=tuple(training))
-
-
 def guided(seed: int, gain: float, steps: int, significance: float) -> tuple[float, bool]:
     """Return the quality above the heuristic's that `loss-guided` found after so much training, without a limit of
     parameters, and whether it concluded anything."""
-    landscape = Landscape(seed, gain)
+    landscape = Landscape(seed, gain, steps)
     searcher = LossGuided(budget=GROUPS * max(RANKS), significance=significance)
-    found = searcher.search(trained(landscape, steps), landscape, Random(seed))
+    found = searcher.search(landscape.space, landscape, Random(seed))
     heuristic = landscape.space.choice(landscape.space.median())
     return landscape.quality(found) - landscape.quality(heuristic), found != heuristic
 

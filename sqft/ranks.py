@@ -38,8 +38,7 @@ class RankConfig:
 
 
 class TrainingStep(NamedTuple):
-    """The ranks that one optimizer step trained, and the loss that it measured before its update: the mean over the
-    labels of its examples."""
+    """The ranks that one optimizer step trained, and the loss that it measured with them, before its update."""
 
     config: RankConfig
     loss: float
@@ -50,8 +49,6 @@ class SearchSpace:
     """All rank configurations of an adapted model."""
 
     groups: tuple[RankGroup, ...]
-    training: tuple[TrainingStep, ...] = ()
-    """Every step of the training, in order. As the costs and losses of groups, the core adds it for a searcher."""
 
     def choice(self, indices: Sequence[int]) -> RankConfig:
         """Return the configuration that takes, in each group, the rank at that index of its list."""
@@ -150,4 +147,8 @@ class Evaluate(Protocol):
         That is −⟨∂loss/∂Δ, Δ_R − Δ_r⟩ at the largest ranks R, Δ being the deltas of the group's members. The loss is
         that of the records' answers, whatever the search's metric. For searchers whose `needs_gradients` is true.
         """
+        ...
+
+    def training(self) -> Sequence[TrainingStep]:
+        """Return the steps of the training, in order; those after the deltas that were kept are left out."""
         ...

@@ -27,13 +27,30 @@ class Budgeted(Searcher):
         Raises:
             StageError: when the smallest ranks already have more parameters.
         """
-        smallest = RankConfig(tuple(min(group.ranks) for group in space.groups))
-        least = space.parameters(smallest)
+        least = space.parameters(RankConfig(tuple(min(group.ranks) for group in space.groups)))
+        budget = self._budget(space, least)
+        costs = [[group.cost * (rank - min(group.ranks)) for rank in group.ranks] for group in space.groups]
+        return space.choice(cheapest(costs, losses, budget - least))
+
+    def heuristic(self, space: SearchSpace) -> RankConfig:
+        """Return the heuristic's ranks; where they have too many parameters, the next smaller ones of all groups.
+
+        Raises:
+            StageError: as `within_budget`.
+        """
+        middle, most = space.median(), max(len(group.ranks) for group in space.groups)
+        candidates = [
+            space.choice([min(i + down, len(g.ranks) - 1) for i, g in zip(middle, space.groups, strict=True)])
+            for down in range(most)
+        ]
+        budget = self._budget(space, space.parameters(candidates[-1]))
+        return next(candidate for candidate in candidates if space.parameters(candidate) <= budget)
+
+    def _budget(self, space: SearchSpace, least: int) -> int:
         budget = self.budget or space.parameters(space.choice(space.median()))
         if budget < least:
             raise StageError(f"{self.name}: the smallest ranks have {least} parameters, the budget is {budget}")
-        costs = [[group.cost * (rank - min(group.ranks)) for rank in group.ranks] for group in space.groups]
-        return space.choice(cheapest(costs, losses, budget - least))
+        return budget
 
 
 def cheapest(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from sqft.api import Evaluate, RankConfig, SearchSpace
+from sqft.api import Evaluate, RankConfig, SearchSpace, TrainingStep
 from sqft_search.budget import Budgeted
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ log = logging.getLogger("sqft")
 PENALTIES = [10 ** (power / 4) for power in range(-8, 17)]
 """Penalties that are tried, in units of the mean squared singular value of the features."""
 PERMUTATIONS = 999
+ROUNDING = 1e-9
+"""Relative to what they come from, smaller numbers are errors of rounding."""
 TREND = 3
 """Numbers that describe the course of the loss: of 1, t and t²."""
 
@@ -48,56 +50,57 @@ class LossGuided(Budgeted):
     )
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
-        steps = space.training[math.ceil(self.skip * len(space.training)) :]
-        effects, probability = rank_effects(space, [step.config for step in steps], [step.loss for step in steps], rng)
-        if probability > self.significance:
-            log.warning(
-                "loss-guided: the losses of %d training steps do not tell the ranks apart (p = %.2f): the heuristic's "
-                "are taken; train more steps to see more",
-                len(steps), probability,
-            )  # fmt: skip
+        if all(len(group.ranks) == 1 for group in space.groups):
             return space.choice(space.median())
-        return self.within_budget(space, effects)
+        steps = evaluate.training()
+        steps = steps[math.ceil(self.skip * len(steps)) :]
+        found = rank_effects(space, steps, rng)
+        if found and found[1] <= self.significance:
+            return self.within_budget(space, found[0])
+        why = f"do not tell ranks apart (p = {found[1]:.2f})" if found else "say nothing of ranks"
+        log.warning("loss-guided: the losses of the last %d training steps %s: it is the heuristic", len(steps), why)
+        return self.heuristic(space)
 
 
 def rank_effects(
-    space: SearchSpace, configs: Sequence[RankConfig], losses: Sequence[float], rng: Random
-) -> tuple[list[list[float]], float]:
+    space: SearchSpace, steps: Sequence[TrainingStep], rng: Random
+) -> tuple[list[list[float]], float] | None:
     """Estimate what each rank of each group adds to the loss.
 
     Args:
         space: the groups and their ranks.
-        configs: the ranks of each step.
-        losses: of the same steps.
+        steps: of the training.
         rng: draws the permutations.
 
     Returns:
-        The effects, and the probability that permuted losses are explained as well: 1 where there is nothing to
-        explain, or too little to explain it with.
+        The effects, and the probability that permuted losses are explained as well; None where the steps are too few,
+        or nothing differs among them.
     """
     import numpy as np
 
-    nothing = [[0.0] * len(group.ranks) for group in space.groups]
-    if len(losses) <= TREND + 1:
-        return nothing, 1.0
-    taken = [
-        [float(rank == other) for group, rank in zip(space.groups, config.ranks, strict=True) for other in group.ranks]
-        for config in configs
-    ]
-    course = np.linalg.qr(np.linspace(-1, 1, len(losses))[:, None] ** np.arange(TREND))[0]
-    features, seen = np.array(taken), np.array(losses)
-    features -= course @ (course.T @ features)
-    seen -= course @ (course.T @ seen)
-    U, S, Vt = np.linalg.svd(features, full_matrices=False)
-    tiny = 1e-9 * max(1.0, *S)
-    real = tiny < S
+    if len(steps) <= TREND + 1:
+        return None
+    features = np.array([
+        [rank == other for group, rank in zip(space.groups, step.config.ranks, strict=True) for other in group.ranks]
+        for step in steps
+    ], dtype=float)  # fmt: skip
+    losses = np.array([step.loss for step in steps])
+    course = np.linalg.qr(np.linspace(-1, 1, len(steps))[:, None] ** np.arange(TREND))[0]
+
+    def without_course(columns: Array) -> Array:
+        rest: Array = columns - course @ (course.T @ columns)
+        return rest
+
+    seen = without_course(losses)
+    U, S, Vt = np.linalg.svd(without_course(features), full_matrices=False)
+    real = ROUNDING * len(steps) < S
     U, S, Vt = U[:, real], S[real], Vt[real]
-    if not S.size or not np.square(seen).sum():
-        return nothing, 1.0
+    if not S.size or np.abs(seen).max() <= ROUNDING * np.abs(losses).max():
+        return None
     draws = np.random.default_rng(rng.getrandbits(64))
-    shuffled = np.stack([seen, *(draws.permutation(seen) for _ in range(PERMUTATIONS))], axis=1)
-    scores, kept = _scores(U, S, shuffled)
-    best = scores.min(0)  # relative to no effects at all
+    permuted = np.stack([draws.permutation(seen) for _ in range(PERMUTATIONS)], axis=1)
+    scores, kept = _scores(U, S, np.column_stack([seen, without_course(permuted)]))
+    best = scores.min(0)
     probability = float((best <= best[0]).mean())
     effects = Vt.T @ (kept[scores[:, 0].argmin()] / S * (U.T @ seen))
     ends = np.cumsum([len(group.ranks) for group in space.groups])[:-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 from sqft.components import checks
@@ -12,15 +12,14 @@ from sqft.ranks import RankConfig, RankGroup, RecordValue, SearchSpace, Training
 
 def _space(*lengths: int) -> SearchSpace:
     ranks = (tuple(range(2 * n, 0, -2)) for n in lengths)
-    space = SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
-    rng = Random(0)
-    configs = (RankConfig(tuple(rng.choice(group.ranks) for group in space.groups)) for _ in range(40))
-    return replace(space, training=tuple(TrainingStep(config, rng.random()) for config in configs))
+    return SearchSpace(tuple(RankGroup(f"g{i}", r, (f"l{i}",), 8, tuple(range(len(r)))) for i, r in enumerate(ranks)))
 
 
 SPACES = (_space(1, 2, 3, 4, 1, 2), _space(1), _space(*[5] * 40))
 """A mixed one, one without a choice to make, and one far too large to list."""
 RECORDS = 80
+STEPS = 40
+"""Of a made-up training, whose losses have nothing to do with its ranks."""
 MOST_QUESTIONS = 100_000
 """A searcher that asks more of so few records will not end."""
 
@@ -62,6 +61,11 @@ class MadeUpValues:
         checks.check_question_of_gradients(self.label, self.gradients, samples)
         self.asked.append((None, samples))
         return [[self._change(group, rank, samples) for rank in group.ranks] for group in self.space.groups]
+
+    def training(self) -> list[TrainingStep]:
+        rng = Random(0)
+        configs = (RankConfig(tuple(rng.choice(group.ranks) for group in self.space.groups)) for _ in range(STEPS))
+        return [TrainingStep(config, rng.random()) for config in configs]
 
     def _change(self, group: RankGroup, rank: int, samples: int | None) -> float:
         return 0.0 if rank == max(group.ranks) else Random(f"{samples} {group.name} {rank}").gauss()

@@ -185,16 +185,11 @@ def load_adapted_model(plan: Plan, folders: Mapping[str, Path], finetuned: Path,
     return adapted
 
 
-def trained_space(adapted: AdaptedModel, finetuned: Path) -> SearchSpace:
-    """Return all that a searcher may know without an evaluation.
-
-    Args:
-        adapted: the trained model.
-        finetuned: the folder of its finetune artifact.
-    """
-    entries = map(json.loads, (finetuned / LOG).read_text().splitlines())
-    steps = (TrainingStep(RankConfig(tuple(e["ranks"])), e["loss"]) for e in entries if "loss" in e)
-    return replace(adapted.measured_space(), training=tuple(steps))
+def training_steps(finetuned: Path) -> list[TrainingStep]:
+    """Return the steps that a finetune artifact's log has ranks of; see `sqft.ranks.Evaluate.training`."""
+    with (finetuned / LOG).open() as lines:
+        entries = map(json.loads, lines)
+        return [TrainingStep(RankConfig(tuple(e["ranks"])), e["loss"]) for e in entries if "ranks" in e]
 
 
 def load_deltas(adapted: AdaptedModel, folder: Path, label: str) -> None:

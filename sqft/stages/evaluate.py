@@ -24,10 +24,10 @@ from sqft.modeling.evaluation import exact_match, perplexity
 from sqft.modeling.evaluation.peft_adapter import attach_peft_adapter
 from sqft.modeling.loading import load_model
 from sqft.planning.plan import Plan
-from sqft.ranks import RankConfig, RecordValue
+from sqft.ranks import RankConfig, RecordValue, TrainingStep
 from sqft.recipe.measures import ExactMatch
 from sqft.recipe.sections import Evaluate
-from sqft.stages.adapted import load_adapted_model, trained_space
+from sqft.stages.adapted import load_adapted_model, training_steps
 from sqft.stages.inputs import Report, StageInputs
 from sqft.utils.files import write_json
 
@@ -138,8 +138,8 @@ class EvaluateStage:
             config = read_ranks(self.inputs.folders["search"])
         else:
             searcher = self.inputs.step.component(Searcher)
-            space = trained_space(adapted, self.inputs.folders["finetune"])
-            config = searcher.search(space, _NoEvaluation(), Random(self.inputs.seed_for("search")))
+            evaluate = _NoEvaluation(self.inputs.folders["finetune"])
+            config = searcher.search(adapted.measured_space(), evaluate, Random(self.inputs.seed_for("search")))
         checks.check_choice("the chosen configuration", adapted.space, config)
         return config
 
@@ -172,7 +172,10 @@ def write_lines(file: Path, items: Iterable[Any]) -> None:
 
 
 class _NoEvaluation:
-    """`sqft.ranks.Evaluate` for searchers that promise not to use it."""
+    """`sqft.ranks.Evaluate` for searchers that promise to evaluate nothing."""
+
+    def __init__(self, finetuned: Path) -> None:
+        self.finetuned = finetuned
 
     def __call__(self, choice: RankConfig, samples: int | None = None) -> float:
         raise StageError("evaluate.of takes only searchers that need no evaluation")
@@ -185,3 +188,6 @@ class _NoEvaluation:
 
     def first_order(self, samples: int | None = None) -> Sequence[Sequence[float]]:
         raise StageError("evaluate.of takes only searchers that need no evaluation")
+
+    def training(self) -> Sequence[TrainingStep]:
+        return training_steps(self.finetuned)

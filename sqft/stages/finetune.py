@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,6 @@ from sqft.modeling.training.trainer import (
     StopOnNonFiniteLoss,
     first_drawn,
 )
-from sqft.ranks import RankConfig
 from sqft.recipe.sections import Finetune
 from sqft.stages.adapted import LOG, build_adapted_model, load_deltas
 from sqft.stages.inputs import Report, StageInputs
@@ -105,7 +105,7 @@ class FinetuneStage:
         validation_losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if self.inputs.processes.is_main:
             store_deltas(adapted, self.inputs.scratch)
-            self._write_log(state)
+            _write_log(state, best.step if best.restores else math.inf, self.inputs.scratch / LOG)
         divergences = [entry["kl"] for entry in state.log_history if "kl" in entry]
         return {
             "trainable": adapted.trainable,
@@ -248,6 +248,7 @@ class FinetuneStage:
         """
         adapted, section, processes, scratch = self.adapted, self.section, self.inputs.processes, self.inputs.scratch
         best = EarlyStopping(model, section.patience, processes)
+        sampler = RankSampler(adapted, self.adapter, self.adapter_label, self.inputs.seed_for)
         logs = self.inputs.plan.recipe.resolve(section.logging_dir) if section.logging_dir else scratch / "logs"
         trainer = DeltaTrainer(
             adapted,
@@ -259,28 +260,12 @@ class FinetuneStage:
             train_dataset=rows,
             eval_dataset=validation,
             data_collator=RankShardCollator(collator, processes),
-            callbacks=[self._sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
+            callbacks=[sampler, progress, StopOnNonFiniteLoss(), best, CheckpointSealer(processes)],
         )
         newest = newest_complete(scratch / CHECKPOINTS, processes)
         state = resume(trainer, best, newest)
         best.restore()
         return newest, state, best
-
-    @cached_property
-    def _sampler(self) -> RankSampler:
-        return RankSampler(self.adapted, self.adapter, self.adapter_label, self.inputs.seed_for)
-
-    def _write_log(self, state: TrainerState) -> None:
-        """Write the losses of training, with the ranks that had them, and of validation, a JSON object a line."""
-        with (self.inputs.scratch / LOG).open("w") as stream:
-            for entry in state.log_history:
-                if "loss" in entry:
-                    ranks = {"ranks": self._sampler.config(entry["step"] - 1).ranks}
-                elif "eval_loss" in entry:
-                    ranks = {}
-                else:
-                    continue
-                stream.write(json.dumps(entry | ranks, sort_keys=True) + "\n")
 
 
 def check_first_combine(adapted: AdaptedModel, merger: Merger, label: str) -> None:
@@ -343,8 +328,24 @@ def _last(values: list[float]) -> float:
     return statistics.fmean(values[-AVERAGED_STEPS:])
 
 
+def _write_log(state: TrainerState, last: float, path: Path) -> None:
+    """Write the losses of training and of validation, a JSON object a line.
+
+    Args:
+        state: has what was logged.
+        last: the last step whose deltas are kept; to later ones belong no `ranks`.
+        path: the file.
+    """
+    with path.open("w") as stream:
+        for entry in state.log_history:
+            if entry["step"] > last:
+                entry.pop("ranks", None)
+            if entry.keys() & {"loss", "eval_loss"}:
+                stream.write(json.dumps(entry, sort_keys=True) + "\n")
+
+
 class RankSampler(TrainerCallback):
-    """Sets the rank configuration of each optimizer step: a pure function of the seed and the global step.
+    """Sets, and logs, the rank configuration of each optimizer step: a pure function of the seed and the global step.
 
     Nothing is drawn inside a forward, so gradient checkpointing recomputes with the same ranks, and a resumed run
     trains the ranks that an uninterrupted one would have.
@@ -353,15 +354,14 @@ class RankSampler(TrainerCallback):
     def __init__(self, adapted: AdaptedModel, adapter: Adapter, label: str, seed_for: Callable[..., int]) -> None:
         self.adapted, self.adapter, self.label, self.seed_for = adapted, adapter, label, seed_for
 
-    def config(self, step: int) -> RankConfig:
-        """Return the ranks that the step after `step` others trains."""
-        config = self.adapter.sample(self.adapted.space, Random(self.seed_for("ranks", step)))
-        checks.check_choice(self.label, self.adapted.space, config)
-        return config
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config = self.config(state.global_step)
-        self.adapted.set_ranks(config)
+        self.config = self.adapter.sample(self.adapted.space, Random(self.seed_for("ranks", state.global_step)))
+        checks.check_choice(self.label, self.adapted.space, self.config)
+        self.adapted.set_ranks(self.config)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in state.log_history[-1]:  # not in `logs`, which trackers get: to them it is a number
+            state.log_history[-1]["ranks"] = list(self.config.ranks)
 
 
 class Progress(TrainerCallback):

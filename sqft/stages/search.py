@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from random import Random
@@ -27,9 +27,9 @@ from sqft.modeling.evaluation import exact_match, example_losses
 from sqft.modeling.evaluation.first_order import first_order_changes
 from sqft.modeling.loading.parts import open_in_parts
 from sqft.modeling.training.loss import CompletionLoss
-from sqft.ranks import RankConfig, RecordValue, SearchSpace
+from sqft.ranks import RankConfig, RecordValue, SearchSpace, TrainingStep
 from sqft.recipe.sections import Finetune, Search
-from sqft.stages.adapted import load_adapted_model, load_deltas, trained_space
+from sqft.stages.adapted import load_adapted_model, load_deltas, training_steps
 from sqft.stages.adapter_in_parts import AdapterInParts
 from sqft.stages.inputs import Report, StageInputs, section_of
 from sqft.utils.files import CHECKPOINTS, write_text
@@ -75,13 +75,14 @@ class SearchStage:
         if not self.inputs.processes.is_main:
             return self._take_part()
         adapted, inputs = self.adapted, self.inputs
-        space = trained_space(adapted, inputs.folders["finetune"])
+        space = adapted.measured_space()
         evaluate = CachedEvaluator(
             inputs.scratch / CHECKPOINTS / TRIALS,
             space,
             self._records,
             self._measure,
             self.label,
+            partial(training_steps, inputs.folders["finetune"]),
             self._differentiate if self.searcher.needs_gradients() else None,
         )
         config = self.searcher.search(space, evaluate, Random(inputs.seed_for("search")))
@@ -223,6 +224,7 @@ class CachedEvaluator:
         records: the validation set, in a fixed order.
         measure: evaluates a configuration on those of the records that are in a slice.
         label: the searcher, as error messages name it.
+        training: returns the steps of the training.
         differentiate: computes `first_order` on so many records, or on all; None if the searcher says that it needs
             no gradients.
     """
@@ -234,10 +236,11 @@ class CachedEvaluator:
         records: Sequence[Record],
         measure: Callable[[RankConfig, slice], list[RecordValue]],
         label: str,
+        training: Callable[[], Sequence[TrainingStep]],
         differentiate: Differentiate | None = None,
     ) -> None:
         self.file, self.space, self.records, self.measure, self.label = file, space, records, measure, label
-        self.differentiate = differentiate
+        self.training, self.differentiate = training, differentiate
         self.known: dict[RankConfig, list[RecordValue]] = {}
         self.trials: list[dict[str, Any]] = []
         self.seconds = 0.0

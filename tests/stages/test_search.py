@@ -72,7 +72,7 @@ def evaluator(tmp_path: Path, asked: Asked) -> Make:
         return [value(config, record) for record in range(records.start, records.stop)]
 
     def make(records: Sequence[Any] = RECORDS) -> CachedEvaluator:
-        return CachedEvaluator(tmp_path / WORK, SPACE, records, measure, "searcher 'x' (here 1)", changes)
+        return CachedEvaluator(tmp_path / WORK, SPACE, records, measure, "searcher 'x' (here 1)", list, changes)
 
     return make
 
@@ -95,9 +95,9 @@ def test_each_record_is_evaluated_once_in_whatever_portions(questions: list[tupl
         return [value(config, record) for record in range(records.start, records.stop)]
 
     with TemporaryDirectory() as folder:
-        first = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", changes)
+        first = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", list, changes)
         answers = [first.each(*question) for question in questions]
-        again = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", changes)
+        again = CachedEvaluator(Path(folder) / "t", SPACE, RECORDS, measure, "x", list, changes)
         assert [again.each(*question) for question in questions] == answers and again.trials == first.trials
     for (config, samples), answer in zip(questions, answers, strict=True):
         assert answer == [value(config, record) for record in range(min(samples or 10, 10))]
@@ -179,7 +179,7 @@ def test_the_front_is_what_nothing_smaller_reaches(tmp_path: Path) -> None:
     def measure(config: RankConfig, part: slice) -> list[RecordValue]:
         return [RecordValue(quality[config], 1)] * (part.stop - part.start)
 
-    evaluate = CachedEvaluator(tmp_path / "t", space, RECORDS, measure, "x", changes)
+    evaluate = CachedEvaluator(tmp_path / "t", space, RECORDS, measure, "x", list, changes)
     few = [RankConfig((1, 1)), RankConfig((4, 4))]
     for config in quality:
         evaluate(config, 1 if config in few else None)
@@ -240,7 +240,7 @@ def test_a_search_that_was_killed_goes_on(searcher: Searcher, kept: int, tmp_pat
         return [RecordValue(draw, 1) for draw in draws]
 
     def search() -> RankConfig:
-        evaluate = CachedEvaluator(tmp_path / WORK, space, RECORDS, measure, "x", changes)
+        evaluate = CachedEvaluator(tmp_path / WORK, space, RECORDS, measure, "x", list, changes)
         found = searcher.search(space, evaluate, Random(3))
         evaluate.write(tmp_path / "trials.jsonl")
         return found

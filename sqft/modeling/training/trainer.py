@@ -148,9 +148,14 @@ class EarlyStopping(TrainerCallback):
                 self.kept = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             self.loss, self.step, self.waited = float(numbers["loss"]), int(numbers["step"]), int(numbers["waited"])
 
+    @property
+    def restores(self) -> bool:
+        """Whether the deltas of the lowest loss are the result: if `patience` was given."""
+        return self.patience is not None and bool(self.kept)
+
     def restore(self) -> None:
-        """Put the deltas of the lowest loss back, if `patience` was given."""
-        if self.patience is not None and self.kept:
+        """Put the deltas of the lowest loss back, if they are the result."""
+        if self.restores:
             self.model.load_state_dict(self.kept)
 
 

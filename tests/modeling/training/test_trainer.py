@@ -26,6 +26,7 @@ from sqft.modeling.adapters.adapted_model import AdaptedModel
 from sqft.modeling.training.trainer import DeltaTrainer, EarlyStopping, RankShardCollator, StopOnNonFiniteLoss
 from sqft.planning.optimizers import OPTIMIZERS
 from sqft.recipe.sections import Finetune
+from sqft.stages.adapted import training_steps
 from sqft.stages.finetune import RankSampler
 from sqft.stages.training_arguments import training_arguments
 from sqft.utils.distributed import Processes
@@ -107,6 +108,8 @@ def test_patience_stops_and_keeps_the_best(
     shorter = finetuned(raw, registry, tmp_path, **words | {"steps": best})
     ours, theirs = load_file(stopped / "deltas.safetensors"), load_file(shorter / "deltas.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # What was measured with deltas that are gone says nothing of those that are kept.
+    assert training_steps(stopped) == training_steps(shorter) and len(training_steps(stopped)) == best
 
 
 def test_best_goes_on_where_a_checkpoint_left_it(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_of_a_race_every_configuration_is_there(tmp_path: Path) -> None:
         draws = (Random(f"{config} {record}").random() for record in range(records.start, records.stop))
         return [RecordValue(draw, 1) for draw in draws]
 
-    evaluate = CachedEvaluator(tmp_path / "t", space, [{}] * 99, measure, "x", lambda samples: [])
+    evaluate = CachedEvaluator(tmp_path / "t", space, [{}] * 99, measure, "x", list, lambda samples: [])
     chosen = Racing(first=2, evaluations=200).search(space, evaluate, Random(3))
     trials = read_trials(json.loads(text) for text in (tmp_path / "t").read_text().splitlines())
     assert {t.ranks: t.records for t in trials} == {c.ranks: len(v) for c, v in evaluate.known.items()}
