@@ -86,7 +86,7 @@ class Landscape:
 
     def training(self) -> list[TrainingStep]:
         """Return made-up training: each step draws a rank for every group, and its loss is minus the mean margin of 16
-        records. What ranks decide of it grows, as deltas do, in the first half of the steps; it falls to the end."""
+        records. What ranks decide of it grows, as deltas do, in the first half of the steps. The loss keeps falling."""
         draws = Random(f"{self.seed} {self.steps}")
         found = []
         for step in range(self.steps):
@@ -106,12 +106,11 @@ SEARCHERS: dict[str, Callable[[int], Searcher]] = {
 }
 
 
-def gained(searcher: Searcher, seed: int, gain: float) -> tuple[float, int]:
-    """Return the quality above the heuristic's that one search found, and the records that it evaluated."""
-    landscape = Landscape(seed, gain)
-    found = searcher.search(landscape.space, landscape, Random(seed))
+def gained(searcher: Searcher, landscape: Landscape) -> float:
+    """Return the quality above the heuristic's that one search found."""
+    found = searcher.search(landscape.space, landscape, Random(landscape.seed))
     heuristic = landscape.space.choice(landscape.space.median())
-    return landscape.quality(found) - landscape.quality(heuristic), sum(landscape.evaluated.values())
+    return landscape.quality(found) - landscape.quality(heuristic)
 
 
 def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
@@ -128,20 +127,12 @@ def table(gain: float, budgets: list[int], seeds: int, only: str) -> list[str]:
     for name, searcher in ((name, searcher) for name, searcher in SEARCHERS.items() if only in name):
         cells = []
         for budget in budgets:
-            gains, records = zip(*(gained(searcher(budget), seed, gain) for seed in range(seeds)), strict=True)
-            cells.append(f"{mean_gain(gains)} ({statistics.fmean(records):,.0f})")
+            landscapes = [Landscape(seed, gain) for seed in range(seeds)]
+            gains = [gained(searcher(budget), one) for one in landscapes]
+            records = statistics.fmean(sum(one.evaluated.values()) for one in landscapes)
+            cells.append(f"{mean_gain(gains)} ({records:,.0f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def guided(seed: int, gain: float, steps: int, significance: float) -> tuple[float, bool]:
-    """Return the quality above the heuristic's that `loss-guided` found after so much training, without a limit of
-    parameters, and whether it concluded anything."""
-    landscape = Landscape(seed, gain, steps)
-    searcher = LossGuided(budget=GROUPS * max(RANKS), significance=significance)
-    found = searcher.search(landscape.space, landscape, Random(seed))
-    heuristic = landscape.space.choice(landscape.space.median())
-    return landscape.quality(found) - landscape.quality(heuristic), found != heuristic
 
 
 def mean_gain(gains: Sequence[float]) -> str:
@@ -162,9 +153,9 @@ def main() -> None:
     for gain in arguments.gains:
         if arguments.training:
             for steps, significance in product(arguments.steps, (0.05, 1.0)):
-                found = [guided(seed, gain, steps, significance) for seed in range(arguments.seeds)]
-                gains, concluded = zip(*found, strict=True)
-                how = f"significance {significance}, concluded {sum(concluded)} times"
+                searcher = LossGuided(budget=GROUPS * max(RANKS), significance=significance)  # all that there are
+                gains = [gained(searcher, Landscape(seed, gain, steps)) for seed in range(arguments.seeds)]
+                how = f"significance {significance}, {sum(map(bool, gains))} times another quality"
                 print(f"Gain {gain}, {steps:,} steps, {how}: {mean_gain(gains)}", flush=True)
             continue
         print("\n".join(table(gain, arguments.budgets, arguments.seeds, arguments.only)), "", sep="\n", flush=True)

@@ -150,5 +150,5 @@ class Evaluate(Protocol):
         ...
 
     def training(self) -> Sequence[TrainingStep]:
-        """Return the steps of the training, in order; those after the deltas that were kept are left out."""
+        """Return the training's steps, in order; with `finetune.patience` up to the step whose deltas were kept."""
         ...

@@ -27,8 +27,7 @@ class Budgeted(Searcher):
         Raises:
             StageError: when the smallest ranks already have more parameters.
         """
-        least = space.parameters(RankConfig(tuple(min(group.ranks) for group in space.groups)))
-        budget = self._budget(space, least)
+        budget, least = self._budget(space)
         costs = [[group.cost * (rank - min(group.ranks)) for rank in group.ranks] for group in space.groups]
         return space.choice(cheapest(costs, losses, budget - least))
 
@@ -38,19 +37,19 @@ class Budgeted(Searcher):
         Raises:
             StageError: as `within_budget`.
         """
-        middle, most = space.median(), max(len(group.ranks) for group in space.groups)
-        candidates = [
-            space.choice([min(i + down, len(g.ranks) - 1) for i, g in zip(middle, space.groups, strict=True)])
-            for down in range(most)
-        ]
-        budget = self._budget(space, space.parameters(candidates[-1]))
-        return next(candidate for candidate in candidates if space.parameters(candidate) <= budget)
+        budget, _ = self._budget(space)
+        indices = space.median()
+        while space.parameters(space.choice(indices)) > budget:
+            indices = tuple(min(i + 1, len(g.ranks) - 1) for i, g in zip(indices, space.groups, strict=True))
+        return space.choice(indices)
 
-    def _budget(self, space: SearchSpace, least: int) -> int:
+    def _budget(self, space: SearchSpace) -> tuple[int, int]:
+        """Return the parameters that are allowed, and those of the smallest ranks."""
+        least = space.parameters(RankConfig(tuple(min(group.ranks) for group in space.groups)))
         budget = self.budget or space.parameters(space.choice(space.median()))
         if budget < least:
             raise StageError(f"{self.name}: the smallest ranks have {least} parameters, the budget is {budget}")
-        return budget
+        return budget, least
 
 
 def cheapest(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> tuple[int, ...]:

@@ -45,13 +45,13 @@ class LossGuided(Budgeted):
         0.05,
         gt=0,
         le=1,
-        description="probability, that random ranks explain the losses as well, above which nothing is concluded; "
-        "1: always conclude",
+        description="the largest p-value at which the effects are used: the probability that ranks drawn at random "
+        "explain the losses as well; 1: whenever there are any",
     )
 
     def search(self, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
         if all(len(group.ranks) == 1 for group in space.groups):
-            return space.choice(space.median())
+            return self.heuristic(space)
         steps = evaluate.training()
         steps = steps[math.ceil(self.skip * len(steps)) :]
         found = rank_effects(space, steps, rng)

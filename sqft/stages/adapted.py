@@ -37,7 +37,8 @@ from sqft.utils.resources import return_freed_memory
 
 DELTAS = "deltas.safetensors"
 LOG = "log.jsonl"
-"""File of a finetune step: a JSON object a line for the loss of each training step, and of each validation."""
+"""File of a finetune step: a JSON object a line for each training step, with its loss and ranks, and for each
+validation. What came after the deltas that are the result is `discarded`."""
 
 
 def build_adapted_model(plan: Plan, folders: Mapping[str, Path], seed: int, device: str) -> AdaptedModel:
@@ -186,10 +187,10 @@ def load_adapted_model(plan: Plan, folders: Mapping[str, Path], finetuned: Path,
 
 
 def training_steps(finetuned: Path) -> list[TrainingStep]:
-    """Return the steps that a finetune artifact's log has ranks of; see `sqft.ranks.Evaluate.training`."""
+    """Return the training steps in a finetune artifact's log; see `sqft.ranks.Evaluate.training`."""
     with (finetuned / LOG).open() as lines:
-        entries = map(json.loads, lines)
-        return [TrainingStep(RankConfig(tuple(e["ranks"])), e["loss"]) for e in entries if "ranks" in e]
+        entries = [entry for entry in map(json.loads, lines) if "loss" in entry and "discarded" not in entry]
+    return [TrainingStep(RankConfig(tuple(entry["ranks"])), entry["loss"]) for entry in entries]
 
 
 def load_deltas(adapted: AdaptedModel, folder: Path, label: str) -> None:

@@ -333,15 +333,14 @@ def _write_log(state: TrainerState, last: float, path: Path) -> None:
 
     Args:
         state: has what was logged.
-        last: the last step whose deltas are kept; to later ones belong no `ranks`.
+        last: the last step of which the deltas are the result; later ones are written as `discarded`.
         path: the file.
     """
     with path.open("w") as stream:
         for entry in state.log_history:
-            if entry["step"] > last:
-                entry.pop("ranks", None)
             if entry.keys() & {"loss", "eval_loss"}:
-                stream.write(json.dumps(entry, sort_keys=True) + "\n")
+                after = {"discarded": True} if entry["step"] > last else {}
+                stream.write(json.dumps(entry | after, sort_keys=True) + "\n")
 
 
 class RankSampler(TrainerCallback):
@@ -360,7 +359,7 @@ class RankSampler(TrainerCallback):
         self.adapted.set_ranks(self.config)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in state.log_history[-1]:  # not in `logs`, which trackers get: to them it is a number
+        if "loss" in state.log_history[-1]:  # trackers get `kwargs["logs"]`, and take only numbers
             state.log_history[-1]["ranks"] = list(self.config.ranks)
 
 

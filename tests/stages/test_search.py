@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from sqft_nls.searchers import HillClimbing
 from sqft_search.evolutionary import Evolutionary
 from sqft_search.importance import Importance
+from sqft_search.loss_guided import LossGuided
 from sqft_search.racing import Racing
 from torch.distributed import HashStore
 
 from sqft import Orchestrator, Recipe, Registry
-from sqft.api import RankConfig, RankGroup, RecordValue, Searcher, SearchSpace
+from sqft.api import Evaluate, RankConfig, RankGroup, RecordValue, Searcher, SearchSpace, TrainingStep
 from sqft.errors import ContractError, StageError
 from sqft.execution.run import Run
 from sqft.modeling.adapters.saving import read_ranks, space_from
+from sqft.stages.adapted import training_steps
 from sqft.stages.inputs import StageInputs
 from sqft.stages.search import NO_MORE, CachedEvaluator, SearchStage
 from sqft.utils.distributed import Processes
@@ -270,6 +272,24 @@ def test_ranks_by_importance_in_a_search_and_without_one(
     assert ranks in space and report["trainable"] <= run["evaluate:finetune:importance"].report["trainable"]
     rows = {row["configuration"]: row for row in run.report["rows"]}
     assert len({row["trainable"] for row in rows.values()}) == len({row["perplexity"] for row in rows.values()}) == 1
+
+
+def test_the_steps_of_training_in_a_search_and_without_one(
+    raw: dict[str, Any], registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[TrainingStep]] = []
+
+    def search(self: LossGuided, space: SearchSpace, evaluate: Evaluate, rng: Random) -> RankConfig:
+        seen.append(evaluate.training())
+        return self.heuristic(space)
+
+    monkeypatch.setattr(LossGuided, "search", search)
+    raw["search"]["searcher"] = "loss-guided"
+    raw["evaluate"]["of"] = ["finetune:loss-guided", "search"]
+    orchestrator = Orchestrator(registry, tmp_path)
+    run = orchestrator.run(orchestrator.plan(Recipe.parse(raw)))
+    steps = training_steps(run["finetune"].folder)
+    assert len(steps) == run["finetune"].report["steps"] and seen == [steps, steps]
 
 
 BY_GRADIENT = {"name": "importance", "options": {"signal": "gradient", "samples": 5}}
